@@ -1,0 +1,41 @@
+"""medusa-chat: chat with a local model that decodes several tokens per step, and shows how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.engine import Engine
+
+__version__ = "0.1.0"
+
+
+def load(
+    model: str | None = None, heads: str | None = None, *, device: str = "auto", dtype: str | None = None,
+    tree: str = "auto", context: int | None = None, probing: bool = True,
+) -> Engine:  # fmt: skip
+    """Load a model with its Medusa heads.
+
+    Args:
+        model: a name of models.yaml, a folder or a hub id; None is the bundled model.
+        heads: a safetensors file, a folder or a hub id; None looks beside the backbone.
+        device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
+        tree: auto, chain-N, a released tree by name, or a JSON file.
+        context: tokens that prompt and reply may hold together; None is what the model was made for.
+        probing: take a vanilla step now and then, so that Stats knows the speedup.
+
+    Raises:
+        UserError: whatever the user can put right, in one line.
+    """
+    from medusa_chat.config import resolve_model
+    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.tuning import read_accuracy
+    from medusa_chat.model.loading import accuracy_file, load_model
+
+    spec = resolve_model(model, heads)
+    loaded = load_model(spec, device, dtype)
+    return Engine(
+        loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
+        tree=spec.tree if tree == "auto" else tree, probing=probing,
+        accuracy=read_accuracy(accuracy_file(loaded.folder)) if loaded.folder else None,
+    )  # fmt: skip

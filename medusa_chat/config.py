@@ -1,0 +1,175 @@
+"""Settings: frozen dataclasses whose defaults are written once, and the model registry. No torch here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+
+import yaml
+
+Mode = Literal["greedy", "typical", "exact", "vanilla"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+class UserError(Exception):
+    """Something the user can put right; its message is the one line that is shown, with exit status 2."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one reply is decoded. Each field is also a `--flag` and a name for `/set`."""
+
+    mode: Mode = "greedy"
+    temperature: float = 0.7  # used by typical, exact and, with sample, by vanilla
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    epsilon: float = 0.09  # typical acceptance: the hard threshold (paper, section 2.3.1)
+    delta: float = 0.3  # typical acceptance: the entropy factor, sqrt(epsilon) in the released code
+    sample: bool = False  # vanilla only: draw from the tempered distribution instead of the argmax
+    seed: int = 0
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.mode in MODES, f"mode must be one of {', '.join(MODES)}, not {self.mode!r}"),
+            (self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature:g}"),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p:g}"),
+            (self.top_k >= 0, f"top_k must be 0 (off) or more, not {self.top_k}"),
+            (0 <= self.min_p <= 1, f"min_p must be between 0 and 1, not {self.min_p:g}"),
+            (0 < self.epsilon <= 1, f"epsilon must be above 0 and at most 1, not {self.epsilon:g}"),
+            (self.delta > 0, f"delta must be above 0, not {self.delta:g}"),
+            (self.max_new_tokens > 0, f"max_new_tokens must be at least 1, not {self.max_new_tokens}"),
+            (0 <= self.seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {self.seed}"),
+            (all(self.stop), "a stop string may not be empty"),
+        )
+        for holds, complaint in checks:
+            if not holds:
+                raise UserError(complaint)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the reply is the argmax path: greedy mode, plain vanilla, or a temperature of 0."""
+        if self.mode == "vanilla" and not self.sample:
+            return True
+        return self.mode == "greedy" or self.temperature == 0
+
+    def with_value(self, name: str, text: str) -> Sampling:
+        """A copy with field `name` read from `text`, as `/set` and the command line give it."""
+        hints = get_type_hints(Sampling)
+        if name not in hints:
+            raise UserError(f"there is no setting {name!r}; the settings are {', '.join(hints)}")
+        return replace(self, **{name: parse_value(name, hints[name], text)})
+
+
+def parse_value(name: str, kind: Any, text: str) -> Any:
+    """Read `text` as a value of a settings field; a wrong one is a UserError that names the field."""
+    if get_origin(kind) is Literal or kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("on", "off", "true", "false", "yes", "no"):
+            raise UserError(f"{name} is on or off, not {text!r}")
+        return text.lower() in ("on", "true", "yes")
+    if get_origin(kind) is tuple:
+        return (text.encode().decode("unicode_escape"),) if text else ()
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {text!r}") from None
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"{name} must be a finite number, not {text!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One entry of models.yaml: what to load and how."""
+
+    name: str
+    backbone: str  # a folder or a hub id
+    heads: str | None = None  # None: in the backbone's own folder
+    tree: str = "auto"
+    system: str = ""
+    licence: str = "unknown"
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How Medusa heads are trained (paper, section 2.2)."""
+
+    name: str = "medusa1"
+    heads: int = 4
+    layers: int = 1
+    decay: float = 0.8  # head k weighs decay ** k
+    learning_rate: float = 1e-3
+    warmup_steps: int = 40
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 8
+    length: int = 512
+    seed: int = 0
+
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+def registry_path() -> Path:
+    """models.yaml: inside the package in a wheel, beside it in an editable install."""
+    packaged = Path(__file__).parent / "models.yaml"
+    return packaged if packaged.exists() else Path(__file__).parent.parent / "models.yaml"
+
+
+def read_registry(path: Path | None = None) -> dict[str, ModelSpec]:
+    """The models of models.yaml by name. Unknown keys and wrong types are errors that name entry and key."""
+    path = path or registry_path()
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the model list {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("models"), dict):
+        raise UserError(f"{path} must hold a mapping 'models' of name to entry")
+    return {name: _entry(path, name, entry) for name, entry in document["models"].items()}
+
+
+def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: entry {name!r} must be a mapping")
+    known = {field.name: field for field in fields(ModelSpec) if field.name != "name"}
+    for key, value in entry.items():
+        if key not in known:
+            raise UserError(f"{path}: entry {name!r} has an unknown key {key!r}; known are {', '.join(known)}")
+        if not isinstance(value, str):
+            raise UserError(f"{path}: entry {name!r}: {key} must be text, not {value!r}")
+    missing = [key for key, field in known.items() if field.default is MISSING and key not in entry]
+    if missing:
+        raise UserError(f"{path}: entry {name!r} lacks {', '.join(missing)}")
+    return ModelSpec(name=str(name), **entry)
+
+
+def resolve_model(model: str | None, heads: str | None = None) -> ModelSpec:
+    """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model."""
+    registry = read_registry()
+    name = model or "bundled"
+    if name in registry:
+        spec = registry[name]
+        if spec.backbone == "bundled":
+            spec = replace(spec, backbone=str(BUNDLED))
+    elif Path(name).expanduser().is_dir():
+        spec = ModelSpec(name=Path(name).resolve().name, backbone=str(Path(name).expanduser()))
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        spec = ModelSpec(name=name.split("/")[1], backbone=name)
+    else:
+        raise UserError(f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)")
+    return replace(spec, heads=os.path.expanduser(heads)) if heads else spec

@@ -1,0 +1,163 @@
+"""Which candidates a step keeps, and which token follows them: greedy, typical, exact.
+
+Every rule is a pure function of tensors on one device, without a copy to the host. Shapes: n nodes, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from medusa_chat.config import Sampling
+from medusa_chat.decoding.tree import Tree
+
+_MIX_1, _MIX_2, _STRIDE = -0x61C8864680B583EB, -0x40A7B892E31B1A47, 0x2545F4914F6CDD1D
+
+
+@dataclass(frozen=True)
+class TreeTensors:
+    """A tree's topology on a device: parents [n], depths [n], ancestors [n, n] (self included)."""
+
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+
+    @classmethod
+    def of(cls, tree: Tree, device: torch.device) -> TreeTensors:
+        ancestors = torch.zeros(len(tree), len(tree), dtype=torch.bool)
+        for row, branch in enumerate(tree.branches):
+            ancestors[row, list(branch)] = True
+        return cls(
+            torch.tensor(tree.parents, device=device), torch.tensor(tree.depths, device=device), ancestors.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step keeps: the row of the deepest accepted node, and the token that follows it. Both []."""
+
+    row: Tensor
+    next: Tensor
+
+
+# A rule takes logits [n, V], candidates [n], the tree, and the root's position in the text.
+Rule = Callable[[Tensor, Tensor, TreeTensors, int], Verdict]
+
+
+def greedy(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
+    """A candidate stays while it is the argmax after its parent: the output is that of greedy decoding."""
+    return _matching(logits.argmax(-1), candidates, tree)
+
+
+def exact(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int, *, warp: Warp, seed: int) -> Verdict:
+    """Lossless sampling: after every node a token is drawn, and a child stays if it is that token.
+
+    The noise is keyed by (seed, position, token), so a draw does not depend on the tree: the text is that of
+    vanilla sampling with the same seed.
+    """
+    scores = warp(logits)
+    return _matching((scores + _noise_at(tree.depths, position, seed, scores)).argmax(-1), candidates, tree)
+
+
+def typical(
+    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int, *,
+    warp: Warp, seed: int, epsilon: float, delta: float,
+) -> Verdict:  # fmt: skip
+    """Typical acceptance (paper, section 2.3.1): x stays if p(x) > min(epsilon, delta * exp(-H(p))).
+
+    The longest accepted path wins, ties by summed log-likelihood; the next token is drawn from what the same
+    rule leaves of the distribution.
+    """
+    log_p = warp(logits).log_softmax(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)  # [n]
+    candidate_log_p = log_p[tree.parents, candidates]
+    kept = candidate_log_p.exp() > threshold[tree.parents]
+    row = _deepest(kept, tree, candidate_log_p)
+    # The likeliest token always stays, so that a delta above 1 can't leave nothing to draw from.
+    allowed = (p[row] > threshold[row]) | (p[row] == p[row].max())
+    scores = log_p[row].masked_fill(~allowed, float("-inf"))[None]
+    drawn = (scores + _noise_at(tree.depths[row][None], position, seed, scores)).argmax(-1)[0]
+    return Verdict(row, drawn)
+
+
+def _matching(chosen: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:
+    """Keep the path on which every candidate is the token chosen after its parent. chosen: [n]"""
+    row = _deepest(candidates == chosen[tree.parents], tree, None)
+    return Verdict(row, chosen[row])
+
+
+def _deepest(kept: Tensor, tree: TreeTensors, log_p: Tensor | None) -> Tensor:
+    """The row of the deepest node whose whole path is kept; ties by summed log_p. kept: [n] -> []"""
+    off = ~kept
+    off[0] = False  # the root was chosen by the backbone itself
+    alive = ~(tree.ancestors & off).any(-1)
+    depth = torch.where(alive, tree.depths, -1)
+    if log_p is None:
+        return depth.argmax()
+    likelihood = torch.where(tree.ancestors & (tree.depths > 0), log_p, 0.0).sum(-1)
+    return torch.where(depth == depth.max(), likelihood, float("-inf")).argmax()
+
+
+Warp = Callable[[Tensor], Tensor]
+
+
+def make_warp(sampling: Sampling) -> Warp:
+    """Temperature and truncation as transformers does them: logits [n, V] -> float32 scores [n, V]."""
+    steps = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k:
+        steps.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        steps.append(MinPLogitsWarper(sampling.min_p))
+    return lambda logits: steps(None, logits.float())
+
+
+def make_rule(sampling: Sampling) -> Rule:
+    """The rule of a mode; at temperature 0 each is greedy."""
+    if sampling.greedy:
+        return greedy
+    warp, seed = make_warp(sampling), sampling.seed
+    if sampling.mode == "typical":
+        return lambda *step: typical(*step, warp=warp, seed=seed, epsilon=sampling.epsilon, delta=sampling.delta)
+    return lambda *step: exact(*step, warp=warp, seed=seed)
+
+
+def _noise_at(depths: Tensor, position: int, seed: int, scores: Tensor) -> Tensor:
+    """Gumbel noise [n, V] for the token after each node; nodes of one depth share theirs."""
+    low, high = int(depths[0]), int(depths[-1])  # depths never fall from row to row
+    rows = [gumbel(seed, position + depth + 1, scores.shape[-1], scores.device) for depth in range(low, high + 1)]
+    return torch.stack(rows)[depths - low]
+
+
+def gumbel(seed: int, position: int, vocabulary: int, device: torch.device) -> Tensor:
+    """Standard Gumbel noise [V] that depends on (seed, position, token id) alone (splitmix64's finalizer)."""
+    key = _mix(torch.tensor(position * _STRIDE + seed * 0x9E3779B1 & 0x7FFFFFFFFFFFFFFF))
+    bits = _mix(_token_keys(vocabulary, device) ^ key.to(device))
+    uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+    return -(-uniform.log()).log().float()
+
+
+@lru_cache(maxsize=4)
+def _token_keys(vocabulary: int, device: torch.device) -> Tensor:
+    return _mix(torch.arange(1, vocabulary + 1, device=device))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Spread every bit of int64 x over the whole word; shifts are made logical by a mask."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX_2
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX_1
+    return x ^ ((x >> 31) & (2**33 - 1))

@@ -1,0 +1,69 @@
+"""A reply in the making: ids to text, stop strings, EOS, limits. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from medusa_chat.config import Sampling
+from medusa_chat.events import Finish, Token
+
+
+class Reply:
+    """Takes the tokens of a reply one by one and says when it is over.
+
+    Attributes:
+        finish: why the reply is over, or None.
+    """
+
+    def __init__(self, tokenizer: Any, sampling: Sampling, eos: frozenset[int], room: int) -> None:
+        """`room` is how many tokens the context still holds."""
+        self.finish: Finish | None = None
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._eos = frozenset() if sampling.ignore_eos else eos
+        self._limit = min(sampling.max_new_tokens, room)
+        self._full: Finish = "length" if sampling.max_new_tokens <= room else "context"
+        self._stop = sampling.stop
+        self._held = ""  # text that may yet turn out to begin a stop string
+        self._count = 0
+
+    def ends_at(self, token: int) -> bool:
+        """Whether `token` as the next one would end the reply whatever its text."""
+        return token in self._eos or self._count + 1 >= self._limit
+
+    def take(self, ids: Sequence[int], heads: Sequence[int]) -> list[Token]:
+        """Add tokens until the reply is over; returns those that belong to it."""
+        taken: list[Token] = []
+        for token, head in zip(ids, heads, strict=True):
+            if self.finish:
+                break
+            taken.append(Token(token, self._text(token), head))
+        return taken
+
+    def _text(self, token: int) -> str:
+        self._count += 1
+        if token in self._eos:
+            self.finish = "eos"
+        elif self._count >= self._limit:
+            self.finish = self._full
+        piece = "" if token in self._eos else self._stream.step(self._tokenizer, token) or ""
+        return self._released(piece)
+
+    def _released(self, piece: str) -> str:
+        """Text that can be shown: all before a stop string, and nothing yet that may begin one."""
+        text = self._held + piece
+        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.finish, self._held = "stop", ""
+            return text[: min(found)]
+        held = 0 if self.finish else max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,242 @@
+"""What leaves the engine, and how it adds up: the one definition of every figure that is shown. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal, Protocol
+
+from medusa_chat.config import Message, Sampling
+
+COPIED = -1  # Token.head of a token that was copied from earlier text
+TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
+
+Finish = Literal["eos", "length", "stop", "context"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a reply.
+
+    Attributes:
+        text: what it adds to the visible text; empty while a character or a stop string is incomplete.
+        head: who proposed it: 0 the backbone's LM head, k Medusa head k, COPIED earlier text.
+    """
+
+    id: int
+    text: str
+    head: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward of the backbone and the tokens that it settled.
+
+    The first token is the root, which the backbone itself chose one forward earlier; the others are accepted
+    guesses. A last token with head 0 behind the root closes the reply and needed no forward of its own.
+
+    Attributes:
+        nodes: rows of the forward, the root included; 0 if the step needed no forward at all.
+        seconds: time inside the engine, without that of its consumer and without prefill.
+        depth: depth of the tree that was verified (0 for a vanilla step).
+        finish: why the reply ended with this step, else None.
+    """
+
+    tokens: tuple[Token, ...]
+    nodes: int
+    seconds: float
+    kind: Literal["tree", "vanilla"]
+    depth: int = 0
+    finish: Finish | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def settled(self) -> int:
+        """Tokens that this step's own forward paid for: all but a closing token."""
+        closing = len(self.tokens) > 1 and self.tokens[-1].head == 0
+        return len(self.tokens) - closing if self.nodes else 0
+
+    @property
+    def accepted(self) -> int:
+        """Accepted guesses: the depth reached in the tree."""
+        return max(self.settled - 1, 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The step line of `--json`."""
+        return {"type": "step", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidate tree of a step, as `/tree` draws it.
+
+    Attributes:
+        paths: node i's path of head ranks; the root's is empty.
+        texts: node i's token as text.
+        accepted: rows on the accepted path, root first.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Progress of training: step of total, mean loss, and per head its loss and top-1 accuracy."""
+
+    step: int
+    total: int
+    loss: float
+    head_loss: tuple[float, ...] = ()
+    head_accuracy: tuple[float, ...] = ()
+    tokens_per_second: float = 0.0
+
+
+@dataclass
+class Stats:
+    """A fold of Steps: of one reply, of a conversation, of a benchmark."""
+
+    new_tokens: int = 0
+    seconds: float = 0.0
+    tree_steps: int = 0
+    tree_tokens: int = 0
+    vanilla_steps: int = 0
+    finish: Finish | None = None
+    reached: Counter[int] = field(default_factory=Counter)  # head -> steps that put its guess to the test
+    accepted: Counter[int] = field(default_factory=Counter)  # head -> its guesses that were accepted
+    _tree_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
+    _vanilla_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
+
+    @classmethod
+    def of(cls, steps: Iterable[Step]) -> Stats:
+        stats = cls()
+        for step in steps:
+            stats.add(step)
+        return stats
+
+    def add(self, step: Step) -> None:
+        self.new_tokens += len(step.tokens)
+        self.seconds += step.seconds
+        self.finish = step.finish
+        if not step.nodes:
+            return
+        if step.kind == "vanilla":
+            self.vanilla_steps += 1
+            self._vanilla_times.append(step.seconds)
+            return
+        self.tree_steps += 1
+        self.tree_tokens += step.settled
+        self._tree_times.append(step.seconds)
+        for depth in range(1, min(step.depth, step.accepted + 1) + 1):
+            self.reached[depth] += 1
+        for token in step.tokens[1 : step.settled]:
+            self.accepted[token.head] += 1
+
+    @property
+    def steps(self) -> int:
+        """Forwards of the backbone, prefill aside."""
+        return self.tree_steps + self.vanilla_steps
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """New tokens per tree step, the root included (the paper's acceleration rate)."""
+        return self.tree_tokens / self.tree_steps if self.tree_steps else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens per second inside the engine, prefill aside."""
+        return self.new_tokens / self.seconds if self.seconds else None
+
+    @property
+    def tree_step_seconds(self) -> float | None:
+        return median(self._tree_times) if self._tree_times else None
+
+    @property
+    def vanilla_step_seconds(self) -> float | None:
+        return median(self._vanilla_times) if self._vanilla_times else None
+
+    @property
+    def vanilla_tokens_per_second(self) -> float | None:
+        """What vanilla decoding does here: from the vanilla steps taken among the tree steps."""
+        return 1 / self.vanilla_step_seconds if self.vanilla_step_seconds else None
+
+    @property
+    def overhead(self) -> float | None:
+        """Time of a tree step over time of a vanilla step, medians of both as measured in this run."""
+        if not self.tree_step_seconds or not self.vanilla_step_seconds:
+            return None
+        return self.tree_step_seconds / self.vanilla_step_seconds
+
+    @property
+    def speedup(self) -> float | None:
+        """Acceptance length / overhead: tokens per second of tree steps over those of vanilla steps."""
+        if self.acceptance_length is None or self.overhead is None:
+            return None
+        return self.acceptance_length / self.overhead
+
+    def head_acceptance(self) -> dict[int, float]:
+        """Per head: accepted guesses / steps in which its guess was put to the test."""
+        return {head: self.accepted[head] / tested for head, tested in sorted(self.reached.items())}
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures of the summary line of `--json`."""
+        figures = {
+            "new_tokens": self.new_tokens,
+            "steps": self.steps,
+            "acceptance_length": self.acceptance_length,
+            "tokens_per_second": self.tokens_per_second,
+            "vanilla_tokens_per_second": self.vanilla_tokens_per_second,
+            "overhead": self.overhead,
+            "speedup": self.speedup,
+            "head_acceptance": {str(head): rate for head, rate in self.head_acceptance().items()},
+        }
+        return {key: _rounded(value) for key, value in figures.items()} | {"finish": self.finish}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class ChatEngine(Protocol):
+    """What the terminal asks of an engine. `medusa_chat.decoding.engine.Engine` is the one that decodes."""
+
+    name: str  # of the model
+    context: int  # tokens that prompt and reply may hold together
+    heads: int  # Medusa heads; 0 if the model has none
+    system: str  # the model's default system prompt, maybe empty
+    notices: list[str]  # what the user should be told once (a pruned tree, a missing calibration); drained by the reader
+
+    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
+        """Decode a reply; may be closed at any time. Raises UserError for a prompt that does not fit."""
+
+    @property
+    def tokens_in_context(self) -> int:
+        """Tokens that the cache holds now."""
+
+    @property
+    def prefilled(self) -> int:
+        """Prompt tokens that the last reply had to prefill (the rest came from the cache)."""
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Time that the last reply's prefill took."""
+
+    def candidates(self) -> Candidates | None:
+        """The tree of the last tree step, or None before the first."""
+
+    def describe_tree(self) -> str:
+        """One line: nodes, depth, where the tree comes from, forecast acceptance length where known."""
+
+    def use_tree(self, name: str) -> None:
+        """Switch to `auto`, a released tree by name, or a JSON file. Raises UserError."""
+
+    def tree_names(self) -> list[str]:
+        """Names that use_tree takes."""

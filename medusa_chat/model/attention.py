@@ -1,0 +1,74 @@
+"""Tree attention as a registered transformers attention function, and the masks that it takes.
+
+A step's rows attend to the whole cached text and, among themselves, to their ancestors only. A prefill is the
+tree that is a chain. Masks are additive, in the backbone's dtype, so that nothing is converted layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+
+NAME = "medusa_tree"
+
+
+def tree_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, softcap: float | None = None, **ignored: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention of n rows over T cached positions, without repeating the key and value heads of a group.
+
+    Args:
+        query: [1, heads, n, head_dim]; key, value: [1, kv_heads, T, head_dim].
+        attention_mask: additive [1, 1, n, T], or None where every row sees everything.
+
+    Returns:
+        [1, n, heads, head_dim], None
+    """
+    _, heads, rows, size = query.shape
+    groups = heads // key.shape[1]
+    if groups > 1:
+        query = query.reshape(1, key.shape[1], groups * rows, size)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    if softcap is None:
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    else:
+        scores = softcap * torch.tanh(query @ key.mT * scaling / softcap)
+        scores = scores if attention_mask is None else scores + attention_mask
+        mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return mixed.reshape(1, heads, rows, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the function known to transformers; returns the name for `attn_implementation`."""
+    AttentionInterface.register(NAME, tree_attention)
+    return NAME
+
+
+def full_mask(ancestors: Tensor, length: int) -> Tensor:
+    """The additive mask of n rows behind `length` cached positions.
+
+    Args:
+        ancestors: additive [n, n]: 0 where row i may see row j, the dtype's minimum elsewhere.
+
+    Returns:
+        [1, 1, n, length + n]
+    """
+    return functional.pad(ancestors, (length, 0))[None, None]
+
+
+def windowed(mask: Tensor, positions: Tensor, length: int, window: int) -> Tensor:
+    """`mask` with everything hidden that lies `window` or more positions back. positions: [n]"""
+    keys = torch.cat([torch.arange(length, device=positions.device), positions])
+    far = keys[None, :] <= positions[:, None] - window
+    return mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as an additive one."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)

@@ -1,0 +1,131 @@
+"""Any transformers causal LM with rewindable attention behind hidden(tokens, positions, mask) and logits(hidden)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medusa_chat.config import UserError
+from medusa_chat.model import attention
+from medusa_chat.model.cache import KVCache
+
+_REWINDABLE = {"full_attention", "sliding_attention"}
+
+
+def check_rewindable(model_class: Any, config: Any) -> None:
+    """Raise UserError for a backbone whose state cannot drop rejected tokens."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(model_class, "_is_stateful", False) or kinds - _REWINDABLE:
+        odd = ", ".join(sorted(kinds - _REWINDABLE)) or "recurrent state"
+        raise UserError(
+            f"{config.model_type} models have layers ({odd}) that cannot take back rejected guesses;"
+            " Medusa needs plain or sliding-window attention in every layer"
+        )
+
+
+class Backbone:
+    """A causal LM, its masks and its cache shapes.
+
+    Attributes:
+        model: the transformers model, in eval mode, loaded with the attention function of model/attention.py.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        check_rewindable(type(model), config)
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        self.model = model.eval().requires_grad_(False)
+        self.config = config
+        kinds = getattr(config, "layer_types", None) or ()
+        self._window = getattr(config, "sliding_window", None)
+        if kinds and "sliding_attention" not in kinds:
+            self._window = None
+        self._mixed = len(set(kinds)) > 1
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._check_logits()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the LM head, which may be more than the tokenizer has tokens."""
+        return int(self.lm_head.weight.shape[0])
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def context(self) -> int:
+        """Positions that the backbone was made for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 4096)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache of `capacity` positions."""
+        config = self.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return KVCache(config.num_hidden_layers, kv_heads, head_dim, capacity, self.dtype, self.device)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, ancestors: Tensor | None, cache: KVCache) -> Tensor:
+        """Run n rows behind the cached text.
+
+        Args:
+            tokens: [n]; positions: [n], the text position of each row.
+            ancestors: additive [n, n], which row sees which; None for a single row.
+
+        Returns:
+            [n, hidden]: the last hidden states, after the final norm. Their keys and values stand in the cache,
+            not yet committed.
+        """
+        output = self.model.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            attention_mask=self._masks(ancestors, positions, cache.length),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> [n, V], as the model's own forward gives them."""
+        logits: Tensor = self.lm_head(hidden)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def _masks(self, ancestors: Tensor | None, positions: Tensor, length: int) -> Any:
+        """What the model takes as attention_mask: one mask, or one for each kind of layer."""
+        if ancestors is None:
+            ancestors = torch.zeros(1, 1, dtype=self.dtype, device=self.device)
+        mask = attention.full_mask(ancestors, length)
+        if self._window is None:
+            return mask
+        # No row lies further along than length + n, so a shorter text can't outgrow the window.
+        near = mask if mask.shape[-1] <= self._window else attention.windowed(mask, positions, length, self._window)
+        return {"full_attention": mask, "sliding_attention": near} if self._mixed else near
+
+    def _check_logits(self) -> None:
+        """Refuse a model whose logits are not lm_head(hidden), before it gives wrong text."""
+        token, position = torch.ones(1, dtype=torch.long, device=self.device), torch.zeros(1, dtype=torch.long)
+        with torch.inference_mode():
+            ours = self.logits(self.hidden(token, position.to(self.device), None, self.new_cache(1)))
+            theirs = self.model(input_ids=token[None], use_cache=False).logits[0]
+        scale = theirs.float().abs().max().clamp(min=1e-3)
+        if not torch.allclose(ours.float() / scale, theirs.float() / scale, atol=0.05):
+            raise UserError(f"{self.config.model_type} models transform their logits in a way that is not supported")

@@ -1,0 +1,94 @@
+"""A reply as it streams: finished rows go to scrollback, the growing row and the panel are redrawn beneath."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.text import Text
+
+from medusa_chat.events import Step
+from medusa_chat.terminal.theme import LABEL, head_mark, head_style
+from medusa_chat.terminal.wrapping import Flow
+
+REFRESH_SECONDS = 0.05
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+ERASE_BELOW = "\r\x1b[J"
+STOPPED = "[stopped]"
+
+Panel = Callable[[int], list[Text]]  # width -> rows
+
+
+class ReplyView:
+    """Draws one reply; a context manager that leaves only the text behind.
+
+    Between two refreshes the cursor rests at the start of the growing row. A terminal that is resized keeps it
+    there, whether it reflows its rows or not, so that erasing downwards from the cursor is always exact
+    (rich's Live rests below its last row, and a narrower terminal then leaves remains of it on the screen).
+
+    Args:
+        panel: gives the rows of the panel for a width; asked at each refresh.
+        clock: seconds; two refreshes are at least REFRESH_SECONDS apart.
+    """
+
+    def __init__(
+        self, console: Console, panel: Panel, *, marks: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = console
+        self._panel = panel
+        self._marks = marks
+        self._clock = clock
+        self._flow = Flow()
+        self._drawn_at = 0.0
+        self.empty = True
+
+    def __enter__(self) -> ReplyView:
+        self._write(HIDE_CURSOR)
+        self._draw()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.empty:
+            self._flow.feed(" " + STOPPED, LABEL)
+        try:
+            self._finish()
+        finally:
+            self._write(SHOW_CURSOR)
+
+    def add(self, step: Step) -> None:
+        """Take in the tokens of a step; redraw if the last refresh is long enough ago."""
+        for token in step.tokens:
+            if token.text:
+                self._flow.feed(token.text, head_style(token.head), head_mark(token.head) if self._marks else "")
+                self.empty = self.empty and not token.text.strip()
+        if self._clock() - self._drawn_at >= REFRESH_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
+        width, height = self._console.size
+        rows = self._flow.take(width)
+        live = [self._flow.growing, Text(), *self._panel(width)]
+        if len(live) >= height:  # a screen of a few rows: the text goes first
+            live = live[:1]
+        up = f"\x1b[{len(live) - 1}A" if len(live) > 1 else ""
+        self._write(ERASE_BELOW + self._rendered([*rows, *live]).removesuffix("\n") + "\r" + up)
+        self._drawn_at = self._clock()
+
+    def _finish(self) -> None:
+        rows = self._flow.take(self._console.width)
+        if not self.empty:
+            rows.append(self._flow.growing)
+        self._write(ERASE_BELOW + self._rendered(rows))
+
+    def _rendered(self, rows: list[Text]) -> str:
+        with self._console.capture() as capture:
+            for row in rows:
+                self._console.print(row, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        return capture.get()
+
+    def _write(self, codes: str) -> None:
+        """One write a refresh: nothing flickers."""
+        self._console.file.write(codes)
+        self._console.file.flush()

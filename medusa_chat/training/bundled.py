@@ -1,0 +1,174 @@
+"""The recipe of the bundled backbone: tokenizer, text mix, a Llama from scratch, two phases.
+
+    python -m medusa_chat.training.bundled --data ../shared/data/train --out build/backbone
+
+The first phase learns the language of all sources on short rows at a constant rate; the second learns to be
+the assistant: agent sources only, loss on the assistant's tokens only, long rows of several conversations,
+rate falling to zero. `--resume` goes on from the last checkpoint of either. Its heads come from the ordinary
+`medusa-chat distill` and `medusa-chat train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from medusa_chat.config import Message
+from medusa_chat.training.data import PackedRows, encode, read_conversations
+from medusa_chat.training.stories import story_conversation
+
+SYSTEM = "You are Medusa, a friendly assistant that runs on this computer."
+CONTEXT = 1024
+# How often each source is seen in an epoch of each phase (advice of the corpus's README).
+LANGUAGE_MIX = {
+    "sgd_accentor": 1, "star": 1, "taskmaster4_coffee": 1, "taskmaster3_movies": 1, "multiwoz21": 1, "woz2": 1,
+    "synthetic_persona_chat": 1, "bot_smalltalk": 3, "own_templates": 3, "country_facts": 2, "fairytale": 1,
+    "self_dialogue": 0.35, "stories": 1,
+}  # fmt: skip
+ASSISTANT_MIX = {
+    "sgd_accentor": 0.35, "star": 0.5, "taskmaster4_coffee": 0.5, "taskmaster3_movies": 0.5, "multiwoz21": 1, "woz2": 1,
+    "bot_smalltalk": 2, "own_templates": 2, "country_facts": 2, "fairytale": 0.2, "stories": 0.6,
+}  # fmt: skip
+STORIES = 3000
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(conversations: list[list[Message]], size: int = 4096) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with single digits, so that times and prices are spelt from ten tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((m["content"] for c in conversations for m in c), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>", model_max_length=CONTEXT
+    )
+    wrapped.add_special_tokens({"additional_special_tokens": special[3:]})
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def read_sources(folder: Path, seed: int) -> dict[str, list[list[Message]]]:
+    """The conversations of every source, and of the story grammar, by name."""
+    rng = random.Random(seed)
+    sources = {path.stem: list(read_conversations(path)) for path in sorted(folder.glob("*.jsonl"))}
+    sources["stories"] = [story_conversation(rng) for _ in range(STORIES)]
+    return sources
+
+
+def mixed(sources: dict[str, list[list[Message]]], mix: dict[str, float], seed: int) -> list[list[Message]]:
+    """One epoch: each source as often as the mix says, shuffled, some with the system prompt."""
+    rng = random.Random(seed)
+    chosen: list[list[Message]] = []
+    for name, weight in mix.items():
+        whole, part = divmod(weight, 1)
+        chosen += sources[name] * int(whole)
+        chosen += rng.sample(sources[name], int(part * len(sources[name])))
+    rng.shuffle(chosen)
+    system: Message = {"role": "system", "content": SYSTEM}
+    return [[system, *c] if rng.random() < 0.25 else c for c in chosen]
+
+
+def chained(conversations: list[list[Message]], seed: int) -> Iterator[list[Message]]:
+    """Join one to four conversations into one, so that the model learns to follow a change of topic."""
+    rng = random.Random(seed)
+    rest = iter(conversations)
+    for first in rest:
+        joined = list(first)
+        for _ in range(rng.choice((0, 0, 1, 2, 3))):
+            joined += [m for m in next(rest, []) if m["role"] != "system"]
+        yield joined
+
+
+def new_backbone(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int) -> LlamaForCausalLM:
+    """A Llama with random weights and tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def fit(model: Any, rows: PackedRows, out: Path, *, steps: int, batch: int, rate: float, schedule: str, seed: int,
+        resume: bool) -> None:  # fmt: skip
+    """Run transformers' Trainer and leave the result in the model."""
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
+        lr_scheduler_type=schedule, warmup_steps=min(100, steps // 10), weight_decay=0.1, adam_beta2=0.95,
+        optim="adamw_torch_fused", bf16=True, use_cpu=not torch.cuda.is_available(), torch_compile=True,
+        logging_steps=25, save_steps=250, save_total_limit=2, report_to=[], seed=seed, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume and out.is_dir() else None)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the backbone in bfloat16, its tokenizer and its generation config."""
+    model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the bundled backbone from scratch.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of conversations, a JSONL file a source")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--phase", choices=["language", "assistant"], required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    sources = read_sources(options.data, options.seed)
+    language, assistant = options.out / "language", options.out / "assistant"
+    if options.phase == "language":
+        tokenizer = train_tokenizer([c for name in LANGUAGE_MIX for c in sources[name]])
+        model: Any = new_backbone(tokenizer, 320, 6, 864)
+        conversations = mixed(sources, LANGUAGE_MIX, options.seed)
+        rows = PackedRows((encode(tokenizer, c, everything=True) for c in conversations), 256)
+        tokenizer.save_pretrained(language)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows) * 256:,} tokens", flush=True)
+        fit(model, rows, language, steps=options.steps, batch=16, rate=options.learning_rate,
+            schedule="constant_with_warmup", seed=options.seed, resume=options.resume)  # fmt: skip
+        return
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
+    model = LlamaForCausalLM.from_pretrained(get_last_checkpoint(str(language)), dtype=torch.float32)
+    conversations = list(chained(mixed(sources, ASSISTANT_MIX, options.seed + 1), options.seed))
+    rows = PackedRows((encode(tokenizer, c) for c in conversations), CONTEXT)
+    print(f"{len(rows) * CONTEXT:,} tokens", flush=True)
+    fit(model, rows, assistant, steps=options.steps, batch=4, rate=options.learning_rate, schedule="linear",
+        seed=options.seed, resume=options.resume)  # fmt: skip
+    save(model, tokenizer, options.out)
+
+
+if __name__ == "__main__":
+    main()
