@@ -30,12 +30,12 @@ def load(
     from medusa_chat.config import resolve_model
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.tuning import read_accuracy
-    from medusa_chat.model.loading import accuracy_file, load_model
+    from medusa_chat.model.loading import load_model
 
     spec = resolve_model(model, heads)
     loaded = load_model(spec, device, dtype)
     return Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing,
-        accuracy=read_accuracy(accuracy_file(loaded.folder)) if loaded.folder else None,
+        accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy else None,
     )  # fmt: skip

@@ -209,25 +209,22 @@ class ChatEngine(Protocol):
     """What the terminal asks of an engine. `medusa_chat.decoding.engine.Engine` is the one that decodes."""
 
     name: str  # of the model
+    prefilled: int  # prompt tokens that the last reply had to prefill; the rest came from the cache
+    prefill_seconds: float  # time that this took
     context: int  # tokens that prompt and reply may hold together
-    heads: int  # Medusa heads; 0 if the model has none
     system: str  # the model's default system prompt, maybe empty
-    notices: list[str]  # what the user should be told once (a pruned tree, a missing calibration); drained by the reader
+    notices: list[str]  # what the user should be told once, such as a pruned tree; drained by the reader
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         """Decode a reply; may be closed at any time. Raises UserError for a prompt that does not fit."""
 
     @property
+    def heads(self) -> int:
+        """Medusa heads; 0 if the model has none."""
+
+    @property
     def tokens_in_context(self) -> int:
         """Tokens that the cache holds now."""
-
-    @property
-    def prefilled(self) -> int:
-        """Prompt tokens that the last reply had to prefill (the rest came from the cache)."""
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Time that the last reply's prefill took."""
 
     def candidates(self) -> Candidates | None:
         """The tree of the last tree step, or None before the first."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,14 +117,15 @@ Warp = Callable[[Tensor], Tensor]
 
 def make_warp(sampling: Sampling) -> Warp:
     """Temperature and truncation as transformers does them: logits [n, V] -> float32 scores [n, V]."""
-    steps = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    steps: Any = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         steps.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0:
         steps.append(MinPLogitsWarper(sampling.min_p))
-    return lambda logits: steps(None, logits.float())
+    no_text = torch.empty(0, dtype=torch.long)  # these warpers look at the scores alone
+    return lambda logits: steps(no_text, logits.float())
 
 
 def make_rule(sampling: Sampling) -> Rule:

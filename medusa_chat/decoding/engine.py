@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from medusa_chat.config import Message, Sampling, UserError
@@ -37,7 +37,8 @@ class Engine:
         tree: str | Tree = "auto", accuracy: tuning.Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True,
     ) -> None:  # fmt: skip
-        self.name, self.system, self.notices = name, system, []
+        self.name, self.system = name, system
+        self.notices: list[str] = []
         self.tokenizer, self.backbone, self.probing = tokenizer, backbone, probing
         self.context = context or min(backbone.context, MAX_CONTEXT)
         self.runner = Runner(backbone, heads, self.context + MAX_NODES)
@@ -109,7 +110,8 @@ class Engine:
         """Bring the cache to `ids`, running only what differs; returns the first token of the reply."""
         started = time.perf_counter()
         # The last token always runs again: its hidden state is where the reply starts.
-        shared = len(os.path.commonprefix([self._tokens, ids[:-1]]))
+        pairs = zip(self._tokens, ids[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.runner.cache.rewind(min(shared, self.runner.cache.length))
         del self._tokens[self.runner.cache.length :]
         self.prefilled = len(ids) - len(self._tokens)
@@ -130,9 +132,15 @@ class Engine:
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
         if tree is not VANILLA:
             self._last = (tree, outcome)
-        kind = "vanilla" if tree is VANILLA else "tree"
         seconds = time.perf_counter() - started
-        return Step(tuple(tokens), len(tree), seconds, kind, tree.depth, reply.finish), outcome.next
+        return Step(
+            tuple(tokens), len(tree), seconds, "vanilla" if tree is VANILLA else "tree", tree.depth, reply.finish
+        ), outcome.next
+
+    def forget(self) -> None:
+        """Empty the cache: the next reply prefills its whole prompt."""
+        self.runner.cache.rewind(0)
+        self._tokens.clear()
 
     def candidates(self) -> Candidates | None:
         """The tree of the last tree step, with its tokens as text."""
@@ -158,7 +166,7 @@ class Engine:
                 f" pruned from {len(wanted)} nodes to {len(fitting)}"
             )
         if not 1 < len(fitting) <= MAX_NODES:
-            raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} nodes to guess; 1 to {MAX_NODES - 1} are possible")
+            raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
         self.tree, self._forecast = fitting, ""
 
     def _auto_tree(self) -> Tree:
@@ -168,8 +176,7 @@ class Engine:
             accuracy = tuning.PUBLISHED
         accuracy = accuracy[: self.heads]
         if self._cost is None:
-            self.runner.cache.rewind(0)
-            self._tokens.clear()
+            self.forget()
             self._cost = tuning.measure(self.runner, accuracy)
         tree, length, speedup = tuning.fastest(accuracy, self._cost)
         self._forecast = f", forecast {length:.2f} tokens a step, {speedup:.2f}x"

@@ -34,7 +34,7 @@ class Tree:
             if not all(type(rank) is int and rank >= 0 for rank in path):
                 raise UserError(f"tree {origin}: node {list(path)} is not a list of ranks 0, 1, 2, ...")
             if path and path[:-1] not in nodes:
-                raise UserError(f"tree {origin}: node {list(path)} is an orphan: its parent {list(path[:-1])} is missing")
+                raise UserError(f"tree {origin}: node {list(path)} is an orphan: {list(path[:-1])} is missing")
         if len(listed) != len(set(listed)):
             twice = next(path for path in listed if listed.count(path) > 1)
             raise UserError(f"tree {origin}: node {list(twice)} is listed twice")

@@ -7,6 +7,7 @@ import json
 import time
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -37,7 +38,7 @@ def read_accuracy(file: Path) -> Accuracy | None:
         accuracy = tuple(tuple(float(value) for value in row) for row in rows)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"cannot read the head accuracies {file}: {error!r}; run medusa-chat calibrate again") from None
-    if not accuracy or not all(row and list(row) == sorted(row) and 0 <= row[0] and row[-1] <= 1 for row in accuracy):
+    if not accuracy or not all(row and sorted(row) == list(row) and row[0] >= 0 and row[-1] <= 1 for row in accuracy):
         raise UserError(f"{file}: accuracies must be rows of rising fractions; run medusa-chat calibrate again")
     return accuracy
 
@@ -49,7 +50,7 @@ def grow(accuracy: Accuracy, nodes: int) -> tuple[Tree, list[float]]:
         the tree, and the forecast acceptance length of each of its stages: forecast[n - 1] with n nodes. A node
         is right with the product of the accuracies along its path, heads taken as independent.
     """
-    gains = [[row[0], *(b - a for a, b in zip(row, row[1:], strict=False))] for row in accuracy]
+    gains = [[row[0], *(b - a for a, b in pairwise(row))] for row in accuracy]
     frontier: list[tuple[float, NodePath]] = [(-gains[0][0], (0,))]
     paths: list[NodePath] = []
     forecast = [1.0]

@@ -18,7 +18,7 @@ NAME = "medusa_tree"
 
 def tree_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, softcap: float | None = None, **ignored: Any,
+    scaling: float, softcap: float | None = None, **ignored: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of n rows over T cached positions, without repeating the key and value heads of a group.
 

@@ -102,6 +102,12 @@ class Backbone:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
+    def hidden_of_text(self, tokens: Tensor) -> Tensor:
+        """Last hidden states of a whole text, apart from any conversation: [n] -> [n, hidden]."""
+        n, device = len(tokens), self.device
+        chain = attention.additive(torch.ones(n, n, dtype=torch.bool, device=device).tril(), self.dtype)
+        return self.hidden(tokens, torch.arange(n, device=device), chain, self.new_cache(n))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, V], as the model's own forward gives them."""
         logits: Tensor = self.lm_head(hidden)

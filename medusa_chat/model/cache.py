@@ -50,6 +50,8 @@ class _Layer(CacheLayerMixin):
     def __init__(self, cache: KVCache, layer: int) -> None:
         super().__init__()
         self.cache = cache
+        self.keys: Tensor
+        self.values: Tensor
         self.keys, self.values = cache.buffer[0, layer].unsqueeze(0), cache.buffer[1, layer].unsqueeze(0)
         self.is_initialized = True
 

@@ -32,7 +32,9 @@ def read_heads(path: Path, hidden: int, vocabulary: int) -> MedusaHeads:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"cannot read the Medusa heads {path}: {error}; the file is damaged or not safetensors") from None
+        raise UserError(
+            f"cannot read the Medusa heads {path}: {error}; the file is damaged or not safetensors"
+        ) from None
     blocks, own = _sorted_tensors(path, tensors)
     count = 1 + max(head for head, *_ in blocks)
     layers = 1 + max(layer for _, layer, _ in blocks)

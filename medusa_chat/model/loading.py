@@ -31,19 +31,31 @@ class Loaded:
     """What a spec names, ready to decode.
 
     Attributes:
-        folder: where the heads' own files (their accuracies) are, or None for a model without heads.
+        accuracy: the file beside the heads that holds their measured accuracies, which need not be there yet;
+            None for a model without heads.
     """
 
     backbone: Backbone
     heads: MedusaHeads | None
     tokenizer: Any
-    folder: Path | None
+    accuracy: Path | None
 
 
 def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) -> Loaded:
     """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right."""
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
+    model, tokenizer = load_pretrained(spec, number)
+    backbone = Backbone(model.to(chosen))
+    file = heads_file(spec)
+    if file is None:
+        return Loaded(backbone, None, tokenizer, None)
+    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
+    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
+
+
+def load_pretrained(spec: ModelSpec, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """transformers' own model and tokenizer of a spec, on the CPU; dtype None keeps that of the files."""
     with _one_line(spec.backbone):
         config = AutoConfig.from_pretrained(spec.backbone)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -51,16 +63,14 @@ def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) 
             raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
         check_rewindable(model_class, config.get_text_config())
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
-        model, report = AutoModelForCausalLM.from_pretrained(spec.backbone, dtype=number, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.backbone, dtype=dtype or "auto", output_loading_info=True
+        )
+    model, report = loaded
     _check_report(spec.backbone, report)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {spec.name} has no chat template, so there is no way to chat with it")
-    backbone = Backbone(model.to(chosen))
-    file = _heads_file(spec)
-    if file is None:
-        return Loaded(backbone, None, tokenizer, None)
-    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
-    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent)
+    return model, tokenizer
 
 
 def choose_device(device: str) -> torch.device:
@@ -81,11 +91,6 @@ def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
-
-
-def accuracy_file(folder: Path) -> Path:
-    """Where the measured accuracies of heads in `folder` are kept."""
-    return folder / ACCURACY_FILE
 
 
 @contextmanager
@@ -111,7 +116,7 @@ def _check_report(backbone: str, report: dict[str, Any]) -> None:
             raise UserError(f"cannot load the model {backbone}: weight {key} is {kind.split('_')[0]} in its files")
 
 
-def _heads_file(spec: ModelSpec) -> Path | None:
+def heads_file(spec: ModelSpec) -> Path | None:
     """The file of the heads: named by the user, or beside the backbone if there is one."""
     place = Path(spec.heads or spec.backbone)
     if place.is_file():

@@ -1,97 +1,38 @@
-"""The slash-commands. One registry, which dispatch, `/help` and completion read; handlers return what to print."""
+"""The slash-commands: dispatch, and the handlers, which return what to print."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
 from medusa_chat.config import MODES, Sampling, UserError
-from medusa_chat.events import Step
 from medusa_chat.terminal import tables, tree_view
+from medusa_chat.terminal.registry import (
+    ALIASES,
+    REGISTRY,
+    Chat,
+    Command,
+    Leave,
+    Reply,
+    Result,
+    Values,
+    WrongArguments,
+    command,
+)
 from medusa_chat.terminal.session import Session, read_conversation
-from medusa_chat.terminal.theme import LABEL, legend
+from medusa_chat.terminal.theme import LABEL
 
 GREEDY_REPEATS = "greedy decoding repeats itself: /typical or /exact draws another reply"
-
-
-@dataclass
-class Chat:
-    """What a command works on."""
-
-    session: Session
-    marks: bool = False
-    colour: bool = True
-
-    def legend(self) -> Text:
-        return legend(self.session.engine.heads, marks=self.marks, colour=self.colour)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A command's result that is to be streamed like the answer to a message."""
-
-    steps: Iterator[Step]
-    note: str = ""
-
-
-class Leave(Exception):
-    """Raised by the command that ends the chat."""
-
-
-class WrongArguments(Exception):
-    """Raised by a handler whose argument does not fit its usage."""
-
-
-Result = RenderableType | Reply | None
-Handler = Callable[[Chat, str], Result]
-Values = Callable[[Session | None, list[str]], Iterable[str]]
-
-
-@dataclass(frozen=True)
-class Command:
-    """One slash-command.
-
-    Attributes:
-        usage: its arguments, as help and complaints show them.
-        values: completions of the next argument word, given the words before it.
-        takes_path: complete file names too.
-    """
-
-    name: str
-    handler: Handler
-    usage: str = ""
-    values: Values | None = None
-    takes_path: bool = False
-
-    @property
-    def help(self) -> str:
-        return " ".join((self.handler.__doc__ or "").split())
-
-    @property
-    def invocation(self) -> str:
-        return f"/{self.name} {self.usage}".rstrip()
-
-
-REGISTRY: dict[str, Command] = {}
-ALIASES = {"quit": "exit"}
-
-
-def command(
-    name: str, usage: str = "", *, values: Values | None = None, takes_path: bool = False
-) -> Callable[[Handler], Handler]:
-    """Register a handler (chat, argument text) -> what to print. Its docstring is the help."""
-
-    def register(handler: Handler) -> Handler:
-        REGISTRY[name] = Command(name, handler, usage, values, takes_path)
-        return handler
-
-    return register
+KEYS = (
+    "Enter sends · Alt+Enter or Ctrl+J adds a line · Ctrl+R searches · Ctrl+X Ctrl+E opens an editor · "
+    "Ctrl+C stops a reply"
+)
 
 
 def is_command(line: str) -> bool:
@@ -123,8 +64,8 @@ def dispatch(chat: Chat, line: str) -> Result:
         raise UserError(f"usage: {found.invocation}") from None
 
 
-def _with(chat: Chat, **settings: object) -> Text:
-    chat.session.sampling = replace(chat.session.sampling, **settings)  # type: ignore[arg-type]
+def _with(chat: Chat, **settings: Any) -> Text:
+    chat.session.sampling = replace(chat.session.sampling, **settings)
     return _settled(chat)
 
 
@@ -159,9 +100,8 @@ def _tree_values(session: Session | None, words: list[str]) -> Iterable[str]:
 @command("help")
 def _help(chat: Chat, argument: str) -> Result:
     """List the commands."""
-    keys = "Enter sends · Alt+Enter or Ctrl+J adds a line · Ctrl+R searches · Ctrl+X Ctrl+E edits · Ctrl+C stops a reply"
     rows = [(entry.invocation, entry.help) for entry in REGISTRY.values()]
-    return Group(tables.help_table(rows), Text(), Text(keys, LABEL), Text(), chat.legend())
+    return Group(tables.help_table(rows), Text(), Text(KEYS, LABEL), Text(), chat.legend())
 
 
 @command("mode", "[MODE]", values=_one_of(*MODES))
@@ -180,14 +120,14 @@ def _greedy(chat: Chat, argument: str) -> Result:
 
 @command("typical", "[EPSILON DELTA]")
 def _typical(chat: Chat, argument: str) -> Result:
-    """Accept guesses that are typical enough: fastest when sampling, but not the model's exact distribution."""
+    """Accept guesses that are typical enough: fastest sampling, not the exact distribution."""
     if not argument:
         return _with(chat, mode="typical")
-    try:
-        epsilon, delta = map(float, argument.split())
-    except ValueError:
-        raise WrongArguments from None
-    return _with(chat, mode="typical", epsilon=epsilon, delta=delta)
+    words = argument.split()
+    if len(words) != 2:
+        raise WrongArguments
+    thresholds = chat.session.sampling.with_value("epsilon", words[0]).with_value("delta", words[1])
+    return _with(chat, mode="typical", epsilon=thresholds.epsilon, delta=thresholds.delta)
 
 
 @command("exact")

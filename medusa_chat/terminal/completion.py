@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-from medusa_chat.terminal.commands import ALIASES, REGISTRY, is_command
+from medusa_chat.terminal.commands import is_command
+from medusa_chat.terminal.registry import ALIASES, REGISTRY
 from medusa_chat.terminal.session import Session
 
 
@@ -40,4 +41,4 @@ class CommandCompleter(Completer):
 def _names(start: str) -> Iterable[Completion]:
     for name, entry in REGISTRY.items():
         if name.startswith(start):
-            yield Completion(name, -len(start), display=f"/{name}", display_meta=entry.help)
+            yield Completion(name, -len(start), display=f"/{name}", display_meta=entry.help.partition(":")[0])

@@ -38,7 +38,7 @@ def item(label: str, value: str, tail: str = "") -> Text:
 def fit(variants: Sequence[Sequence[Text]], width: int) -> Text:
     """The first variant that fits in `width`, joined to one row; the last one is cut if need be."""
     for items in variants:
-        row = Text(SEPARATOR, style=LABEL).join(items)
+        row = Text.assemble(*[part for entry in items for part in ((SEPARATOR, LABEL), entry)][1:])
         if row.cell_len <= width:
             return row
     row.truncate(width, overflow="ellipsis")
@@ -75,9 +75,9 @@ def _second_row(stats: Stats, sampling: Sampling, width: int) -> Text:
         return fit([[item("vanilla decoding is ", "", BASELINE)], [item("", "baseline")]], width)
     speedup = speedup_item(stats.speedup, " measured here")
     overhead = item("overhead ", number(stats.overhead, 2, "×"))
-    variants = [[speedup, overhead, gauges(stats, bar)] for bar in (12, 8, 5, 3, 0)]
-    short = [[speedup, sparks(stats)], [speedup], [speedup_item(stats.speedup)]]
-    return fit([[part for part in parts if part] for parts in (*variants, [speedup, overhead, sparks(stats)], *short)], width)
+    variants = [[speedup, overhead, gauges(stats, length)] for length in (12, 8, 5, 3, 0)]
+    variants += [[speedup, overhead, sparks(stats)], [speedup, sparks(stats)], [speedup], [speedup_item(stats.speedup)]]
+    return fit([[part for part in parts if part] for parts in variants], width)
 
 
 def speedup_item(speedup: float | None, tail: str = "") -> Text:

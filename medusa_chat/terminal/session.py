@@ -44,9 +44,11 @@ class Session:
         yield from self._reply([*self.messages, {"role": "user", "content": text}])
 
     def regen(self) -> Generator[Step, None, None]:
-        """Stream a new reply to the last user turn, with another seed; the old one goes once the new one speaks."""
+        """Stream a new reply to the last user turn, with another seed
+        where one matters; the old one goes once the new one speaks."""
         turns = self.messages[: self._last_user_turn("there is no reply to renew yet") + 1]
-        self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % SEEDS)
+        if not self.sampling.greedy:
+            self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % SEEDS)
         return self._reply(turns)
 
     def _reply(self, turns: list[Message]) -> Generator[Step, None, None]:
@@ -110,8 +112,9 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
     text = json.dumps(asdict(conversation), ensure_ascii=False, indent=2) + "\n"
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False, errors="replace") as file:
-            temporary = Path(file.name)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:

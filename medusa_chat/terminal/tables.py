@@ -43,7 +43,7 @@ FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
 
 
 def _table(*columns: str, right: Iterable[int] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style=LABEL, border_style=LABEL, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style=LABEL, border_style=LABEL, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left", overflow="fold")
     return table
@@ -56,8 +56,8 @@ def stats_table(last: Stats, conversation: Stats, engine: ChatEngine) -> Table:
         table.add_row(name, figure(last), figure(conversation), style=STRONG if name == "speedup" else "")
     mine, all_of_them = last.head_acceptance(), conversation.head_acceptance()
     for head in all_of_them:
-        name = Text(f"accepted of {head_name(head)}", head_style(head))
-        table.add_row(name, _percent(mine.get(head)), _percent(all_of_them[head]))
+        label = Text(f"accepted of {head_name(head)}", head_style(head))
+        table.add_row(label, _percent(mine.get(head)), _percent(all_of_them[head]))
     table.add_row("prefill", f"{engine.prefilled} tokens", UNKNOWN)
     table.add_row("prefill time", number(engine.prefill_seconds, 3, " s"), UNKNOWN)
     return table

@@ -7,9 +7,9 @@ from rich.text import Text
 
 from medusa_chat.events import COPIED
 
-# After Okabe and Ito's colour-blind safe palette, with lightness moved so that each keeps a contrast of at
-# least 3 to 1 on white and on a dark background; the LM head takes the terminal's own colour.
-HEAD_COLOURS = ("#2380d0", "#d55e00", "#009e73", "#cb60a9", "#8a7a00")
+# The hues of Okabe and Ito's palette, their lightness moved so that each keeps a contrast of at least 3 to 1
+# on white and on a dark background, and stays apart under each colour deficiency (test_view measures both).
+HEAD_COLOURS = ("#2c64ed", "#e37814", "#1a9e68", "#b95796", "#87651a")
 COPIED_COLOUR = "#808080"
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 

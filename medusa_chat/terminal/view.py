@@ -49,7 +49,9 @@ class ReplyView:
         self._draw()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.empty:
             self._flow.feed(" " + STOPPED, LABEL)
         try:

@@ -77,7 +77,9 @@ def encode(tokenizer: Any, messages: list[Message], everything: bool = False) ->
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [(0, len(text))] if everything else _assistant_spans(tokenizer, messages)
-    trained = [any(start < stop and start >= a and stop <= b for a, b in spans) for start, stop in encoded["offset_mapping"]]
+    trained = [
+        any(start < stop and start >= a and stop <= b for a, b in spans) for start, stop in encoded["offset_mapping"]
+    ]
     return Example(encoded["input_ids"], trained)
 
 

@@ -1,0 +1,30 @@
+"""Other decoders of the same weights, to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from medusa_chat.config import resolve_model
+from medusa_chat.decoding.engine import Engine
+from medusa_chat.model.loading import load_pretrained
+
+
+class TransformersPeer:
+    """transformers' own greedy generate(), with its default attention and cache."""
+
+    def __init__(self, engine: Engine) -> None:
+        backbone = engine.backbone
+        spec = replace(resolve_model(None), name=engine.name, backbone=backbone.model.name_or_path)
+        model, _ = load_pretrained(spec, backbone.dtype)
+        self.model = model.to(backbone.device).eval()
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """Ids of the reply, the EOS included."""
+        ids = torch.tensor([prompt], device=self.model.device)
+        mask = torch.ones_like(ids)
+        output = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+        reply: list[int] = output[0, len(prompt) :].tolist()
+        return reply

@@ -1,0 +1,130 @@
+"""`medusa-chat verify`: greedy equals vanilla, exact equals vanilla sampling, and near-ties are told from faults."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from medusa_chat.config import Sampling
+from medusa_chat.decoding.acceptance import gumbel, make_warp
+from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.tree import Tree, chain, named_tree, paper_trees
+from medusa_chat.peers import TransformersPeer
+from medusa_chat.prompts import Prompt
+
+SAMPLINGS = tuple((temperature, top_p) for temperature in (0.3, 0.7, 1.0) for top_p in (1.0, 0.9))
+ULPS = 16  # two scores closer than this many units in the last place of the dtype may fall either way
+
+
+@dataclass
+class Check:
+    """One row of the table: how many replies of a mode and tree equal their reference."""
+
+    name: str
+    replies: int = 0
+    equal: int = 0
+    near_ties: int = 0
+    faults: int = 0
+    largest_gap: float = 0.0
+    first_fault: str = ""
+
+
+def random_tree(rng: random.Random, nodes: int, depth: int, width: int) -> Tree:
+    """A random prefix-closed tree."""
+    paths: set[tuple[int, ...]] = set()
+    while len(paths) < nodes:
+        parent = rng.choice([(), *sorted(path for path in paths if len(path) < depth)])
+        paths.add((*parent, rng.randrange(width)))
+    return Tree.of(paths, f"random-{nodes}")
+
+
+def trees_to_check(engine: Engine, seed: int) -> dict[str, Tree]:
+    """The engine's own tree, every released one, a chain and two random ones, pruned to the heads."""
+    rng = random.Random(seed)
+    named = {"auto": engine.tree} | {name: named_tree(name) for name in paper_trees()}
+    named[f"chain-{engine.heads}"] = chain(engine.heads)
+    for nodes in (12, 40):
+        named[f"random-{nodes}"] = random_tree(rng, nodes, engine.heads, 10)
+    return named
+
+
+def verify(
+    engine: Engine, prompts: list[Prompt], sampling: Sampling, *, turns: int, progress: Callable[[int, int], None]
+) -> list[Check]:
+    """Decode every prompt in every tree and compare with vanilla: greedy on all turns, exact on three temperatures."""
+    trees = trees_to_check(engine, sampling.seed)
+    peer = TransformersPeer(engine)
+    checks: dict[str, Check] = {}
+
+    def compare(name: str, ids: list[int], reference: list[int], found: list[int], how: Sampling) -> None:
+        _compare(checks.setdefault(name, Check(name)), engine, ids, reference, found, how)
+
+    for done, prompt in enumerate(prompts, 1):
+        for ids in _histories(engine, prompt, turns):
+            reference = _ids(engine, ids, replace(sampling, mode="vanilla", sample=False), engine.tree)
+            plain = replace(sampling, mode="greedy")
+            compare("vanilla, generate()", ids, peer.generate(ids, len(reference)), reference, plain)
+            for name, tree in trees.items():
+                compare(f"greedy, {name}", ids, reference, _ids(engine, ids, plain, tree), plain)
+            for temperature, top_p in SAMPLINGS:
+                drawn = replace(sampling, mode="exact", temperature=temperature, top_p=top_p, seed=done)
+                vanilla = _ids(engine, ids, replace(drawn, mode="vanilla", sample=True), engine.tree)
+                found = _ids(engine, ids, drawn, trees["auto"])
+                compare(f"exact, T={temperature}, top-p={top_p}", ids, vanilla, found, drawn)
+        progress(done, len(prompts))
+    return list(checks.values())
+
+
+def _histories(engine: Engine, prompt: Prompt, turns: int) -> Iterator[list[int]]:
+    """Ids of the conversation before each of the first replies, with the answers that the file has."""
+    messages = prompt.reference or prompt.opening()
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"][:turns]
+    for i in asked:
+        ids = engine.encode(list(messages[: i + 1]))
+        if len(ids) + 1 < engine.context:
+            yield ids
+
+
+def _ids(engine: Engine, prompt: list[int], sampling: Sampling, tree: Tree) -> list[int]:
+    engine.use_tree(tree)
+    engine.notices.clear()
+    return [token.id for step in engine.generate(prompt, sampling) for token in step.tokens]
+
+
+def _compare(
+    check: Check, engine: Engine, prompt: list[int], reference: list[int], found: list[int], sampling: Sampling
+) -> None:
+    check.replies += 1
+    if reference == found:
+        check.equal += 1
+        return
+    place = next((i for i, pair in enumerate(zip(reference, found, strict=False)) if pair[0] != pair[1]), None)
+    if place is None:
+        gap, limit = float("inf"), 0.0
+    else:
+        gap, limit = _gap(engine, prompt + reference[:place], reference[place], found[place], sampling)
+    check.largest_gap = max(check.largest_gap, gap)
+    if gap <= limit:
+        check.near_ties += 1
+        return
+    check.faults += 1
+    check.first_fault = check.first_fault or (
+        f"after {engine.tokenizer.decode((prompt + reference)[-12:])!r}: token {place} differs, gap {gap:.3g}"
+    )
+
+
+@torch.inference_mode()
+def _gap(engine: Engine, text: list[int], a: int, b: int, sampling: Sampling) -> tuple[float, float]:
+    """Gap of the two tokens' scores after `text`, teacher-forced, and the gap that rounding explains."""
+    backbone = engine.backbone
+    logits = backbone.logits(backbone.hidden_of_text(torch.tensor(text, device=backbone.device))[-1:]).float()
+    limit = ULPS * torch.finfo(backbone.dtype).eps * float(logits.abs().max())
+    if sampling.greedy:
+        return abs(float(logits[0, a] - logits[0, b])), limit
+    # Without truncation: a token at the edge of top-p is in for one rounding and out for another.
+    scores = make_warp(replace(sampling, top_p=1.0, top_k=0, min_p=0.0))(logits)
+    scores = scores + gumbel(sampling.seed, len(text), scores.shape[-1], scores.device)
+    return abs(float(scores[0, a] - scores[0, b])), limit / sampling.temperature
