@@ -210,7 +210,8 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -> int:
     """Answer one prompt on standard output: its text, or with --json a line per step and a summary."""
-    from medusa_chat.events import Stats, printable
+    from medusa_chat.events import Stats
+    from medusa_chat.terminal.wrapping import sanitize
 
     if not prompt:
         raise UserError("the prompt is empty")
@@ -224,7 +225,7 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
             stats.add(step)
             ids += [token.id for token in step.tokens]
             text += step.text
-            line = json.dumps(step.as_json()) + "\n" if options.json else printable(step.text)
+            line = json.dumps(step.as_json()) + "\n" if options.json else sanitize(step.text)
             print(line, end="", flush=True)
     if options.json:
         print(json.dumps({"type": "summary", "text": text, "ids": ids, "mode": sampling.mode, **stats.as_json()}))
@@ -244,7 +245,7 @@ def _bench(options: argparse.Namespace) -> int:
     modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
     prompts = read_prompts(options.prompts, options.limit)
     engine = _load(options, probing=False)
-    view = report.timed_view(engine, sampling) if options.view else None
+    view = report.timed_view(sampling) if options.view else None
     plan = bench.Plan(prompts, modes, sampling, options.rounds, options.peer is not None, view)
     with report.progress("measuring") as progress:
         result = bench.bench(engine, plan, progress)

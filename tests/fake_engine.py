@@ -137,6 +137,7 @@ def main() -> int:
     parser.add_argument("--load", type=float, default=0.0)
     parser.add_argument("--load-error")
     parser.add_argument("--notice")
+    parser.add_argument("--fails-after", type=int)
     parser.add_argument("--marks", action="store_true")
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
@@ -148,7 +149,12 @@ def main() -> int:
         time.sleep(arguments.load)
         if arguments.load_error:
             raise UserError(arguments.load_error)
-        engine = FakeEngine(arguments.reply or (REPLY,), delay=arguments.delay, prefill=arguments.prefill)
+        engine = FakeEngine(
+            arguments.reply or (REPLY,),
+            delay=arguments.delay,
+            prefill=arguments.prefill,
+            fails_after=arguments.fails_after,
+        )
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine
 

@@ -38,13 +38,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SMALL = {
+SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
 # Grouped queries, a head_dim that is not hidden / heads, windows shorter than the texts, softcaps that bite.
-_MIXED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
+MIXED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
 ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-wide-heads": (LlamaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
@@ -63,13 +63,13 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "phi3-sliding": (Phi3Config, {"sliding_window": WINDOW}),
     "gemma2": (
         Gemma2Config,
-        _MIXED | {"head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
-                  "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+        MIXED | {"head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+                  "query_pre_attn_scalar": 24},
     ),
     "gemma3": (
         Gemma3TextConfig,
-        _MIXED | {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0,
-                  "attn_logit_softcapping": 2.0, "tie_word_embeddings": True},
+        MIXED | {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0,
+                  "attn_logit_softcapping": 2.0},
     ),
 }  # fmt: skip
 
@@ -78,7 +78,7 @@ def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 0, **cha
     """A transformers model with random weights, in float32."""
     config_class, own = ARCHITECTURES[kind]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**(_SMALL | own | {"vocab_size": vocabulary} | changes)))
+    model = AutoModelForCausalLM.from_config(config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes)))
     model.generation_config.eos_token_id = None
     return model.float().eval()
 
@@ -159,10 +159,10 @@ def prompt_ids(length: int, vocabulary: int = 64, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocabulary), k=length)
 
 
-def random_tree(seed: int, nodes: int, depth: int, width: int) -> Tree:
-    """A random prefix-closed set of paths."""
+def random_tree(seed: int, nodes: int, depth: int, width: int, spine: int = 0) -> Tree:
+    """A random prefix-closed set of paths, with the likeliest guesses of the first `spine` heads among them."""
     chance = random.Random(seed)
-    paths: set[tuple[int, ...]] = {()}
+    paths: set[tuple[int, ...]] = {(0,) * length for length in range(spine + 1)}
     for _ in range(50 * nodes):
         if len(paths) > nodes:
             break

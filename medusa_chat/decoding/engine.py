@@ -130,8 +130,6 @@ class Engine:
         self.runner.cache.rewind(len(self._tokens))
         if not reply.finish and reply.ends_at(outcome.next):
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
-        if tree is not VANILLA:
-            self._last = (tree, outcome)
         seconds = time.perf_counter() - started
         return Step(
             tuple(tokens), len(tree), seconds, "vanilla" if tree is VANILLA else "tree", tree.depth, reply.finish

@@ -65,7 +65,9 @@ class Runner:
         prepared = self._prepare(tree)
         position = self.cache.length
         candidates = self._candidates(root, prepared)
-        hidden = self.backbone.hidden(candidates, prepared.tensors.depths + position, prepared.mask, self.cache)
+        # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
+        positions = (prepared.tensors.depths + position).clamp(max=self.backbone.context - 1)
+        hidden = self.backbone.hidden(candidates, positions, prepared.mask, self.cache)
         verdict = rule(self.backbone.logits(hidden), candidates, prepared.tensors, position)
         *tokens, row, following = torch.cat([candidates, verdict.row[None], verdict.next[None]]).tolist()
         rows = tree.branches[row]

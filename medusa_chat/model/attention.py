@@ -11,28 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 NAME = "medusa_tree"
 
 
 def tree_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float, softcap: float | None = None, **ignored: Any,
+    scaling: float, softcap: float | None = None, s_aux: Tensor | None = None, **ignored: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of n rows over T cached positions, without repeating the key and value heads of a group.
 
     Args:
-        query: [1, heads, n, head_dim]; key, value: [1, kv_heads, T, head_dim].
-        attention_mask: additive [1, 1, n, T], or None where every row sees everything.
+        query: [batch, heads, n, head_dim]; key, value: [batch, kv_heads, T, head_dim].
+        attention_mask: additive [batch or 1, 1, n, T], or None where every row sees everything.
+        s_aux: attention sinks, which some models add to the softmax; not supported.
 
     Returns:
-        [1, n, heads, head_dim], None
+        [batch, n, heads, head_dim], None
     """
-    _, heads, rows, size = query.shape
+    if s_aux is not None:
+        raise ValueError("attention sinks are not supported")
+    batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
     if groups > 1:
-        query = query.reshape(1, key.shape[1], groups * rows, size)
+        query = query.reshape(batch, key.shape[1], groups * rows, size)
         if attention_mask is not None:
             attention_mask = attention_mask.repeat(1, 1, groups, 1)
     if softcap is None:
@@ -41,12 +45,14 @@ def tree_attention(
         scores = softcap * torch.tanh(query @ key.mT * scaling / softcap)
         scores = scores if attention_mask is None else scores + attention_mask
         mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return mixed.reshape(1, heads, rows, value.shape[-1]).transpose(1, 2).contiguous(), None
+    return mixed.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def register() -> str:
     """Make the function known to transformers; returns the name for `attn_implementation`."""
     AttentionInterface.register(NAME, tree_attention)
+    # Without a mask function of its own a plain forward of the model would get no mask at all, not a causal one.
+    AttentionMaskInterface.register(NAME, eager_mask)
     return NAME
 
 

@@ -35,8 +35,6 @@ class Backbone:
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
         check_rewindable(type(model), config)
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
         self.model = model.eval().requires_grad_(False)
         self.config = config
         kinds = getattr(config, "layer_types", None) or ()
@@ -45,7 +43,7 @@ class Backbone:
             self._window = None
         self._mixed = len(set(kinds)) > 1
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._check_logits()
+        self._set_attention()
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +69,12 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """Positions that the backbone was made for."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 4096)
+        """Positions that the backbone was made for, with one encoding: longrope switches where its first part ends."""
+        made_for = int(getattr(self.config, "max_position_embeddings", None) or 4096)
+        scaling = getattr(self.config, "rope_parameters", None) or {}
+        if scaling.get("rope_type") == "longrope":
+            return min(made_for, int(scaling["original_max_position_embeddings"]))
+        return made_for
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache of `capacity` positions."""
@@ -92,7 +94,7 @@ class Backbone:
             [n, hidden]: the last hidden states, after the final norm. Their keys and values stand in the cache,
             not yet committed.
         """
-        output = self.model.model(
+        output = self.model.base_model(
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=self._masks(ancestors, positions, cache.length),
@@ -126,12 +128,23 @@ class Backbone:
         near = mask if mask.shape[-1] <= self._window else attention.windowed(mask, positions, length, self._window)
         return {"full_attention": mask, "sliding_attention": near} if self._mixed else near
 
-    def _check_logits(self) -> None:
-        """Refuse a model whose logits are not lm_head(hidden), before it gives wrong text."""
-        token, position = torch.ones(1, dtype=torch.long, device=self.device), torch.zeros(1, dtype=torch.long)
-        with torch.inference_mode():
-            ours = self.logits(self.hidden(token, position.to(self.device), None, self.new_cache(1)))
-            theirs = self.model(input_ids=token[None], use_cache=False).logits[0]
-        scale = theirs.float().abs().max().clamp(min=1e-3)
-        if not torch.allclose(ours.float() / scale, theirs.float() / scale, atol=0.05):
-            raise UserError(f"{self.config.model_type} models transform their logits in a way that is not supported")
+    @torch.inference_mode()
+    def _set_attention(self) -> None:
+        """Switch to tree attention, and refuse a model that it would not follow before it gives wrong text.
+
+        The text (0, 1, 1) is run as a tree with a stray 0 beside the second token: the logits have to be those
+        of the model's own attention over the text alone.
+        """
+        text, rows = [0, 1, 1], torch.tensor([0, 1, 3], device=self.device)
+        ancestors = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], device=self.device).bool()
+        theirs = self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False).logits[0].float()
+        try:
+            self.model.set_attn_implementation(attention.register())
+            tokens, positions = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 2]], device=self.device)
+            mask = attention.additive(ancestors, self.dtype)
+            ours = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))[rows].float()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.config.model_type} models do not take tree attention: {error!r}") from None
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
+        if not (ours - theirs).abs().max() <= tolerance * theirs.abs().max():
+            raise UserError(f"{self.config.model_type} models attend or make their logits in a way that is not supported")

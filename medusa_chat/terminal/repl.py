@@ -111,7 +111,7 @@ class Repl:
                     return 0
                 self._answer(self._ready(), line)
             except KeyboardInterrupt:  # while the model loads
-                self._print(Text(f"not sent; {BRING_BACK}", LABEL))
+                self._print(Text(f"not sent; {BRING_BACK}\n", LABEL))
             except UserError as error:
                 self._complain(error)
             except (EOFError, Leave):
@@ -149,7 +149,13 @@ class Repl:
         if not is_command(line):
             self._reply(chat, chat.session.ask(line.removeprefix("/") if line.startswith("//") else line))
             return
-        result = dispatch(chat, line)
+        try:
+            result = dispatch(chat, line)
+        except Leave:
+            raise
+        except Exception as error:
+            self._complain(error)
+            return
         if isinstance(result, Reply):
             self._print(Text(result.note, LABEL))
             self._reply(chat, result.steps)
@@ -209,7 +215,7 @@ class Repl:
             self._print(Text(session.engine.notices.pop(0), NOTICE))
 
     def _complain(self, error: Exception) -> None:
-        self._print(Text(_complaint(error), ERROR))
+        self._print(Text(f"{_complaint(error)}\n", ERROR))
 
     def _print(self, what: RenderableType) -> None:
         self._console.print(what)

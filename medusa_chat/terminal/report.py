@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +12,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from medusa_chat.config import ModelSpec
-from medusa_chat.events import TrainStep
+from medusa_chat.config import ModelSpec, Sampling
+from medusa_chat.events import Stats, Step, TrainStep
+from medusa_chat.terminal.panel import panel
+from medusa_chat.terminal.view import ReplyView
 
 _BENCH_ROWS = (
     ("acceptance_length", "acceptance length", "{:.2f} tokens/step"),
@@ -39,6 +42,20 @@ def progress(text: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total, refresh=True)
 
         yield show
+
+
+def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
+    """A consumer that draws a reply as chat does, on a terminal that nobody sees."""
+    console = Console(file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor", width=100, height=30)
+
+    def draw(steps: Iterable[Step]) -> None:
+        stats = Stats()
+        with ReplyView(console, lambda width: panel(stats, sampling, width)) as view:
+            for step in steps:
+                stats.add(step)
+                view.add(step)
+
+    return draw
 
 
 @contextmanager

@@ -24,6 +24,8 @@ def distill(
     """
     backbone, tokenizer = load_pretrained(resolve_model(model), None)
     tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # the mask hides whatever stands there
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     wanted = read_prompts(prompts, limit)
     done = _whole_lines(out)
     with out.open("a", encoding="utf-8") as lines:

@@ -42,7 +42,8 @@ _GIFTS = [
 ]
 _MORALS = [
     "And they all lived happily ever after.", "So a kind heart found its reward.",
-    "From that day on, everyone in the land told this story.", "And if they have not died, they are living there still.",
+    "From that day on, everyone in the land told this story.",
+    "And if they have not died, they are living there still.",
 ]  # fmt: skip
 _REQUESTS = [
     "Tell me a fairy tale.", "Tell me a short fairy tale.", "Can you tell me a story?", "Please tell me a short story.",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_chat.config import Recipe, UserError, resolve_model
@@ -60,16 +61,9 @@ class _Report(TrainerCallback):
         if not logs or "loss" not in logs or last is None:
             return
         tokens = (state.global_step - self.first) * args.train_batch_size * self.row_tokens
-        self.progress(
-            TrainStep(
-                state.global_step,
-                state.max_steps,
-                float(logs["loss"]),
-                tuple(last.losses.tolist()),
-                tuple(last.accuracy.tolist()),
-                tokens / (time.perf_counter() - self.started),
-            )  # fmt: skip
-        )
+        rate = tokens / (time.perf_counter() - self.started)
+        losses, accuracy = tuple(last.losses.tolist()), tuple(last.accuracy.tolist())
+        self.progress(TrainStep(state.global_step, state.max_steps, float(logs["loss"]), losses, accuracy, rate))
 
 
 def train(model: str, data: list[Path], out: Path, recipe: Recipe, progress: Progress, resume: bool = False) -> Path:
@@ -93,7 +87,7 @@ def train(model: str, data: list[Path], out: Path, recipe: Recipe, progress: Pro
         callbacks=[_Report(trainee, progress, recipe.length)],
     )  # fmt: skip
     backbone.to(trainer.args.device)
-    trainer.pop_callback(_printer(trainer))
+    trainer.pop_callback(PrinterCallback)  # `progress` shows what it would print
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if resume and run.is_dir() else None)
     return write_heads(trainee.heads, out)
 
@@ -112,6 +106,6 @@ def _arguments(run: Path, recipe: Recipe) -> TrainingArguments:
         output_dir=str(run), num_train_epochs=recipe.epochs, max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=recipe.warmup_steps, weight_decay=0.0, optim="adamw_torch_fused",
-        bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=20, save_steps=500, save_total_limit=2,
+        bf16=True, use_cpu=not torch.cuda.is_available(), logging_steps=10, save_steps=500, save_total_limit=2,
         report_to=[], seed=recipe.seed, disable_tqdm=True, label_names=["labels"],
     )  # fmt: skip

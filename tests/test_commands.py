@@ -1,0 +1,249 @@
+"""The slash-commands: one registry behind dispatch, help and completion."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from fake_engine import REPLY, FakeEngine
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from rich.console import Console
+
+from medusa_chat.config import MODES, Sampling, UserError
+from medusa_chat.events import Candidates
+from medusa_chat.terminal import tables, tree_view
+from medusa_chat.terminal.commands import GREEDY_REPEATS, dispatch, find, is_command
+from medusa_chat.terminal.completion import CommandCompleter
+from medusa_chat.terminal.registry import REGISTRY, Chat, Leave, Reply
+from medusa_chat.terminal.session import Session
+
+
+@pytest.fixture
+def chat() -> Chat:
+    return Chat(Session(FakeEngine(), Sampling()))
+
+
+def printed(renderable: object, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def run(chat: Chat, line: str) -> str:
+    return printed(dispatch(chat, line))
+
+
+def row(table: str, label: str) -> list[str]:
+    """The cells of the row of a printed table that begins with `label`."""
+    return next(line.replace(label, "", 1).split() for line in table.splitlines() if line.strip().startswith(label))
+
+
+def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
+    shown = run(chat, "/help")
+    names = "help mode greedy typical exact vanilla set system reset undo regen stats tree heads marks save load exit"
+    assert list(REGISTRY) == names.split()
+    for entry in REGISTRY.values():
+        assert entry.help
+        assert any(line.startswith(entry.invocation) for line in shown.splitlines())
+        assert entry.help.split()[0] in shown
+    assert "■ LM head" in shown.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(chat: Chat, mode: str) -> None:
+    assert run(chat, f"/{mode}").startswith(mode)
+    assert chat.session.sampling.mode == mode
+    chat.session.sampling = Sampling()
+    run(chat, f"/mode {mode}")
+    assert chat.session.sampling.mode == mode
+    assert run(chat, "/mode").startswith(mode)
+
+
+def test_typical_takes_its_thresholds(chat: Chat) -> None:
+    assert "epsilon 0.2 · delta 0.5" in run(chat, "/typical 0.2 0.5")
+    assert (chat.session.sampling.epsilon, chat.session.sampling.delta) == (0.2, 0.5)
+    run(chat, "/greedy")
+    run(chat, "/typical")
+    assert chat.session.sampling.epsilon == 0.2
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("/typical 0.2", r"usage: /typical \[EPSILON DELTA\]"),
+        ("/typical 0.2 hot", "delta must be a number"),
+        ("/typical 2 1", "epsilon must be"),
+        ("/mode wild", "mode must be one of"),
+        ("/set heat 1", "no setting 'heat'"),
+        ("/set temperature", r"usage: /set \[NAME VALUE\]"),
+        ("/set temperature -1", "temperature must be 0 or more"),
+        ("/marks maybe", r"usage: /marks \[on\|off\]"),
+        ("/save", "usage: /save FILE"),
+        ("/load", "usage: /load FILE"),
+        ("/load /nowhere/at/all", "/nowhere/at/all"),
+        ("/greedy now", "/greedy takes no argument"),
+        ("/tree oak", "no tree 'oak'"),
+        ("/undo", "nothing to take back"),
+        ("/regen", "no reply"),
+        ("/tipical", "unknown command /tipical: did you mean /typical?"),
+        ("/qit", "did you mean /quit?"),
+        ("/", "unknown command /: /help lists all"),
+        ("/etc/hosts is what?", "// sends a message"),
+    ],
+)
+def test_mistakes_are_one_line_and_change_nothing(chat: Chat, line: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint.replace("?", r"\?")) as caught:
+        dispatch(chat, line)
+    assert "\n" not in str(caught.value)
+    assert chat.session.sampling == Sampling()
+
+
+def test_what_is_a_command() -> None:
+    assert is_command("/help") and not is_command("//help") and not is_command("help")
+    assert find("/quit").name == find("/exit  ").name == "exit"
+
+
+def test_exit_leaves(chat: Chat) -> None:
+    for line in ("/exit", "/quit"):
+        with pytest.raises(Leave):
+            dispatch(chat, line)
+
+
+def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
+    shown = run(chat, "/set")
+    for field in fields(Sampling):
+        assert row(shown, field.name)[0] == tables.shown(field.default)
+    assert set(tables.SETTINGS) == {field.name for field in fields(Sampling)}
+    assert run(chat, "/set temperature 0.3").strip() == "temperature 0.3"
+    assert run(chat, r"/set stop \n\nUser: x").strip() == r"stop '\n\nUser: x'"
+    run(chat, "/set ignore_eos on")
+    run(chat, "/set max_new_tokens 9")
+    expected = Sampling(temperature=0.3, stop=("\n\nUser: x",), ignore_eos=True, max_new_tokens=9)
+    assert chat.session.sampling == expected
+    assert run(chat, "/set stop").strip() == "stop none"
+
+
+def test_system(chat: Chat) -> None:
+    assert "helpful assistant" in run(chat, "/system")
+    assert "Be [bold]brief." in run(chat, "/system Be [bold]brief.")
+    assert chat.session.system == "Be [bold]brief."
+    assert "none" in run(chat, '/system ""')
+    assert chat.session.system == ""
+
+
+def test_undo_reset_and_regen(chat: Chat) -> None:
+    list(chat.session.ask("one\x1b[2J"))
+    result = dispatch(chat, "/regen")
+    assert isinstance(result, Reply) and result.note == GREEDY_REPEATS
+    list(result.steps)
+    assert len(chat.session.messages) == 2
+    run(chat, "/exact")
+    result = dispatch(chat, "/regen")
+    assert isinstance(result, Reply) and result.note == "seed 1"
+    shown = run(chat, "/undo")
+    assert "took back: one" in shown and "\x1b" not in shown
+    list(chat.session.ask("two"))
+    run(chat, "/reset")
+    assert chat.session.messages == []
+
+
+def test_stats_are_those_of_Stats(chat: Chat) -> None:  # noqa: N802
+    list(chat.session.ask("one"))
+    list(chat.session.ask("two"))
+    last, conversation = chat.session.last, chat.session.conversation
+    shown = run(chat, "/stats")
+    assert row(shown, "new tokens") == [str(last.new_tokens), str(conversation.new_tokens)]
+    assert row(shown, "steps") == [str(last.steps), str(conversation.steps)]
+    assert row(shown, "tokens/s") == [f"{stats.tokens_per_second:.1f}" for stats in (last, conversation)]
+    assert row(shown, "vanilla tokens/s") == [f"{stats.vanilla_tokens_per_second:.1f}" for stats in (last, conversation)]
+    assert row(shown, "acceptance length") == [f"{stats.acceptance_length:.2f}" for stats in (last, conversation)]
+    assert row(shown, "overhead") == [f"{stats.overhead:.2f}×" for stats in (last, conversation)]
+    assert row(shown, "speedup") == [f"{stats.speedup:.2f}×" for stats in (last, conversation)]
+    for head, rate in last.head_acceptance().items():
+        assert row(shown, f"accepted of head {head}")[0] == f"{rate:.1%}"
+    assert row(shown, "prefill time")[:2] == ["0.250", "s"]
+
+
+def test_stats_before_the_first_reply_invent_nothing(chat: Chat) -> None:
+    assert row(run(chat, "/stats"), "speedup") == ["–", "–"]
+
+
+def test_heads(chat: Chat) -> None:
+    assert "no guess" in run(chat, "/heads")
+    list(chat.session.ask("one"))
+    stats = chat.session.conversation
+    shown = run(chat, "/heads")
+    for head, rate in stats.head_acceptance().items():
+        cells = row(shown, f"■ head {head}")
+        assert cells[2:5] == [str(stats.reached[head]), str(stats.accepted[head]), f"{rate:.1%}"]
+
+
+def test_tree_is_drawn_with_the_accepted_path(chat: Chat) -> None:
+    assert "no step has used it yet" in run(chat, "/tree")
+    list(chat.session.ask("one"))
+    shown = run(chat, "/tree").splitlines()
+    assert shown[0].startswith("auto: 9 nodes")
+    ticked = [line.strip("│├└─ \N{NO-BREAK SPACE}") for line in shown if "✓" in line]
+    assert ticked == ["␣river ✓", "␣how ✓", "␣far ✓", "é ✓"]
+    assert any("[red]" in line for line in shown)
+    assert any(line.endswith(r"\n") for line in shown)
+    assert run(chat, "/tree chain").startswith("chain:")
+
+
+def test_a_large_tree_stays_readable() -> None:
+    paths: list[tuple[int, ...]] = [(), *((rank,) for rank in range(10))]
+    paths += [(first, rank) for first in range(6) for rank in range(6)]
+    paths += [(0, first, rank) for first in range(4) for rank in range(4)]
+    accepted = tuple(paths.index(path) for path in ((), (0,), (0, 5)))
+    shown = printed(tree_view.draw(Candidates(tuple(paths), tuple(map(str, paths)), accepted)))
+    lines = shown.splitlines()
+    assert len(paths) == 63 and len(lines) < 24
+    assert sum("✓" in line for line in lines) == 3
+    hidden = sum(int(line.split("… ")[1].split()[0]) for line in lines if "more" in line)
+    drawn = sum("(" in line for line in lines)
+    assert drawn + hidden == 63
+
+
+def test_marks(chat: Chat) -> None:
+    assert "head\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}(+1)¹" in run(chat, "/marks on")
+    assert chat.marks
+    run(chat, "/marks")
+    assert not chat.marks
+
+
+def test_save_and_load(chat: Chat, tmp_path: Path) -> None:
+    list(chat.session.ask("one"))
+    path = tmp_path / "my talk.json"
+    assert "saved 2 messages" in run(chat, f"/save {path}")
+    run(chat, "/reset")
+    assert "loaded 2 messages" in run(chat, f"/load {path}")
+    assert chat.session.messages[1]["content"] == REPLY
+    chat.session.engine.name = "other"
+    assert "held with fake, this is other" in run(chat, f"/load {path}").replace("\n", " ")
+
+
+def completions(line: str, session: Session | None) -> list[str]:
+    completer = CommandCompleter(lambda: session)
+    found = completer.get_completions(Document(line), CompleteEvent())
+    return [line[: len(line) + entry.start_position] + entry.text for entry in found]
+
+
+def test_completion(chat: Chat, tmp_path: Path) -> None:
+    session = chat.session
+    assert completions("/", session) == [f"/{name}" for name in REGISTRY]
+    assert completions("/s", None) == ["/set", "/system", "/stats", "/save"]
+    assert completions("/mode e", None) == ["/mode exact"]
+    assert completions("/set mode v", session) == ["/set mode vanilla"]
+    assert completions("/set top", None) == ["/set top_p", "/set top_k"]
+    assert completions("/set sample o", None) == ["/set sample on", "/set sample off"]
+    assert completions("/set seed 1", None) == []
+    assert completions("/marks of", None) == ["/marks off"]
+    assert completions("/tree c", session) == ["/tree chain"]
+    assert completions("/tree c", None) == []
+    (tmp_path / "talk.json").touch()
+    assert completions(f"/load {tmp_path}/ta", session) == [f"/load {tmp_path}/talk.json"]
+    for nothing in ("hello", "//s", "/nothing x", "hello /s", "/s\n/s"):
+        assert completions(nothing, session) == []

@@ -1,0 +1,207 @@
+"""The conversation: what is kept, whatever ends a reply; saving and loading."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from fake_engine import REPLY, FakeEngine
+
+from medusa_chat.config import Sampling, UserError
+from medusa_chat.events import Stats
+from medusa_chat.terminal.session import Session, read_conversation
+
+
+def talk(session: Session, *texts: str) -> None:
+    for text in texts:
+        assert list(session.ask(text))
+
+
+def test_a_reply_is_streamed_kept_and_measured() -> None:
+    session = Session(FakeEngine(), Sampling())
+    steps = list(session.ask("hello"))
+    assert session.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": REPLY}]
+    assert session.last == session.conversation == Stats.of(steps)
+    talk(session, "more")
+    assert session.last == Stats.of(steps)
+    assert session.conversation.new_tokens == 2 * session.last.new_tokens
+
+
+def test_the_prompt_holds_system_and_all_turns() -> None:
+    engine = FakeEngine()
+    session = Session(engine, Sampling())
+    talk(session, "one", "two")
+    roles = [message["role"] for message in engine.prompts[-1]]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert engine.prompts[-1][0]["content"] == engine.system
+    assert Session(engine, Sampling(), system="").system == ""
+    session.system = ""
+    talk(session, "three")
+    assert engine.prompts[-1][0]["role"] == "user"
+
+
+def test_closing_early_keeps_what_was_said_and_closes_the_engine() -> None:
+    engine = FakeEngine()
+    session = Session(engine, Sampling())
+    with closing(session.ask("hello")) as steps:
+        said = next(steps).text + next(steps).text
+    assert session.messages[-1] == {"role": "assistant", "content": said}
+    assert engine.closed == 1
+
+
+def test_an_interrupt_inside_the_engine_keeps_what_was_said() -> None:
+    session = Session(FakeEngine(fails_after=2), Sampling())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(session.ask("hello"))
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+    assert REPLY.startswith(session.messages[1]["content"])
+
+
+@pytest.mark.parametrize("reply", [KeyboardInterrupt(), UserError("too long"), " \n"])
+def test_a_turn_without_an_answer_is_dropped(reply: str | BaseException) -> None:
+    session = Session(FakeEngine([REPLY, reply]), Sampling())
+    talk(session, "hello")
+    before = list(session.messages)
+    try:
+        list(session.ask("again"))
+    except (KeyboardInterrupt, UserError):
+        pass
+    assert session.messages == before
+
+
+def test_a_reply_that_is_never_started_changes_nothing() -> None:
+    session = Session(FakeEngine(), Sampling())
+    session.ask("hello").close()
+    assert session.messages == []
+
+
+def test_undo() -> None:
+    session = Session(FakeEngine(), Sampling())
+    talk(session, "one", "two")
+    assert session.undo() == "two"
+    assert [message["content"] for message in session.messages] == ["one", REPLY]
+    assert session.undo() == "one"
+    with pytest.raises(UserError, match="nothing to take back"):
+        session.undo()
+
+
+def test_regen_answers_the_same_turn_with_another_seed() -> None:
+    engine = FakeEngine(["first", "second"])
+    session = Session(engine, Sampling(mode="typical", seed=2**32 - 1))
+    talk(session, "hello")
+    list(session.regen())
+    assert [message["content"] for message in session.messages] == ["hello", "second"]
+    assert engine.prompts[0] == engine.prompts[1]
+    assert [sampling.seed for sampling in engine.samplings] == [2**32 - 1, 0]
+
+
+def test_regen_in_greedy_mode_leaves_the_seed_alone() -> None:
+    session = Session(FakeEngine(), Sampling())
+    with pytest.raises(UserError, match="no reply"):
+        session.regen()
+    talk(session, "hello")
+    list(session.regen())
+    assert session.sampling.seed == 0
+
+
+def test_a_regen_that_says_nothing_keeps_the_old_reply() -> None:
+    session = Session(FakeEngine(["first", KeyboardInterrupt()]), Sampling())
+    talk(session, "hello")
+    with pytest.raises(KeyboardInterrupt):
+        list(session.regen())
+    assert session.messages[-1]["content"] == "first"
+
+
+def test_reset_keeps_settings() -> None:
+    session = Session(FakeEngine(), Sampling(mode="exact"), system="Be brief.")
+    talk(session, "hello")
+    session.reset()
+    assert (session.messages, session.last, session.conversation) == ([], Stats(), Stats())
+    assert (session.sampling.mode, session.system) == ("exact", "Be brief.")
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    session = Session(FakeEngine(["Grüße 你好 🦊\n\x1b[31m"]), Sampling(mode="typical", stop=("\n\n",)), system="S")
+    talk(session, "one")
+    path = tmp_path / "talk.json"
+    session.save(path)
+    session.save(path)  # over a saved conversation
+    other = Session(FakeEngine(), Sampling())
+    other.load(read_conversation(path))
+    assert (other.messages, other.sampling, other.system) == (session.messages, session.sampling, "S")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_overwrites_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.txt"
+    path.write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.txt is not a saved conversation"):
+        Session(FakeEngine(), Sampling()).save(path)
+    assert path.read_text() == "years of work"
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(FakeEngine(), Sampling())
+    path = tmp_path / "talk.json"
+    session.save(path)
+    before = path.read_bytes()
+
+    def full(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    talk(session, "hello")
+    with pytest.raises(UserError, match=r"talk\.json: No space left"):
+        session.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent"):
+        Session(FakeEngine(), Sampling()).save(tmp_path / "absent" / "talk.json")
+    with pytest.raises(UserError, match=r"nothing\.json: No such file"):
+        read_conversation(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="cannot read"):
+        read_conversation(tmp_path)
+
+
+GOOD = {"model": "m", "system": "", "sampling": {}, "messages": []}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "[",
+        "[]",
+        "\x00",
+        json.dumps({**GOOD, "extra": 1}),
+        json.dumps({**GOOD, "system": None}),
+        json.dumps({**GOOD, "messages": [{"role": "user"}]}),
+        json.dumps({**GOOD, "messages": [{"role": "wizard", "content": "x"}]}),
+        json.dumps({**GOOD, "messages": [{"role": "user", "content": 3}]}),
+        json.dumps({**GOOD, "sampling": {"temperature": "hot"}}),
+        json.dumps({**GOOD, "sampling": {"temperature": -1}}),
+        json.dumps({**GOOD, "sampling": {"seed": True}}),
+        json.dumps({**GOOD, "sampling": {"stop": "x"}}),
+        json.dumps({**GOOD, "sampling": {"heat": 1}}),
+        json.dumps({**GOOD, "sampling": []}),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, document: str) -> None:
+    path = tmp_path / "damaged.json"
+    path.write_text(document)
+    with pytest.raises(UserError, match=r"damaged\.json is not a saved conversation: ") as caught:
+        read_conversation(path)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match=r"damaged\.json is not a saved conversation: "):
+        read_conversation(path)
+
+
+def test_the_good_file_of_these_is_good(tmp_path: Path) -> None:
+    path = tmp_path / "good.json"
+    path.write_text(json.dumps(GOOD | {"sampling": {"temperature": 1}}))
+    assert read_conversation(path).sampling == Sampling(temperature=1)

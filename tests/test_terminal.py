@@ -1,0 +1,319 @@
+"""The whole chat in a real pseudo-terminal, against an engine without a model; the screen is what is asserted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+from fake_engine import REPLY, script
+
+from medusa_chat.config import UserError
+from medusa_chat.events import Stats
+from medusa_chat.terminal.repl import chat
+from medusa_chat.terminal.theme import head_style
+
+ROOT = Path(__file__).parent.parent
+ENTER, NEW_LINE, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
+PATIENCE = 30
+STATS = Stats.of(script(REPLY))
+
+
+class Chat:
+    """A chat with the fake engine in a pseudo-terminal."""
+
+    def __init__(self, folder: Path, *options: str, columns: int = 80, rows: int = 30, **environment: str) -> None:
+        self.screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=0.5)
+        self.stream = pyte.ByteStream(self.screen)
+        clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
+        settings = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONPATH": str(ROOT), **environment}
+        self.child = pexpect.spawn(
+            sys.executable,
+            [str(ROOT / "tests" / "fake_engine.py"), "--history", str(folder / "history"), *options],
+            dimensions=(rows, columns),
+            env=clean | settings,
+            timeout=PATIENCE,
+        )
+        # a real terminal answers when it is asked for the cursor's position
+        self.screen.write_process_input = self.child.send
+
+    @property
+    def text(self) -> str:
+        kept = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
+        lines = ("".join(row[column].data for column in range(self.screen.columns)).rstrip() for row in kept)
+        return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+    def see(self, wanted: str | Callable[[str], bool]) -> str:
+        """Wait until the text is on the screen; returns all that is."""
+        until = time.monotonic() + PATIENCE
+        while not (wanted in self.text if isinstance(wanted, str) else wanted(self.text)):
+            if time.monotonic() > until:
+                raise AssertionError(f"not seen: {wanted}\n{self.text}")
+            self.read()
+        return self.text
+
+    def read(self) -> None:
+        try:
+            self.stream.feed(self.child.read_nonblocking(4096, timeout=0.05))
+        except pexpect.TIMEOUT:
+            pass
+
+    def send(self, keys: str) -> None:
+        self.child.send(keys)
+
+    def say(self, line: str) -> None:
+        """Type a line, see it on the screen, send it."""
+        self.send(line)
+        self.see(f"› {line.splitlines()[0]}")
+        self.send(ENTER)
+
+    def replies(self, count: int) -> str:
+        """Wait until `count` replies have ended and the prompt is back."""
+        return self.see(lambda text: text.count("acceptance length") == count and self.at_prompt)
+
+    @property
+    def at_prompt(self) -> bool:
+        return not self.screen.cursor.hidden and self.screen.buffer[self.screen.cursor.y][0].data == "›"
+
+    def status(self) -> int | None:
+        """Wait for the end; the exit status."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                self.read()
+            except pexpect.EOF:
+                break
+        self.child.close()
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Chat]]:
+    started: list[Chat] = []
+
+    def opening(*options: str, **settings: object) -> Chat:
+        started.append(Chat(tmp_path, *options, **settings))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield opening
+    for terminal in started:
+        terminal.child.close(force=True)
+
+
+def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) -> None:
+    terminal = start()
+    terminal.see("■ head 4 (+4)")
+    terminal.say("Tell me a story")
+    terminal.replies(1)
+    row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
+    assert_colours(terminal, row)
+    footer = f"acceptance length {STATS.acceptance_length:.2f} · {STATS.tokens_per_second:.1f} tokens/s"
+    assert f"{footer} · speedup {STATS.speedup:.2f}× measured here" in terminal.text
+
+    terminal.say("/typical")
+    terminal.see("typical · temperature 0.7 · epsilon 0.09 · delta 0.3")
+    terminal.see("fake · typical 0.7 · ")
+    terminal.say("And another one")
+    terminal.replies(2)
+
+    terminal.say("/stats")
+    text = terminal.see("prefill time")
+    figures = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
+    assert figures["new tokens"] == [str(STATS.new_tokens), str(2 * STATS.new_tokens)]
+    assert figures["acceptance length"][0] == f"{STATS.acceptance_length:.2f}"
+    assert figures["overhead"][0] == f"{STATS.overhead:.2f}×"
+    assert figures["speedup"][0] == f"{STATS.speedup:.2f}×"
+    assert figures["tokens/s"][0] == f"{STATS.tokens_per_second:.1f}"
+    terminal.say("/exit")
+    assert terminal.status() == 0
+
+
+def assert_colours(terminal: Chat, row: int) -> None:
+    """Every character of the reply that begins in `row` has the colour of the head that its step names."""
+    expected = []
+    for step in script(REPLY):
+        for token in step.tokens:
+            colour = head_style(token.head).color
+            name = colour.get_truecolor().hex[1:] if colour else "default"
+            expected += [(char, name) for char in token.text if char != " "]
+    cells = [terminal.screen.buffer[line][column] for line in range(row, 30) for column in range(80)]
+    shown = [(cell.data, cell.fg) for cell in cells if cell.data != " "]
+    assert shown[: len(expected)] == expected
+    assert len({colour for _, colour in expected}) == 5
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(start: Callable[..., Chat], tmp_path: Path) -> None:
+    terminal = start("--delay", "0.3")
+    terminal.say("Tell me a story")
+    text = terminal.see(lambda text: "speedup" in text and "tokens/s" in text)
+    assert "Once upon a time" in text
+    terminal.send(CTRL_C)
+    terminal.see("[stopped]")
+    terminal.see(lambda text: terminal.at_prompt)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 2 messages")
+    saved = (tmp_path / "talk.json").read_text()
+    assert "Once upon a time" in saved and "river" not in saved
+    terminal.send(UP + UP)
+    terminal.see("› Tell me a story\n")
+    terminal.send(CTRL_C)
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_before_the_first_token(start: Callable[..., Chat]) -> None:
+    terminal = start("--prefill", "20")
+    terminal.say("Tell me a story")
+    terminal.see("reading the prompt…")
+    terminal.send(CTRL_C)
+    terminal.see("[stopped] before the first word")
+    terminal.see(lambda text: terminal.at_prompt)
+    terminal.say("/undo")
+    terminal.see("there is nothing to take back")
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Chat]) -> None:
+    terminal = start()
+    terminal.see("Alt+Enter new line")
+    terminal.send(CTRL_C)
+    terminal.see("Ctrl+D or /exit leaves")
+    terminal.send("draft")
+    terminal.see("› draft")
+    terminal.send(CTRL_C)
+    terminal.see(lambda text: "draft" not in text)
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+
+
+def test_several_lines_are_one_message(start: Callable[..., Chat], tmp_path: Path) -> None:
+    terminal = start()
+    terminal.see("■ head 4 (+4)")
+    terminal.send("\x1b[200~one\rtwo\nthree\x1b[201~")
+    terminal.see("three")
+    terminal.send(NEW_LINE + "four\nfive" + ENTER)
+    terminal.replies(1)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 2 messages")
+    assert r'"one\ntwo\nthree\nfour\nfive"' in (tmp_path / "talk.json").read_text()
+
+
+def test_a_message_typed_while_the_model_loads_is_answered(start: Callable[..., Chat]) -> None:
+    terminal = start("--load", "2.5", "--notice", "the tree was pruned")
+    terminal.see("loading fake…")
+    terminal.say("Tell me a story")
+    terminal.see("your message is next")
+    text = terminal.replies(1)
+    assert text.index("■ LM head") < text.index("the tree was pruned") < text.index("Once upon")
+    assert "your message is next" not in text
+
+
+def test_what_is_typed_outlives_the_loading(start: Callable[..., Chat]) -> None:
+    terminal = start("--load", "1.5")
+    terminal.see("loading fake…")
+    terminal.send("half a mess")
+    terminal.see("■ LM head")
+    terminal.send("age" + ENTER)
+    assert "› half a message" in terminal.replies(1)
+
+
+def test_leaving_while_the_model_loads(start: Callable[..., Chat]) -> None:
+    for leave in (CTRL_D, "/exit" + ENTER):
+        terminal = start("--load", "600")
+        terminal.see("loading fake…")
+        terminal.send(leave)
+        assert terminal.status() == 0
+
+
+def test_a_model_that_cannot_be_loaded(start: Callable[..., Chat]) -> None:
+    for keys in ("", "hello" + ENTER):
+        terminal = start("--load", "1", "--load-error", "no such model: oak")
+        terminal.see("loading fake…")
+        terminal.send(keys)
+        terminal.see("medusa-chat: error: no such model: oak")
+        assert terminal.status() == 2
+        assert "Traceback" not in terminal.text
+
+
+def test_keys_typed_during_a_reply_wait_for_the_prompt(start: Callable[..., Chat]) -> None:
+    terminal = start("--delay", "0.1")
+    terminal.say("one")
+    terminal.see("tokens/s")
+    terminal.send("two" + ENTER)
+    text = terminal.replies(2)
+    assert text.count("› two") == 1 and text.count("two") == 1
+
+
+def test_a_reply_in_a_terminal_that_grows(start: Callable[..., Chat]) -> None:
+    terminal = start("--delay", "0.15", columns=40)
+    terminal.say("Tell me a story")
+    terminal.see("measured here")
+    terminal.screen.resize(columns=72)
+    terminal.child.setwinsize(30, 72)
+    text = terminal.replies(1)
+    assert "".join(REPLY.split()) in "".join(text.split())
+    assert max(map(len, text.splitlines())) > 40
+
+
+def test_engine_failures_end_the_reply_only(start: Callable[..., Chat]) -> None:
+    terminal = start("--fails-after", "3")
+    terminal.say("hello")
+    terminal.see("out of memory: CUDA out of memory. (/undo")
+    terminal.see(lambda text: terminal.at_prompt)
+    assert "Once upon a time" in terminal.text and "Traceback" not in terminal.text
+    terminal.say("/nonsense")
+    terminal.see("unknown command /nonsense")
+    terminal.say("//not a command")
+    terminal.see(lambda text: text.count("out of memory:") == 2)
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+
+
+def test_a_transcript_is_kept_and_continued(start: Callable[..., Chat], tmp_path: Path) -> None:
+    transcript = tmp_path / "talk.json"
+    terminal = start("--transcript", str(transcript))
+    terminal.say("one")
+    terminal.replies(1)
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+    terminal = start("--transcript", str(transcript))
+    terminal.see("going on with 2 messages")
+    terminal.say("two")
+    terminal.replies(1)
+    assert transcript.read_text().count('"user"') == 2
+
+
+def test_no_colour_is_honoured(start: Callable[..., Chat]) -> None:
+    terminal = start("--marks", NO_COLOR="1")
+    terminal.say("Tell me a story")
+    text = terminal.replies(1)
+    assert "Once upon¹ a² time³ a small¹" in text
+    cells = (terminal.screen.buffer[row][column] for row in range(30) for column in range(80))
+    assert {cell.fg for cell in cells} == {"default"}
+
+
+def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Chat]) -> None:
+    terminal = start("--history", "/proc/nowhere/history")
+    terminal.see("the history of prompts is not kept")
+    terminal.say("one")
+    terminal.replies(1)
+    terminal.send(UP)
+    terminal.see(lambda text: text.count("› one") == 2)
+
+
+def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
+        chat(lambda: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
+
+
+def test_the_package_imports_no_torch() -> None:
+    code = "import sys, medusa_chat.terminal.repl; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,400 @@
+"""What is on the screen while a reply streams, and what stays in scrollback after it."""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyte
+import pytest
+from fake_engine import REPLY, script
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from medusa_chat.config import Sampling
+from medusa_chat.events import COPIED, Stats, Step, Token
+from medusa_chat.terminal.panel import footer, panel
+from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
+from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
+from medusa_chat.terminal.wrapping import Flow, breaks, cells, sanitize
+
+LONG = (
+    "A reply that is longer than the screen: supercalifragilisticexpialidociousandthenfivemoreforgoodmeasure ends.\n\n"
+    "- first, 你好世界，这是一个很长的句子没有空格可以断行所以要在字间断开。 Then on.\n"
+    "    indented code = [1, 2]\n- an emoji 🦊🦊🦊, an accent e\u0301, and [red]no markup[/red] :smile:\n"
+) * 4
+REPLIES = {"plain": REPLY, "long": LONG, "lines": "\n\n a\n\n\nb\n", "spaces": "x" + " " * 130 + "y z"}
+WIDTHS = (20, 33, 80, 100)
+FIGURES = "acceptance length 2.00"
+
+
+class Screen:
+    """A terminal emulator as a file to write to, with its scrollback."""
+
+    encoding = "utf-8"
+
+    def __init__(self, width: int, height: int = 12) -> None:
+        self.screen = pyte.HistoryScreen(width, height, history=10_000, ratio=0.5)
+        self.stream = pyte.Stream(self.screen)
+        self.refreshes = 0
+
+    def write(self, text: str) -> int:
+        self.refreshes += text.startswith(ERASE_BELOW)
+        self.stream.feed(text.replace("\n", "\r\n"))
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError
+
+    @property
+    def rows(self) -> list[list[Any]]:
+        """Scrollback and screen, each row its characters (the empty right half of a wide one left out)."""
+        kept = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
+        return [[row[column] for column in range(self.screen.columns) if row[column].data] for row in kept]
+
+    @property
+    def lines(self) -> list[str]:
+        return ["".join(char.data for char in row).rstrip() for row in self.rows]
+
+
+def console(screen: Screen, **options: Any) -> Console:
+    settings = {"color_system": "truecolor", "highlight": False, "_environ": {}, **options}
+    return Console(
+        file=screen,  # type: ignore[arg-type]
+        force_terminal=True,
+        width=screen.screen.columns,
+        height=screen.screen.lines,
+        **settings,
+    )
+
+
+def solid(text: str) -> str:
+    """Text without its white space, composed as the emulator composes it."""
+    return unicodedata.normalize("NFC", "".join(text.split()))
+
+
+def two_rows(width: int) -> list[Text]:
+    return [Text(FIGURES[:width]), Text("speedup 2.00×"[:width])]
+
+
+def show(screen: Screen, steps: Iterable[Step], **options: Any) -> None:
+    marks = options.pop("marks", False)
+    with ReplyView(console(screen, **options), two_rows, marks=marks, clock=itertools.count().__next__) as view:
+        for step in steps:
+            view.add(step)
+
+
+def coloured(steps: Iterable[Step]) -> list[tuple[str, str]]:
+    """Each visible character of the steps with the colour of its token's head."""
+    found = []
+    for step in steps:
+        for token in step.tokens:
+            colour = head_style(token.head).color
+            name = colour.get_truecolor().hex[1:] if colour else "default"
+            found += [(char, name) for char in token.text if not char.isspace()]
+    return found
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", REPLIES)
+def test_scrollback_is_the_whole_text_wrapped_and_coloured(name: str, width: int) -> None:
+    text = REPLIES[name]
+    steps = list(script(text))
+    screen = Screen(width)
+    show(screen, steps)
+    at_once = Flow()
+    at_once.feed(text, Style())
+    wrapped = [unicodedata.normalize("NFC", row.plain) for row in (*at_once.take(width), at_once.growing)]
+    assert "\n".join(screen.lines).rstrip("\n").split("\n") == wrapped
+    assert solid("".join(wrapped)) == solid(text)
+    on_screen = [(char.data, char.fg) for row in screen.rows for char in row if not char.data.isspace()]
+    expected = coloured(steps)
+    accents = [(char, colour) for char, colour in coloured(steps) if char != "\u0301"]
+    assert [(char if char != "é" else "e", colour) for char, colour in on_screen] == accents
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_words_break_only_where_no_row_holds_them(width: int) -> None:
+    flow = Flow()
+    flow.feed(LONG, Style())
+    words = set(LONG.split())
+    rows = [*flow.take(width), flow.growing]
+    assert all(cells(row.plain) <= width for row in rows)
+    for word in itertools.chain.from_iterable(row.plain.split() for row in rows):
+        whole = word in words
+        part_of_long = any(word in other and cells(other) > width for other in words)
+        assert whole or part_of_long or any(ord(char) > 0x3000 for char in word)
+
+
+def test_ideographs_break_between_but_not_before_a_stop() -> None:
+    assert breaks("你好世界。", 8) == [3]
+    assert breaks("ab 你好", 6) == [4]
+
+
+def test_joined_emoji_are_counted_at_their_widest() -> None:
+    assert cells("👩\u200d🚀") == 4 and cells("❤\ufe0f") == 2
+    assert breaks("👩\u200d🚀" * 3, 8) == [6]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_panel_stands_once_beneath_the_newest_text(width: int) -> None:
+    screen = Screen(width)
+    newest = ""
+    with ReplyView(console(screen), two_rows, clock=itertools.count().__next__) as view:
+        for step in script(LONG):
+            view.add(step)
+            newest = (newest + step.text).rstrip()
+            lines = [line for line in screen.lines if line]
+            assert sum(FIGURES[:width] in line for line in lines) == 1
+            assert lines[-2:] == [FIGURES[:width], "speedup 2.00×"]
+            assert solid("".join(lines[:-2])).endswith(solid(newest)[-8:])
+    assert FIGURES[:width] not in "\n".join(screen.lines)
+
+
+def test_the_rows_above_the_reply_stay() -> None:
+    screen = Screen(40, 6)
+    screen.write("one\ntwo\n")
+    show(screen, script(LONG))
+    assert screen.lines[:3] == ["one", "two", "A reply that is longer than the screen:"]
+
+
+def test_a_wider_terminal_in_mid_reply() -> None:
+    screen = Screen(30)
+    terminal = console(screen)
+    steps = list(script(LONG))
+    with ReplyView(terminal, two_rows, clock=itertools.count().__next__) as view:
+        for number, step in enumerate(steps):
+            if number == 9:
+                screen.screen.resize(columns=70)
+                terminal.width = 70
+            view.add(step)
+            assert sum(FIGURES in line for line in screen.lines) == 1
+    assert solid("".join(screen.lines)) == solid(LONG)
+    assert max(map(cell_len, screen.lines)) > 60
+
+
+def test_a_narrower_terminal_in_mid_reply() -> None:
+    screen = Screen(70)
+    terminal = console(screen)
+    steps = list(script(REPLY))
+    before = "".join(step.text for step in steps[:9])
+    with ReplyView(terminal, two_rows, clock=itertools.count().__next__) as view:
+        for number, step in enumerate(steps):
+            if number == 9:  # the emulator cuts what is beyond, so let the text begin a fresh row there
+                view.add(Step((Token(0, "\n", 0),), 1, 0.1, "vanilla"))
+                screen.screen.resize(columns=24)
+                terminal.width = 24
+            view.add(step)
+            assert sum(FIGURES in line for line in screen.lines) == 1
+    after = " ".join(REPLY[len(before) :].split())
+    assert " ".join(" ".join(screen.lines).split()).endswith(after)
+
+
+def test_a_screen_of_three_rows_shows_the_text() -> None:
+    screen = Screen(40, 3)
+    show(screen, script(LONG))
+    assert solid("".join(screen.lines)) == solid(LONG)
+
+
+def test_refreshes_keep_their_distance() -> None:
+    screen = Screen(80)
+    now = 100.0
+    with ReplyView(console(screen), two_rows, clock=lambda: now) as view:
+        before = screen.refreshes
+        steps = list(itertools.islice(itertools.cycle(script(REPLY)), 200))
+        for step in steps:
+            now += REFRESH_SECONDS / 10
+            view.add(step)
+        assert 18 <= screen.refreshes - before <= 21
+    assert screen.lines[0].startswith("Once upon a time")
+
+
+def test_the_cursor_comes_back() -> None:
+    screen = Screen(80)
+    with pytest.raises(RuntimeError):
+        show(screen, failing())
+    assert not screen.screen.cursor.hidden
+    assert screen.lines[0] == "Once upon a time"
+    assert (screen.screen.cursor.y, screen.screen.cursor.x) == (1, 0)
+
+
+def failing() -> Iterator[Step]:
+    yield next(script(REPLY))
+    raise RuntimeError
+
+
+def test_a_stopped_reply_says_so() -> None:
+    screen = Screen(80)
+    with pytest.raises(KeyboardInterrupt):
+        show(screen, stopping())
+    assert screen.lines[0] == "Once upon a time [stopped]"
+
+
+def stopping() -> Iterator[Step]:
+    yield next(script(REPLY))
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("raw", "safe"),
+    [
+        ("a\x1b[31mb\x1b[0m", "ab"),
+        ("a\x1b]0;title\x07b\x1b]8;;http://x\x1b\\c", "abc"),
+        ("\x1b[2J\x1b[Ha", "a"),
+        ("a\x9b31mb\x00\x08\x7f", "a31mb"),
+        ("a\r\nb\rc", "a\nbc"),
+        ("\ta", "    a"),
+        ("a\u2028b", "a\nb"),
+        ("\u202eevil", "evil"),
+        ("\ud83e", "\N{REPLACEMENT CHARACTER}"),
+        ("\x1b", ""),
+        ("naïve 你 👩\u200d🚀", "naïve 你 👩\u200d🚀"),
+    ],
+)
+def test_model_text_is_data(raw: str, safe: str) -> None:
+    assert sanitize(raw) == safe
+
+
+def test_an_escape_sequence_over_two_tokens_does_nothing() -> None:
+    screen = Screen(40)
+    tokens = (Token(0, "good \x1b", 0), Token(1, "[2Jbye [bold]x[/bold]", 1))
+    show(screen, [Step(tokens, 4, 0.1, "tree", 4)])
+    assert screen.lines[0] == "good [2Jbye [bold]x[/bold]"
+
+
+def test_marks_follow_their_tokens() -> None:
+    screen = Screen(100)
+    tokens = (Token(0, "Hel", 0), Token(1, "lo", 1), Token(2, " world\n", 2), Token(3, "\n", 3), Token(4, "!", COPIED))
+    show(screen, [Step(tokens, 5, 0.1, "tree", 4)], marks=True)
+    assert screen.lines[:3] == ["Hello¹ world²", "", "!ᶜ"]
+    assert head_mark(12) == "¹²" and head_mark(0) == ""
+
+
+def test_marked_text_without_its_marks_is_the_text() -> None:
+    screen = Screen(33)
+    show(screen, script(LONG), marks=True)
+    shown = solid("".join(screen.lines)).translate(dict.fromkeys(map(ord, "¹²³⁴")))
+    assert shown == solid(LONG)
+
+
+def test_no_colour() -> None:
+    screen = Screen(80)
+    show(screen, script(REPLY), _environ={"NO_COLOR": "1"})
+    assert all(char.fg == "default" for row in screen.rows for char in row)
+    assert screen.lines[0].startswith("Once upon a time a small fox")
+    assert "/marks on" in legend(4, colour=False).plain
+    assert "/marks on" not in legend(4, colour=False, marks=True).plain
+
+
+# --- the panel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", range(10, 130, 3))
+def test_the_panel_fits(width: int) -> None:
+    stats = Stats()
+    for step in script(LONG):
+        for sampling in (Sampling(), Sampling("typical"), Sampling("vanilla")):
+            assert all(row.cell_len <= width for row in panel(stats, sampling, width))
+            assert footer(stats, stats, sampling, width).cell_len <= width
+        stats.add(step)
+
+
+def test_the_panel_shows_the_figures_of_stats() -> None:
+    stats = Stats.of(script(REPLY))
+    shown = "\n".join(row.plain for row in panel(stats, Sampling("typical"), 130))
+    for figure in (
+        "typical 0.7",
+        f"{stats.new_tokens} tokens",
+        f"{stats.tokens_per_second:.1f} tokens/s",
+        f"acceptance length {stats.acceptance_length:.2f}",
+        f"overhead {stats.overhead:.2f}×",
+        f"speedup {stats.speedup:.2f}× measured here",
+        *(f"{rate:.0%}" for rate in stats.head_acceptance().values()),
+    ):
+        assert figure in shown
+    row = panel(stats, Sampling(), 130)[1]
+    colours = [span.style.color.name for span in row.spans if isinstance(span.style, Style) and span.style.color]
+    assert set(colours) == set(HEAD_COLOURS[:4])
+
+
+def test_the_panel_never_assumes_a_speedup() -> None:
+    assert "reading the prompt" in panel(Stats(), Sampling(), 80)[0].plain
+    one_tree_step = Stats.of(list(script(REPLY))[:1])
+    shown = panel(one_tree_step, Sampling(), 80)[1].plain
+    assert "speedup: measuring…" in shown and "×" not in shown
+    assert "speedup" not in panel(one_tree_step, Sampling(), 80)[0].plain
+    vanilla = panel(Stats.of(script(REPLY, mode="vanilla")), Sampling("vanilla"), 80)
+    assert "baseline" in vanilla[1].plain and "acceptance" not in vanilla[0].plain
+
+
+def test_the_footer() -> None:
+    stats = Stats.of(script(REPLY, finish="context"))
+    row = footer(stats, stats, Sampling(), 200).plain
+    assert f"speedup {stats.speedup:.2f}× measured here" in row
+    assert "context is full (/undo" in row
+    assert "context is full" in footer(stats, stats, Sampling(), 80).plain
+    assert "context is full" in footer(stats, stats, Sampling(), 20).plain
+    assert "length limit" in footer(Stats.of(script(REPLY, finish="length")), stats, Sampling(), 80).plain
+    short = Stats.of(list(script(REPLY))[:1])
+    assert "measured over this conversation" in footer(short, stats, Sampling(), 100).plain
+    assert "not measured yet" in footer(short, short, Sampling(), 100).plain
+
+
+# --- the palette ------------------------------------------------------------------------------------------------------
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB
+DEFICIENCIES = {
+    "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+LUMINANCE = (0.2126, 0.7152, 0.0722)
+Vector = tuple[float, ...]
+
+
+def linear(colour: str) -> Vector:
+    parts = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+    return tuple(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+
+
+def dot(one: Vector, other: Vector) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def lab(colour: str, deficiency: str) -> Vector:
+    seen = tuple(min(max(dot(row, linear(colour)), 0), 1) for row in DEFICIENCIES[deficiency])
+    rows = ((0.4124, 0.3576, 0.1805), LUMINANCE, (0.0193, 0.1192, 0.9505))
+    ratios = (dot(row, seen) / white for row, white in zip(rows, (0.95047, 1, 1.08883), strict=True))
+    x, y, z = (ratio ** (1 / 3) if ratio > 0.008856 else 7.787 * ratio + 16 / 116 for ratio in ratios)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#1e1e1e", "#000000"])
+@pytest.mark.parametrize("colour", [*HEAD_COLOURS, COPIED_COLOUR])
+def test_colours_are_readable_on_light_and_dark(colour: str, background: str) -> None:
+    darker, lighter = sorted((dot(LUMINANCE, linear(colour)), dot(LUMINANCE, linear(background))))
+    assert (lighter + 0.05) / (darker + 0.05) >= 3
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_colour_blind_users_can_tell_the_heads_apart(deficiency: str) -> None:
+    for one, other in itertools.combinations(HEAD_COLOURS, 2):
+        distance = sum((a - b) ** 2 for a, b in zip(lab(one, deficiency), lab(other, deficiency), strict=True)) ** 0.5
+        assert distance >= 15, (one, other)
+
+
+def test_heads_beyond_the_palette_differ_too() -> None:
+    styles = [head_style(head) for head in range(1, 2 * len(HEAD_COLOURS) + 1)]
+    assert len(set(styles)) == len(styles)
+    assert head_style(0) == Style.null()
