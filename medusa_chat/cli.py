@@ -322,3 +322,7 @@ def _models(options: argparse.Namespace) -> int:
 
     report.show_models(list(read_registry().values()))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ import yaml
 
 Mode = Literal["greedy", "typical", "exact", "vanilla"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
 class UserError(Exception):
@@ -63,7 +64,7 @@ class Sampling:
         """Whether the reply is the argmax path: greedy mode, plain vanilla, or a temperature of 0."""
         if self.mode == "vanilla" and not self.sample:
             return True
-        return self.mode == "greedy" or self.temperature == 0
+        return self.mode == "greedy" or self.temperature < COLD
 
     def with_value(self, name: str, text: str) -> Sampling:
         """A copy with field `name` read from `text`, as `/set` and the command line give it."""
@@ -82,7 +83,7 @@ def parse_value(name: str, kind: Any, text: str) -> Any:
             raise UserError(f"{name} is on or off, not {text!r}")
         return text.lower() in ("on", "true", "yes")
     if get_origin(kind) is tuple:
-        return (text.encode().decode("unicode_escape"),) if text else ()
+        return (text.replace("\\n", "\n").replace("\\t", "\t"),) if text else ()
     try:
         value = kind(text)
     except ValueError:

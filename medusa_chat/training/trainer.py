@@ -74,10 +74,10 @@ def train(model: str, data: list[Path], out: Path, recipe: Recipe, progress: Pro
     """
     if recipe.name != "medusa1":
         raise UserError(f"unknown recipe {recipe.name!r}; there is medusa1")
+    conversations = [conversation for file in data for conversation in read_conversations(file)]
     torch.manual_seed(recipe.seed)
     backbone, tokenizer = load_pretrained(resolve_model(model), torch.bfloat16)
     backbone.requires_grad_(False)
-    conversations = (conversation for file in data for conversation in read_conversations(file))
     rows = PackedRows((encode(tokenizer, conversation) for conversation in conversations), recipe.length)
     hidden = backbone.config.get_text_config().hidden_size
     trainee = Trainee(backbone, MedusaHeads(recipe.heads, recipe.layers, hidden), recipe.decay)

@@ -1,0 +1,171 @@
+"""The command line: what scripts rely on, and that every mistake is one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import END, random_backbone, random_heads, random_model, save_model
+
+from medusa_chat.cli import main
+from medusa_chat.model.layouts import HEADS_FILE, write_heads
+
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = save_model(tmp_path_factory.mktemp("model"), random_model("llama", 320, pad_token_id=0, eos_token_id=END))
+    write_heads(random_heads(random_backbone("llama", 320), own=False), place)
+    return place
+
+
+def run(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "medusa_chat.cli", *words]
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def answer(folder: Path, *words: str) -> list[str]:
+    return ["--model", str(folder), "--dtype", "float32", "--tree", "chain-2", "--max-new-tokens", "8", *words]
+
+
+def test_json_lines_are_the_steps_and_their_sum(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(answer(folder, "--prompt", "Hi", "--json")) == 0
+    *steps, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {step["type"] for step in steps} == {"step"}
+    assert set(steps[0]) == {"type", "tokens", "nodes", "seconds", "kind", "depth", "finish"}
+    assert set(steps[0]["tokens"][0]) == {"id", "text", "head"}
+    tokens = [token for step in steps for token in step["tokens"]]
+    assert summary["type"] == "summary"
+    assert summary["ids"] == [token["id"] for token in tokens]
+    assert summary["text"] == "".join(token["text"] for token in tokens)
+    assert (summary["new_tokens"], summary["steps"]) == (8, len(steps))
+    assert (summary["mode"], summary["finish"]) == ("greedy", "length")
+    assert {"acceptance_length", "tokens_per_second", "vanilla_tokens_per_second", "speedup"} <= set(summary)
+
+
+def test_modes_agree_and_piped_text_is_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replies = []
+    for mode in ("greedy", "vanilla", "typical", "exact"):
+        assert main(answer(folder, "--prompt", "Hi", "--json", "--mode", mode, "--temperature", "0")) == 0
+        replies.append(json.loads(capsys.readouterr().out.splitlines()[-1])["ids"])
+    assert replies[0] == replies[1] == replies[2] == replies[3]
+    piped = run(*answer(folder, "--json"), text="Hi\n")
+    assert json.loads(piped.stdout.splitlines()[-1])["ids"] == replies[0]
+    assert piped.stderr == ""
+
+
+def test_stop_system_and_seed_reach_the_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ids(*words: str) -> Any:
+        assert main(answer(folder, "--prompt", "Hi", "--json", *words)) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    drawn = [ids("--mode", "exact", "--temperature", "1.5", "--seed", str(seed))["ids"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    plain = ids()
+    assert ids("--system", "You are a bird.")["ids"] != plain["ids"]
+    stop = plain["text"][2:4]
+    assert ids("--stop", stop)["text"] == plain["text"][: plain["text"].index(stop)]
+
+
+BAD = {
+    "unknown model": (["--model", "nonesuch", "--prompt", "hi"], "unknown model 'nonesuch'"),
+    "unknown flag": (["--prompt", "hi", "--colour"], "unrecognized arguments: --colour"),
+    "temperature": (["--prompt", "hi", "--temperature", "-1"], "temperature must be 0 or more"),
+    "not a number": (["--prompt", "hi", "--top-p", "much"], "top_p must be a number"),
+    "mode": (["--prompt", "hi", "--mode", "fast"], "mode must be one of greedy, typical, exact, vanilla"),
+    "empty prompt": (["--prompt", ""], "the prompt is empty"),
+    "no prompts": (["bench", "--prompts", "/nonesuch/file"], "cannot read the prompts /nonesuch/file"),
+    "no data": (["train", "--model", "bundled", "--out", "/tmp/x", "--data", "/nonesuch"], "cannot read /nonesuch"),
+    "no mode": (["bench", "--modes", "warp", "--prompts", "/nonesuch"], "mode must be one of"),
+    "json alone": (["--json", "--device", "tpu"], "invalid choice: 'tpu'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, complaint = BAD[case]
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert complaint in printed.err
+    assert printed.err.startswith("medusa-chat: error: ")
+
+
+def complaint_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
+
+
+def test_damaged_files_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    orphan = tmp_path / "tree.json"
+    orphan.write_text("[[0], [1, 0]]")
+    assert "node [1, 0] is an orphan" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", str(orphan)))
+    assert "unknown tree" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", str(tmp_path / "no.json")))
+    heads = tmp_path / HEADS_FILE
+    heads.write_bytes((folder / HEADS_FILE).read_bytes()[:-100])
+    assert "damaged" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        (damaged / file.name).write_bytes(content[: len(content) // 2] if file.name == "model.safetensors" else content)
+    assert "cannot load the model" in complaint_of(capsys, *answer(damaged, "--prompt", "hi"))
+    long = complaint_of(capsys, *answer(folder, "--prompt", "word " * 200))
+    assert "the prompt has" in long
+    assert "holds 512" in long
+
+
+def test_a_closed_pipe_ends_in_silence(folder: Path) -> None:
+    words = answer(folder, "--prompt", "Hi", "--json", "--max-new-tokens", "400", "--ignore-eos")
+    command = [sys.executable, "-m", "medusa_chat.cli", *words]
+    chat = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert chat.stdout is not None
+    assert chat.stderr is not None
+    assert chat.stdout.read(1) == b"{"
+    chat.stdout.close()
+    assert chat.stderr.read() == b""
+    assert chat.wait(60) == 0
+
+
+def test_help_and_the_model_list_need_no_torch() -> None:
+    code = (
+        "import sys; from medusa_chat.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    for words in (["--help"], ["bench", "--help"], ["train", "--help"], ["models"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        assert done.stderr.strip() == "[]", words
+        assert done.stdout
+    help_text = run("--help").stdout
+    for command in ("chat", "bench", "verify", "train", "distill", "calibrate", "models"):
+        assert command in help_text
+
+
+def test_train_and_calibrate_from_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello!"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps({"messages": talk}) + "\n") * 20)
+    flags = ["--recipe", "medusa1", "--heads", "2", "--max-steps", "2", "--length", "32", "--batch-size", "2"]
+    out = tmp_path / "heads"
+    assert main(["train", "--model", str(folder), "--data", str(data), "--out", str(out), *flags]) == 0
+    shared = ["--model", str(folder), "--heads", str(out), "--dtype", "float32"]
+    assert main(["calibrate", *shared, "--prompts", str(data), "--limit", "2", "--max-new-tokens", "8"]) == 0
+    assert len(json.loads((out / "head_accuracy.json").read_text())["accuracy"]) == 2
+    capsys.readouterr()
+    assert main(["bench", *shared, "--prompts", str(data), "--limit", "2", "--rounds", "1", "--tree", "chain-2"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"device", "model", "versions", "prompts", "modes", "peers"} <= set(result)
+    assert main(["verify", *shared, "--prompts", str(data), "--limit", "1", "--max-new-tokens", "6"]) == 0
+    assert "greedy, auto" in capsys.readouterr().out
