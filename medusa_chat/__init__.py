@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from medusa_chat.config import Sampling, UserError
+
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 __version__ = "0.1.0"
+__all__ = ["Sampling", "UserError", "load"]
 
 
 def load(
