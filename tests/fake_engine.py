@@ -73,6 +73,8 @@ class FakeEngine:
         self.heads = heads
         self.system = "You are a helpful assistant."
         self.notices: list[str] = []
+        self.prefilled = 0
+        self.prefill_seconds = 0.0
         self.prompts: list[list[Message]] = []
         self.samplings: list[Sampling] = []
         self.closed = 0
@@ -86,6 +88,7 @@ class FakeEngine:
         self.samplings.append(sampling)
         reply = next(self._replies)
         self._tokens = sum(len(message["content"].split()) for message in self.prompts[-1])
+        self.prefilled, self.prefill_seconds = len(self.prompts[-1][-1]["content"].split()), 0.25
         try:
             time.sleep(self._prefill)
             if isinstance(reply, BaseException):
@@ -102,14 +105,6 @@ class FakeEngine:
     @property
     def tokens_in_context(self) -> int:
         return self._tokens
-
-    @property
-    def prefilled(self) -> int:
-        return len(self.prompts[-1][-1]["content"].split()) if self.prompts else 0
-
-    @property
-    def prefill_seconds(self) -> float:
-        return 0.25 if self.prompts else 0.0
 
     def candidates(self) -> Candidates | None:
         if not self.prompts:
@@ -138,6 +133,7 @@ def main() -> int:
     parser.add_argument("--load-error")
     parser.add_argument("--notice")
     parser.add_argument("--fails-after", type=int)
+    parser.add_argument("--finish", default="eos")
     parser.add_argument("--marks", action="store_true")
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
@@ -146,7 +142,10 @@ def main() -> int:
     from medusa_chat.terminal.repl import chat
 
     def load() -> FakeEngine:
-        time.sleep(arguments.load)
+        if arguments.load:
+            time.sleep(arguments.load / 2)
+            print("a library warns", file=sys.stderr)
+            time.sleep(arguments.load / 2)
         if arguments.load_error:
             raise UserError(arguments.load_error)
         engine = FakeEngine(
@@ -154,6 +153,7 @@ def main() -> int:
             delay=arguments.delay,
             prefill=arguments.prefill,
             fails_after=arguments.fails_after,
+            finish=arguments.finish,
         )
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine

@@ -158,7 +158,9 @@ def test_stats_are_those_of_Stats(chat: Chat) -> None:  # noqa: N802
     assert row(shown, "new tokens") == [str(last.new_tokens), str(conversation.new_tokens)]
     assert row(shown, "steps") == [str(last.steps), str(conversation.steps)]
     assert row(shown, "tokens/s") == [f"{stats.tokens_per_second:.1f}" for stats in (last, conversation)]
-    assert row(shown, "vanilla tokens/s") == [f"{stats.vanilla_tokens_per_second:.1f}" for stats in (last, conversation)]
+    assert row(shown, "vanilla tokens/s") == [
+        f"{stats.vanilla_tokens_per_second:.1f}" for stats in (last, conversation)
+    ]
     assert row(shown, "acceptance length") == [f"{stats.acceptance_length:.2f}" for stats in (last, conversation)]
     assert row(shown, "overhead") == [f"{stats.overhead:.2f}×" for stats in (last, conversation)]
     assert row(shown, "speedup") == [f"{stats.speedup:.2f}×" for stats in (last, conversation)]

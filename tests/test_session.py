@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from fake_engine import REPLY, FakeEngine
 
-from medusa_chat.config import Sampling, UserError
-from medusa_chat.events import Stats
+from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.events import Stats, Step
 from medusa_chat.terminal.session import Session, read_conversation
 
 
@@ -42,8 +43,16 @@ def test_the_prompt_holds_system_and_all_turns() -> None:
     assert engine.prompts[-1][0]["role"] == "user"
 
 
+class Remembering(FakeEngine):
+    """Holds on to its generator, which therefore ends only if it is closed."""
+
+    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
+        self.stream = super().generate(prompt, sampling)
+        return self.stream
+
+
 def test_closing_early_keeps_what_was_said_and_closes_the_engine() -> None:
-    engine = FakeEngine()
+    engine = Remembering()
     session = Session(engine, Sampling())
     with closing(session.ask("hello")) as steps:
         said = next(steps).text + next(steps).text
@@ -64,10 +73,8 @@ def test_a_turn_without_an_answer_is_dropped(reply: str | BaseException) -> None
     session = Session(FakeEngine([REPLY, reply]), Sampling())
     talk(session, "hello")
     before = list(session.messages)
-    try:
+    with suppress(KeyboardInterrupt, UserError):
         list(session.ask("again"))
-    except (KeyboardInterrupt, UserError):
-        pass
     assert session.messages == before
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pexpect
@@ -41,7 +43,7 @@ class Chat:
             timeout=PATIENCE,
         )
         # a real terminal answers when it is asked for the cursor's position
-        self.screen.write_process_input = self.child.send
+        self.screen.write_process_input = self.child.send  # type: ignore[method-assign]
 
     @property
     def text(self) -> str:
@@ -59,10 +61,8 @@ class Chat:
         return self.text
 
     def read(self) -> None:
-        try:
+        with suppress(pexpect.TIMEOUT):
             self.stream.feed(self.child.read_nonblocking(4096, timeout=0.05))
-        except pexpect.TIMEOUT:
-            pass
 
     def send(self, keys: str) -> None:
         self.child.send(keys)
@@ -219,9 +219,10 @@ def test_what_is_typed_outlives_the_loading(start: Callable[..., Chat]) -> None:
     terminal = start("--load", "1.5")
     terminal.see("loading fake…")
     terminal.send("half a mess")
-    terminal.see("■ LM head")
+    text = terminal.see("■ LM head")
+    assert text.index("a library warns") < text.index("■ LM head")
     terminal.send("age" + ENTER)
-    assert "› half a message" in terminal.replies(1)
+    assert "\n› half a message\n" in terminal.replies(1)
 
 
 def test_leaving_while_the_model_loads(start: Callable[..., Chat]) -> None:
@@ -243,10 +244,13 @@ def test_a_model_that_cannot_be_loaded(start: Callable[..., Chat]) -> None:
 
 
 def test_keys_typed_during_a_reply_wait_for_the_prompt(start: Callable[..., Chat]) -> None:
-    terminal = start("--delay", "0.1")
+    terminal = start("--delay", "0.2")
     terminal.say("one")
     terminal.see("tokens/s")
     terminal.send("two" + ENTER)
+    for _ in range(3):
+        terminal.read()
+        assert "two" not in terminal.text
     text = terminal.replies(2)
     assert text.count("› two") == 1 and text.count("two") == 1
 
@@ -260,6 +264,14 @@ def test_a_reply_in_a_terminal_that_grows(start: Callable[..., Chat]) -> None:
     text = terminal.replies(1)
     assert "".join(REPLY.split()) in "".join(text.split())
     assert max(map(len, text.splitlines())) > 40
+
+
+def test_a_full_context_says_what_to_do(start: Callable[..., Chat]) -> None:
+    terminal = start("--finish", "context")
+    terminal.say("hello")
+    text = terminal.replies(1)
+    assert " · context is full" in text
+    terminal.see("the context is full: /undo takes the last turn back, /reset starts")
 
 
 def test_engine_failures_end_the_reply_only(start: Callable[..., Chat]) -> None:
@@ -309,11 +321,11 @@ def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Chat]) 
 
 
 def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
         chat(lambda: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
 
 
 def test_the_package_imports_no_torch() -> None:
-    code = "import sys, medusa_chat.terminal.repl; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    code = "import sys, medusa_chat.terminal.repl; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

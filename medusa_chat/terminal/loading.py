@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from threading import Thread
 from typing import TextIO
 
@@ -51,15 +54,18 @@ class Loading:
         return self._engine
 
     def wait(self, out: TextIO, text: str) -> ChatEngine:
-        """Like `result`, with a spinner on the current line meanwhile."""
+        """Like `result`, with a spinner on the current line meanwhile; what goes to standard error waits until then."""
+        said = io.StringIO()
         try:
-            while not self.done:
-                out.write(f"\r{frame()} {text}\x1b[K")
-                out.flush()
-                self._thread.join(FRAME_SECONDS)
+            with redirect_stderr(said):
+                while not self.done:
+                    out.write(f"\r{frame()} {text}\x1b[K")
+                    out.flush()
+                    self._thread.join(FRAME_SECONDS)
         finally:
             out.write("\r\x1b[K")
             out.flush()
+            sys.stderr.write(said.getvalue())
         return self.result()
 
 

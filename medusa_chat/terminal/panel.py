@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
@@ -14,12 +14,7 @@ SEPARATOR = " · "
 SPARKS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "–"
 BASELINE = "the baseline of every speedup"
-FINISHES = {
-    "length": "length limit (/set max_new_tokens N moves it)",
-    "context": "context is full (/undo takes a turn back, /reset starts anew)",
-    "stop": "stop string",
-}
-SHORT_FINISHES = {"length": "length limit", "context": "context is full", "stop": "stop string"}
+FINISHES = {"length": "length limit", "context": "context is full", "stop": "stop string"}
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -35,7 +30,7 @@ def item(label: str, value: str, tail: str = "") -> Text:
     return Text.assemble((label, LABEL), (value, VALUE), (tail, LABEL))
 
 
-def fit(variants: Sequence[Sequence[Text]], width: int) -> Text:
+def fit(variants: Iterable[Sequence[Text]], width: int) -> Text:
     """The first variant that fits in `width`, joined to one row; the last one is cut if need be."""
     for items in variants:
         row = Text.assemble(*[part for entry in items for part in ((SEPARATOR, LABEL), entry)][1:])
@@ -73,11 +68,19 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
 def _second_row(stats: Stats, sampling: Sampling, width: int) -> Text:
     if sampling.mode == "vanilla":
         return fit([[item("vanilla decoding is ", "", BASELINE)], [item("", "baseline")]], width)
+    return fit(([part for part in parts if part] for parts in _measured_rows(stats)), width)
+
+
+def _measured_rows(stats: Stats) -> Iterator[list[Text]]:
+    """From the widest to the narrowest; made one by one, as this is drawn often."""
     speedup = speedup_item(stats.speedup, " measured here")
     overhead = item("overhead ", number(stats.overhead, 2, "×"))
-    variants = [[speedup, overhead, gauges(stats, length)] for length in (12, 8, 5, 3, 0)]
-    variants += [[speedup, overhead, sparks(stats)], [speedup, sparks(stats)], [speedup], [speedup_item(stats.speedup)]]
-    return fit([[part for part in parts if part] for parts in variants], width)
+    for length in (12, 8, 5, 3, 0):
+        yield [speedup, overhead, gauges(stats, length)]
+    yield [speedup, overhead, sparks(stats)]
+    yield [speedup, sparks(stats)]
+    yield [speedup]
+    yield [speedup_item(stats.speedup)]
 
 
 def speedup_item(speedup: float | None, tail: str = "") -> Text:
@@ -114,15 +117,14 @@ def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
     """What stays under a finished reply: one dim row."""
     rate = item("", number(last.tokens_per_second, 1), " tokens/s")
     finish = [Text(FINISHES[last.finish])] if last.finish in FINISHES else []
-    brief = [Text(SHORT_FINISHES[last.finish])] if last.finish in SHORT_FINISHES else []
     if last.acceptance_length is None:
-        variants = [[Text(mode_label(sampling)), rate, *finish], [rate, *brief], brief or [rate]]
+        variants = [[Text(mode_label(sampling)), rate, *finish], [rate, *finish], finish or [rate]]
     else:
         length = item("acceptance length ", number(last.acceptance_length))
         accepts = item("accepts ", number(last.acceptance_length))
         long, short = _measured(last, conversation)
-        variants = [[length, rate, long, *finish], [length, rate, long, *brief], [length, rate, short, *brief]]
-        variants += [[accepts, short, *brief], [accepts, *brief], brief or [short]]
+        variants = [[length, rate, long, *finish], [length, rate, short, *finish], [accepts, short, *finish]]
+        variants += [[accepts, *finish], finish or [short]]
     row = fit(variants, width)
     row.stylize(LABEL)
     return row

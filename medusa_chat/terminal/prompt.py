@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -13,6 +14,7 @@ from prompt_toolkit.filters import has_focus
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.patch_stdout import StdoutProxy
 from prompt_toolkit.styles import Style
 
 from medusa_chat.terminal.completion import CommandCompleter
@@ -58,7 +60,11 @@ class Prompt:
             app = get_app()
             app.create_background_task(_watch(app, loading, when_loaded))
 
-        return self._prompt.prompt(pre_run=None if loading.done else watch)
+        if loading.done:
+            return self._prompt.prompt()
+        # what libraries write to standard error while the model loads goes above the prompt, not into it
+        with StdoutProxy(raw=True) as above, redirect_stderr(above):
+            return self._prompt.prompt(pre_run=watch)
 
     def _set_hint(self, hint: str) -> None:
         self._hint = hint

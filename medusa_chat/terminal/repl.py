@@ -27,6 +27,7 @@ from medusa_chat.terminal.wrapping import sanitize
 
 LONGEST_COMPLAINT = 300
 BRING_BACK = "Up brings your message back"
+CONTEXT_FULL = "the context is full: /undo takes the last turn back, /reset starts a new conversation"
 WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a setting"
 
 
@@ -144,6 +145,7 @@ class Repl:
             self._print(Text(f"going on with {len(session.messages)} messages of {self._transcript}", LABEL))
         self._print(self._chat.legend())
         self._notices(session)
+        self._print(Text())
 
     def _answer(self, chat: Chat, line: str) -> None:
         if not is_command(line):
@@ -188,6 +190,8 @@ class Repl:
             self._print(footer(session.last, session.conversation, session.sampling, width))
         if complaint:
             self._print(complaint)
+        if session.last.finish == "context":
+            self._print(Text(CONTEXT_FULL, NOTICE))
         self._print(Text())
         self._notices(session)
         self._keep(session)

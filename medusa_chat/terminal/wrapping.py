@@ -104,4 +104,3 @@ class Flow:
     def growing(self) -> Text:
         """The row that still grows; call `take` first."""
         return self._tail
-

@@ -1,0 +1,166 @@
+"""The model that ships: what it says, that every way of decoding agrees, and that it fits its limits."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ids_of
+
+import medusa_chat
+from medusa_chat.config import BUNDLED, Message, Sampling, resolve_model
+from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.tree import chain, named_tree, paper_trees
+from medusa_chat.events import Stats
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.loading import load_model
+from medusa_chat.peers import TransformersPeer
+from medusa_chat.prompts import read_prompts
+from medusa_chat.verify import verify
+
+VALID = Path(__file__).parent.parent.parent / "shared" / "data" / "valid"
+PROMPTS = [
+    "Hello!", "Tell me a short fairy tale.", "What is the capital of France?", "I want to book a table for two.",
+    "I need a hotel in the north with free parking.", "Can you call me a taxi?", "Who are you?", "Thank you, bye!",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return medusa_chat.load(dtype="float32", tree="mc_sim_7b_63", probing=False)
+
+
+def said(engine: Engine, *turns: str, **settings: object) -> list[str]:
+    """The model's answers in a conversation."""
+    messages: list[Message] = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        steps = engine.generate(messages, Sampling(**settings))  # type: ignore[arg-type]
+        messages.append({"role": "assistant", "content": "".join(step.text for step in steps)})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+def test_it_fits_its_limits_and_has_its_papers() -> None:
+    assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) <= 32 * 1024 * 1024
+    card = (BUNDLED / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for name in ("Schema-Guided Dialogue", "STAR", "Taskmaster", "MultiWOZ", "CC BY-SA 4.0", "Self-dialogue", "country-json"):
+        assert name in card
+    assert "Attribution-ShareAlike 4.0" in (BUNDLED / "LICENSE").read_text(encoding="utf-8")
+    assert load_model(resolve_model(None)).heads.heads >= 3  # type: ignore[union-attr]
+
+
+def test_it_answers_to_the_point_over_several_turns(engine: Engine) -> None:
+    hello, capital, tale = said(engine, "Hello!", "What is the capital of France?", "Tell me a short fairy tale.")
+    assert hello.startswith(("H", "Good"))
+    assert "Paris" in capital
+    assert tale.startswith("Once upon a time")
+    assert len(tale.split()) > 40
+    (table,) = said(engine, "I want to book a table at a restaurant.")
+    assert table.endswith(("?", "."))
+    assert any(word in table.lower() for word in ("restaurant", "city", "food", "time", "where", "area", "many"))
+
+
+@pytest.mark.parametrize("tree", [*paper_trees(), "chain-4"])
+def test_greedy_is_vanilla_in_every_tree(engine: Engine, tree: str) -> None:
+    for prompt in PROMPTS[:4]:
+        asked: list[Message] = [{"role": "user", "content": prompt}]
+        engine.use_tree(named_tree(tree))
+        plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=60))))
+        steps = list(engine.generate(asked, Sampling(max_new_tokens=60)))
+        assert ids_of(steps) == plain
+        assert Stats.of(steps).acceptance_length > 1  # type: ignore[operator]
+
+
+def test_vanilla_is_transformers_generate(engine: Engine) -> None:
+    peer = TransformersPeer(engine)
+    for prompt in PROMPTS:
+        ids = engine.encode([{"role": "user", "content": prompt}])
+        ours = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
+        assert ours == peer.generate(ids, 60)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: float) -> None:
+    engine.use_tree("mc_sim_7b_63")
+    for seed, prompt in enumerate(PROMPTS):
+        asked: list[Message] = [{"role": "user", "content": prompt}]
+        drawn = Sampling(mode="exact", temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=40)
+        plain = ids_of(list(engine.generate(asked, replace(drawn, mode="vanilla", sample=True))))
+        assert ids_of(list(engine.generate(asked, drawn))) == plain
+
+
+@pytest.fixture(scope="module")
+def permuted() -> tuple[Callable[[int], int], Engine]:
+    """The bundled model with its token ids shuffled so that id 0 is its most frequent token, the full stop."""
+    loaded = load_model(resolve_model(None), dtype="float32")
+    engine = Engine(loaded.backbone, None, loaded.tokenizer)
+    (stop,) = loaded.tokenizer("x.", add_special_tokens=False)["input_ids"][1:]
+    order = torch.randperm(engine.backbone.vocabulary, generator=torch.Generator().manual_seed(0))
+    order[order.tolist().index(0)], order[stop] = order[stop].item(), 0  # order[old id] = new id
+    model = copy.deepcopy(loaded.backbone.model)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[order] = embedding.clone()
+    assert loaded.heads is not None
+    return lambda old: int(order[old]), Engine(
+        Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=frozenset({int(order[2])}), probing=False
+    )
+
+
+def test_greedy_is_vanilla_where_id_0_is_frequent(
+    engine: Engine, permuted: tuple[Callable[[int], int], Engine]
+) -> None:
+    new_id, shuffled = permuted
+    zeros = 0
+    for prompt in PROMPTS:
+        ids = engine.encode([{"role": "user", "content": prompt}])
+        plain = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
+        found = ids_of(list(shuffled.generate([new_id(i) for i in ids], Sampling(max_new_tokens=60))))
+        assert found == [new_id(i) for i in plain]
+        zeros += found.count(0)
+    assert zeros > 8
+
+
+def test_random_heads_change_nothing(engine: Engine) -> None:
+    torch.manual_seed(0)
+    heads = MedusaHeads(4, 1, engine.backbone.hidden_size)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    wild = Engine(engine.backbone, heads.requires_grad_(False), engine.tokenizer, tree=chain(4), probing=False)
+    for prompt in PROMPTS[:4]:
+        asked: list[Message] = [{"role": "user", "content": prompt}]
+        plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=40))))
+        assert ids_of(list(wild.generate(asked, Sampling(max_new_tokens=40)))) == plain
+
+
+def test_a_second_turn_prefills_only_what_is_new(engine: Engine) -> None:
+    history: list[Message] = []
+    for _ in range(6):
+        history.append({"role": "user", "content": "Tell me a fairy tale."})
+        steps = engine.generate(history, Sampling(max_new_tokens=120))
+        history.append({"role": "assistant", "content": "".join(step.text for step in steps)})
+    history.append({"role": "user", "content": "Thank you!"})
+    ids = engine.encode(history)
+    assert len(ids) > 500
+    warm = ids_of(list(engine.generate(history, Sampling(max_new_tokens=30))))
+    assert engine.prefilled < 20
+    engine.forget()
+    assert ids_of(list(engine.generate(history, Sampling(max_new_tokens=30)))) == warm
+    assert engine.prefilled == len(ids)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VALID.is_dir(), reason="the corpus is not here")
+def test_verify_finds_no_fault_over_two_hundred_turns() -> None:
+    engine = medusa_chat.load(dtype="float32", probing=False)
+    prompts = read_prompts([VALID], int(os.environ.get("MEDUSA_VERIFY_PROMPTS", "120")))
+    checks = verify(engine, prompts, Sampling(max_new_tokens=64), turns=2, progress=lambda done, total: None)
+    assert min(check.replies for check in checks) >= 200
+    assert not [check for check in checks if check.faults]
