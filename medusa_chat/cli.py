@@ -13,26 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from medusa_chat import __version__
-from medusa_chat.config import MODES, Message, Recipe, Sampling, UserError, parse_value, read_registry
+from medusa_chat.config import SAMPLING_HELP, Message, Recipe, Sampling, UserError, parse_value, read_registry
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 COMMANDS = ("chat", "bench", "verify", "train", "distill", "calibrate", "models")
-SAMPLING_HELP = {
-    "mode": f"how to decode: {', '.join(MODES)} (default: greedy)",
-    "temperature": "temperature of typical and exact mode; 0 is greedy",
-    "top_p": "nucleus: keep the likeliest tokens up to this probability",
-    "top_k": "keep the k likeliest tokens; 0 is off",
-    "min_p": "keep tokens of at least this share of the likeliest one's probability",
-    "epsilon": "typical acceptance: the hard threshold",
-    "delta": "typical acceptance: the entropy factor",
-    "sample": "vanilla mode: draw instead of taking the likeliest token",
-    "seed": "seed of all drawing",
-    "max_new_tokens": "longest reply in tokens",
-    "stop": "end the reply before this text",
-    "ignore_eos": "go on behind the end of the reply",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", help="answer this once and exit; text piped to standard input does the same")
     chat.add_argument("--json", action="store_true", help="with --prompt: one JSON object a line, a step each")
     chat.add_argument("--system", help="system prompt")
+    chat.add_argument("--transcript", type=Path, help="keep the conversation in this file and go on where it ended")
     chat.add_argument("--marks", action="store_true", help="mark the heads' tokens without colour too")
 
     bench = _command(commands, "bench", _bench, "measure acceptance length and speedup on this machine")
@@ -150,7 +137,7 @@ def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         if hints[field.name] is bool:
             parser.add_argument(_flag(field.name), action="store_true", help=SAMPLING_HELP[field.name])
         else:
-            shown = "" if default == () or field.name == "mode" else f" (default: {default})"
+            shown = "" if default == () else f" (default: {default})"
             parser.add_argument(_flag(field.name), default=default, help=SAMPLING_HELP[field.name] + shown)
 
 
@@ -204,7 +191,7 @@ def _chat(options: argparse.Namespace) -> int:
     history = user_state_path("medusa-chat") / "history"
     return chat(
         lambda: _load(options), model=name, sampling=sampling, system=options.system, marks=options.marks,
-        history=history,
+        history=history, transcript=options.transcript,
     )  # fmt: skip
 
 

@@ -74,6 +74,23 @@ class Sampling:
         return replace(self, **{name: parse_value(name, hints[name], text)})
 
 
+# What each setting is, for `--help`, `/set` and completion.
+SAMPLING_HELP = {
+    "mode": "greedy, typical, exact or vanilla",
+    "temperature": "higher is more varied; 0 is greedy",
+    "top_p": "draw from the likeliest tokens that add up to this probability; 1 is off",
+    "top_k": "draw from this many likeliest tokens; 0 is off",
+    "min_p": "leave out tokens below this share of the likeliest one's probability; 0 is off",
+    "epsilon": "typical acceptance: the hard threshold",
+    "delta": "typical acceptance: the entropy factor",
+    "sample": "vanilla mode draws from the distribution instead of taking the likeliest token",
+    "seed": "the same seed gives the same reply",
+    "max_new_tokens": "longest reply",
+    "stop": "a reply ends before this text; \\n is a newline",
+    "ignore_eos": "go on after the model ends its reply",
+}
+
+
 def parse_value(name: str, kind: Any, text: str) -> Any:
     """Read `text` as a value of a settings field; a wrong one is a UserError that names the field."""
     if get_origin(kind) is Literal or kind is str:

@@ -109,7 +109,8 @@ def test_damaged_files_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
     orphan = tmp_path / "tree.json"
     orphan.write_text("[[0], [1, 0]]")
     assert "node [1, 0] is an orphan" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", str(orphan)))
-    assert "unknown tree" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", str(tmp_path / "no.json")))
+    missing = str(tmp_path / "no.json")
+    assert "unknown tree" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
     heads = tmp_path / HEADS_FILE
     heads.write_bytes((folder / HEADS_FILE).read_bytes()[:-100])
     assert "damaged" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))

@@ -12,6 +12,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
+from medusa_chat import config
 from medusa_chat.config import MODES, Sampling, UserError
 from medusa_chat.events import Candidates
 from medusa_chat.terminal import tables, tree_view
@@ -116,7 +117,7 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     shown = run(chat, "/set")
     for field in fields(Sampling):
         assert row(shown, field.name)[0] == tables.shown(field.default)
-    assert set(tables.SETTINGS) == {field.name for field in fields(Sampling)}
+    assert set(config.SAMPLING_HELP) == {field.name for field in fields(Sampling)}
     assert run(chat, "/set temperature 0.3").strip() == "temperature 0.3"
     assert run(chat, r"/set stop \n\nUser: x").strip() == r"stop '\n\nUser: x'"
     run(chat, "/set ignore_eos on")
@@ -150,7 +151,7 @@ def test_undo_reset_and_regen(chat: Chat) -> None:
     assert chat.session.messages == []
 
 
-def test_stats_are_those_of_Stats(chat: Chat) -> None:  # noqa: N802
+def test_stats_are_those_of_Stats(chat: Chat) -> None:
     list(chat.session.ask("one"))
     list(chat.session.ask("two"))
     last, conversation = chat.session.last, chat.session.conversation

@@ -28,7 +28,8 @@ def test_reads_mt_bench_messages_and_text_in_turn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"turns": []}', '{"turns": [1]}', '{"messages": 3}', '{"messages": [{"role": "user"}]}', '{"a": 1}', "{oops"]
+    "line",
+    ['{"turns": []}', '{"turns": [1]}', '{"messages": 3}', '{"messages": [{"role": "user"}]}', '{"a": 1}', "{oops"],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"

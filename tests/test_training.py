@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_training_learns_and_leaves_the_backbone_alone(tmp_path: Path, backbone_
     assert all(last < first for first, last in zip(seen[0].head_loss, seen[-1].head_loss, strict=True))
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, backbone_folder: Path, monkeypatch: Any) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from medusa_chat.training import trainer as module
 
     plain = module._arguments
@@ -151,7 +152,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, backbone
 
 def test_bad_data_and_recipes_are_user_errors(tmp_path: Path, backbone_folder: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": [{"role": "cat", "content": ""}]}\n')
+    bad.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": [{"role": "cat"}]}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2"):
         train(str(backbone_folder), [bad], tmp_path / "out", Recipe(), lambda step: None)
     with pytest.raises(UserError, match="unknown recipe"):
@@ -165,8 +166,9 @@ def test_share_gpt_is_read(tmp_path: Path) -> None:
     file = tmp_path / "share.json"
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
     file.write_text(json.dumps([{"conversations": turns}]))
-    assert list(read_conversations(file)) == [TALK[:0] + [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]]  # fmt: skip
+    assert list(read_conversations(file)) == [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    ]
 
 
 def run_distill(folder: Path, prompts: Path, out: Path, batch: int = 2) -> None:
@@ -201,7 +203,7 @@ def test_calibrate_counts_what_the_heads_get_right(tmp_path: Path) -> None:
             messages.append({"role": "user", "content": turn})
             steps = list(engine.generate(messages, Sampling(max_new_tokens=24)))
             ids = [t.id for s in steps for t in s.tokens]
-            right += sum(a == b for a, b in zip(ids, ids[1:], strict=False))
+            right += sum(a == b for a, b in pairwise(ids))
             tested += len(ids) - 1
             messages.append({"role": "assistant", "content": "".join(s.text for s in steps)})
     assert accuracy[0][0] == pytest.approx(right / tested)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import TemplateError
+
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
@@ -40,7 +42,9 @@ class Engine:
         self.name, self.system = name, system
         self.notices: list[str] = []
         self.tokenizer, self.backbone, self.probing = tokenizer, backbone, probing
-        self.context = context or min(backbone.context, MAX_CONTEXT)
+        self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
+        if not 1 < self.context <= backbone.context:
+            raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
         self.runner = Runner(backbone, heads, self.context + MAX_NODES)
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy = accuracy
@@ -64,7 +68,10 @@ class Engine:
         """Ids of a prompt: messages go through the model's chat template and end where the reply begins."""
         if all(isinstance(part, int) for part in prompt):
             return list(prompt)  # type: ignore[arg-type]
-        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {self.name} refuses this conversation: {error}") from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -130,6 +137,8 @@ class Engine:
         self.runner.cache.rewind(len(self._tokens))
         if not reply.finish and reply.ends_at(outcome.next):
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
+        if tree is not VANILLA:
+            self._last = (tree, outcome)
         seconds = time.perf_counter() - started
         return Step(
             tuple(tokens), len(tree), seconds, "vanilla" if tree is VANILLA else "tree", tree.depth, reply.finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -46,7 +47,8 @@ def progress(text: str) -> Iterator[Callable[[int, int], None]]:
 
 def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
     """A consumer that draws a reply as chat does, on a terminal that nobody sees."""
-    console = Console(file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor", width=100, height=30)
+    nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the consumer lives
+    console = Console(file=nowhere, force_terminal=True, color_system="truecolor", width=100, height=30)
 
     def draw(steps: Iterable[Step]) -> None:
         stats = Stats()

@@ -9,27 +9,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from medusa_chat.config import Sampling
+from medusa_chat.config import SAMPLING_HELP, Sampling
 from medusa_chat.events import ChatEngine, Stats
 from medusa_chat.terminal.panel import UNKNOWN, bar, number
 from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
 
 GAUGE = 20
-
-SETTINGS = {
-    "mode": "greedy, typical, exact or vanilla",
-    "temperature": "higher is more varied; 0 is greedy",
-    "top_p": "draw from the likeliest tokens that add up to this probability; 1 is off",
-    "top_k": "draw from this many likeliest tokens; 0 is off",
-    "min_p": "leave out tokens below this share of the likeliest one's probability; 0 is off",
-    "epsilon": "typical acceptance: the hard threshold",
-    "delta": "typical acceptance: the entropy factor",
-    "sample": "vanilla mode draws from the distribution instead of taking the likeliest token",
-    "seed": "the same seed gives the same reply",
-    "max_new_tokens": "longest reply",
-    "stop": "a reply ends before this text; \\n is a newline",
-    "ignore_eos": "go on after the model ends its reply",
-}
 
 FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("new tokens", lambda stats: str(stats.new_tokens)),
@@ -82,7 +67,7 @@ def settings_table(sampling: Sampling) -> Table:
     """All settings with their values."""
     table = _table("setting", "value", "")
     for name, value in asdict(sampling).items():
-        table.add_row(name, Text(shown(value), STRONG), Text(SETTINGS[name], LABEL))
+        table.add_row(name, Text(shown(value), STRONG), Text(SAMPLING_HELP[name], LABEL))
     return table
 
 

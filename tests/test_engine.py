@@ -1,0 +1,323 @@
+"""The four modes: greedy is lossless, exact follows vanilla sampling and the backbone's law, typical is seeded."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medusa_chat.config import Sampling, UserError
+from medusa_chat.decoding import engine as engine_module
+from medusa_chat.decoding.tree import Tree, chain, paper_trees
+from medusa_chat.model.backbone import Backbone
+from tiny import (
+    OracleHeads,
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_heads,
+    random_model,
+    random_tree,
+    reply,
+)
+
+NEW = 48
+PROMPT = prompt_ids(12)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return random_backbone()
+
+
+@pytest.fixture(scope="module")
+def greedy_text(backbone) -> list[int]:
+    """The prompt and its vanilla greedy continuation."""
+    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
+
+
+def oracle(backbone: Backbone, text: list[int], ranks=(0, 0, 1, -1), heads: int = 4, seed: int = 0) -> OracleHeads:
+    return OracleHeads(heads, backbone.vocabulary, text, ranks, seed)
+
+
+# ---- greedy ----
+
+
+@pytest.mark.parametrize("name", [*paper_trees(), "chain-1", "chain-4"])
+@pytest.mark.parametrize("probing", [False, True])
+def test_greedy_equals_vanilla_with_a_named_tree(backbone, greedy_text, name, probing):
+    for heads in (random_heads(backbone), oracle(backbone, greedy_text), oracle(backbone, greedy_text, (0, 2, 5, 9))):
+        engine = make_engine(backbone, heads, name, probing=probing)
+        assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
+
+
+@given(
+    seed=st.integers(0, 10**6), nodes=st.integers(1, 40), depth=st.integers(1, 5), width=st.integers(1, 8),
+    ranks=st.lists(st.integers(-1, 7), min_size=1, max_size=4),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_greedy_equals_vanilla_with_any_tree_and_heads(backbone, greedy_text, seed, nodes, depth, width, ranks):
+    tree = random_tree(seed, nodes, depth, width)
+    for heads in (random_heads(backbone, depth, seed=seed), oracle(backbone, greedy_text, ranks, depth, seed)):
+        engine = make_engine(backbone, heads, tree)
+        assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
+
+
+def test_deep_paths_are_really_accepted(backbone, greedy_text):
+    """A perfect oracle fills every step; one whose truth stands at changing ranks uses many different branches."""
+    steps = decode(make_engine(backbone, oracle(backbone, greedy_text, (0,)), "chain-4"), PROMPT, max_new_tokens=NEW)
+    assert [len(step.tokens) for step in steps[:-1]] == [5] * (len(steps) - 1)
+    assert [token.head for token in steps[0].tokens] == [0, 1, 2, 3, 4]
+    engine = make_engine(backbone, oracle(backbone, greedy_text, (0, 1, 2, 3)), "mc_sim_7b_63")
+    rows = set()
+    for _ in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
+        rows.add(engine.candidates().accepted)
+    assert max(map(len, rows)) >= 4
+    assert len(rows) >= 6
+    assert any(row != tuple(range(len(row))) for row in rows)
+
+
+def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats(greedy_text):
+    """Real heads with a real acceptance length above 1: a model that falls into a loop, heads as they start out."""
+    from medusa_chat.model.heads import MedusaHeads
+
+    backbone = random_backbone(initializer_range=0.02, tie_word_embeddings=True)
+    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
+    steps = decode(make_engine(backbone, MedusaHeads(4, 1, 32), "chain-4"), PROMPT, max_new_tokens=NEW)
+    assert ids_of(steps) == expected
+    assert len(expected) / len(steps) > 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_vanilla_where_token_0_is_frequent(tied):
+    """The official code fails here: its padded paths read token 0."""
+    model = random_model(seed=3, tie_word_embeddings=tied)
+    plain = reply(make_engine(Backbone(model)), PROMPT, mode="vanilla", max_new_tokens=NEW)
+    frequent = Counter(plain).most_common(1)[0][0]
+    swap = list(range(64))
+    swap[0], swap[frequent] = frequent, 0
+    with torch.no_grad():
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weight.copy_(weight[swap].clone())
+    backbone = Backbone(model)
+    prompt = [swap[token] for token in PROMPT]
+    expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=NEW)
+    assert expected == [swap[token] for token in plain]
+    assert expected.count(0) >= 4
+    for seed, ranks in enumerate([(0,), (0, 1, -1), (-1,), (0, 3, 7)]):
+        for tree in ("mc_sim_7b_63", "vicuna_13b_stage2", chain(4), random_tree(seed, 30, 4, 6)):
+            for heads in (random_heads(backbone, seed=seed), oracle(backbone, prompt + expected, ranks, seed=seed)):
+                assert reply(make_engine(backbone, heads, tree), prompt, max_new_tokens=NEW) == expected
+
+
+def test_temperature_0_is_greedy_in_every_mode(backbone, greedy_text):
+    for mode in ("typical", "exact", "vanilla"):
+        engine = make_engine(backbone, oracle(backbone, greedy_text), "mc_sim_7b_63")
+        new = reply(engine, PROMPT, mode=mode, temperature=0, sample=True, seed=5, max_new_tokens=NEW)
+        assert PROMPT + new == greedy_text
+
+
+# ---- exact ----
+
+LAWS = [
+    {"temperature": temperature, **truncation}
+    for temperature in (0.3, 0.7, 1.0)
+    for truncation in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.8, "top_k": 12, "min_p": 0.02})
+]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_exact_gives_the_text_of_vanilla_sampling(backbone, law):
+    for seed in range(3):
+        expected = reply(
+            make_engine(backbone), PROMPT, mode="vanilla", sample=True, seed=seed, max_new_tokens=NEW, **law
+        )
+        for heads, tree in (
+            (random_heads(backbone, seed=seed), "mc_sim_7b_63"),
+            (oracle(backbone, PROMPT + expected, seed=seed), random_tree(seed, 24, 4, 5)),
+            (oracle(backbone, PROMPT + expected, (0,)), "chain-4"),
+        ):
+            engine = make_engine(backbone, heads, tree, probing=seed > 0)
+            steps = decode(engine, PROMPT, mode="exact", seed=seed, max_new_tokens=NEW, **law)
+            assert ids_of(steps) == expected
+        assert max(step.accepted for step in steps) >= 3
+
+
+def test_seeds_give_different_texts(backbone, greedy_text):
+    for mode in ("exact", "typical"):
+        engine = make_engine(backbone, oracle(backbone, greedy_text), "mc_sim_7b_63")
+        settings = {"mode": mode, "temperature": 1.0, "max_new_tokens": NEW}
+        replies = [tuple(reply(engine, PROMPT, seed=seed, **settings)) for seed in (1, 2, 3, 1)]
+        assert replies[0] == replies[3] or mode == "typical"  # the oracle's guesses differ from run to run
+        assert len(set(replies[:3])) == 3
+
+
+def test_typical_with_the_same_seed_and_heads_gives_the_same_text(backbone):
+    engine = make_engine(backbone, random_heads(backbone), "mc_sim_7b_63")
+    settings = {"mode": "typical", "temperature": 0.7, "seed": 9, "max_new_tokens": NEW}
+    assert reply(engine, PROMPT, **settings) == reply(engine, PROMPT, **settings)
+
+
+VOCABULARY, DRAWS = 8, 1500
+
+
+@pytest.mark.parametrize(
+    "law", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5, "top_k": 4, "min_p": 0.05}]
+)
+def test_sampled_pairs_follow_the_law_of_the_backbone(law):
+    """Two tokens jointly, over many seeds, against the law computed apart from the engine in float64."""
+    model = random_model(vocabulary=VOCABULARY, seed=4, initializer_range=0.2)
+    law_of_pairs = _law_of_pairs(model, prompt := prompt_ids(6, VOCABULARY), law)
+    backbone = Backbone(model)
+    engine = make_engine(backbone, random_heads(backbone, 2), Tree.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]]))
+    counts: Counter[tuple[int, int]] = Counter()
+    deep = 0
+    for seed in range(DRAWS):
+        steps = decode(engine, prompt, mode="exact", seed=seed, max_new_tokens=3, **law)
+        deep += steps[0].accepted > 0
+        first, second, _ = ids_of(steps)
+        counts[first, second] += 1
+    assert deep > DRAWS / 20  # the tree took part
+    expected = {pair: DRAWS * p for pair, p in law_of_pairs.items() if p}
+    assert not set(counts) - set(expected), "a token that the truncation forbids"
+    _assert_fits(counts, expected)
+
+
+def _law_of_pairs(model, prompt: list[int], law: dict) -> dict[tuple[int, int], float]:
+    first = _law(model, prompt, law)
+    return {
+        (a, b): float(first[a] * p)
+        for a in range(VOCABULARY)
+        if first[a]
+        for b, p in enumerate(_law(model, [*prompt, a], law))
+    }
+
+
+def _law(model, text: list[int], law: dict) -> list[float]:
+    """The next token's distribution: temperature, then top-k, top-p, min-p, each renormalized, in plain Python."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([text])).logits[0, -1].double()
+    p = (logits / law["temperature"]).softmax(-1).tolist()
+    order = sorted(range(VOCABULARY), key=lambda token: -p[token])
+    if "top_k" in law:
+        p = _renormalized(p, order[: law["top_k"]])
+    if "top_p" in law:
+        kept, mass = [], 0.0
+        for token in order:
+            if mass < law["top_p"]:
+                kept.append(token)
+            mass += p[token]
+        p = _renormalized(p, kept)
+    if "min_p" in law:
+        p = _renormalized(p, [token for token in order if p[token] >= law["min_p"] * max(p)])
+    return p
+
+
+def _renormalized(p: list[float], kept: list[int]) -> list[float]:
+    mass = sum(p[token] for token in kept)
+    return [value / mass if token in kept else 0.0 for token, value in enumerate(p)]
+
+
+def _assert_fits(counts: Counter, expected: dict) -> None:
+    """Pearson's chi-square with rare cells pooled; the bound is about the 99.9% quantile (Wilson and Hilferty)."""
+    common = {pair for pair, mean in expected.items() if mean >= 5}
+    cells = [(counts[pair], expected[pair]) for pair in common]
+    rest = [pair for pair in expected if pair not in common]
+    if rest:
+        cells.append((sum(counts[pair] for pair in rest), sum(expected[pair] for pair in rest)))
+    chi_square = sum((seen - mean) ** 2 / mean for seen, mean in cells)
+    freedom = len(cells) - 1
+    assert freedom > 5
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert chi_square < bound
+
+
+# ---- what the engine says and refuses ----
+
+
+def test_a_prompt_that_cannot_be_answered_is_refused(backbone):
+    engine = make_engine(backbone, random_heads(backbone), context=20)
+    with pytest.raises(UserError, match="empty"):
+        engine.generate([], Sampling())
+    with pytest.raises(UserError, match="20 tokens; the context of model holds 20"):
+        engine.generate([1] * 20, Sampling())
+    with pytest.raises(UserError, match="no Medusa heads"):
+        make_engine(backbone).generate([1], Sampling(mode="typical"))
+    with pytest.raises(UserError, match="context"):
+        make_engine(backbone, context=513)
+
+
+def test_messages_go_through_the_chat_template():
+    backbone = random_backbone(vocabulary=260)
+    engine = make_engine(backbone)
+    ids = engine.encode([{"role": "user", "content": "hé <|end|>"}])
+    assert engine.tokenizer.decode(ids) == "<|user|>hé <|end|><|end|><|assistant|>"
+    refusing = "{{ raise_exception('System role not supported') }}"
+    from tiny import tokenizer
+
+    strict = make_engine(backbone, tokenizer=tokenizer(refusing))
+    with pytest.raises(UserError, match="System role not supported"):
+        strict.generate([{"role": "system", "content": "be brief"}], Sampling())
+
+
+def test_probes_are_vanilla_steps_among_the_tree_steps(backbone, greedy_text):
+    engine = make_engine(backbone, random_heads(backbone), "chain-3", probing=True)
+    steps = decode(engine, PROMPT, max_new_tokens=NEW)
+    kinds = [step.kind for step in steps]
+    probes = [index for index, kind in enumerate(kinds) if kind == "vanilla"]
+    assert set(engine_module.FIRST_PROBES) <= set(probes)
+    assert all((step.nodes, step.depth) == ((1, 0) if step.kind == "vanilla" else (4, 3)) for step in steps)
+    assert PROMPT + ids_of(steps) == greedy_text
+
+
+def test_candidates_show_the_last_tree_step(backbone, greedy_text):
+    engine = make_engine(backbone, oracle(backbone, greedy_text, (0,)), Tree.of([[0], [1], [0, 0]]))
+    assert engine.candidates() is None
+    reply_steps = engine.generate(PROMPT, Sampling(max_new_tokens=NEW))
+    step = next(reply_steps)
+    shown = engine.candidates()
+    assert shown.paths == ((), (0,), (1,), (0, 0))
+    assert shown.accepted == (0, 1, 3)
+    assert [shown.texts[row] for row in shown.accepted] == [token.text for token in step.tokens]
+    reply_steps.close()
+
+
+def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone):
+    engine = make_engine(backbone, random_heads(backbone, 2), "mc_sim_7b_63")
+    assert engine.tree.depth == 2
+    assert len(engine.notices) == 1
+    assert "4 deep and model has 2 heads" in engine.notices[0]
+    assert engine.tree_names()[:3] == ["auto", "chain-1", "chain-2"]
+    engine.use_tree("chain-2")
+    assert len(engine.notices) == 1
+    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2"
+    with pytest.raises(UserError, match="0 guesses"):
+        engine.use_tree(Tree())
+    with pytest.raises(UserError, match="256 guesses"):
+        engine.use_tree(Tree.of([path for a in range(16) for path in ([a], *([a, b] for b in range(15)))]))
+    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2"
+
+
+def test_auto_tree_is_measured_and_says_what_it_forecasts(backbone, greedy_text, monkeypatch):
+    monkeypatch.setattr("medusa_chat.decoding.tuning.REPEATS", 1)
+    accuracy = ((0.6, 0.8), (0.4, 0.5), (0.3, 0.4))
+    engine = make_engine(backbone, random_heads(backbone, 3), "auto", accuracy=accuracy)
+    assert engine.notices == []
+    assert "forecast" in engine.describe_tree()
+    assert engine.tokens_in_context == 0
+    assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
+    unmeasured = make_engine(backbone, random_heads(backbone, 3), "auto")
+    assert "calibrate" in unmeasured.notices[0]
+    assert unmeasured.tree.depth <= 3
+
+
+def test_an_engine_without_heads_has_no_tree(backbone):
+    engine = make_engine(backbone, None, "auto")
+    assert (engine.heads, len(engine.tree)) == (0, 1)
+    assert "no Medusa heads" in engine.describe_tree()
+    assert engine.notices == []

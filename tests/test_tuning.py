@@ -1,0 +1,176 @@
+"""The choice of the tree: growth against brute force, step costs, measurement."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny import OracleHeads, make_engine, prompt_ids, random_backbone, random_heads, reply
+
+from medusa_chat.config import UserError
+from medusa_chat.decoding import tuning
+from medusa_chat.decoding.runner import Runner
+from medusa_chat.decoding.tree import Tree
+from medusa_chat.decoding.tuning import PUBLISHED, StepCost, fastest, grow, measure, read_accuracy
+
+rows = st.lists(st.floats(0.0, 1.0, width=16), min_size=1, max_size=3).map(lambda row: tuple(sorted(row)))
+accuracies = st.lists(rows, min_size=1, max_size=2).map(tuple)
+
+
+def value(path: tuple[int, ...], accuracy) -> float:
+    """Chance that every guess along the path is right, heads taken as independent."""
+    return math.prod(row[rank] - (row[rank - 1] if rank else 0.0) for rank, row in zip(path, accuracy, strict=False))
+
+
+def best_by_brute_force(accuracy, nodes: int) -> float:
+    """Forecast of the best prefix-closed set of `nodes` nodes, root included, over all there are."""
+    paths = [
+        path
+        for depth in range(1, len(accuracy) + 1)
+        for path in itertools.product(*(range(len(row)) for row in accuracy[:depth]))
+    ]
+    forecasts = [
+        1 + sum(value(path, accuracy) for path in chosen)
+        for chosen in itertools.combinations(paths, min(nodes - 1, len(paths)))
+        if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
+    ]
+    return max(forecasts)
+
+
+@given(accuracy=accuracies, nodes=st.integers(1, 6))
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_growth_finds_the_best_tree(accuracy, nodes):
+    tree, forecast = grow(accuracy, nodes)
+    assert len(tree) == len(forecast) <= nodes
+    assert forecast[-1] == pytest.approx(best_by_brute_force(accuracy, nodes))
+    assert forecast == sorted(forecast)
+    for stage in range(1, len(tree) + 1):
+        smaller = grow(accuracy, stage)[0]
+        assert set(smaller.paths) <= set(tree.paths)
+        assert forecast[stage - 1] == pytest.approx(1 + sum(value(path, accuracy) for path in smaller.paths[1:]))
+
+
+def test_growth_by_hand():
+    """A plateau in the measurements (nobody's second guess was right) must not hide the third guess."""
+    tree, forecast = grow(((0.5, 0.5, 0.75), (0.4,)), 5)
+    assert set(tree.paths) == {(), (0,), (2,), (0, 0), (2, 0)}
+    assert forecast == pytest.approx([1.0, 1.5, 1.75, 1.95, 2.05])
+    published, lengths = grow(PUBLISHED, 64)
+    assert len(published) == 64
+    assert lengths[-1] == pytest.approx(2.6, abs=0.2)  # the paper's 63-node trees reach about this
+
+
+costs = st.builds(
+    lambda base, slope, knee: {n: base + slope * n + (0.5 if n > knee else 0.0) for n in (2, 4, 8, 16)},
+    st.floats(0.9, 1.5), st.floats(0.0, 0.3), st.integers(1, 20),
+)  # fmt: skip
+
+
+@given(accuracy=accuracies, by_nodes=costs)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_the_fastest_tree_has_the_most_tokens_per_second(accuracy, by_nodes):
+    assume(accuracy[0][-1] > 0)
+    cost = StepCost(1.0, by_nodes)
+    tree, length, speedup = fastest(accuracy, cost)
+    whole, forecast = grow(accuracy, 16)
+    candidates = [forecast[n - 1] / cost.overhead(n) for n in range(2, len(whole) + 1)]
+    assert speedup == pytest.approx(max(candidates))
+    assert length == pytest.approx(forecast[len(tree) - 1])
+    assert speedup == pytest.approx(length / cost.overhead(len(tree)))
+
+
+def test_a_steep_cost_makes_the_tree_small_and_a_flat_one_large():
+    steep = StepCost(1.0, {2: 1.0, 4: 3.0, 64: 60.0})
+    flat = StepCost(1.0, {2: 1.0, 4: 1.0, 64: 1.0})
+    assert len(fastest(PUBLISHED, steep)[0]) == 2
+    assert len(fastest(PUBLISHED, flat)[0]) == 64
+
+
+def test_step_cost_is_interpolated_between_measured_counts():
+    cost = StepCost(0.5, {2: 1.0, 4: 2.0, 8: 2.0})
+    assert [cost.overhead(n) for n in (2, 3, 4, 6, 8)] == [2.0, 3.0, 4.0, 4.0, 4.0]
+    assert StepCost(0.5, {2: 1.0}).overhead(2) == 2.0
+
+
+@pytest.mark.parametrize(
+    "accuracy", [((0.0,),), ((0.0, 0.0), (0.5, 0.6)), ((0.4,),), ((0.4, 0.5),), ((0.4,), (0.0,)), ((1.0,), (1.0,))]
+)
+def test_poor_heads_still_get_a_tree(accuracy, monkeypatch):
+    monkeypatch.setattr(tuning, "REPEATS", 1)
+    backbone = random_backbone()
+    engine = make_engine(backbone, random_heads(backbone, len(accuracy)), "auto", accuracy=accuracy)
+    assert len(engine.tree) >= 2
+    prompt = prompt_ids(9)
+    expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=20)
+    assert reply(engine, prompt, max_new_tokens=20) == expected
+
+
+def test_measurement_times_every_count_and_leaves_the_cache_empty(monkeypatch):
+    monkeypatch.setattr(tuning, "REPEATS", 1)
+    backbone = random_backbone(max_position_embeddings=48)
+    runner = Runner(backbone, random_heads(backbone), 48 + 256)
+    cost = measure(runner, PUBLISHED[:4])
+    assert runner.cache.length == 0
+    assert tuple(cost.by_nodes) == tuning.LADDER
+    assert cost.vanilla > 0
+    assert min(cost.by_nodes.values()) > 0
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_interrupted_measurement_leaves_the_cache_empty(monkeypatch, call):
+    backbone = random_backbone()
+    runner = Runner(backbone, random_heads(backbone), 512)
+    original, calls = backbone.logits, itertools.count(1)
+
+    def interrupted(hidden):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(hidden)
+
+    monkeypatch.setattr(backbone, "logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(runner, PUBLISHED[:4])
+    assert runner.cache.length == 0
+
+
+def test_switching_to_auto_in_a_conversation_keeps_replies_right(monkeypatch):
+    monkeypatch.setattr(tuning, "REPEATS", 1)
+    backbone, prompt = random_backbone(), prompt_ids(9)
+    expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=40)
+    engine = make_engine(backbone, OracleHeads(4, 64, prompt + expected), "chain-2", accuracy=PUBLISHED)
+    steps = reply(engine, prompt, max_new_tokens=20)
+    engine.use_tree("auto")
+    assert engine.tree.origin == "auto"
+    assert steps + reply(engine, prompt + steps, max_new_tokens=20) == expected
+
+
+# ---- the file of accuracies ----
+
+
+def test_accuracies_are_read_from_their_file(tmp_path):
+    file = tmp_path / "head_accuracy.json"
+    assert read_accuracy(file) is None
+    file.write_text(json.dumps({"accuracy": [[0.5, 0.6], [0.25, 1]], "extra": 1}))
+    assert read_accuracy(file) == ((0.5, 0.6), (0.25, 1.0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"accuracy": []}', '{"accuracy": [[]]}', '{"accuracy": [[0.5, 0.4]]}',
+     '{"accuracy": [[1.5]]}', '{"accuracy": [[-0.5]]}', '{"accuracy": [["x"]]}', '{"accuracy": 3}',
+     '{"accuracy": [[NaN]]}', '{"accuracy": [[0.1, NaN, 0.2]]}'],
+)  # fmt: skip
+def test_a_broken_file_of_accuracies_is_refused(text, tmp_path):
+    file = tmp_path / "head_accuracy.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match="calibrate") as refusal:
+        read_accuracy(file)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tree_of_the_root_alone_is_vanilla():
+    assert grow(((0.5,),), 1) == (Tree.of([], "auto"), [1.0])
