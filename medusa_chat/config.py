@@ -154,11 +154,11 @@ def read_registry(path: Path | None = None) -> dict[str, ModelSpec]:
     path = path or registry_path()
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the model list {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(document, dict) or not isinstance(document.get("models"), dict):
         raise UserError(f"{path} must hold a mapping 'models' of name to entry")
-    return {name: _entry(path, name, entry) for name, entry in document["models"].items()}
+    return {str(name): _entry(path, name, entry) for name, entry in document["models"].items()}
 
 
 def _entry(path: Path, name: str, entry: Any) -> ModelSpec:

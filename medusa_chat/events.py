@@ -133,7 +133,9 @@ class Stats:
         self.tree_steps += 1
         self.tree_tokens += step.settled
         self._tree_times.append(step.seconds)
-        for depth in range(1, min(step.depth, step.accepted + 1) + 1):
+        # Where the reply ended inside the accepted path, the guess behind the end was not tested.
+        cut = step.finish is not None and step.settled == len(step.tokens)
+        for depth in range(1, min(step.depth, step.accepted + (not cut)) + 1):
             self.reached[depth] += 1
         for token in step.tokens[1 : step.settled]:
             self.accepted[token.head] += 1

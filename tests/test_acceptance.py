@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import random_tree
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import TreeTensors, gumbel, make_rule, make_warp, typical
 from medusa_chat.decoding.tree import Tree
-from tiny import random_tree
 
 CPU = torch.device("cpu")
 POSITION = 17

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import (
+    ARCHITECTURES,
+    SMALL,
+    WINDOW,
+    OracleHeads,
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_heads,
+    random_model,
+    random_tree,
+    reply,
+    save_model,
+)
 from transformers import (
     AutoModelForCausalLM,
     FalconMambaConfig,
@@ -17,21 +32,6 @@ from transformers import (
 
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.model.loading import load_model
-from tiny import (
-    SMALL,
-    ARCHITECTURES,
-    WINDOW,
-    OracleHeads,
-    decode,
-    ids_of,
-    make_engine,
-    prompt_ids,
-    random_heads,
-    random_model,
-    random_tree,
-    reply,
-    save_model,
-)
 
 NEW = 40  # with a prompt of 20 the text is five windows long
 
@@ -65,7 +65,7 @@ def test_a_backbone_without_a_bare_model_attribute():
     small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "initializer_range": 0.3}
     for config in (
         GPT2Config(**small, bos_token_id=None, eos_token_id=None),
-        GPTNeoXConfig(**SMALL, vocab_size=64),
+        GPTNeoXConfig(**{key: value for key, value in SMALL.items() if key != "num_key_value_heads"}, vocab_size=64),
     ):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()

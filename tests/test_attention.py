@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import SMALL, prompt_ids, random_backbone, random_model, random_tree
 
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.model.attention import additive, full_mask, tree_attention, windowed
-from tiny import SMALL, prompt_ids, random_backbone, random_model, random_tree
 
 
 def textbook(query, key, value, allowed, scaling: float, softcap: float | None) -> torch.Tensor:
@@ -51,7 +51,9 @@ def test_tree_attention_is_the_textbook(softcap, kv_heads, window, length):
 def test_a_single_row_needs_no_mask():
     query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, scaling=1.0)
-    assert torch.allclose(ours[0].double(), textbook(query[0], key[0], value[0], torch.ones(1, 5), 1.0, None), atol=1e-5)
+    assert torch.allclose(
+        ours[0].double(), textbook(query[0], key[0], value[0], torch.ones(1, 5), 1.0, None), atol=1e-5
+    )
 
 
 def test_attention_sinks_are_refused():
@@ -70,7 +72,8 @@ def test_tree_rows_equal_a_forward_over_each_branch(kind):
     guesses = prompt_ids(len(tree), seed=5)
     with torch.inference_mode():
         plain = [
-            model(torch.tensor([[*text, *(guesses[node] for node in branch)]])).logits[0, -1] for branch in tree.branches
+            model(torch.tensor([[*text, *(guesses[node] for node in branch)]])).logits[0, -1]
+            for branch in tree.branches
         ]
     backbone = random_backbone(kind)
     cache = backbone.new_cache(64)

@@ -151,7 +151,7 @@ def test_closing_the_iterator_at_any_step(backbone, text, mode):
         steps.close()
         # A token that closes the reply is known without a forward, so it is never behind the cache.
         assert_as_fresh(engine, kept if stop_after < total else kept[:-1])
-    assert_next_reply_as_fresh(engine, kept + [1, 2])
+    assert_next_reply_as_fresh(engine, [*kept, 1, 2])
 
 
 @pytest.mark.parametrize("limit", range(1, 14))
@@ -163,7 +163,7 @@ def test_every_limit_of_new_tokens(backbone, text, limit):
     assert all(step.finish is None for step in steps[:-1])
     assert engine.tokens_in_context in (len(PROMPT) + limit - 1, len(PROMPT) + limit)
     assert_as_fresh(engine, text[: engine.tokens_in_context])
-    assert_next_reply_as_fresh(engine, text[: len(PROMPT) + limit] + [3])
+    assert_next_reply_as_fresh(engine, [*text[: len(PROMPT) + limit], 3])
 
 
 @pytest.mark.parametrize("place", range(12))
@@ -178,7 +178,7 @@ def test_an_eos_at_any_place_of_the_reply(backbone, text, place):
     assert eos not in engine._tokens[len(PROMPT) :] or engine._tokens[-1] == eos
     assert_as_fresh(engine, text[: engine.tokens_in_context])
     assert engine.tokens_in_context in (first, first + 1)
-    assert_next_reply_as_fresh(engine, text[: first + 1] + [3])
+    assert_next_reply_as_fresh(engine, [*text[: first + 1], 3])
     ignoring = oracle_engine(backbone, text, eos=frozenset({eos}))
     assert PROMPT + reply(ignoring, PROMPT, max_new_tokens=NEW, ignore_eos=True) == text[: len(PROMPT) + NEW]
 
@@ -194,7 +194,7 @@ def test_a_stop_string_in_the_middle_of_an_accepted_path(backbone, text, place):
     assert PROMPT + ids_of(steps) == text[: len(PROMPT) + end + 2]
     assert steps[-1].finish == "stop"
     assert_as_fresh(engine, text[: engine.tokens_in_context])
-    assert_next_reply_as_fresh(engine, text[: len(PROMPT) + end] + [3])
+    assert_next_reply_as_fresh(engine, [*text[: len(PROMPT) + end], 3])
 
 
 @pytest.mark.parametrize("context", range(len(PROMPT) + 1, len(PROMPT) + 12))
@@ -253,7 +253,7 @@ def test_an_interrupt_inside_a_step(backbone, text, point, call, monkeypatch):
     assert engine.runner.cache.length == len(engine._tokens)
     assert engine._tokens[: len(kept)] == kept
     assert_as_fresh(engine, text[: engine.tokens_in_context])
-    assert_next_reply_as_fresh(engine, kept + [1])
+    assert_next_reply_as_fresh(engine, [*kept, 1])
 
 
 @pytest.mark.parametrize("point", ["backbone.hidden", "backbone.logits", "cache.commit", "after commit"])

@@ -8,11 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding import engine as engine_module
-from medusa_chat.decoding.tree import Tree, chain, paper_trees
-from medusa_chat.model.backbone import Backbone
 from tiny import (
     OracleHeads,
     decode,
@@ -25,6 +20,11 @@ from tiny import (
     random_tree,
     reply,
 )
+
+from medusa_chat.config import Sampling, UserError
+from medusa_chat.decoding import engine as engine_module
+from medusa_chat.decoding.tree import Tree, chain, paper_trees
+from medusa_chat.model.backbone import Backbone
 
 NEW = 48
 PROMPT = prompt_ids(12)

@@ -7,13 +7,13 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import END, random_backbone, tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.engine import eos_ids
 from medusa_chat.decoding.reply import Reply
-from tiny import END, random_backbone, tokenizer
 
 TOKENIZER = tokenizer()
 

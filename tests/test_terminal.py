@@ -3,94 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import pexpect
-import pyte
 import pytest
 from fake_engine import REPLY, script
+from pseudo_terminal import CTRL_C, CTRL_D, ENTER, NEW_LINE, ROOT, UP, Chat, assert_colours
 
 from medusa_chat.config import UserError
 from medusa_chat.events import Stats
 from medusa_chat.terminal.repl import chat
-from medusa_chat.terminal.theme import head_style
 
-ROOT = Path(__file__).parent.parent
-ENTER, NEW_LINE, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
-PATIENCE = 30
+FAKE_CHAT = str(ROOT / "tests" / "fake_engine.py")
 STATS = Stats.of(script(REPLY))
-
-
-class Chat:
-    """A chat with the fake engine in a pseudo-terminal."""
-
-    def __init__(self, folder: Path, *options: str, columns: int = 80, rows: int = 30, **environment: str) -> None:
-        self.screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=0.5)
-        self.stream = pyte.ByteStream(self.screen)
-        clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
-        settings = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONPATH": str(ROOT), **environment}
-        self.child = pexpect.spawn(
-            sys.executable,
-            [str(ROOT / "tests" / "fake_engine.py"), "--history", str(folder / "history"), *options],
-            dimensions=(rows, columns),
-            env=clean | settings,
-            timeout=PATIENCE,
-        )
-        # a real terminal answers when it is asked for the cursor's position
-        self.screen.write_process_input = self.child.send  # type: ignore[method-assign]
-
-    @property
-    def text(self) -> str:
-        kept = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
-        lines = ("".join(row[column].data for column in range(self.screen.columns)).rstrip() for row in kept)
-        return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
-
-    def see(self, wanted: str | Callable[[str], bool]) -> str:
-        """Wait until the text is on the screen; returns all that is."""
-        until = time.monotonic() + PATIENCE
-        while not (wanted in self.text if isinstance(wanted, str) else wanted(self.text)):
-            if time.monotonic() > until:
-                raise AssertionError(f"not seen: {wanted}\n{self.text}")
-            self.read()
-        return self.text
-
-    def read(self) -> None:
-        with suppress(pexpect.TIMEOUT):
-            self.stream.feed(self.child.read_nonblocking(4096, timeout=0.05))
-
-    def send(self, keys: str) -> None:
-        self.child.send(keys)
-
-    def say(self, line: str) -> None:
-        """Type a line, see it on the screen, send it."""
-        self.send(line)
-        self.see(f"› {line.splitlines()[0]}")
-        self.send(ENTER)
-
-    def replies(self, count: int) -> str:
-        """Wait until `count` replies have ended and the prompt is back."""
-        return self.see(lambda text: text.count("acceptance length") == count and self.at_prompt)
-
-    @property
-    def at_prompt(self) -> bool:
-        return not self.screen.cursor.hidden and self.screen.buffer[self.screen.cursor.y][0].data == "›"
-
-    def status(self) -> int | None:
-        """Wait for the end; the exit status."""
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            try:
-                self.read()
-            except pexpect.EOF:
-                break
-        self.child.close()
-        return self.child.exitstatus
 
 
 @pytest.fixture
@@ -98,7 +25,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Chat]]:
     started: list[Chat] = []
 
     def opening(*options: str, **settings: object) -> Chat:
-        started.append(Chat(tmp_path, *options, **settings))  # type: ignore[arg-type]
+        command = (FAKE_CHAT, "--history", str(tmp_path / "history"), *options)
+        started.append(Chat(*command, **settings))  # type: ignore[arg-type]
         return started[-1]
 
     yield opening
@@ -112,7 +40,7 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) ->
     terminal.say("Tell me a story")
     terminal.replies(1)
     row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
-    assert_colours(terminal, row)
+    assert_colours(terminal, row, script(REPLY))
     footer = f"acceptance length {STATS.acceptance_length:.2f} · {STATS.tokens_per_second:.1f} tokens/s"
     assert f"{footer} · speedup {STATS.speedup:.2f}× measured here" in terminal.text
 
@@ -132,20 +60,6 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) ->
     assert figures["tokens/s"][0] == f"{STATS.tokens_per_second:.1f}"
     terminal.say("/exit")
     assert terminal.status() == 0
-
-
-def assert_colours(terminal: Chat, row: int) -> None:
-    """Every character of the reply that begins in `row` has the colour of the head that its step names."""
-    expected = []
-    for step in script(REPLY):
-        for token in step.tokens:
-            colour = head_style(token.head).color
-            name = colour.get_truecolor().hex[1:] if colour else "default"
-            expected += [(char, name) for char in token.text if char != " "]
-    cells = [terminal.screen.buffer[line][column] for line in range(row, 30) for column in range(80)]
-    shown = [(cell.data, cell.fg) for cell in cells if cell.data != " "]
-    assert shown[: len(expected)] == expected
-    assert len({colour for _, colour in expected}) == 5
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(start: Callable[..., Chat], tmp_path: Path) -> None:

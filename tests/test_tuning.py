@@ -61,7 +61,7 @@ def test_growth_by_hand():
     assert forecast == pytest.approx([1.0, 1.5, 1.75, 1.95, 2.05])
     published, lengths = grow(PUBLISHED, 64)
     assert len(published) == 64
-    assert lengths[-1] == pytest.approx(2.6, abs=0.2)  # the paper's 63-node trees reach about this
+    assert lengths[-1] == pytest.approx(2.35, abs=0.1)  # third parties measure 2.31 to 2.39 with these heads
 
 
 costs = st.builds(

@@ -29,10 +29,11 @@ class Tree:
     def of(cls, paths: Iterable[Iterable[int]], origin: str = "given") -> Tree:
         """A tree of the given paths and the root; raises UserError for a rank below 0, a duplicate or an orphan."""
         listed = [tuple(path) for path in paths]
-        nodes = set(listed) | {()}
         for path in listed:
             if not all(type(rank) is int and rank >= 0 for rank in path):
                 raise UserError(f"tree {origin}: node {list(path)} is not a list of ranks 0, 1, 2, ...")
+        nodes = set(listed) | {()}
+        for path in listed:
             if path and path[:-1] not in nodes:
                 raise UserError(f"tree {origin}: node {list(path)} is an orphan: {list(path[:-1])} is missing")
         if len(listed) != len(set(listed)):

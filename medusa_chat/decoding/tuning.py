@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.acceptance import greedy, make_rule
+from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import NodePath, Tree
 
@@ -38,7 +38,8 @@ def read_accuracy(file: Path) -> Accuracy | None:
         accuracy = tuple(tuple(float(value) for value in row) for row in rows)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"cannot read the head accuracies {file}: {error!r}; run medusa-chat calibrate again") from None
-    if not accuracy or not all(row and sorted(row) == list(row) and row[0] >= 0 and row[-1] <= 1 for row in accuracy):
+    in_range = all(0 <= value <= 1 for row in accuracy for value in row)
+    if not accuracy or not in_range or not all(row and sorted(row) == list(row) for row in accuracy):
         raise UserError(f"{file}: accuracies must be rows of rising fractions; run medusa-chat calibrate again")
     return accuracy
 
@@ -51,21 +52,17 @@ def grow(accuracy: Accuracy, nodes: int) -> tuple[Tree, list[float]]:
         is right with the product of the accuracies along its path, heads taken as independent.
     """
     gains = [[row[0], *(b - a for a, b in pairwise(row))] for row in accuracy]
-    frontier: list[tuple[float, NodePath]] = [(-gains[0][0], (0,))]
+    # Every rank of a new node's children is open at once: measured gains need not fall from rank to rank.
+    frontier: list[tuple[float, NodePath]] = [(-gain, (rank,)) for rank, gain in enumerate(gains[0])]
+    heapq.heapify(frontier)
     paths: list[NodePath] = []
     forecast = [1.0]
     while frontier and len(paths) + 1 < nodes:
         negative, path = heapq.heappop(frontier)
-        if negative >= 0:
-            break
         paths.append(path)
         forecast.append(forecast[-1] - negative)
-        depth, rank = len(path), path[-1]
-        if rank + 1 < len(gains[depth - 1]):
-            share = gains[depth - 1][rank + 1] / gains[depth - 1][rank] if gains[depth - 1][rank] else 0.0
-            heapq.heappush(frontier, (negative * share, (*path[:-1], rank + 1)))
-        if depth < len(gains):
-            heapq.heappush(frontier, (negative * gains[depth][0], (*path, 0)))
+        for rank, gain in enumerate(gains[len(path)] if len(path) < len(gains) else ()):
+            heapq.heappush(frontier, (negative * gain, (*path, rank)))
     return Tree.of(paths, "auto"), forecast
 
 
@@ -78,6 +75,8 @@ class StepCost:
 
     def overhead(self, nodes: int) -> float:
         """Cost of a tree step relative to a vanilla step, interpolated between measured node counts."""
+        if nodes in self.by_nodes:
+            return self.by_nodes[nodes] / self.vanilla
         ladder = sorted(self.by_nodes)
         place = min(max(bisect_left(ladder, nodes), 1), len(ladder) - 1)
         low, high = ladder[place - 1], ladder[place]
@@ -90,12 +89,12 @@ def measure(runner: Runner, accuracy: Accuracy) -> StepCost:
 
     The rounds go over the whole ladder in turn, so that a slow moment of the machine does not fall on one count.
     """
-    length = min(TIMED_LENGTH, runner.cache.capacity - max(LADDER))
+    length = min(TIMED_LENGTH, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
     trees = [Tree(), *(grow(accuracy, nodes)[0] for nodes in LADDER)]
     times: dict[Tree, list[float]] = {tree: [] for tree in trees}
-    runner.prefill([0] * length, greedy)
     rule = make_rule(Sampling())
     try:
+        runner.prefill([0] * length, rule)
         for _ in range(REPEATS + 1):
             for tree, seconds in times.items():
                 runner.cache.rewind(length)

@@ -38,13 +38,16 @@ def read_heads(path: Path, hidden: int, vocabulary: int) -> MedusaHeads:
     blocks, own = _sorted_tensors(path, tensors)
     count = 1 + max(head for head, *_ in blocks)
     layers = 1 + max(layer for _, layer, _ in blocks)
+    every = ((head, layer, kind) for head in range(count) for layer in range(layers) for kind in ("weight", "bias"))
+    if absent := next((key for key in every if key not in blocks), None):
+        raise UserError(f"{path}: tensor {absent[0]}.{absent[1]}.linear.{absent[2]} is missing")
     heads = MedusaHeads(count, layers, hidden, vocabulary if own else None)
     heads.to(next(iter(tensors.values())).dtype)
     for head in range(count):
         for layer in range(layers):
             for kind, stacked in (("weight", heads.weight), ("bias", heads.bias)):
                 name = f"{head}.{layer}.linear.{kind}"
-                _fill(path, name, blocks.pop((head, layer, kind), None), stacked.data[layer, head])
+                _fill(path, name, blocks[head, layer, kind], stacked.data[layer, head])
         if heads.lm_heads is not None:
             _fill(path, f"{head}.{layers}.weight", own.pop((head, layers), None), heads.lm_heads.data[head])
     if own:
@@ -59,6 +62,8 @@ def _sorted_tensors(
     blocks: dict[tuple[int, int, str], Tensor] = {}
     own: dict[tuple[int, int], Tensor] = {}
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {name} holds {str(tensor.dtype)[6:]}, not floating-point numbers")
         if block := _BLOCK.fullmatch(name):
             blocks[int(block[1]), int(block[2]), block[3]] = tensor
         elif lm_head := _LM_HEAD.fullmatch(name):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -64,7 +63,7 @@ def load_pretrained(spec: ModelSpec, dtype: torch.dtype | None) -> tuple[Any, An
         check_rewindable(model_class, config.get_text_config())
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.backbone, dtype=dtype or "auto", output_loading_info=True
+            spec.backbone, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, report = loaded
     _check_report(spec.backbone, report)
@@ -80,12 +79,17 @@ def choose_device(device: str) -> torch.device:
         return torch.device(next(name for name, there in present.items() if there))
     if not present.get(device.split(":")[0], False):
         raise UserError(f"there is no {device} device here; --device auto picks one")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UserError(f"{device!r} names no device; --device auto picks one") from None
 
 
 def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
     """By default bfloat16 where the hardware computes in it, else float32 on a CPU and float16 on a GPU."""
     if dtype not in (None, "auto"):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
         return DTYPES[dtype]
     if device.type == "cpu":
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
@@ -103,17 +107,19 @@ def _one_line(backbone: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers runs into over files that are not ours
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"cannot load the model {backbone}: {first}") from None
 
 
 def _check_report(backbone: str, report: dict[str, Any]) -> None:
     """A weight that is missing or does not fit would be random."""
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind, fault in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
         if report.get(kind):
-            key = sorted(map(str, report[kind]))[0]
-            raise UserError(f"cannot load the model {backbone}: weight {key} is {kind.split('_')[0]} in its files")
+            key = min(key if isinstance(key, str) else key[0] for key in report[kind])
+            raise UserError(f"cannot load the model {backbone}: weight {key} {fault}")
 
 
 def heads_file(spec: ModelSpec) -> Path | None:

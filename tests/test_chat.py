@@ -1,0 +1,79 @@
+"""The whole program with the bundled model in a pseudo-terminal: what README's first command opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pseudo_terminal import CTRL_C, Chat, assert_colours
+
+import medusa_chat
+from medusa_chat.config import Sampling
+from medusa_chat.events import Stats, Step
+
+SETTINGS = ("--dtype", "float32", "--tree", "mc_sim_7b_63")
+QUESTION = "Tell me a fairy tale."
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Chat]:
+    chat = Chat("-m", "medusa_chat.cli", *SETTINGS, columns=100, rows=40, XDG_STATE_HOME=str(tmp_path))
+    yield chat
+    chat.child.close(force=True)
+
+
+def expected_steps() -> list[Step]:
+    """The same reply from the engine itself: in greedy mode its steps depend on nothing but the model."""
+    engine = medusa_chat.load(dtype="float32", tree="mc_sim_7b_63")
+    return list(engine.generate([{"role": "user", "content": QUESTION}], Sampling()))
+
+
+def figures(text: str) -> dict[str, list[str]]:
+    """The last /stats table on the screen: name -> this reply, conversation."""
+    rows = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    return {row[0]: row[1:] for row in cells if len(row) == 3}
+
+
+def test_a_conversation_as_a_user_has_it(terminal: Chat, tmp_path: Path) -> None:
+    steps = expected_steps()
+    stats = Stats.of(steps)
+    terminal.say(QUESTION)  # typed while the model loads
+    terminal.see("■ head 4 (+4)")
+    terminal.replies(1)
+    first_words = "".join(step.text for step in steps)[:30]
+    row = next(row for row in range(40) if terminal.screen.display[row].startswith(first_words))
+    assert_colours(terminal, row, steps)
+    terminal.say("/stats")
+    shown = figures(terminal.see("prefill time"))
+    assert shown["new tokens"] == [str(stats.new_tokens)] * 2
+    assert shown["steps"][0] == str(stats.steps)
+    assert shown["acceptance length"][0] == f"{stats.acceptance_length:.2f}"
+    footer = next(line for line in terminal.text.splitlines() if line.startswith("acceptance length") and "·" in line)
+    assert f"acceptance length {stats.acceptance_length:.2f}" in footer
+    for name in ("speedup", "tokens/s"):
+        assert shown[name][0] in footer
+
+    terminal.say("/typical")
+    terminal.see("typical · temperature 0.7")
+    terminal.say("What is the capital of France?")
+    terminal.replies(3)  # the table says "acceptance length" too
+
+    terminal.say("/set max_new_tokens 900")
+    terminal.say("/set ignore_eos on")
+    terminal.say("Tell me a long story.")
+    terminal.see(lambda text: "tokens/s" in terminal.screen.display[terminal.screen.cursor.y + 2])
+    terminal.send(CTRL_C)
+    terminal.see("[stopped]")
+    terminal.see(lambda text: terminal.at_prompt)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 6 messages")
+    terminal.say("/heads")
+    terminal.see("head 1")
+    terminal.say("/tree")
+    terminal.see("mc_sim_7b_63: 64 nodes")
+    terminal.say("/exit")
+    assert terminal.status() == 0
+    assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 6

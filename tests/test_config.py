@@ -1,0 +1,142 @@
+"""Settings and the model registry: defaults, what is refused, and that the complaint names the entry."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medusa_chat.config import BUNDLED, ModelSpec, Sampling, UserError, read_registry, resolve_model
+
+
+def test_defaults_are_those_of_the_paper():
+    assert (Sampling().mode, Sampling().epsilon, Sampling().delta) == ("greedy", 0.09, 0.3)
+    with pytest.raises(FrozenInstanceError):
+        Sampling().mode = "exact"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "fast"}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
+        {"min_p": -0.1}, {"min_p": 1.5}, {"epsilon": 0}, {"epsilon": 2}, {"delta": 0}, {"max_new_tokens": 0},
+        {"seed": -1}, {"seed": 2**32}, {"stop": ("a", "")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong)).replace("stop", "stop string")) as refusal:
+        Sampling(**wrong)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "greedy"),
+    [
+        ({}, True), ({"mode": "vanilla"}, True), ({"mode": "vanilla", "sample": True}, False),
+        ({"mode": "vanilla", "sample": True, "temperature": 0}, True), ({"mode": "typical"}, False),
+        ({"mode": "typical", "temperature": 0}, True), ({"mode": "exact"}, False), ({"mode": "exact", "temperature": 0.0}, True),
+        ({"mode": "exact", "temperature": 1e-9}, True), ({"mode": "exact", "temperature": 0.01}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_which_settings_are_greedy(settings, greedy):
+    assert Sampling(**settings).greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("mode", "exact", "exact"), ("temperature", "0.5", 0.5), ("top_k", "40", 40), ("seed", "7", 7),
+        ("sample", "on", True), ("sample", "No", False), ("ignore_eos", "true", True), ("stop", "", ()),
+        ("stop", "Ende", ("Ende",)), ("stop", r"\n", ("\n",)), ("stop", "é🙂", ("é🙂",)), ("stop", "end\\", ("end\\",)),
+    ],
+)  # fmt: skip
+def test_a_value_is_read_from_text(name, text, value):
+    changed = Sampling().with_value(name, text)
+    assert getattr(changed, name) == value
+    assert all(
+        getattr(changed, field.name) == getattr(Sampling(), field.name)
+        for field in fields(Sampling)
+        if field.name != name
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("warmth", "1", "no setting 'warmth'; the settings are mode, temperature"), ("mode", "fast", "mode must be one of"),
+        ("temperature", "hot", "temperature must be a number, not 'hot'"), ("temperature", "nan", "finite"),
+        ("temperature", "inf", "finite"), ("temperature", "-1", "0 or more"), ("top_k", "1.5", "a whole number"),
+        ("sample", "maybe", "on or off"), ("seed", "", "a whole number"), ("max_new_tokens", "0", "at least 1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_text_is_refused(name, text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        Sampling().with_value(name, text)
+
+
+@given(name=st.sampled_from([field.name for field in fields(Sampling)]), text=st.text(max_size=8))
+def test_any_text_is_a_value_or_a_user_error(name, text):
+    try:
+        assert isinstance(Sampling().with_value(name, text), Sampling)
+    except UserError as error:
+        assert name in str(error) or name == "stop"
+
+
+# ---- models.yaml ----
+
+
+def test_the_registry_that_ships():
+    registry = read_registry()
+    assert registry["bundled"].backbone == "bundled"
+    assert resolve_model(None) == resolve_model("bundled")
+    assert resolve_model(None).backbone == str(BUNDLED)
+    assert resolve_model(None, "~/heads").heads.endswith("/heads")
+    assert "~" not in resolve_model(None, "~/heads").heads
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "must hold a mapping 'models'"), ("models: []", "must hold a mapping"), ("- a", "must hold a mapping"),
+        ("models: {a: b: c}", "cannot read the model list"), ("models: {a: text}", "entry 'a' must be a mapping"),
+        ("models: {a: {backbone: x, hedas: y}}", "entry 'a' has an unknown key 'hedas'; known are backbone, heads"),
+        ("models: {a: {backbone: 3}}", "entry 'a': backbone must be text, not 3"),
+        ("models: {a: {heads: x}}", "entry 'a' lacks backbone"), ("models: {a: {}}", "entry 'a' lacks backbone"),
+        ("models: {a: {backbone: x, name: y}}", "unknown key 'name'"),
+    ],
+)  # fmt: skip
+def test_a_broken_registry_names_the_entry(text, complaint, tmp_path):
+    file = tmp_path / "models.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=complaint) as refusal:
+        read_registry(file)
+    assert "\n" not in str(refusal.value)
+    assert str(file) in str(refusal.value)
+
+
+def test_a_registry_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot read the model list"):
+        read_registry(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00models")
+    with pytest.raises(UserError, match="cannot read the model list"):
+        read_registry(tmp_path / "binary.yaml")
+
+
+def test_a_registry_of_ones_own(tmp_path):
+    file = tmp_path / "models.yaml"
+    file.write_text("models: {7: {backbone: a/b, heads: c/d, tree: chain-3, system: Be brief., licence: MIT}}")
+    spec = ModelSpec("7", "a/b", "c/d", "chain-3", "Be brief.", "MIT")
+    assert list(read_registry(file).values()) == [spec]
+    assert list(read_registry(file)) == ["7"]
+
+
+def test_what_a_user_may_name(tmp_path):
+    assert resolve_model(str(tmp_path)) == ModelSpec(tmp_path.name, str(tmp_path))
+    assert resolve_model("owner/name") == ModelSpec("name", "owner/name")
+    for wrong in ("nothing", "a/b/c", "./a/b", "../b", "/no/such", "~/no-such"):
+        with pytest.raises(UserError, match="unknown model"):
+            resolve_model(wrong)

@@ -1,0 +1,107 @@
+"""The figures: Steps and their fold, against examples worked out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from medusa_chat.events import COPIED, Stats, Step, Token
+
+
+def step(heads: list[int], seconds: float, *, nodes: int = 8, depth: int = 3, finish=None) -> Step:
+    """A step whose tokens came from `heads`."""
+    kind = "tree" if nodes > 1 else "vanilla"
+    tokens = tuple(Token(10 + head, "ab"[head % 2], head) for head in heads)
+    return Step(tokens, nodes, seconds, kind, depth if nodes > 1 else 0, finish)
+
+
+REPLY = (
+    step([0, 1, 2], 0.02),  # heads 1 and 2 right, 3 wrong
+    step([0], 0.02),  # head 1 wrong
+    step([0], 0.01, nodes=1),  # a probe
+    step([0, 1, 2, 3], 0.03),  # all right
+    step([0, 1, 0], 0.02, finish="eos"),  # head 1 right, 2 wrong, and a closing token
+)
+
+
+def test_one_step():
+    assert (REPLY[0].text, REPLY[0].settled, REPLY[0].accepted) == ("aba", 3, 2)
+    assert (REPLY[1].settled, REPLY[1].accepted) == (1, 0)
+    assert (REPLY[4].settled, REPLY[4].accepted) == (2, 1)
+    only = step([0, 0], 0.01, nodes=1, finish="length")  # a vanilla step and the token that closes the reply
+    assert (only.settled, only.accepted) == (1, 0)
+    free = step([0], 0.0, nodes=0, finish="eos")  # the prefill's own token ended it
+    assert (free.settled, free.accepted) == (0, 0)
+
+
+def test_the_figures_of_a_reply():
+    stats = Stats.of(REPLY)
+    assert stats.new_tokens == 3 + 1 + 1 + 4 + 3
+    assert (stats.steps, stats.tree_steps, stats.vanilla_steps, stats.finish) == (5, 4, 1, "eos")
+    assert stats.acceptance_length == (3 + 1 + 4 + 2) / 4  # the closing token was not the tree's merit
+    assert stats.seconds == pytest.approx(0.1)
+    assert stats.tokens_per_second == pytest.approx(120)
+    assert stats.tree_step_seconds == 0.02
+    assert stats.vanilla_tokens_per_second == pytest.approx(100)
+    assert stats.overhead == pytest.approx(2.0)
+    assert stats.speedup == pytest.approx(1.25)
+    # Head 1 was tested in all four tree steps, head 2 where head 1 was right, head 3 where both were.
+    assert stats.head_acceptance() == {1: 3 / 4, 2: 2 / 3, 3: 1 / 2}
+
+
+def test_a_guess_behind_the_end_of_a_reply_was_not_tested():
+    """A reply that ends inside the accepted path says nothing about the next head."""
+    cut = step([0, 1], 0.02, finish="eos")
+    assert Stats.of([cut]).head_acceptance() == {1: 1.0}
+    closed = step([0, 1, 0], 0.02, finish="length")
+    assert Stats.of([closed]).head_acceptance() == {1: 1.0, 2: 0.0}
+
+
+def test_nothing_is_known_before_it_was_measured():
+    for stats in (Stats(), Stats.of([step([0], 0.0, nodes=0, finish="eos")])):
+        assert stats.acceptance_length is stats.overhead is stats.speedup is stats.tokens_per_second is None
+        assert stats.head_acceptance() == {}
+        json.dumps(stats.as_json())
+    trees_alone = Stats.of(REPLY[:2])
+    assert trees_alone.acceptance_length == 2.0
+    assert trees_alone.overhead is trees_alone.speedup is trees_alone.vanilla_tokens_per_second is None
+    vanilla_alone = Stats.of(REPLY[2:3])
+    assert vanilla_alone.acceptance_length is vanilla_alone.overhead is None
+    assert vanilla_alone.vanilla_tokens_per_second == pytest.approx(100)
+
+
+def test_a_tree_that_gets_no_deeper_tests_no_deeper_head():
+    stats = Stats.of([step([0, 1], 0.02, depth=1), step([0], 0.02, depth=1)])
+    assert stats.head_acceptance() == {1: 0.5}
+
+
+def test_one_slow_step_does_not_change_the_measured_overhead():
+    steps = [step([0, 1], 0.02)] * 5 + [step([0], 0.01, nodes=1)] * 5 + [step([0, 1], 9.0)]
+    assert Stats.of(steps).overhead == pytest.approx(2.0)
+
+
+def test_stats_of_a_conversation_add_up():
+    both = Stats.of([*REPLY, *REPLY])
+    assert both.new_tokens == 24
+    assert both.acceptance_length == Stats.of(REPLY).acceptance_length
+    assert both.head_acceptance() == Stats.of(REPLY).head_acceptance()
+
+
+def test_json_lines():
+    line = json.loads(json.dumps(step([0, 1, COPIED], 0.5, finish="stop").as_json()))
+    assert line["type"] == "step"
+    assert line["tokens"][1] == {"id": 11, "text": "b", "head": 1}
+    assert (line["nodes"], line["seconds"], line["kind"], line["finish"]) == (8, 0.5, "tree", "stop")
+    summary = json.loads(json.dumps(Stats.of(REPLY).as_json()))
+    assert summary["acceptance_length"] == 2.5
+    assert summary["head_acceptance"] == {"1": 0.75, "2": 0.6667, "3": 0.5}
+    assert {
+        "new_tokens",
+        "steps",
+        "tokens_per_second",
+        "vanilla_tokens_per_second",
+        "speedup",
+        "overhead",
+        "finish",
+    } <= set(summary)
