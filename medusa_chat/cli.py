@@ -8,17 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING
 
-from medusa_chat import __version__
-from medusa_chat.config import SAMPLING_HELP, Message, Recipe, Sampling, UserError, parse_value, read_registry
+from medusa_chat.arguments import COMMANDS, parser, recipe_of, sampling_of
+from medusa_chat.config import Message, Sampling, UserError, read_registry
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
-
-COMMANDS = ("chat", "bench", "verify", "train", "distill", "calibrate", "models")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "chat")
     try:
-        options = _parser().parse_args(words)
-        status: int = options.run(options)
+        options = parser().parse_args(words)
+        status = _RUN[options.command](options)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -50,120 +46,6 @@ def _fail(message: str) -> int:
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's complaints as the one line that every mistake gets."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="medusa-chat", description="Chat with a local model that decodes several tokens per step.")
-    parser.add_argument("--version", action="version", version=f"medusa-chat {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    chat = _command(commands, "chat", _chat, "chat in the terminal, or answer --prompt or piped text once (default)")
-    _model_flags(chat)
-    _sampling_flags(chat)
-    chat.add_argument("--prompt", help="answer this once and exit; text piped to standard input does the same")
-    chat.add_argument("--json", action="store_true", help="with --prompt: one JSON object a line, a step each")
-    chat.add_argument("--system", help="system prompt")
-    chat.add_argument("--transcript", type=Path, help="keep the conversation in this file and go on where it ended")
-    chat.add_argument("--marks", action="store_true", help="mark the heads' tokens without colour too")
-
-    bench = _command(commands, "bench", _bench, "measure acceptance length and speedup on this machine")
-    _model_flags(bench)
-    _sampling_flags(bench, max_new_tokens=128)
-    _prompt_flags(bench, 50)
-    bench.add_argument("--modes", default="greedy,typical", help="modes to measure, with commas between")
-    bench.add_argument("--rounds", type=_count, default=3, help="times that everything is measured; medians are told")
-    bench.add_argument("--peer", choices=["transformers"], help="measure transformers' generate() too")
-    bench.add_argument("--view", action="store_true", help="measure what the live view costs too")
-
-    verify = _command(commands, "verify", _verify, "check that greedy equals vanilla and exact equals sampling")
-    _model_flags(verify)
-    _sampling_flags(verify, max_new_tokens=64)
-    _prompt_flags(verify, 20)
-    verify.add_argument("--turns", type=_count, default=1, help="replies to check in each conversation")
-
-    train = _command(commands, "train", _train, "train Medusa heads for a model")
-    train.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
-    train.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL of messages, or ShareGPT")
-    train.add_argument("--out", type=Path, required=True, help="folder for the heads and the checkpoints")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    for name, kind in get_type_hints(Recipe).items():
-        default = getattr(Recipe(), name)
-        flag = "--recipe" if name == "name" else _flag(name)
-        train.add_argument(flag, dest=f"recipe_{name}", type=kind, default=default, help=f"(default: {default})")
-
-    distill = _command(commands, "distill", _distill, "let the model answer prompts, as training data for its heads")
-    distill.add_argument("--model", help="name, folder or hub id of the backbone")
-    _prompt_flags(distill, None)
-    distill.add_argument("--out", type=Path, required=True, help="JSONL file; a run that was cut off goes on in it")
-    distill.add_argument("--turns", type=_count, default=3, help="user turns to answer of each conversation")
-    distill.add_argument("--batch", type=_count, default=64, help="conversations answered at once")
-    distill.add_argument("--max-new-tokens", type=_count, default=160)
-    distill.add_argument("--temperature", type=float, default=0.3)
-    distill.add_argument("--seed", type=int, default=0)
-
-    calibrate = _command(commands, "calibrate", _calibrate, "measure each head's accuracy, for the tree tuner")
-    _model_flags(calibrate)
-    _prompt_flags(calibrate, 200)
-    calibrate.add_argument("--max-new-tokens", type=_count, default=128)
-
-    _command(commands, "models", _models, "list the models that --model knows by name")
-    return parser
-
-
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="name (see `medusa-chat models`), folder or hub id; default: the bundled model")
-    parser.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
-    parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
-
-
-def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    hints = get_type_hints(Sampling)
-    for field in fields(Sampling):
-        default = defaults.get(field.name, field.default)
-        if hints[field.name] is bool:
-            parser.add_argument(_flag(field.name), action="store_true", help=SAMPLING_HELP[field.name])
-        else:
-            shown = "" if default == () else f" (default: {default})"
-            parser.add_argument(_flag(field.name), default=default, help=SAMPLING_HELP[field.name] + shown)
-
-
-def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None) -> None:
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="MT-Bench, messages or text")
-    parser.add_argument("--limit", type=_count, default=limit, help="prompts to take, in turn from each file")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _sampling(options: argparse.Namespace) -> Sampling:
-    hints = get_type_hints(Sampling)
-    given = {name: getattr(options, name) for name in hints}
-    read = {name: parse_value(name, hints[name], v) if isinstance(v, str) else v for name, v in given.items()}
-    return Sampling(**read)
-
-
 def _load(options: argparse.Namespace, probing: bool = True) -> Engine:
     import medusa_chat
 
@@ -174,7 +56,7 @@ def _load(options: argparse.Namespace, probing: bool = True) -> Engine:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
@@ -228,7 +110,7 @@ def _bench(options: argparse.Namespace) -> int:
     from medusa_chat.prompts import read_prompts
     from medusa_chat.terminal import report
 
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
     prompts = read_prompts(options.prompts, options.limit)
     engine = _load(options, probing=False)
@@ -246,7 +128,7 @@ def _verify(options: argparse.Namespace) -> int:
     from medusa_chat.terminal import report
     from medusa_chat.verify import verify
 
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     prompts = read_prompts(options.prompts, options.limit)
     engine = _load(options, probing=False)
     with report.progress("verifying") as progress:
@@ -259,9 +141,8 @@ def _train(options: argparse.Namespace) -> int:
     from medusa_chat.terminal import report
     from medusa_chat.training.trainer import train
 
-    recipe = Recipe(**{field.name: getattr(options, f"recipe_{field.name}") for field in fields(Recipe)})
     with report.training() as progress:
-        file = train(options.model, options.data, options.out, recipe, progress, options.resume)
+        file = train(options.model, options.data, options.out, recipe_of(options), progress, options.resume)
     print(f"wrote {file}")
     return 0
 
@@ -309,6 +190,12 @@ def _models(options: argparse.Namespace) -> int:
 
     report.show_models(list(read_registry().values()))
     return 0
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "chat": _chat, "bench": _bench, "verify": _verify, "train": _train, "distill": _distill, "calibrate": _calibrate,
+    "models": _models,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

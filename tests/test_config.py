@@ -20,8 +20,8 @@ def test_defaults_are_those_of_the_paper():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"mode": "fast"}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
-        {"min_p": -0.1}, {"min_p": 1.5}, {"epsilon": 0}, {"epsilon": 2}, {"delta": 0}, {"max_new_tokens": 0},
+        {"mode": "fast"}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
+        {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.5}, {"epsilon": 0}, {"epsilon": 2}, {"delta": 0}, {"max_new_tokens": 0},
         {"seed": -1}, {"seed": 2**32}, {"stop": ("a", "")},
     ],
     ids=str,
@@ -37,7 +37,8 @@ def test_values_out_of_range_are_refused(wrong):
     [
         ({}, True), ({"mode": "vanilla"}, True), ({"mode": "vanilla", "sample": True}, False),
         ({"mode": "vanilla", "sample": True, "temperature": 0}, True), ({"mode": "typical"}, False),
-        ({"mode": "typical", "temperature": 0}, True), ({"mode": "exact"}, False), ({"mode": "exact", "temperature": 0.0}, True),
+        ({"mode": "typical", "temperature": 0}, True), ({"mode": "exact"}, False),
+        ({"mode": "exact", "temperature": 0.0}, True),
         ({"mode": "exact", "temperature": 1e-9}, True), ({"mode": "exact", "temperature": 0.01}, False),
     ],
     ids=str,
@@ -67,7 +68,8 @@ def test_a_value_is_read_from_text(name, text, value):
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("warmth", "1", "no setting 'warmth'; the settings are mode, temperature"), ("mode", "fast", "mode must be one of"),
+        ("warmth", "1", "no setting 'warmth'; the settings are mode, temperature"),
+        ("mode", "fast", "mode must be one of"),
         ("temperature", "hot", "temperature must be a number, not 'hot'"), ("temperature", "nan", "finite"),
         ("temperature", "inf", "finite"), ("temperature", "-1", "0 or more"), ("top_k", "1.5", "a whole number"),
         ("sample", "maybe", "on or off"), ("seed", "", "a whole number"), ("max_new_tokens", "0", "at least 1"),

@@ -133,7 +133,7 @@ LAWS = [
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_exact_gives_the_text_of_vanilla_sampling(backbone, law):
-    for seed in range(3):
+    for seed in range(2):
         expected = reply(
             make_engine(backbone), PROMPT, mode="vanilla", sample=True, seed=seed, max_new_tokens=NEW, **law
         )
@@ -163,7 +163,7 @@ def test_typical_with_the_same_seed_and_heads_gives_the_same_text(backbone):
     assert reply(engine, PROMPT, **settings) == reply(engine, PROMPT, **settings)
 
 
-VOCABULARY, DRAWS = 8, 1500
+VOCABULARY, DRAWS = 8, 1200
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_sampled_pairs_follow_the_law_of_the_backbone(law):
     counts: Counter[tuple[int, int]] = Counter()
     deep = 0
     for seed in range(DRAWS):
-        steps = decode(engine, prompt, mode="exact", seed=seed, max_new_tokens=3, **law)
+        steps = decode(engine, prompt, mode="exact", seed=seed, max_new_tokens=2, **law)
         deep += steps[0].accepted > 0
-        first, second, _ = ids_of(steps)
+        first, second = ids_of(steps)
         counts[first, second] += 1
     assert deep > DRAWS / 20  # the tree took part
     expected = {pair: DRAWS * p for pair, p in law_of_pairs.items() if p}

@@ -86,8 +86,8 @@ def test_the_command_line_imports_nothing_heavy_at_its_top():
     [
         "import medusa_chat, medusa_chat.config, medusa_chat.events, medusa_chat.prompts",
         "import medusa_chat.decoding.tree, medusa_chat.decoding.reply",
-        "import medusa_chat.terminal, pkgutil, importlib; "
-        "[importlib.import_module(m.name) for m in pkgutil.iter_modules(medusa_chat.terminal.__path__, 'medusa_chat.terminal.')]",
+        "import importlib, pkgutil, medusa_chat.terminal as parent\n"
+        "for each in pkgutil.iter_modules(parent.__path__): importlib.import_module(f'{parent.__name__}.{each.name}')",
         "import contextlib, medusa_chat.cli\nwith contextlib.suppress(SystemExit): medusa_chat.cli.main(['--help'])",
     ],
     ids=["settings", "tree and reply", "terminal", "help"],

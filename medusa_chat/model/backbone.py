@@ -147,4 +147,4 @@ class Backbone:
             raise UserError(f"{self.config.model_type} models do not take tree attention: {error!r}") from None
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         if not (ours - theirs).abs().max() <= tolerance * theirs.abs().max():
-            raise UserError(f"{self.config.model_type} models attend or make their logits in a way that is not supported")
+            raise UserError(f"{self.config.model_type} models attend or make logits in a way that is not supported")

@@ -1,0 +1,149 @@
+"""The flags of every sub-command; their defaults and help are read from the settings' own fields."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from medusa_chat import __version__
+from medusa_chat.config import SAMPLING_HELP, Recipe, Sampling, UserError, parse_value
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's complaints as the one line that every mistake gets."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `medusa-chat`; `options.command` names the sub-command."""
+    whole = _Parser(prog="medusa-chat", description="Chat with a local model that decodes several tokens per step.")
+    whole.add_argument("--version", action="version", version=f"medusa-chat {__version__}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (text, flags) in COMMANDS.items():
+        flags(commands.add_parser(name, help=text, description=text))
+    return whole
+
+
+def _chat(command: argparse.ArgumentParser) -> None:
+    _model_flags(command)
+    _sampling_flags(command)
+    command.add_argument("--prompt", help="answer this once and exit; text piped to standard input does the same")
+    command.add_argument("--json", action="store_true", help="with --prompt: one JSON object a line, a step each")
+    command.add_argument("--system", help="system prompt")
+    command.add_argument("--transcript", type=Path, help="keep the conversation in this file; go on where it ended")
+    command.add_argument("--marks", action="store_true", help="mark the heads' tokens without colour too")
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    _model_flags(command)
+    _sampling_flags(command, max_new_tokens=128)
+    _prompt_flags(command, 50)
+    command.add_argument("--modes", default="greedy,typical", help="modes to measure, with commas between")
+    command.add_argument("--rounds", type=_count, default=3, help="times that all is measured; medians are told")
+    command.add_argument("--peer", choices=["transformers"], help="measure transformers' generate() too")
+    command.add_argument("--view", action="store_true", help="measure what the live view costs too")
+
+
+def _verify(command: argparse.ArgumentParser) -> None:
+    _model_flags(command)
+    _sampling_flags(command, max_new_tokens=64)
+    _prompt_flags(command, 20)
+    command.add_argument("--turns", type=_count, default=1, help="replies to check in each conversation")
+
+
+def _train(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
+    command.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL of messages, or ShareGPT")
+    command.add_argument("--out", type=Path, required=True, help="folder for the heads and the checkpoints")
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    for field in fields(Recipe):
+        flag = "--recipe" if field.name == "name" else _flag(field.name)
+        kind = get_type_hints(Recipe)[field.name]
+        text = f"(default: {field.default})"
+        command.add_argument(flag, dest=f"recipe_{field.name}", type=kind, default=field.default, help=text)
+
+
+def _distill(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="name, folder or hub id of the backbone")
+    _prompt_flags(command, None)
+    command.add_argument("--out", type=Path, required=True, help="JSONL file; a run that was cut off goes on in it")
+    command.add_argument("--turns", type=_count, default=3, help="user turns to answer of each conversation")
+    command.add_argument("--batch", type=_count, default=64, help="conversations answered at once")
+    command.add_argument("--max-new-tokens", type=_count, default=160)
+    command.add_argument("--temperature", type=float, default=0.3)
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _calibrate(command: argparse.ArgumentParser) -> None:
+    _model_flags(command)
+    _prompt_flags(command, 200)
+    command.add_argument("--max-new-tokens", type=_count, default=128)
+
+
+def _no_flags(command: argparse.ArgumentParser) -> None:
+    """`models` takes none."""
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "chat": ("chat in the terminal, or answer --prompt or piped text once (default)", _chat),
+    "bench": ("measure acceptance length and speedup on this machine", _bench),
+    "verify": ("check that greedy equals vanilla and exact equals sampling", _verify),
+    "train": ("train Medusa heads for a model", _train),
+    "distill": ("let the model answer prompts, as training data for its heads", _distill),
+    "calibrate": ("measure each head's accuracy, for the tree tuner", _calibrate),
+    "models": ("list the models that --model knows by name", _no_flags),
+}
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="name (see `medusa-chat models`), folder or hub id; default: the bundled model")
+    parser.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
+    parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
+
+
+def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    hints = get_type_hints(Sampling)
+    for field in fields(Sampling):
+        default = defaults.get(field.name, field.default)
+        if hints[field.name] is bool:
+            parser.add_argument(_flag(field.name), action="store_true", help=SAMPLING_HELP[field.name])
+        else:
+            shown = "" if default == () else f" (default: {default})"
+            parser.add_argument(_flag(field.name), default=default, help=SAMPLING_HELP[field.name] + shown)
+
+
+def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None) -> None:
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="MT-Bench, messages or text")
+    parser.add_argument("--limit", type=_count, default=limit, help="prompts to take, in turn from each file")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """The Sampling that the command line asks for; raises UserError for a value that cannot be."""
+    hints = get_type_hints(Sampling)
+    given = {name: getattr(options, name) for name in hints}
+    read = {name: parse_value(name, hints[name], v) if isinstance(v, str) else v for name, v in given.items()}
+    return Sampling(**read)
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The Recipe that the command line asks for."""
+    return Recipe(**{field.name: getattr(options, f"recipe_{field.name}") for field in fields(Recipe)})
