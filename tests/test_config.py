@@ -21,7 +21,8 @@ def test_defaults_are_those_of_the_paper():
     "wrong",
     [
         {"mode": "fast"}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-        {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.5}, {"epsilon": 0}, {"epsilon": 2}, {"delta": 0}, {"max_new_tokens": 0},
+        {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.5}, {"epsilon": 0}, {"epsilon": 2}, {"delta": 0},
+        {"max_new_tokens": 0},
         {"seed": -1}, {"seed": 2**32}, {"stop": ("a", "")},
     ],
     ids=str,

@@ -23,6 +23,7 @@ from tiny import (
 
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding import engine as engine_module
+from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
 
@@ -285,6 +286,22 @@ def test_candidates_show_the_last_tree_step(backbone, greedy_text):
     assert shown.accepted == (0, 1, 3)
     assert [shown.texts[row] for row in shown.accepted] == [token.text for token in step.tokens]
     reply_steps.close()
+
+
+def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone):
+    """A wrong hidden state or layout would cost acceptance alone: greedy text would stay right."""
+    heads, tree = random_heads(backbone), random_tree(4, 30, 4, 5, spine=4)
+    runner = make_engine(backbone, heads, tree).runner
+    rule = make_rule(Sampling())
+    root, text = runner.prefill(PROMPT, rule), [*PROMPT]
+    for _ in range(12):
+        with torch.inference_mode():
+            hidden = backbone.hidden_of_text(torch.tensor(text))[-1:]
+            guesses = heads.logits(hidden, backbone.lm_head)[:, 0].topk(5).indices.tolist()
+        outcome = runner.step(root, tree, rule)
+        assert outcome.candidates == [root, *(guesses[len(path) - 1][path[-1]] for path in tree.paths[1:])]
+        text += [outcome.candidates[row] for row in outcome.rows]
+        root = outcome.next
 
 
 def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone):

@@ -16,6 +16,7 @@ ALLOWED = {
     "config": set(),
     "events": {"config"},
     "prompts": {"config"},
+    "arguments": {"config", "prompts", "__init__"},
     "model": {"config", "events"},
     "decoding": {"config", "events", "model"},
     "training": ENGINE | {"prompts"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "doctor": ENGINE | {"prompts"},
     "terminal": {"config", "events", "__init__"},
 }
-NO_TORCH = ("config", "events", "prompts", "terminal", "decoding/tree", "decoding/reply")
+NO_TORCH = ("config", "events", "prompts", "arguments", "terminal", "decoding/tree", "decoding/reply")
 
 
 def imports(file: Path, *, everywhere: bool = True) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -22,9 +22,8 @@ from medusa_chat.model.heads import MedusaHeads
 VANILLA = Tree()
 MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
 MAX_NODES = 256
-# A vanilla step among the tree steps, to measure the speedup by: soon at first, then every PROBE_EVERY tree steps.
-FIRST_PROBES = (2, 6, 12)
-PROBE_EVERY = 24
+# Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
+PROBE_GAPS = (2, 4, 6, 24)
 
 
 class Engine:
@@ -50,6 +49,8 @@ class Engine:
         self._accuracy = accuracy
         self._eos = eos_ids(backbone, tokenizer) if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
+        self._reply: Generator[Step] | None = None
+        self._probes, self._since_probe = 0, 0
         self._last: tuple[Tree, Outcome] | None = None
         self._cost: tuning.StepCost | None = None
         self._forecast = ""
@@ -75,7 +76,7 @@ class Engine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def generate(self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling) -> Iterator[Step]:
+    def generate(self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling) -> Generator[Step]:
         """Decode a reply, step by step. Close the iterator at any time: the cache holds what was yielded.
 
         Raises:
@@ -88,21 +89,24 @@ class Engine:
             raise UserError(f"the prompt has {len(ids)} tokens; the context of {self.name} holds {self.context}")
         if sampling.mode != "vanilla" and not self.heads:
             raise UserError(f"{self.name} has no Medusa heads: {sampling.mode} mode needs them, vanilla does not")
-        return self._decode(ids, sampling)
+        if not 0 <= min(ids) <= max(ids) < self.backbone.vocabulary:
+            raise UserError(f"the prompt has ids that are not among the {self.backbone.vocabulary} of {self.name}")
+        if self._reply is not None:
+            self._reply.close()  # there is one cache: an older reply cannot go on beside the new one
+        self._reply = self._decode(ids, sampling)
+        return self._reply
 
-    def _decode(self, ids: list[int], sampling: Sampling) -> Iterator[Step]:
+    def _decode(self, ids: list[int], sampling: Sampling) -> Generator[Step]:
         rule = make_rule(sampling)
         reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids))
-        steps = 0  # tree steps so far, which say when a vanilla step is due
         try:
             root = self._prefill(ids, rule)
             if reply.ends_at(root):
                 yield Step(tuple(reply.take([root], [0])), 0, 0.0, "vanilla", finish=reply.finish)
                 return
             while not reply.finish:
-                tree = VANILLA if sampling.mode == "vanilla" or self._probe_due(steps) else self.tree
+                tree = VANILLA if sampling.mode == "vanilla" or self._probe_due() else self.tree
                 step, root = self._step(root, tree, rule, reply)
-                steps += 1
                 yield step
         finally:
             # What an interrupt left in the cache beyond the text is dropped, and the other way round.
@@ -110,8 +114,13 @@ class Engine:
             self.runner.cache.rewind(length)
             del self._tokens[length:]
 
-    def _probe_due(self, steps: int) -> bool:
-        return self.probing and (steps in FIRST_PROBES or steps % PROBE_EVERY == PROBE_EVERY - 1)
+    def _probe_due(self) -> bool:
+        """Whether the next step is taken as a vanilla one. Counted over replies: short ones need no probe each."""
+        if not self.probing or self._since_probe < PROBE_GAPS[min(self._probes, len(PROBE_GAPS) - 1)]:
+            self._since_probe += 1
+            return False
+        self._probes, self._since_probe = self._probes + 1, 0
+        return True
 
     def _prefill(self, ids: list[int], rule: Rule) -> int:
         """Bring the cache to `ids`, running only what differs; returns the first token of the reply."""
@@ -160,6 +169,8 @@ class Engine:
     def use_tree(self, tree: str | Tree) -> None:
         """Switch to `auto`, a released tree by name, `chain-N`, a JSON file or a Tree."""
         if self.runner.heads is None:
+            if tree != "auto":
+                raise UserError(f"{self.name} has no Medusa heads to fill a tree")
             self.tree = VANILLA
             return
         if tree == "auto":
@@ -169,8 +180,8 @@ class Engine:
         fitting = wanted.pruned(self.heads, self.backbone.vocabulary)
         if len(fitting) < len(wanted):
             self.notices.append(
-                f"tree {wanted.origin} is {wanted.depth} deep and {self.name} has {self.heads} heads:"
-                f" pruned from {len(wanted)} nodes to {len(fitting)}"
+                f"tree {wanted.origin} was pruned from {len(wanted)} nodes to {len(fitting)}: it is {wanted.depth} deep"
+                f" and {wanted.width} wide, {self.name} has {self.heads} heads over {self.backbone.vocabulary} tokens"
             )
         if not 1 < len(fitting) <= MAX_NODES:
             raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
