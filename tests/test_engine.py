@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -271,9 +272,37 @@ def test_probes_are_vanilla_steps_among_the_tree_steps(backbone, greedy_text):
     steps = decode(engine, PROMPT, max_new_tokens=NEW)
     kinds = [step.kind for step in steps]
     probes = [index for index, kind in enumerate(kinds) if kind == "vanilla"]
-    assert set(engine_module.FIRST_PROBES) <= set(probes)
+    trees = [later - earlier - 1 for earlier, later in pairwise([-1, *probes])]
+    gaps = engine_module.PROBE_GAPS
+    assert trees == [gaps[min(probe, len(gaps) - 1)] for probe in range(len(probes))]
+    assert len(probes) > 2
     assert all((step.nodes, step.depth) == ((1, 0) if step.kind == "vanilla" else (4, 3)) for step in steps)
     assert PROMPT + ids_of(steps) == greedy_text
+
+
+def test_probes_are_counted_over_replies(backbone):
+    engine = make_engine(backbone, random_heads(backbone), "chain-3", probing=True)
+    first = decode(engine, PROMPT, max_new_tokens=3)
+    second = decode(engine, PROMPT, max_new_tokens=3)
+    kinds = [step.kind for step in first + second if step.nodes]
+    assert kinds.index("vanilla") == engine_module.PROBE_GAPS[0]
+
+
+def test_a_new_reply_ends_the_one_before(backbone, greedy_text):
+    engine = make_engine(backbone)
+    older = engine.generate(PROMPT, Sampling(mode="vanilla", max_new_tokens=NEW))
+    next(older)
+    assert PROMPT + reply(engine, PROMPT, mode="vanilla", max_new_tokens=NEW) == greedy_text
+    assert list(older) == []
+
+
+def test_ids_outside_the_vocabulary_and_trees_without_heads_are_refused(backbone):
+    engine = make_engine(backbone)
+    for ids in ([1, -1], [1, backbone.vocabulary]):
+        with pytest.raises(UserError, match="not among"):
+            engine.generate(ids, Sampling(mode="vanilla"))
+    with pytest.raises(UserError, match="no Medusa heads"):
+        engine.use_tree("chain-2")
 
 
 def test_candidates_show_the_last_tree_step(backbone, greedy_text):
@@ -308,7 +337,7 @@ def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone):
     engine = make_engine(backbone, random_heads(backbone, 2), "mc_sim_7b_63")
     assert engine.tree.depth == 2
     assert len(engine.notices) == 1
-    assert "4 deep and model has 2 heads" in engine.notices[0]
+    assert "it is 4 deep and 10 wide, model has 2 heads" in engine.notices[0]
     assert engine.tree_names()[:3] == ["auto", "chain-1", "chain-2"]
     engine.use_tree("chain-2")
     assert len(engine.notices) == 1
