@@ -89,7 +89,7 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     stats, ids, text = Stats(), [], ""
-    with closing(engine.generate(messages, sampling)) as steps:  # type: ignore[type-var]
+    with closing(engine.generate(messages, sampling)) as steps:
         for step in steps:
             stats.add(step)
             ids += [token.id for token in step.tokens]

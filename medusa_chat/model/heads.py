@@ -35,8 +35,10 @@ class MedusaHeads(nn.Module):
 
     def features(self, hidden: Tensor) -> Tensor:
         """The blocks alone: [n, hidden] -> [K, n, hidden]."""
-        x = hidden.expand(self.heads, *hidden.shape)
-        for weight, bias in zip(self.weight, self.bias, strict=True):
+        # All heads read the same rows in the first layer, so there it is one plain matmul.
+        first = functional.linear(hidden, self.weight[0].flatten(0, 1), self.bias[0].flatten())
+        x = hidden + functional.silu(first.unflatten(-1, (self.heads, -1)).transpose(0, 1))
+        for weight, bias in zip(self.weight[1:], self.bias[1:], strict=True):
             x = x + functional.silu(torch.baddbmm(bias[:, None], x, weight.mT))
         return x
 
