@@ -183,7 +183,7 @@ def test_distill_answers_in_the_models_own_words_and_resumes(tmp_path: Path, bac
     run_distill(backbone_folder, prompts, whole)
     lines = whole.read_bytes().splitlines(keepends=True)
     assert [len(json.loads(line)["messages"]) for line in lines] == [2, 4, 2, 4, 2]
-    cut.write_bytes(b"".join(lines[:2]) + lines[2][:9])  # as if the power had gone in the third line
+    cut.write_bytes(b"".join(lines[:3]) + lines[3][:9])  # as if the power had gone in the fourth line, within a batch
     run_distill(backbone_folder, prompts, cut)
     assert cut.read_bytes() == whole.read_bytes()
 

@@ -27,10 +27,10 @@ def distill(
     if tokenizer.pad_token is None:  # the mask hides whatever stands there
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     wanted = read_prompts(prompts, limit)
-    done = _whole_lines(out)
+    done = _keep_whole_batches(out, batch)
     with out.open("a", encoding="utf-8") as lines:
         for start in range(done, len(wanted), batch):
-            # Each batch draws from its own seed, so that where a run was cut off does not matter.
+            # Each batch draws from its own seed, so that it does not matter which ones an earlier run had done.
             torch.manual_seed(seed + start // batch)
             group = wanted[start : start + batch]
             for conversation in _answer(backbone, tokenizer, group, turns, max_new_tokens, temperature):
@@ -39,15 +39,14 @@ def distill(
             progress(min(start + batch, len(wanted)), len(wanted))
 
 
-def _whole_lines(out: Path) -> int:
-    """Conversations that `out` holds already; a last line that was cut off is dropped."""
-    if not out.exists():
-        return 0
-    text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        out.write_bytes(whole)
-    return whole.count(b"\n")
+def _keep_whole_batches(out: Path, batch: int) -> int:
+    """Conversations in `out` that are kept: what was cut off within a batch is answered again."""
+    lines = out.read_bytes().splitlines(keepends=True) if out.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    kept = whole[: len(whole) // batch * batch]
+    if len(kept) < len(lines):
+        out.write_bytes(b"".join(kept))
+    return len(kept)
 
 
 def _answer(
