@@ -110,9 +110,7 @@ def permuted() -> tuple[Callable[[int], int], Engine]:
         embedding[order] = embedding.clone()
     assert loaded.heads is not None
     eos = frozenset({int(order[2])})
-    shuffled = Engine(
-        Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=eos, probing=False
-    )
+    shuffled = Engine(Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=eos, probing=False)
     return lambda old: int(order[old]), shuffled
 
 

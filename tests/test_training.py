@@ -123,7 +123,9 @@ def test_training_learns_and_leaves_the_backbone_alone(tmp_path: Path, backbone_
     assert all(last < first for first, last in zip(seen[0].head_loss, seen[-1].head_loss, strict=True))
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    tmp_path: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from medusa_chat.training import trainer as module
 
     plain = module._arguments
