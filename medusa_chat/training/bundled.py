@@ -130,6 +130,7 @@ def fit(model: Any, rows: PackedRows, out: Path, *, steps: int, batch: int, rate
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the backbone in bfloat16, its tokenizer and its generation config."""
     model.bfloat16()
+    model.config.use_cache = True  # Trainer leaves it off, and generate() would do without a cache
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
