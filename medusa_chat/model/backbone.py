@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medusa_chat.config import UserError
 from medusa_chat.model import attention
@@ -60,12 +60,12 @@ class Backbone:
     @property
     def vocabulary(self) -> int:
         """Rows of the LM head, which may be more than the tokenizer has tokens."""
-        return int(self.lm_head.weight.shape[0])
+        return int(self.lm_head.out_features)
 
     @property
-    def lm_head(self) -> nn.Linear:
-        head: nn.Linear = self.model.get_output_embeddings()
-        return head
+    def lm_head(self) -> Any:
+        """The linear layer from hidden states to logits."""
+        return self.model.get_output_embeddings()
 
     @property
     def context(self) -> int:

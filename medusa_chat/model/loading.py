@@ -21,6 +21,7 @@ from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import ACCURACY_FILE, HEADS_FILE, read_heads
+from medusa_chat.model.packing import pack_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +47,7 @@ def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) 
     number = choose_dtype(chosen, dtype)
     model, tokenizer = load_pretrained(spec, number)
     backbone = Backbone(model.to(chosen))
+    pack_linears(backbone.model)
     file = heads_file(spec)
     if file is None:
         return Loaded(backbone, None, tokenizer, None)
