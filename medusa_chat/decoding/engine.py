@@ -23,7 +23,7 @@ VANILLA = Tree()
 MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
 MAX_NODES = 256
 # Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
-PROBE_GAPS = (2, 4, 6, 24)
+PROBE_GAPS = (2, 2, 3, 4, 6, 8, 24)
 
 
 class Engine:

@@ -9,7 +9,6 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
 
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.acceptance import make_rule
@@ -104,7 +103,7 @@ def measure(runner: Runner, accuracy: Accuracy) -> StepCost:
     finally:
         runner.cache.rewind(0)
     # The lower quartile: what else the machine does only ever adds to a step.
-    cost = {len(tree): quantiles(seconds[1:], n=4)[0] for tree, seconds in times.items()}
+    cost = {len(tree): sorted(seconds[1:])[(len(seconds) - 1) // 4] for tree, seconds in times.items()}
     return StepCost(cost.pop(1), cost)
 
 
