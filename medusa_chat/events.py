@@ -112,6 +112,8 @@ class Stats:
     accepted: Counter[int] = field(default_factory=Counter)  # head -> its guesses that were accepted
     _tree_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
     _vanilla_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
+    _overheads: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
+    _before: Step | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, steps: Iterable[Step]) -> Stats:
@@ -126,9 +128,12 @@ class Stats:
         self.finish = step.finish
         if not step.nodes:
             return
+        before, self._before = self._before, None if step.finish else step
         if step.kind == "vanilla":
             self.vanilla_steps += 1
             self._vanilla_times.append(step.seconds)
+            if before is not None and before.kind == "tree":
+                self._overheads.append(before.seconds / step.seconds)
             return
         self.tree_steps += 1
         self.tree_tokens += step.settled
@@ -161,6 +166,9 @@ class Stats:
 
     @property
     def vanilla_step_seconds(self) -> float | None:
+        """Median of the vanilla steps; among tree steps, what they would have taken at the tree steps' pace."""
+        if self._overheads and self.tree_step_seconds:
+            return self.tree_step_seconds / median(self._overheads)
         return median(self._vanilla_times) if self._vanilla_times else None
 
     @property
@@ -170,7 +178,11 @@ class Stats:
 
     @property
     def overhead(self) -> float | None:
-        """Time of a tree step over time of a vanilla step, medians of both as measured in this run."""
+        """Time of a tree step over time of a vanilla step.
+
+        Each vanilla step is compared with the tree step right before it, and the median of these ratios is told:
+        a machine's pace drifts by more within a conversation than the two kinds of step differ.
+        """
         if not self.tree_step_seconds or not self.vanilla_step_seconds:
             return None
         return self.tree_step_seconds / self.vanilla_step_seconds

@@ -50,6 +50,18 @@ def test_the_figures_of_a_reply():
     assert stats.head_acceptance() == {1: 3 / 4, 2: 2 / 3, 3: 1 / 2}
 
 
+def test_a_vanilla_step_is_compared_with_its_neighbour():
+    """A machine that gets faster meanwhile does not make the heads look better."""
+    slow = [step([0, 1], 0.04), step([0], 0.02, nodes=1)]
+    fast = [step([0, 1], 0.01)] * 6
+    stats = Stats.of([*slow, *fast])
+    assert stats.overhead == pytest.approx(2.0)  # unpaired medians would say 0.5
+    assert stats.speedup == pytest.approx(1.0)
+    assert stats.vanilla_tokens_per_second == pytest.approx(200)  # at the pace of most tree steps
+    ended = Stats.of([step([0, 1], 0.08, finish="eos"), step([0], 0.02, nodes=1), step([0, 1], 0.03)])
+    assert ended.overhead == pytest.approx(2.75)  # no tree step of its reply stands before the vanilla one
+
+
 def test_a_guess_behind_the_end_of_a_reply_was_not_tested():
     """A reply that ends inside the accepted path says nothing about the next head."""
     cut = step([0, 1], 0.02, finish="eos")
