@@ -66,7 +66,8 @@ def verify(
         for ids in _histories(engine, prompt, turns):
             reference = _ids(engine, ids, replace(sampling, mode="vanilla", sample=False), engine.tree)
             plain = replace(sampling, mode="greedy")
-            compare("vanilla, generate()", ids, peer.generate(ids, len(reference)), reference, plain)
+            room = min(sampling.max_new_tokens, engine.context - len(ids))  # its own end has to be ours
+            compare("vanilla, generate()", ids, peer.generate(ids, room), reference, plain)
             for name, tree in trees.items():
                 compare(f"greedy, {name}", ids, reference, _ids(engine, ids, plain, tree), plain)
             for temperature, top_p in SAMPLINGS:
