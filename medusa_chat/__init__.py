@@ -15,7 +15,7 @@ __all__ = ["Sampling", "UserError", "load"]
 
 def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", dtype: str | None = None,
-    tree: str = "auto", context: int | None = None, probing: bool = True,
+    tree: str = "auto", context: int | None = None, probing: bool = True, measured: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
@@ -26,13 +26,14 @@ def load(
         tree: auto, chain-N, a released tree by name, or a JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
         probing: take a vanilla step now and then, so that Stats knows the speedup.
+        measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
 
     Raises:
         UserError: whatever the user can put right, in one line.
     """
     from medusa_chat.config import resolve_model
+    from medusa_chat.decoding.accuracy import read_accuracy
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.decoding.tuning import read_accuracy
     from medusa_chat.model.loading import load_model
 
     spec = resolve_model(model, heads)
@@ -40,5 +41,5 @@ def load(
     return Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing,
-        accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy else None,
+        accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip

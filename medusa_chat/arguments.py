@@ -6,10 +6,19 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from medusa_chat import __version__
-from medusa_chat.config import SAMPLING_HELP, Recipe, Sampling, UserError, parse_value
+from medusa_chat.config import (
+    RECIPE_HELP,
+    RECIPES,
+    SAMPLING_HELP,
+    Recipe,
+    Sampling,
+    UserError,
+    make_recipe,
+    parse_value,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,31 +67,52 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
-    command.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL of messages, or ShareGPT")
-    command.add_argument("--out", type=Path, required=True, help="folder for the heads and the checkpoints")
+    command.add_argument("--heads-from", metavar="HEADS", help="heads to start from: file, folder or hub id")
+    command.add_argument("--data", type=Path, nargs="+", required=True, help="messages or ShareGPT JSON, or plain text")
+    command.add_argument("--held-out", type=Path, nargs="+", default=(), help="text for the backbone's perplexity")
+    command.add_argument("--out", type=Path, required=True, help="folder for heads, model, log and checkpoints")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     for field in fields(Recipe):
         flag = "--recipe" if field.name == "name" else _flag(field.name)
-        kind = get_type_hints(Recipe)[field.name]
-        text = f"(default: {field.default})"
-        command.add_argument(flag, dest=f"recipe_{field.name}", type=kind, default=field.default, help=text)
+        command.add_argument(flag, dest=f"recipe_{field.name}", help=_recipe_help(field.name), **_kind(field.name))
+
+
+def _kind(name: str) -> dict[str, Any]:
+    kind = get_type_hints(Recipe)[name]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": str if get_origin(kind) is Literal else kind}
+
+
+def _recipe_help(name: str) -> str:
+    """What a field is, its default, and where the recipes differ in it."""
+    standard = Recipe.__dataclass_fields__[name].default
+    own = [f"{recipe} {changes[name]}" for recipe, changes in RECIPES.items() if name in changes]
+    return f"{RECIPE_HELP[name]} (default: {', '.join([str(standard), *own])})"
 
 
 def _distill(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", help="name, folder or hub id of the backbone")
+    command.add_argument("--model", help="name, folder or hub id of the backbone; not loaded with --server")
     _prompt_flags(command, None)
     command.add_argument("--out", type=Path, required=True, help="JSONL file; a run that was cut off goes on in it")
+    command.add_argument("--server", metavar="URL", help="let an OpenAI-compatible server answer; key: OPENAI_API_KEY")
+    command.add_argument("--server-model", metavar="NAME", help="the server's name for the model; default: its first")
+    command.add_argument("--system", default="", help="system prompt of conversations that have none")
     command.add_argument("--turns", type=_count, default=3, help="user turns to answer of each conversation")
     command.add_argument("--batch", type=_count, default=64, help="conversations answered at once")
-    command.add_argument("--max-new-tokens", type=_count, default=160)
+    command.add_argument("--max-new-tokens", type=_count, default=160, help="longest reply; a longer one is cut")
     command.add_argument("--temperature", type=float, default=0.3)
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
 
 
 def _calibrate(command: argparse.ArgumentParser) -> None:
     _model_flags(command)
     _prompt_flags(command, 200)
-    command.add_argument("--max-new-tokens", type=_count, default=128)
+    command.add_argument("--max-new-tokens", type=_count, default=128, help="longest reply that is counted")
+    text = "count all prompts; otherwise a fifth of them is held aside, decoded, and compared with the forecast"
+    command.add_argument("--no-check", action="store_true", help=text)
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures too; needs matplotlib")
 
 
 def _no_flags(command: argparse.ArgumentParser) -> None:
@@ -145,5 +175,6 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The Recipe that the command line asks for."""
-    return Recipe(**{field.name: getattr(options, f"recipe_{field.name}") for field in fields(Recipe)})
+    """The Recipe that the command line asks for: the named one, with what was given changed."""
+    given = {field.name: getattr(options, f"recipe_{field.name}") for field in fields(Recipe)}
+    return make_recipe(given.pop("name") or Recipe.name, **{k: v for k, v in given.items() if v is not None})

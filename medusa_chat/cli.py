@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.arguments import COMMANDS, parser, recipe_of, sampling_of
@@ -46,12 +48,12 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _load(options: argparse.Namespace, probing: bool = True) -> Engine:
+def _load(options: argparse.Namespace, probing: bool = True, measured: bool = True) -> Engine:
     import medusa_chat
 
     return medusa_chat.load(
         options.model, options.heads, device=options.device, dtype=options.dtype, tree=options.tree,
-        context=options.max_context, probing=probing,
+        context=options.max_context, probing=probing, measured=measured,
     )  # fmt: skip
 
 
@@ -138,57 +140,93 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from medusa_chat.terminal import report
-    from medusa_chat.training.trainer import train
+    from medusa_chat.terminal.training_view import training
 
-    with report.training() as progress:
-        file = train(options.model, options.data, options.out, recipe_of(options), progress, options.resume)
-    print(f"wrote {file}")
+    recipe = recipe_of(options)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells on import what it could have besides
+    try:
+        from medusa_chat.training.trainer import Run, train
+    except ModuleNotFoundError as error:
+        raise UserError(f"training needs {error.name}: pip install 'medusa-chat[train]'") from None
+    run = Run(
+        options.model, tuple(options.data), options.out, recipe, options.heads_from, tuple(options.held_out),
+        options.resume,
+    )  # fmt: skip
+    with training() as (progress, say):
+        wrote = train(run, progress, say)
+    if not wrote:
+        return 0
+    made = f"--model {options.out}" if recipe.joint else f"--model {options.model} --heads {options.out}"
+    print(f"wrote {options.out}; next: medusa-chat calibrate {made} --prompts FILE, then medusa-chat {made}")
     return 0
 
 
 def _distill(options: argparse.Namespace) -> int:
     from medusa_chat.terminal import report
-    from medusa_chat.training.distill import distill
+    from medusa_chat.training.distill import Plan, distill
 
+    plan = Plan(
+        turns=options.turns, batch=options.batch, max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature, seed=options.seed, system=options.system,
+    )  # fmt: skip
     with report.progress("answering") as progress:
-        distill(
-            options.model, options.prompts, options.out, limit=options.limit, turns=options.turns, batch=options.batch,
-            max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
-            progress=progress,
+        kept, total = distill(
+            options.model, options.prompts, options.out, plan, limit=options.limit, server=options.server,
+            server_model=options.server_model, device=options.device, progress=progress,
         )  # fmt: skip
-    print(f"wrote {options.out}")
+    unanswered = f"; {total - kept} of {total} prompts got no answer that fits the context" if kept < total else ""
+    print(f"wrote {options.out}: {kept} conversations{unanswered}")
     return 0
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from medusa_chat.config import resolve_model
-    from medusa_chat.model.layouts import ACCURACY_FILE
+    from medusa_chat.config import ACCURACY_FILE, resolve_model
+    from medusa_chat.decoding.accuracy import grow, write_accuracy
     from medusa_chat.model.loading import heads_file
     from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal import report
-    from medusa_chat.training.calibrate import calibrate, write_accuracy
+    from medusa_chat.terminal import charts, report
+    from medusa_chat.training.calibrate import SIZES, calibrate, check_forecast, held_aside
 
+    if options.plot:
+        charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
     heads = heads_file(resolve_model(options.model, options.heads))
     if heads is None:
         raise UserError("the model has no Medusa heads to measure")
     options.tree = "chain-1" if options.tree == "auto" else options.tree  # nothing is timed here
-    engine = _load(options, probing=False)
+    engine = _load(options, probing=False, measured=False)  # an old file of figures may be damaged: it goes
+    counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with report.progress("calibrating") as progress:
-        accuracy = calibrate(engine, prompts, options.max_new_tokens, progress)
-    source = f"{len(prompts)} conversations of {', '.join(path.name for path in options.prompts)}"
+        accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
+    source = f"{len(counted)} conversations of {', '.join(path.name for path in options.prompts)}"
     file = heads.parent / ACCURACY_FILE
     write_accuracy(accuracy, file, source)
-    report.show_accuracy(accuracy)
+    with report.progress("checking") as progress:
+        found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
+    checks = [vars(check) for check in found]
+    report.show_accuracy(accuracy.top, checks)
     print(f"wrote {file}")
+    if not checks and not options.no_check:
+        print("the forecast was not checked: that takes 5 prompts or more, and heads that fill a tree of 8 nodes")
+    if options.plot:
+        charts.plot(options.plot, accuracy.top, grow(accuracy, max(SIZES))[1], checks, f"{engine.name}, {source}")
+        print(f"wrote {options.plot}")
     return 0
 
 
 def _models(options: argparse.Namespace) -> int:
+    from medusa_chat.config import ACCURACY_FILE, resolve_model
+    from medusa_chat.decoding.accuracy import read_accuracy
     from medusa_chat.terminal import report
 
-    report.show_models(list(read_registry().values()))
+    specs, top1 = list(read_registry().values()), {}
+    for spec in specs:
+        found = resolve_model(spec.name)
+        place = Path(found.heads or found.backbone)
+        accuracy = read_accuracy((place.parent if place.is_file() else place) / ACCURACY_FILE)
+        if accuracy:
+            top1[spec.name] = [row[0] for row in accuracy.top]
+    report.show_models(specs, top1)
     return 0
 
 

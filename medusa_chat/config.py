@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import MISSING, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
@@ -11,6 +12,7 @@ import yaml
 
 Mode = Literal["greedy", "typical", "exact", "vanilla"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Quant = Literal["none", "nf4", "int8"]
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
@@ -125,22 +127,116 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How Medusa heads are trained (paper, section 2.2)."""
+    """How a model is given Medusa heads (paper, section 2.2). Each field is also a `--flag` of `train`.
+
+    RECIPES holds the paper's three: medusa1 trains heads on a frozen backbone, medusa2 both, distilled both with the
+    backbone held to what it said before.
+    """
 
     name: str = "medusa1"
     heads: int = 4
     layers: int = 1
-    decay: float = 0.8  # head k weighs decay ** k
-    learning_rate: float = 1e-3
+    lm_heads: Literal["auto", "own", "shared"] = "auto"
+    decay: float = 0.8
+    learning_rate: float = 2e-3
     warmup_steps: int = 40
-    epochs: float = 1.0
+    epochs: float = 2.0
     max_steps: int = -1
     batch_size: int = 8
+    accumulation: int = 1
     length: int = 512
     seed: int = 0
+    quant: Quant = "none"
+    backbone_learning_rate: float = 5e-4
+    lambda_0: float = 0.2
+    ramp: Literal["constant", "sine"] = "constant"
+    heads_first: float = 0.25
+    lora_rank: int = 32
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    gradient_checkpointing: bool = False
+    save_steps: int = 500
+    logging_steps: int = 10
+
+    def __post_init__(self) -> None:
+        counts = (
+            "heads", "layers", "epochs", "batch_size", "accumulation", "save_steps", "logging_steps", "decay",
+            "learning_rate", "lora_alpha",
+        )  # fmt: skip
+        amounts = ("warmup_steps", "backbone_learning_rate", "lambda_0")
+        whole = self.joint and self.lora_rank == 0
+        checks = (
+            (self.name in RECIPES, f"unknown recipe {self.name!r}; there are {', '.join(RECIPES)}"),
+            *((0 < getattr(self, n) < inf, f"{n} must be above 0, not {getattr(self, n)}") for n in counts),
+            *((0 <= getattr(self, n) < inf, f"{n} must be 0 or more, not {getattr(self, n)}") for n in amounts),
+            (self.lm_heads in ("auto", "own", "shared"), f"lm_heads is auto, own or shared, not {self.lm_heads!r}"),
+            (self.ramp in ("constant", "sine"), f"ramp is constant or sine, not {self.ramp!r}"),
+            (self.quant in get_args(Quant), f"quant is {', '.join(get_args(Quant))}, not {self.quant!r}"),
+            (self.length > self.heads + 1, f"rows of {self.length} tokens are too short for {self.heads} heads"),
+            (0 <= self.heads_first < 1, f"heads_first must be from 0 to below 1, not {self.heads_first:g}"),
+            (0 <= self.seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {self.seed}"),
+            (0 <= self.lora_dropout < 1, f"lora_dropout must be from 0 to below 1, not {self.lora_dropout:g}"),
+            (self.lora_rank >= 0, f"lora_rank must be 0 (train the whole backbone) or more, not {self.lora_rank}"),
+            (not whole or self.name != "distilled", "distilled needs an adapter to switch off: lora_rank above 0"),
+            (not whole or self.quant == "none", f"a backbone in {self.quant} needs an adapter: lora_rank above 0"),
+        )  # fmt: skip
+        for holds, complaint in checks:
+            if not holds:
+                raise UserError(complaint)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the backbone is trained with the heads."""
+        return self.name != "medusa1"
+
+
+# The released recipes' settings (ctlllll/axolotl, examples/medusa); rows and batches are for one small machine.
+RECIPES: dict[str, dict[str, Any]] = {
+    "medusa1": {},
+    "medusa2": {},
+    "distilled": {
+        "learning_rate": 4e-4, "backbone_learning_rate": 1e-4, "lambda_0": 0.01, "ramp": "sine", "heads_first": 0.0,
+        "warmup_steps": 20,
+    },
+}  # fmt: skip
+
+
+def make_recipe(name: str, **changes: Any) -> Recipe:
+    """A recipe by name with some settings of one's own; raises UserError for what cannot be."""
+    return Recipe(**{"name": name, **RECIPES.get(name, {}), **changes})
+
+
+# What each setting is, for `train --help`.
+RECIPE_HELP = {
+    "name": "medusa1 (heads on a frozen backbone), medusa2 (both) or distilled (both, the backbone held to itself)",
+    "heads": "Medusa heads",
+    "layers": "residual blocks of each head",
+    "lm_heads": "own, shared (the backbone's), or auto: own where they are small beside the backbone",
+    "decay": "the loss of head k weighs decay ** k",
+    "learning_rate": "of the heads",
+    "warmup_steps": "steps over which a learning rate rises, before it falls in a half cosine",
+    "epochs": "times that the data are seen",
+    "max_steps": "steps, if above 0, whatever the epochs",
+    "batch_size": "rows at once on each device",
+    "accumulation": "batches that make a step",
+    "length": "tokens in a row",
+    "seed": "the same seed gives the same weights",
+    "quant": "frozen backbone as none (16-bit), nf4 or int8",
+    "backbone_learning_rate": "medusa2, distilled: of the backbone or its adapter",
+    "lambda_0": "medusa2, distilled: weight of the heads' loss beside the backbone's",
+    "ramp": "medusa2, distilled: lambda_0 constant, or rising as a quarter sine",
+    "heads_first": "medusa2, distilled: share of the steps that train heads alone",
+    "lora_rank": "medusa2, distilled: rank of the backbone's adapter; 0 trains the whole backbone",
+    "lora_alpha": "scale of the adapter",
+    "lora_dropout": "dropout in the adapter",
+    "gradient_checkpointing": "less memory for more time",
+    "save_steps": "steps between checkpoints",
+    "logging_steps": "steps between lines of the log",
+}
 
 
 BUNDLED = Path(__file__).parent / "bundled"
+ACCURACY_FILE = "head_accuracy.json"  # beside the heads: what `calibrate` measured
 
 
 def registry_path() -> Path:

@@ -88,14 +88,32 @@ class Candidates:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Progress of training: step of total, mean loss, and per head its loss and top-1 accuracy."""
+    """Progress of training: means over the steps since the one before.
+
+    Attributes:
+        loss: what is minimized; backbone_loss: its part for the backbone, None while that is frozen.
+        head_loss, top1, top5: per head its cross entropy, and how often its likeliest guess, and one of its five
+            likeliest, is right.
+        heads_weight: lambda_0 at this step.
+        seconds_left: at the pace so far; memory: peak bytes, of the GPU where there is one, else of the process.
+    """
 
     step: int
     total: int
     loss: float
+    backbone_loss: float | None = None
     head_loss: tuple[float, ...] = ()
-    head_accuracy: tuple[float, ...] = ()
+    top1: tuple[float, ...] = ()
+    top5: tuple[float, ...] = ()
+    heads_weight: float = 1.0
+    learning_rates: tuple[float, ...] = ()
     tokens_per_second: float = 0.0
+    seconds_left: float = 0.0
+    memory: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of the log."""
+        return {key: _rounded(value) for key, value in asdict(self).items()}
 
 
 @dataclass
@@ -215,7 +233,9 @@ class Stats:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, 4)
+        return float(f"{value:.5g}")
+    if isinstance(value, tuple):
+        return [_rounded(item) for item in value]
     return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 

@@ -150,23 +150,3 @@ def test_help_and_the_model_list_need_no_torch() -> None:
     help_text = run("--help").stdout
     for command in ("chat", "bench", "verify", "train", "distill", "calibrate", "models"):
         assert command in help_text
-
-
-def test_train_and_calibrate_from_the_command_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    talk = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello!"}]
-    data = tmp_path / "data.jsonl"
-    data.write_text((json.dumps({"messages": talk}) + "\n") * 20)
-    flags = ["--recipe", "medusa1", "--heads", "2", "--max-steps", "2", "--length", "32", "--batch-size", "2"]
-    out = tmp_path / "heads"
-    assert main(["train", "--model", str(folder), "--data", str(data), "--out", str(out), *flags]) == 0
-    shared = ["--model", str(folder), "--heads", str(out), "--dtype", "float32"]
-    assert main(["calibrate", *shared, "--prompts", str(data), "--limit", "2", "--max-new-tokens", "8"]) == 0
-    assert len(json.loads((out / "head_accuracy.json").read_text())["accuracy"]) == 2
-    capsys.readouterr()
-    assert main(["bench", *shared, "--prompts", str(data), "--limit", "2", "--rounds", "1", "--tree", "chain-2"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"device", "model", "versions", "prompts", "modes", "peers"} <= set(result)
-    assert main(["verify", *shared, "--prompts", str(data), "--limit", "1", "--max-new-tokens", "6"]) == 0
-    assert "greedy, auto" in capsys.readouterr().out

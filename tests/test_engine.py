@@ -25,6 +25,7 @@ from tiny import (
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import make_rule
+from medusa_chat.decoding.accuracy import Accuracy
 from medusa_chat.decoding.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
 
@@ -351,7 +352,7 @@ def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone):
 
 def test_auto_tree_is_measured_and_says_what_it_forecasts(backbone, greedy_text, monkeypatch):
     monkeypatch.setattr("medusa_chat.decoding.tuning.REPEATS", 1)
-    accuracy = ((0.6, 0.8), (0.4, 0.5), (0.3, 0.4))
+    accuracy = Accuracy(((0.6, 0.8), (0.4, 0.5), (0.3, 0.4)))
     engine = make_engine(backbone, random_heads(backbone, 3), "auto", accuracy=accuracy)
     assert engine.notices == []
     assert "forecast" in engine.describe_tree()

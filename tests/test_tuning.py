@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
+import random
 
 import pytest
 from hypothesis import assume, given, settings
@@ -13,26 +13,48 @@ from tiny import OracleHeads, make_engine, prompt_ids, random_backbone, random_h
 
 from medusa_chat.config import UserError
 from medusa_chat.decoding import tuning
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, grow, read_accuracy, write_accuracy
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import Tree
-from medusa_chat.decoding.tuning import PUBLISHED, StepCost, fastest, grow, measure, read_accuracy
+from medusa_chat.decoding.tuning import StepCost, fastest, measure
 
 rows = st.lists(st.floats(0.0, 1.0, width=16), min_size=1, max_size=3).map(lambda row: tuple(sorted(row)))
-accuracies = st.lists(rows, min_size=1, max_size=2).map(tuple)
+tops = st.lists(rows, min_size=1, max_size=2).map(tuple)
 
 
-def value(path: tuple[int, ...], accuracy) -> float:
-    """Chance that every guess along the path is right, heads taken as independent."""
-    return math.prod(row[rank] - (row[rank - 1] if rank else 0.0) for rank, row in zip(path, accuracy, strict=False))
+def with_some_paths(top, seed: int) -> Accuracy:
+    """Some paths measured, each no more frequent than its prefix and none rarer than those that were not."""
+    draw, shares = random.Random(seed), {(): 1.0}
+    for path in every_path(top):
+        shares[path] = shares[path[:-1]] * draw.choice((0.0, draw.random()))
+    ranked = sorted(every_path(top), key=lambda path: (-shares[path], len(path)))
+    return Accuracy(top, {path: shares[path] for path in ranked[: draw.randrange(len(ranked) + 1)]})
 
 
-def best_by_brute_force(accuracy, nodes: int) -> float:
+accuracies = st.one_of(tops.map(Accuracy), st.builds(with_some_paths, tops, st.integers(0, 10**6)))
+
+
+def every_path(top) -> list[tuple[int, ...]]:
+    depths = range(1, len(top) + 1)
+    return [path for depth in depths for path in itertools.product(*(range(len(row)) for row in top[:depth]))]
+
+
+def value(path: tuple[int, ...], accuracy: Accuracy) -> float:
+    """Chance that every guess along the path is right: as measured, else heads taken as independent from there."""
+    share = 1.0
+    for depth in range(1, len(path) + 1):
+        if path[:depth] in accuracy.paths:
+            share = accuracy.paths[path[:depth]]
+            continue
+        row, rank = accuracy.top[depth - 1], path[depth - 1]
+        share *= row[rank] - (row[rank - 1] if rank else 0.0)
+        share = min([share, *accuracy.paths.values()])
+    return share
+
+
+def best_by_brute_force(accuracy: Accuracy, nodes: int) -> float:
     """Forecast of the best prefix-closed set of `nodes` nodes, root included, over all there are."""
-    paths = [
-        path
-        for depth in range(1, len(accuracy) + 1)
-        for path in itertools.product(*(range(len(row)) for row in accuracy[:depth]))
-    ]
+    paths = every_path(accuracy.top)
     forecasts = [
         1 + sum(value(path, accuracy) for path in chosen)
         for chosen in itertools.combinations(paths, min(nodes - 1, len(paths)))
@@ -48,6 +70,7 @@ def test_growth_finds_the_best_tree(accuracy, nodes):
     assert len(tree) == len(forecast) <= nodes
     assert forecast[-1] == pytest.approx(best_by_brute_force(accuracy, nodes))
     assert forecast == sorted(forecast)
+    assert accuracy.forecast(tree) == pytest.approx(forecast[-1])
     for stage in range(1, len(tree) + 1):
         smaller = grow(accuracy, stage)[0]
         assert set(smaller.paths) <= set(tree.paths)
@@ -56,7 +79,7 @@ def test_growth_finds_the_best_tree(accuracy, nodes):
 
 def test_growth_by_hand():
     """A plateau in the measurements (nobody's second guess was right) must not hide the third guess."""
-    tree, forecast = grow(((0.5, 0.5, 0.75), (0.4,)), 5)
+    tree, forecast = grow(Accuracy(((0.5, 0.5, 0.75), (0.4,))), 5)
     assert set(tree.paths) == {(), (0,), (2,), (0, 0), (2, 0)}
     assert forecast == pytest.approx([1.0, 1.5, 1.75, 1.95, 2.05])
     published, lengths = grow(PUBLISHED, 64)
@@ -73,7 +96,7 @@ costs = st.builds(
 @given(accuracy=accuracies, by_nodes=costs)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_the_fastest_tree_has_the_most_tokens_per_second(accuracy, by_nodes):
-    assume(accuracy[0][-1] > 0)
+    assume(accuracy.top[0][-1] > 0)
     cost = StepCost(1.0, by_nodes)
     tree, length, speedup = fastest(accuracy, cost)
     whole, forecast = grow(accuracy, 16)
@@ -102,7 +125,7 @@ def test_step_cost_is_interpolated_between_measured_counts():
 def test_poor_heads_still_get_a_tree(accuracy, monkeypatch):
     monkeypatch.setattr(tuning, "REPEATS", 1)
     backbone = random_backbone()
-    engine = make_engine(backbone, random_heads(backbone, len(accuracy)), "auto", accuracy=accuracy)
+    engine = make_engine(backbone, random_heads(backbone, len(accuracy)), "auto", accuracy=Accuracy(accuracy))
     assert len(engine.tree) >= 2
     prompt = prompt_ids(9)
     expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=20)
@@ -113,7 +136,7 @@ def test_measurement_times_every_count_and_leaves_the_cache_empty(monkeypatch):
     monkeypatch.setattr(tuning, "REPEATS", 1)
     backbone = random_backbone(max_position_embeddings=48)
     runner = Runner(backbone, random_heads(backbone), 48 + 256)
-    cost = measure(runner, PUBLISHED[:4])
+    cost = measure(runner, PUBLISHED.pruned(4, 64))
     assert runner.cache.length == 0
     assert tuple(cost.by_nodes) == tuning.LADDER
     assert cost.vanilla > 0
@@ -133,7 +156,7 @@ def test_an_interrupted_measurement_leaves_the_cache_empty(monkeypatch, call):
 
     monkeypatch.setattr(backbone, "logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        measure(runner, PUBLISHED[:4])
+        measure(runner, PUBLISHED.pruned(4, 64))
     assert runner.cache.length == 0
 
 
@@ -155,14 +178,23 @@ def test_accuracies_are_read_from_their_file(tmp_path):
     file = tmp_path / "head_accuracy.json"
     assert read_accuracy(file) is None
     file.write_text(json.dumps({"accuracy": [[0.5, 0.6], [0.25, 1]], "extra": 1}))
-    assert read_accuracy(file) == ((0.5, 0.6), (0.25, 1.0))
+    assert read_accuracy(file) == Accuracy(((0.5, 0.6), (0.25, 1.0)))  # as written before paths were
+    accuracy = Accuracy(((0.5, 0.6), (0.25, 1 / 3)), {(0,): 0.48, (1,): 0.1, (0, 1): 0.1})
+    write_accuracy(accuracy, file, "test")
+    assert read_accuracy(file) == Accuracy(((0.5, 0.6), (0.25, 0.33333)), accuracy.paths)
+    assert [each.name for each in tmp_path.iterdir()] == ["head_accuracy.json"]
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "{}", '{"accuracy": []}', '{"accuracy": [[]]}', '{"accuracy": [[0.5, 0.4]]}',
      '{"accuracy": [[1.5]]}', '{"accuracy": [[-0.5]]}', '{"accuracy": [["x"]]}', '{"accuracy": 3}',
-     '{"accuracy": [[NaN]]}', '{"accuracy": [[0.1, NaN, 0.2]]}'],
+     '{"accuracy": [[NaN]]}', '{"accuracy": [[0.1, NaN, 0.2]]}', '{"accuracy": [[1' + "0" * 400 + "]]}", "[" * 10**5,
+     *(f'{{"accuracy": [[0.5, 0.6]], "paths": {paths}}}' for paths in (
+         "null", "3", "[3]", "[[0]]", "[[[], 0.5]]", "[[[2], 0.5]]", "[[[-1], 0.5]]", "[[[0, 0], 0.5]]",
+         "[[[0], 1.5]]", "[[[0], NaN]]", '[["0", 0.5]]', "[[[0.0], 0.5]]", "[[[true], 0.5]]", '[[[0], "x"]]')),
+     '{"accuracy": [[0.5], [0.5]], "paths": [[[0], 0.3], [[0, 0], 0.4]]}',
+     '{"accuracy": [[0.5], [0.5]], "paths": [[[0, 0], 0.4]]}'],
 )  # fmt: skip
 def test_a_broken_file_of_accuracies_is_refused(text, tmp_path):
     file = tmp_path / "head_accuracy.json"
@@ -173,4 +205,32 @@ def test_a_broken_file_of_accuracies_is_refused(text, tmp_path):
 
 
 def test_a_tree_of_the_root_alone_is_vanilla():
-    assert grow(((0.5,),), 1) == (Tree.of([], "auto"), [1.0])
+    assert grow(Accuracy(((0.5,),)), 1) == (Tree.of([], "auto"), [1.0])
+
+
+# ---- paths that were measured together ----
+
+
+def test_measured_paths_come_before_the_product():
+    """The heads are right together: (0, 0) is better than the product says, (1, 0) worse."""
+    top = ((0.5, 0.8), (0.4, 0.5))
+    accuracy = Accuracy(top, {(0,): 0.5, (0, 0): 0.4, (1,): 0.3, (1, 0): 0.01})
+    tree, forecast = grow(accuracy, 4)
+    assert tree.paths == ((), (0,), (1,), (0, 0))
+    assert forecast == pytest.approx([1.0, 1.5, 1.9, 2.2])
+    # (0, 1) and (1, 1) were not measured: at most as frequent as the rarest that was.
+    assert accuracy.frequency((0, 1)) == 0.01
+    assert Accuracy(top, {(0,): 0.5}).frequency((0, 0)) == pytest.approx(0.5 * 0.4)
+    assert accuracy.forecast(Tree.of([(0,), (7,), (0, 0), (0, 0, 0)])) == pytest.approx(1.9)  # nobody ranked the rest
+    fewer = accuracy.pruned(1, 1)
+    assert (fewer.top, fewer.paths) == (((0.5,),), {(0,): 0.5})
+
+
+def test_a_tree_by_name_is_forecast_where_the_heads_were_measured(monkeypatch):
+    monkeypatch.setattr(tuning, "REPEATS", 1)
+    backbone = random_backbone()
+    accuracy = Accuracy(((0.5, 0.8), (0.4, 0.5)), {(0,): 0.5, (0, 0): 0.4})
+    engine = make_engine(backbone, random_heads(backbone, 2), "chain-2", accuracy=accuracy)
+    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2, forecast 1.90 tokens a step"
+    engine.use_tree("auto")
+    assert f"forecast {accuracy.forecast(engine.tree):.2f} tokens a step" in engine.describe_tree()

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.reply import Reply
 from medusa_chat.decoding.runner import Outcome, Runner
 from medusa_chat.decoding.tree import Tree, named_tree, paper_trees
@@ -35,7 +36,7 @@ class Engine:
 
     def __init__(
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
-        tree: str | Tree = "auto", accuracy: tuning.Accuracy | None = None, context: int | None = None,
+        tree: str | Tree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.system = name, system
@@ -186,13 +187,15 @@ class Engine:
         if not 1 < len(fitting) <= MAX_NODES:
             raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
         self.tree, self._forecast = fitting, ""
+        if self._accuracy is not None:
+            self._forecast = f", forecast {self._accuracy.forecast(fitting):.2f} tokens a step"
 
     def _auto_tree(self) -> Tree:
         accuracy = self._accuracy
         if accuracy is None:
             self.notices.append("nobody has measured these heads: auto uses published accuracies; see calibrate")
-            accuracy = tuning.PUBLISHED
-        accuracy = accuracy[: self.heads]
+            accuracy = PUBLISHED
+        accuracy = accuracy.pruned(self.heads, self.backbone.vocabulary)
         if self._cost is None:
             self.forget()
             self._cost = tuning.measure(self.runner, accuracy)

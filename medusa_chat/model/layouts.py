@@ -18,7 +18,6 @@ from medusa_chat.config import UserError
 from medusa_chat.model.heads import MedusaHeads
 
 HEADS_FILE = "medusa_lm_head.safetensors"
-ACCURACY_FILE = "head_accuracy.json"
 _BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
 _LM_HEAD = re.compile(r"(\d+)\.(\d+)\.weight")
 

@@ -17,13 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.model.layouts import ACCURACY_FILE, HEADS_FILE, read_heads
+from medusa_chat.model.layouts import HEADS_FILE, read_heads
 from medusa_chat.model.packing import pack_linears
+from medusa_chat.model.quantization import quantization_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) 
     return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
 
 
-def load_pretrained(spec: ModelSpec, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """transformers' own model and tokenizer of a spec, on the CPU; dtype None keeps that of the files."""
+def load_pretrained(
+    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU
+) -> tuple[Any, Any]:
+    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files."""
     with _one_line(spec.backbone):
         config = AutoConfig.from_pretrained(spec.backbone)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -65,9 +70,16 @@ def load_pretrained(spec: ModelSpec, dtype: torch.dtype | None) -> tuple[Any, An
         check_rewindable(model_class, config.get_text_config())
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.backbone, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            spec.backbone,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            quantization_config=quantization_config(quant, dtype or torch.bfloat16),
+            device_map=None if quant == "none" else {"": device},  # quantized where it will be used
         )
     model, report = loaded
+    if quant == "none":
+        model.to(device)
     _check_report(spec.backbone, report)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {spec.name} has no chat template, so there is no way to chat with it")

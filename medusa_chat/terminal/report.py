@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from medusa_chat.config import ModelSpec, Sampling
-from medusa_chat.events import Stats, Step, TrainStep
+from medusa_chat.events import Stats, Step
 from medusa_chat.terminal.panel import panel
+from medusa_chat.terminal.theme import head_style
 from medusa_chat.terminal.view import ReplyView
 
 _BENCH_ROWS = (
@@ -29,14 +30,20 @@ _BENCH_ROWS = (
     ("vanilla_step_ms", "step, vanilla", "{:.2f} ms"),
     ("time_to_first_token_ms", "time to first token", "{:.1f} ms"),
 )
+_BAR_BLOCKS = ((1, "█"), (5, "▒"), (10, "░"))  # of an accuracy bar: up to which rank, drawn how
+_BESIDE_BAR = 47  # cells of the table without the bar
 
 
 @contextmanager
 def progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; call what is yielded with (done, total)."""
+    """A progress bar on standard error, if that is a terminal; call what is yielded with (done, total)."""
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield lambda done, total: None  # rich would leave an empty line there, before any error
+        return
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # No refresh thread: it would take time from what is being measured.
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task(text, total=None)
 
         def show(done: int, total: int) -> None:
@@ -58,30 +65,6 @@ def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
                 view.add(step)
 
     return draw
-
-
-@contextmanager
-def training() -> Iterator[Callable[[TrainStep], None]]:
-    """A live table of a training run on standard error; plain lines where that is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda step: console.print(_training_line(step), highlight=False, soft_wrap=True)
-        return
-    with Live(console=console, auto_refresh=False) as live:
-        yield lambda step: live.update(_training_table(step), refresh=True)
-
-
-def _training_line(step: TrainStep) -> str:
-    heads = "  ".join(f"{100 * accuracy:.1f}%" for accuracy in step.head_accuracy)
-    return f"step {step.step}/{step.total}  loss {step.loss:.3f}  top-1 {heads}  {step.tokens_per_second:.0f} tokens/s"
-
-
-def _training_table(step: TrainStep) -> Table:
-    table = Table("head", "loss", "top-1", title=f"step {step.step}/{step.total}, loss {step.loss:.3f}",
-                  caption=f"{step.tokens_per_second:.0f} tokens/s")  # fmt: skip
-    for head, (loss, accuracy) in enumerate(zip(step.head_loss, step.head_accuracy, strict=True), 1):
-        table.add_row(str(head), f"{loss:.3f}", f"{100 * accuracy:.1f}%")
-    return table
 
 
 def show_bench(result: dict[str, Any]) -> None:
@@ -121,18 +104,44 @@ def show_checks(checks: Sequence[dict[str, Any]]) -> None:
             console.print(f"{check['name']}: {check['first_fault']}", markup=False)
 
 
-def show_accuracy(accuracy: Sequence[Sequence[float]]) -> None:
-    """Top-i accuracy of each head, with a bar for its top-1."""
-    ranks = [rank for rank in (1, 2, 3, 5, 10, 20) if rank <= len(accuracy[0])]
-    table = Table("head", *(f"top-{rank}" for rank in ranks), "")
-    for head, row in enumerate(accuracy, 1):
-        table.add_row(str(head), *(f"{row[rank - 1]:.1%}" for rank in ranks), "█" * round(30 * row[0]))
-    Console().print(table)
+def show_accuracy(top: Sequence[Sequence[float]], checks: Sequence[dict[str, Any]]) -> None:
+    """Top-i accuracy of each head as figures and a bar, and the check of the forecast if there was one."""
+    console = Console()
+    table = Table("head", *(Column(f"{block} top-{rank}", justify="right") for rank, block in _BAR_BLOCKS), "")
+    cells = min(max(console.width - _BESIDE_BAR, 10), 50)
+    for head, row in enumerate(top, 1):
+        figures = (f"{100 * row[min(rank, len(row)) - 1]:.1f}%" for rank, _ in _BAR_BLOCKS)
+        table.add_row(Text(f"■ {head} (+{head})", head_style(head)), *figures, _accuracy_bar(head, row, cells))
+    console.print(table)
+    if checks:
+        console.print("acceptance length, forecast and measured on prompts held aside:", highlight=False)
+        console.print(_check_table(checks))
 
 
-def show_models(specs: Sequence[ModelSpec]) -> None:
-    """The models that --model knows by name."""
-    table = Table("model", "backbone", "licence", "description")
+def _accuracy_bar(head: int, row: Sequence[float], whole: int) -> Text:
+    """Top-1 solid; what the guesses behind it add is lighter, and of another shape for screens without colour."""
+    bar, length = Text(style=head_style(head)), 0
+    for rank, block in _BAR_BLOCKS:
+        cells = round(whole * row[min(rank, len(row)) - 1])
+        bar.append(block * (cells - length))
+        length = cells
+    return bar
+
+
+def _check_table(checks: Sequence[dict[str, Any]]) -> Table:
+    columns = (Column(name, justify="right") for name in ("nodes", "forecast", "measured", "difference"))
+    table = Table(*columns)
+    for check in checks:
+        difference = check["measured"] / check["forecast"] - 1
+        measured = f"{check['measured']:.2f} ± {check['error']:.2f}"
+        table.add_row(str(check["nodes"]), f"{check['forecast']:.2f}", measured, f"{100 * difference:+.1f}%")
+    return table
+
+
+def show_models(specs: Sequence[ModelSpec], top1: Mapping[str, Sequence[float]]) -> None:
+    """The models that --model knows by name; top1: of each measured model the top-1 accuracy of its heads."""
+    table = Table("model", "backbone", "licence", "heads, top-1", "description")
     for spec in specs:
-        table.add_row(spec.name, spec.backbone, spec.licence, spec.description)
+        rates = (Text(f"{rate:.0%}", head_style(head)) for head, rate in enumerate(top1.get(spec.name, ()), 1))
+        table.add_row(spec.name, spec.backbone, spec.licence, Text(" ").join(rates) or Text("–"), spec.description)
     Console().print(table)

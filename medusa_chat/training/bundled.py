@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_chat.config import Message
-from medusa_chat.training.data import PackedRows, encode, read_conversations
+from medusa_chat.training.data import Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.stories import story_conversation
 
 SYSTEM = "You are Medusa, a friendly assistant that runs on this computer."
@@ -74,7 +74,7 @@ def train_tokenizer(conversations: list[list[Message]], size: int = 4096) -> Pre
 def read_sources(folder: Path, seed: int) -> dict[str, list[list[Message]]]:
     """The conversations of every source, and of the story grammar, by name."""
     rng = random.Random(seed)
-    sources = {path.stem: list(read_conversations(path)) for path in sorted(folder.glob("*.jsonl"))}
+    sources = {path.stem: [list(d.messages) for d in read_documents(path)] for path in sorted(folder.glob("*.jsonl"))}
     sources["stories"] = [story_conversation(rng) for _ in range(STORIES)]
     return sources
 
@@ -101,6 +101,12 @@ def chained(conversations: list[list[Message]], seed: int) -> Iterator[list[Mess
         for _ in range(rng.choice((0, 0, 1, 2, 3))):
             joined += [m for m in next(rest, []) if m["role"] != "system"]
         yield joined
+
+
+def encoded(tokenizer: Any, conversations: list[list[Message]], everything: bool = False) -> Iterator[Example]:
+    """The conversations as examples."""
+    for conversation in conversations:
+        yield from encode(tokenizer, Document(tuple(conversation)), everything)
 
 
 def new_backbone(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int) -> LlamaForCausalLM:
@@ -155,7 +161,7 @@ def main() -> None:
         tokenizer = train_tokenizer([c for name in LANGUAGE_MIX for c in sources[name]])
         model: Any = new_backbone(tokenizer, 320, 6, 864)
         conversations = mixed(sources, LANGUAGE_MIX, options.seed)
-        rows = PackedRows((encode(tokenizer, c, everything=True) for c in conversations), 256)
+        rows = PackedRows(encoded(tokenizer, conversations, everything=True), 256)
         tokenizer.save_pretrained(language)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows) * 256:,} tokens", flush=True)
         fit(model, rows, language, steps=options.steps, batch=16, rate=options.learning_rate,
@@ -164,7 +170,7 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
     model = LlamaForCausalLM.from_pretrained(get_last_checkpoint(str(language)), dtype=torch.float32)
     conversations = list(chained(mixed(sources, ASSISTANT_MIX, options.seed + 1), options.seed))
-    rows = PackedRows((encode(tokenizer, c) for c in conversations), CONTEXT)
+    rows = PackedRows(encoded(tokenizer, conversations), CONTEXT)
     print(f"{len(rows) * CONTEXT:,} tokens", flush=True)
     fit(model, rows, assistant, steps=options.steps, batch=4, rate=options.learning_rate, schedule="linear",
         seed=options.seed, resume=options.resume)  # fmt: skip

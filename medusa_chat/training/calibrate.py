@@ -1,66 +1,199 @@
-"""`medusa-chat calibrate`: how often each head's likeliest guesses are right along the model's own greedy text."""
+"""`medusa-chat calibrate`: how often the heads' guesses are right along the model's own greedy text."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
 
 import torch
+from torch import Tensor
 
-from medusa_chat.config import Message, Sampling
+from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.decoding.accuracy import Accuracy, grow, likeliest
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tuning import Accuracy
+from medusa_chat.decoding.tree import NodePath, Tree
+from medusa_chat.events import Stats, Step
 from medusa_chat.prompts import Prompt
 
 WIDTH = 20  # guesses of a head that are ranked
+SIZES = (8, 16, 32, 64)  # nodes of the trees whose steps are counted, and that the forecast is checked with
+STORED = 256  # most frequent paths that are kept
+PRIOR = 10  # a path counts as if it had been reached so many times more, with the heads independent there
+MISSED, BEYOND = -1, -2  # ranks of a token that is not among the guesses, and of one behind the reply's end
+
+Progress = Callable[[int, int], None]
+Ranks = list[NodePath]  # of a reply: for each token but its last, the ranks at which heads 1, 2, ... hold what follows
+
+
+def held_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to count, and a fifth of every category for the check; of fewer than five none are held aside."""
+    by_category = sorted(range(len(prompts)), key=lambda place: prompts[place].category)
+    aside = set(by_category[4::5])
+    parts: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for place, prompt in enumerate(prompts):
+        parts[place in aside].append(prompt)
+    return parts
 
 
 def calibrate(
-    engine: Engine, prompts: list[Prompt], max_new_tokens: int = 128, progress: Callable[[int, int], None] | None = None
+    engine: Engine, prompts: list[Prompt], max_new_tokens: int = 128, progress: Progress | None = None
 ) -> Accuracy:
-    """Top-1 to top-WIDTH accuracy of every head over the replies to the prompts' first two turns."""
-    hits = torch.zeros(engine.heads, WIDTH, dtype=torch.long)
+    """Accuracy of every head and of their most frequent joint guesses, over replies to the prompts' first two turns.
+
+    Raises:
+        UserError: no reply has a second token, so that no guess was put to the test.
+    """
+    width = min(WIDTH, engine.backbone.vocabulary)
+    hits = torch.zeros(engine.heads, width, dtype=torch.long)
     tested = torch.zeros(engine.heads, dtype=torch.long)
-    sampling = Sampling(mode="greedy", max_new_tokens=max_new_tokens)
+    replies: list[Ranks] = []
     for done, prompt in enumerate(prompts, 1):
-        messages: list[Message] = []
-        for turn in prompt.turns[:2]:
-            messages.append({"role": "user", "content": turn})
-            ids = engine.encode(messages)
-            if len(ids) + 2 >= engine.context:
-                break
-            steps = list(engine.generate(ids, sampling))
-            reply = [token.id for step in steps for token in step.tokens]
-            _count(engine, ids, reply, hits, tested)
-            messages.append({"role": "assistant", "content": "".join(step.text for step in steps)})
+        for ids, steps in _answers(engine, prompt, max_new_tokens):
+            ranks = rank_reply(engine, ids, [token.id for step in steps for token in step.tokens])
+            tested += (ranks != BEYOND).sum(1)
+            hits += torch.stack([row[row >= 0].bincount(minlength=width) for row in ranks])
+            replies.append(joint_ranks(ranks))
         if progress:
             progress(done, len(prompts))
-    accuracy = hits.cumsum(1) / tested[:, None].clamp(min=1)
-    return tuple(tuple(row) for row in accuracy.tolist())
+    if not tested[0]:
+        raise UserError("no reply has a second token, which a head would guess: nothing is measured; try other prompts")
+    top = hits.cumsum(1) / tested[:, None].clamp(min=1)
+    return with_paths(Accuracy(tuple(tuple(row) for row in top.tolist())), replies)
+
+
+def _answers(engine: Engine, prompt: Prompt, max_new_tokens: int) -> Iterator[tuple[list[int], list[Step]]]:
+    """The greedy replies to a prompt's first two turns: the ids before each, and its steps."""
+    messages: list[Message] = []
+    for turn in prompt.turns[:2]:
+        messages.append({"role": "user", "content": turn})
+        ids = engine.encode(messages)
+        if len(ids) + 2 >= engine.context:
+            return
+        steps = list(engine.generate(ids, Sampling(mode="greedy", max_new_tokens=max_new_tokens)))
+        yield ids, steps
+        messages.append({"role": "assistant", "content": "".join(step.text for step in steps)})
 
 
 @torch.inference_mode()
-def _count(engine: Engine, prompt: list[int], reply: list[int], hits: torch.Tensor, tested: torch.Tensor) -> None:
-    """Rank the reply's tokens among the guesses that the heads make along it. hits: [K, WIDTH], tested: [K]"""
+def rank_reply(engine: Engine, prompt: list[int], reply: list[int]) -> Tensor:
+    """[K, n]: where the reply's token i was chosen, the rank at which head k held token i + k, or MISSED or BEYOND."""
     assert engine.runner.heads is not None
     backbone = engine.backbone
     text = torch.tensor(prompt + reply, device=backbone.device)
-    hidden = backbone.hidden_of_text(text)[len(prompt) - 1 :]  # from where the reply's first token is chosen
-    guesses = engine.runner.heads.logits(hidden, backbone.lm_head).topk(min(WIDTH, backbone.vocabulary)).indices.cpu()
-    answers = torch.tensor(reply)
-    for head in range(engine.heads):
-        right = answers[head + 1 :]  # the reply's token i + head + 1 is guessed after its token i was chosen
-        found = guesses[head, : len(right)] == right[:, None]
-        hits[head, : found.shape[1]] += found.sum(0)
-        tested[head] += len(right)
+    hidden = backbone.hidden_of_text(text)[len(prompt) - 1 : -1]  # from where the reply's first token is chosen
+    logits = engine.runner.heads.logits(hidden, backbone.lm_head)
+    guesses = logits.topk(min(WIDTH, backbone.vocabulary)).indices.cpu()
+    ranks = torch.full(guesses.shape[:2], BEYOND)
+    for head in range(1, engine.heads + 1):
+        answers = torch.tensor(reply[head:])
+        found = guesses[head - 1, : len(answers)] == answers[:, None]
+        ranks[head - 1, : len(answers)] = torch.where(found.any(1), found.int().argmax(1), MISSED)
+    return ranks
 
 
-def write_accuracy(accuracy: Accuracy, file: Path, source: str) -> None:
-    """Write the figures where the tree tuner reads them, whole or not at all."""
-    rows = [[round(value, 5) for value in row] for row in accuracy]
-    meaning = "accuracy[k][i]: the model's own greedy token is among the likeliest i + 1 guesses of head k + 1"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"source": source, "meaning": meaning, "accuracy": rows}) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+def joint_ranks(ranks: Tensor) -> Ranks:
+    """From what `rank_reply` gives: at each token but the last, ranks up to the first head that missed or the end."""
+    return [tuple(takewhile(lambda rank: rank >= 0, column)) for column in ranks.T.tolist()[:-1]]
+
+
+def steps_along(tree: Tree, reply: Ranks) -> Iterator[tuple[NodePath, int]]:
+    """The steps in which greedy decoding with a tree goes along a reply.
+
+    Yields:
+        for each step the ranks that hold where it begins, and the depth that it reaches in the tree. A last token
+        right behind a step closes the reply without one, as in the engine.
+    """
+    nodes = set(tree.paths)
+    place = 0
+    while place < len(reply):
+        ranks = reply[place]
+        depth = next(depth for depth in range(len(ranks), -1, -1) if ranks[:depth] in nodes)
+        yield ranks, depth
+        place += 1 + depth
+
+
+def acceptance_length(tree: Tree, replies: Sequence[Ranks]) -> float | None:
+    """Tokens a step that greedy decoding with a tree has over these replies, as Stats counts them; None for no step."""
+    tokens = [1 + depth for reply in replies for _, depth in steps_along(tree, reply)]
+    return sum(tokens) / len(tokens) if tokens else None
+
+
+def with_paths(accuracy: Accuracy, replies: Sequence[Ranks]) -> Accuracy:
+    """Add the frequencies of the most frequent paths, counted where steps begin.
+
+    A step begins at a token that the guesses before it missed, and there guessing is harder: counted at every
+    token, the forecast comes out a tenth too long. Where steps begin depends on the tree, so those of small and
+    large trees are counted together, each tree grown from the counts at every token.
+    """
+    everywhere = [ranks for reply in replies for ranks in reply]
+    rough = Accuracy(accuracy.top, _frequencies(everywhere, accuracy.widths, PRIOR))
+    trees = [grow(rough, size)[0] for size in SIZES]
+    begun = [ranks for tree in trees for reply in replies for ranks, _ in steps_along(tree, reply)]
+    return Accuracy(accuracy.top, _frequencies(begun, accuracy.widths, PRIOR * len(trees)))
+
+
+def _frequencies(steps: Sequence[NodePath], widths: Sequence[int], prior: float) -> dict[NodePath, float]:
+    """The most frequent paths with their shares of the steps, drawn towards independence of the heads by a prior.
+
+    Few counts are noise, by which a large tree would be chosen badly.
+    """
+    counts = Counter(ranks[:depth] for ranks in steps for depth in range(len(ranks) + 1))
+    held = Counter((depth, rank) for ranks in steps for depth, rank in enumerate(ranks))
+    reached = Counter(depth for ranks in steps for depth in range(len(ranks) + 1))
+
+    @cache
+    def frequency(path: NodePath) -> float:
+        if not path:
+            return 1.0
+        *prefix, rank = path
+        before = counts[tuple(prefix)]
+        chance = held[len(prefix), rank] / max(reached[len(prefix)], 1)
+        return frequency(tuple(prefix)) * (counts[path] + prior * chance) / (before + prior)
+
+    return dict(likeliest(frequency, widths, STORED))
+
+
+@dataclass(frozen=True)
+class ForecastCheck:
+    """A forecast beside what decoding gave, both tokens a step.
+
+    Attributes:
+        error: standard error of `measured`, over conversations.
+    """
+
+    nodes: int
+    forecast: float
+    measured: float
+    error: float
+
+
+def check_forecast(
+    engine: Engine, accuracy: Accuracy, prompts: list[Prompt], max_new_tokens: int = 128,
+    progress: Progress | None = None,
+) -> list[ForecastCheck]:  # fmt: skip
+    """Decode prompts with the best tree of each of SIZES that the heads can fill; the engine keeps the last one."""
+    forecast = grow(accuracy, max(SIZES))[1]
+    sizes = [nodes for nodes in SIZES if nodes <= len(forecast)]
+    checks = []
+    for number, nodes in enumerate(sizes):
+        engine.use_tree(grow(accuracy, nodes)[0])
+        conversations: list[Stats] = []
+        for prompt in prompts:
+            replies = (step for _, steps in _answers(engine, prompt, max_new_tokens) for step in steps)
+            conversations.append(Stats.of(replies))
+            if progress:
+                progress(number * len(prompts) + len(conversations), len(sizes) * len(prompts))
+        steps = sum(stats.tree_steps for stats in conversations)
+        if steps:
+            measured = sum(stats.tree_tokens for stats in conversations) / steps
+            checks.append(ForecastCheck(nodes, forecast[nodes - 1], measured, _error(conversations, measured)))
+    return checks
+
+
+def _error(conversations: Sequence[Stats], ratio: float) -> float:
+    """Standard error of tokens a step, a ratio of sums over conversations."""
+    squares = sum((stats.tree_tokens - ratio * stats.tree_steps) ** 2 for stats in conversations)
+    return float(squares**0.5 / sum(stats.tree_steps for stats in conversations))

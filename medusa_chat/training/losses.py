@@ -1,31 +1,47 @@
-"""Losses of Medusa training (paper, section 2.2). Head k from hidden state t answers for token t + k + 1."""
+"""Losses of Medusa training (paper, section 2.2). Head k from hidden state t answers for token t + k + 1.
+
+Logits are made for a few rows at a time and made again for the gradient, so that heads x tokens x vocabulary never
+exists at once; on CUDA Liger's fused kernel does the same faster where it is installed.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training.data import IGNORED
 
-CHUNK = 8192  # rows of logits held at once
+LOGITS = 2**27  # logits held at once: half a gigabyte in float32
+SAMPLED = 512  # rows of a batch that top-1 and top-5 are counted on
+
+Projection = nn.Module | Tensor  # an LM head, maybe quantized or adapted, or the weight of one
 
 
 @dataclass(frozen=True)
 class HeadsLoss:
-    """The weighted sum to train on, and per head the mean cross entropy and top-1 accuracy (detached)."""
+    """The weighted sum to train on; per head the mean cross entropy and, over a sample of rows, top-1 and top-5.
+
+    What there was no row for is NaN.
+    """
 
     total: Tensor
     losses: Tensor
-    accuracy: Tensor
+    top1: Tensor
+    top5: Tensor
 
 
 def head_targets(labels: Tensor, positions: Tensor, head: int) -> Tensor:
-    """What `head` (from 1) should say at each place: the label head + 1 places on, in the same document.
+    """What `head` (0 is the LM head) should say at each place: the label head + 1 places on, in the same document.
 
     Args:
         labels: [rows, length], IGNORED where no loss falls.
@@ -42,7 +58,7 @@ def head_targets(labels: Tensor, positions: Tensor, head: int) -> Tensor:
 
 
 def heads_loss(
-    heads: MedusaHeads, lm_head: nn.Linear, hidden: Tensor, labels: Tensor, positions: Tensor, decay: float
+    heads: MedusaHeads, lm_head: nn.Module, hidden: Tensor, labels: Tensor, positions: Tensor, decay: float
 ) -> HeadsLoss:
     """Sum over heads of decay ** k times their mean cross entropy (paper, equation 1).
 
@@ -50,29 +66,134 @@ def heads_loss(
         hidden: [rows, length, hidden], the backbone's last hidden states.
     """
     features = heads.features(hidden.flatten(0, 1))  # [K, rows * length, hidden]
-    losses, correct = [], []
+    total, losses, accuracies = hidden.new_zeros(()), [], []
     for k in range(heads.heads):
         targets = head_targets(labels, positions, k + 1).flatten()
         answered = targets != IGNORED
-        projection = lm_head.weight if heads.lm_heads is None else heads.lm_heads[k]
-        loss, right = _cross_entropy(features[k][answered], projection, targets[answered])
-        count = answered.sum().clamp(min=1)
-        losses.append(loss / count)
-        correct.append(right / count)
-    stacked = torch.stack(losses)
-    weights = decay ** torch.arange(1, heads.heads + 1, device=stacked.device)
-    return HeadsLoss((weights * stacked).sum(), stacked.detach(), torch.stack(correct).detach())
+        projection = lm_head if heads.lm_heads is None else heads.lm_heads[k]
+        rows, right = features[k][answered], targets[answered]
+        loss = cross_entropy(rows, right, projection, budget=LOGITS // heads.heads) / max(len(right), 1)
+        total = total + decay ** (k + 1) * loss
+        losses.append(loss.detach() if len(right) else loss.new_tensor(math.nan))
+        accuracies.append(_top_1_and_5(rows, right, projection))
+    top1, top5 = torch.stack(accuracies).T
+    return HeadsLoss(total, torch.stack(losses), top1, top5)
 
 
-def _cross_entropy(features: Tensor, projection: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy and number of right answers; no more than CHUNK rows of logits exist at once."""
-    pieces = list(zip(features.split(CHUNK), targets.split(CHUNK), strict=True))
-    if len(pieces) == 1:
-        return _chunk(*pieces[0], projection)
-    sums = [checkpoint(_chunk, *piece, projection, use_reentrant=False) for piece in pieces]
-    return torch.stack([loss for loss, _ in sums]).sum(), torch.stack([right for _, right in sums]).sum()
+def cross_entropy(features: Tensor, targets: Tensor, projection: Projection, budget: int = LOGITS) -> Tensor:
+    """Summed cross entropy of rows: features [n, hidden], targets [n]; at most `budget` logits exist at once."""
+    if fused := _fused(features, projection):
+        return fused(features, targets)
+
+    def piece(rows: Tensor, wanted: Tensor) -> Tensor:
+        return functional.cross_entropy(_wide(_project(rows, projection)), wanted, reduction="sum")
+
+    return _in_pieces(piece, features, targets, _vocabulary(projection), budget)
 
 
-def _chunk(features: Tensor, targets: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
-    logits = functional.linear(features, projection.to(features.dtype)).float()
-    return functional.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+def distillation(
+    features: Tensor, reference: Tensor, student: nn.Module, teacher: Callable[[Tensor], Tensor], budget: int = LOGITS
+) -> Tensor:
+    """Summed KL(teacher || student) of next-token distributions (paper, section 2.3.2).
+
+    Args:
+        features, reference: [n, hidden], last hidden states of the student and of the teacher.
+        student: the LM head; teacher: hidden states to logits, without a gradient.
+    """
+
+    def piece(rows: Tensor, theirs: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = _wide(teacher(theirs)).log_softmax(-1)
+        ours = _wide(student(rows)).log_softmax(-1)
+        return functional.kl_div(ours, wanted, log_target=True, reduction="sum")
+
+    return _in_pieces(piece, features, reference, 2 * _vocabulary(student), budget)
+
+
+def _in_pieces(
+    piece: Callable[[Tensor, Tensor], Tensor], features: Tensor, others: Tensor, width: int, budget: int
+) -> Tensor:
+    """Sum of `piece` over rows: at once where they fit the budget, else in pieces that are computed again backwards."""
+    size = max(budget // width, 1)
+    if len(features) <= size:
+        return piece(features, others)
+    pieces = zip(features.split(size), others.split(size), strict=True)
+    return torch.stack([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces]).sum()
+
+
+@torch.no_grad()
+def _top_1_and_5(features: Tensor, targets: Tensor, projection: Projection) -> Tensor:
+    """Share of rows whose target is the likeliest guess, and among the five likeliest; NaN without rows. [2]"""
+    step = max(len(targets) // SAMPLED, 1)
+    guesses = _project(features[::step], projection).topk(5, dim=-1).indices
+    found = guesses == targets[::step, None]
+    return torch.stack([found[:, 0].float().mean(), found.any(-1).float().mean()])
+
+
+def _project(features: Tensor, projection: Projection) -> Tensor:
+    if isinstance(projection, Tensor):
+        return functional.linear(features, projection.to(features.dtype))
+    logits: Tensor = projection(features)
+    return logits
+
+
+def _vocabulary(projection: Projection) -> int:
+    rows: Any = projection.shape[0] if isinstance(projection, Tensor) else projection.out_features
+    return int(rows)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32, which a softmax needs; tests compute in float64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _fused(features: Tensor, projection: Projection) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Liger's cross entropy for plain weights on CUDA, where it is installed."""
+    weight = projection if isinstance(projection, Tensor) else getattr(projection, "weight", None)
+    plain = isinstance(projection, Tensor) or (type(projection) is nn.Linear and projection.bias is None)
+    if not features.is_cuda or not len(features) or not plain or weight is None or (kernel := _liger()) is None:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else features.dtype
+    return lambda rows, targets: kernel(weight.to(dtype), rows.to(dtype), targets)
+
+
+class _Capped(nn.Module):
+    """An LM head with the softcap that Gemma puts on its logits."""
+
+    def __init__(self, lm_head: Any, softcap: float) -> None:
+        super().__init__()
+        self.lm_head, self.softcap, self.out_features = lm_head, softcap, lm_head.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)
+        return torch.tanh(logits / self.softcap) * self.softcap
+
+
+class Frozen(nn.Module):
+    """An LM head that passes gradients on, but takes none."""
+
+    def __init__(self, lm_head: Any) -> None:
+        super().__init__()
+        self.lm_head, self.out_features = lm_head, lm_head.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        trained = {name: weight.detach() for name, weight in self.lm_head.named_parameters() if weight.requires_grad}
+        logits: Tensor = functional_call(self.lm_head, trained, (hidden,))
+        return logits
+
+
+def output_layer(backbone: Any) -> nn.Module:
+    """From last hidden states to logits as a transformers causal LM gives them."""
+    lm_head: nn.Module = backbone.get_output_embeddings()
+    softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
+    return _Capped(lm_head, softcap) if softcap else lm_head
+
+
+@cache
+def _liger() -> nn.Module | None:
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    kernel: nn.Module = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return kernel

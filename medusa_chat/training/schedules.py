@@ -1,0 +1,44 @@
+"""How learning rates and the weight of the heads' loss go over a run. No torch."""
+
+from __future__ import annotations
+
+import math
+
+from medusa_chat.config import Recipe
+
+
+def joint_from(recipe: Recipe, total: int) -> int:
+    """The step from which the backbone learns too; `total` for a recipe that leaves it alone.
+
+    The paper's two stages: heads first, then both. (Its text has them the other way round, a slip that its authors
+    confirmed in FasterDecoding/Medusa#74.)
+    """
+    return round(recipe.heads_first * total) if recipe.joint else total
+
+
+def rate_at(step: int, total: int, warmup: int) -> float:
+    """Share of the learning rate at a step: a linear rise over `warmup` steps, then a half cosine to 0 at `total`."""
+    if step < 0:
+        return 0.0
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+
+
+def heads_rate(recipe: Recipe, step: int, total: int) -> float:
+    """Share of the heads' learning rate."""
+    return rate_at(step, total, recipe.warmup_steps)
+
+
+def backbone_rate(recipe: Recipe, step: int, total: int) -> float:
+    """Share of the backbone's learning rate: a warm-up and a cosine of its own once the joint stage begins."""
+    begin = joint_from(recipe, total)
+    return rate_at(step - begin, total - begin, recipe.warmup_steps)
+
+
+def heads_weight(recipe: Recipe, step: int, total: int) -> float:
+    """lambda_0 of L = L_backbone + lambda_0 * L_heads (paper, equation 2), or lambda_0 * sin(pi/2 * t/T) as a ramp."""
+    if not recipe.joint:
+        return 1.0
+    ramp = math.sin(math.pi / 2 * step / total) if recipe.ramp == "sine" else 1.0
+    return recipe.lambda_0 * ramp
