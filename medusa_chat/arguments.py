@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from medusa_chat import __version__
 from medusa_chat.config import (
@@ -68,20 +68,26 @@ def _verify(command: argparse.ArgumentParser) -> None:
 def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
     command.add_argument("--heads-from", metavar="HEADS", help="heads to start from: file, folder or hub id")
-    command.add_argument("--data", type=Path, nargs="+", required=True, help="messages or ShareGPT JSON, or plain text")
-    command.add_argument("--held-out", type=Path, nargs="+", default=(), help="text for the backbone's perplexity")
-    command.add_argument("--out", type=Path, required=True, help="folder for heads, model, log and checkpoints")
+    command.add_argument(
+        "--data", type=Path, metavar="FILE", nargs="+", required=True, help="messages or ShareGPT JSON, or plain text"
+    )
+    text = "text for the backbone's perplexity; default: a fiftieth of the data"
+    command.add_argument("--held-out", type=Path, metavar="FILE", nargs="+", default=(), help=text)
+    text = "folder for heads, model, log and checkpoints"
+    command.add_argument("--out", type=Path, metavar="FOLDER", required=True, help=text)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     for field in fields(Recipe):
         flag = "--recipe" if field.name == "name" else _flag(field.name)
-        command.add_argument(flag, dest=f"recipe_{field.name}", help=_recipe_help(field.name), **_kind(field.name))
+        command.add_argument(flag, dest=f"recipe_{field.name}", help=_recipe_help(field.name), **_form(field.name))
 
 
-def _kind(name: str) -> dict[str, Any]:
+def _form(name: str) -> dict[str, Any]:
+    """What argparse needs to read a field. Recipe checks the choices: they are told here for --help alone."""
     kind = get_type_hints(Recipe)[name]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    return {"type": str if get_origin(kind) is Literal else kind}
+    choices = tuple(RECIPES) if name == "name" else get_args(kind) if get_origin(kind) is Literal else ()
+    return {"type": str if choices else kind, "metavar": "|".join(choices) or ("N" if kind is int else "X")}
 
 
 def _recipe_help(name: str) -> str:
@@ -108,7 +114,7 @@ def _distill(command: argparse.ArgumentParser) -> None:
 
 def _calibrate(command: argparse.ArgumentParser) -> None:
     _model_flags(command)
-    _prompt_flags(command, 200)
+    _prompt_flags(command, 200, "--data", "--prompts")
     command.add_argument("--max-new-tokens", type=_count, default=128, help="longest reply that is counted")
     text = "count all prompts; otherwise a fifth of them is held aside, decoded, and compared with the forecast"
     command.add_argument("--no-check", action="store_true", help=text)
@@ -150,8 +156,11 @@ def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
             parser.add_argument(_flag(field.name), default=default, help=SAMPLING_HELP[field.name] + shown)
 
 
-def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None) -> None:
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="MT-Bench, messages or text")
+def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None, *flags: str) -> None:
+    help = "MT-Bench, messages or text"
+    parser.add_argument(
+        *(flags or ("--prompts",)), dest="prompts", metavar="FILE", type=Path, nargs="+", required=True, help=help
+    )
     parser.add_argument("--limit", type=_count, default=limit, help="prompts to take, in turn from each file")
 
 

@@ -157,7 +157,7 @@ def _train(options: argparse.Namespace) -> int:
     if not wrote:
         return 0
     made = f"--model {options.out}" if recipe.joint else f"--model {options.model} --heads {options.out}"
-    print(f"wrote {options.out}; next: medusa-chat calibrate {made} --prompts FILE, then medusa-chat {made}")
+    print(f"wrote {options.out}; next: medusa-chat calibrate {made} --data FILE, then medusa-chat {made}")
     return 0
 
 

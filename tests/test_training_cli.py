@@ -83,12 +83,12 @@ def test_each_command_writes_what_the_next_one_needs(
     told = capsys.readouterr()
     model = backbone if recipe == "medusa1" else ["--model", str(out)]
     shared = [*model, "--heads", str(out)] if recipe == "medusa1" else model
-    assert f"next: medusa-chat calibrate {' '.join(shared)} --prompts FILE" in told.out
+    assert f"next: medusa-chat calibrate {' '.join(shared)} --data FILE" in told.out
     assert "error" not in told.err.lower()
     assert "warning" not in told.err.lower()
     exact = [*shared, "--dtype", "float32"]
     limits = ["--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "12"]
-    assert main(["calibrate", *exact, *limits]) == 0
+    assert main(["calibrate", *exact, "--data", *limits[1:]]) == 0
     assert (out / ACCURACY_FILE).exists()
     capsys.readouterr()
     assert main(["bench", *exact, *limits, "--rounds", "1", "--modes", "greedy", "--tree", "chain-2"]) == 0
