@@ -51,7 +51,7 @@ def calibrate(
     tested = torch.zeros(engine.heads, dtype=torch.long)
     replies: list[Ranks] = []
     for done, prompt in enumerate(prompts, 1):
-        for ids, steps in _answers(engine, prompt, max_new_tokens):
+        for ids, steps in answers(engine, prompt, Sampling(max_new_tokens=max_new_tokens)):
             ranks = rank_reply(engine, ids, [token.id for step in steps for token in step.tokens])
             tested += (ranks != BEYOND).sum(1)
             hits += torch.stack([row[row >= 0].bincount(minlength=width) for row in ranks])
@@ -64,15 +64,15 @@ def calibrate(
     return with_paths(Accuracy(tuple(tuple(row) for row in top.tolist())), replies)
 
 
-def _answers(engine: Engine, prompt: Prompt, max_new_tokens: int) -> Iterator[tuple[list[int], list[Step]]]:
-    """The greedy replies to a prompt's first two turns: the ids before each, and its steps."""
+def answers(engine: Engine, prompt: Prompt, sampling: Sampling) -> Iterator[tuple[list[int], list[Step]]]:
+    """The replies to a prompt's first two turns: the ids before each, and its steps."""
     messages: list[Message] = []
     for turn in prompt.turns[:2]:
         messages.append({"role": "user", "content": turn})
         ids = engine.encode(messages)
         if len(ids) + 2 >= engine.context:
             return
-        steps = list(engine.generate(ids, Sampling(mode="greedy", max_new_tokens=max_new_tokens)))
+        steps = list(engine.generate(ids, sampling))
         yield ids, steps
         messages.append({"role": "assistant", "content": "".join(step.text for step in steps)})
 
@@ -182,7 +182,8 @@ def check_forecast(
         engine.use_tree(grow(accuracy, nodes)[0])
         conversations: list[Stats] = []
         for prompt in prompts:
-            replies = (step for _, steps in _answers(engine, prompt, max_new_tokens) for step in steps)
+            sampling = Sampling(max_new_tokens=max_new_tokens)
+            replies = (step for _, steps in answers(engine, prompt, sampling) for step in steps)
             conversations.append(Stats.of(replies))
             if progress:
                 progress(number * len(prompts) + len(conversations), len(sizes) * len(prompts))
