@@ -1,6 +1,6 @@
 """Acceptance length of several models with heads: what a recipe, a head or a layer brings. Nothing is timed.
 
-    python benchmarks/compare.py --count TRAIN_PROMPTS --prompts VALID_PROMPTS NAME=MODEL[:HEADS] ...
+    python benchmarks/compare.py NAME=MODEL[:HEADS] ... --count TRAIN_PROMPTS --prompts VALID_PROMPTS
 
 For each, accuracies are counted on one set of prompts, as `medusa-chat calibrate` does, and the best trees of 8 to 64
 nodes grown from them; then the model answers the other set, the first two turns of each conversation. Greedy lengths

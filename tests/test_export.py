@@ -161,7 +161,7 @@ def test_perplexity_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     change = 100 * (kept["after"] / kept["before"] - 1)
     line = f"held-out text: {kept['before']:.3f} before, {kept['after']:.3f} after ({change:+.1f}%)"
     assert line in told.err
-    assert told.out.startswith(f"wrote {run.out}; next: medusa-chat calibrate --model {run.out} --prompts FILE")
+    assert told.out.startswith(f"wrote {run.out}; next: medusa-chat calibrate --model {run.out} --data FILE")
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
