@@ -125,7 +125,7 @@ def test_greedy_is_vanilla_where_id_0_is_frequent(
         found = ids_of(list(shuffled.generate([new_id(i) for i in ids], Sampling(max_new_tokens=60))))
         assert found == [new_id(i) for i in plain]
         zeros += found.count(0)
-    assert zeros > 8
+    assert zeros >= len(PROMPTS)
 
 
 def test_random_heads_change_nothing(engine: Engine) -> None:

@@ -107,7 +107,7 @@ def test_json_lines():
     assert (line["nodes"], line["seconds"], line["kind"], line["finish"]) == (8, 0.5, "tree", "stop")
     summary = json.loads(json.dumps(Stats.of(REPLY).as_json()))
     assert summary["acceptance_length"] == 2.5
-    assert summary["head_acceptance"] == {"1": 0.75, "2": 0.6667, "3": 0.5}
+    assert summary["head_acceptance"] == {"1": 0.75, "2": 0.66667, "3": 0.5}
     assert {
         "new_tokens",
         "steps",

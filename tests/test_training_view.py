@@ -22,7 +22,10 @@ STEP = TrainStep(
 
 
 def shown(step: TrainStep, width: int) -> list[str]:
-    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+    # Rich keeps a style's escape codes for the first colour system that draws it: test_view's is truecolor.
+    console = Console(
+        record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor", _environ={}
+    )
     console.print(training_table(step))
     return console.export_text().splitlines()
 
@@ -74,6 +77,7 @@ def test_in_a_terminal_the_table_is_drawn_over_and_lines_stay_above(monkeypatch:
     written = Terminal()
     monkeypatch.setattr(sys, "stderr", written)
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLORTERM", "truecolor")
     plain: Any = Console
     monkeypatch.setattr(training_view, "Console", lambda **given: plain(width=80, height=24, **given))
     with training() as (progress, say):
