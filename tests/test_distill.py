@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import room
 from tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
 from medusa_chat.cli import main
@@ -513,13 +513,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     assert main(["distill", *flags, str(whole)]) == 0
     capsys.readouterr()
     size = len(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])) + 20
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        status = main(["distill", *flags, str(out)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert status == 2
+    with room() as limit:
+        limit(size)
+        assert main(["distill", *flags, str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert out.read_bytes() == whole.read_bytes()[:size]  # within the fourth line
     assert main(["distill", *flags, str(out)]) == 0

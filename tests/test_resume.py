@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import room
 from safetensors.torch import load_file
 from tiny_runs import do, log_of, products, tiny_run
 
@@ -209,34 +209,35 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
 # ---- a full disk ----
 
 
+def assert_resumed_whole(asked: list[str], place: Path) -> None:
+    """The run of `asked`, once resumed, leaves what an unbroken one does."""
+    assert main([*asked, "--resume"]) == 0
+    do(tiny_run(place, "whole", "medusa2"))
+    assert products(place / "out") == products(place / "whole")
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No file may grow beyond four kilobytes from step 6 on: the checkpoint of step 8 fails in its middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     plain = training_view.training_line
-
-    def fill(step: TrainStep) -> str:
-        if step.step == 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        return plain(step)
-
-    monkeypatch.setattr(training_view, "training_line", fill)
     asked = words(tmp_path, "out", "--recipe", "medusa2")
-    try:
-        status = main(asked)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with room() as limit:
+
+        def fill(step: TrainStep) -> str:
+            if step.step == 6:
+                limit(4096)
+            return plain(step)
+
+        monkeypatch.setattr(training_view, "training_line", fill)
+        assert main(asked) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2
     run = tmp_path / "out" / "checkpoints"
     assert last.startswith(f"medusa-chat: error: cannot write to {run}: ")
     assert last.endswith(f"; {run}/checkpoint-4 is whole, and --resume goes on from it")
     assert (run / "checkpoint-8").exists()
     monkeypatch.undo()
-    assert main([*asked, "--resume"]) == 0
-    do(tiny_run(tmp_path, "whole", "medusa2"))
-    assert products(tmp_path / "out") == products(tmp_path / "whole")
+    assert_resumed_whole(asked, tmp_path)
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
@@ -244,26 +245,20 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
 ) -> None:
     from medusa_chat.training import trainer as module
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     export = module.export_backbone
-
-    def fill(*arguments: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        export(*arguments)
-
-    monkeypatch.setattr(module, "export_backbone", fill)
     asked = words(tmp_path, "out", "--recipe", "medusa2")
-    try:
-        status = main(asked)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with room() as limit:
+
+        def fill(*arguments: Any) -> None:
+            limit(4096)
+            export(*arguments)
+
+        monkeypatch.setattr(module, "export_backbone", fill)
+        assert main(asked) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2
     assert last.endswith("checkpoint-10 is whole, and --resume goes on from it")
     monkeypatch.undo()
-    assert main([*asked, "--resume"]) == 0
-    do(tiny_run(tmp_path, "whole", "medusa2"))
-    assert products(tmp_path / "out") == products(tmp_path / "whole")
+    assert_resumed_whole(asked, tmp_path)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
