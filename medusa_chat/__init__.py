@@ -14,14 +14,17 @@ __all__ = ["Sampling", "UserError", "load"]
 
 
 def load(
-    model: str | None = None, heads: str | None = None, *, device: str = "auto", dtype: str | None = None,
-    tree: str = "auto", context: int | None = None, probing: bool = True, measured: bool = True,
+    model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
+    quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
+    probing: bool = True, measured: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
     Args:
         model: a name of models.yaml, a folder or a hub id; None is the bundled model.
         heads: a safetensors file, a folder or a hub id; None looks beside the backbone.
+        quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
+            says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
         tree: auto, chain-N, a released tree by name, or a JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
@@ -36,7 +39,7 @@ def load(
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.loading import load_model
 
-    spec = resolve_model(model, heads)
+    spec = resolve_model(model, heads, quant, quant_heads)
     loaded = load_model(spec, device, dtype)
     return Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,

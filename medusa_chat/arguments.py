@@ -13,6 +13,7 @@ from medusa_chat.config import (
     RECIPE_HELP,
     RECIPES,
     SAMPLING_HELP,
+    Quant,
     Recipe,
     Sampling,
     UserError,
@@ -141,6 +142,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    quants = ["auto", *get_args(Quant)]
+    parser.add_argument("--quant", choices=quants, default="auto", help="of the backbone's weights (bitsandbytes)")
+    parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
     parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
 

@@ -52,7 +52,8 @@ def _load(options: argparse.Namespace, probing: bool = True, measured: bool = Tr
     import medusa_chat
 
     return medusa_chat.load(
-        options.model, options.heads, device=options.device, dtype=options.dtype, tree=options.tree,
+        options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
+        dtype=options.dtype, tree=options.tree,
         context=options.max_context, probing=probing, measured=measured,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import yaml
 
 Mode = Literal["greedy", "typical", "exact", "vanilla"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-Quant = Literal["none", "nf4", "int8"]
+Quant = Literal["none", "nf4", "nf4-double", "int8"]
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
@@ -117,8 +117,11 @@ class ModelSpec:
     """One entry of models.yaml: what to load and how."""
 
     name: str
-    backbone: str  # a folder or a hub id
-    heads: str | None = None  # None: in the backbone's own folder
+    backbone: str  # a folder or a hub id, which may end in @revision
+    heads: str | None = None  # likewise, or a file; None: in the backbone's own folder
+    template: str = ""  # a conversation template of fastchat; "": the tokenizer's own, else the one fastchat matches
+    quant: str = "auto"  # auto, or a Quant: of the backbone
+    quant_heads: str = "auto"  # auto, or a Quant: of the heads
     tree: str = "auto"
     system: str = ""
     licence: str = "unknown"
@@ -272,8 +275,13 @@ def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
     return ModelSpec(name=str(name), **entry)
 
 
-def resolve_model(model: str | None, heads: str | None = None) -> ModelSpec:
-    """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model."""
+def resolve_model(
+    model: str | None, heads: str | None = None, quant: str = "auto", quant_heads: str = "auto"
+) -> ModelSpec:
+    """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model.
+
+    What is given besides takes the place of what the registry says.
+    """
     registry = read_registry()
     name = model or "bundled"
     if name in registry:
@@ -286,4 +294,5 @@ def resolve_model(model: str | None, heads: str | None = None) -> ModelSpec:
         spec = ModelSpec(name=name.split("/")[1], backbone=name)
     else:
         raise UserError(f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)")
-    return replace(spec, heads=os.path.expanduser(heads)) if heads else spec
+    changes = {"quant": quant, "quant_heads": quant_heads, "heads": os.path.expanduser(heads) if heads else "auto"}
+    return replace(spec, **{key: value for key, value in changes.items() if value != "auto"})

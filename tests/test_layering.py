@@ -11,22 +11,23 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "medusa_chat"
 # What each part may import besides itself. `cli` and the package's own front door may import everything.
-ENGINE = {"config", "events", "model", "decoding"}
+ENGINE = {"config", "shapes", "events", "model", "decoding"}
 ALLOWED = {
     "config": set(),
+    "shapes": set(),
     "events": {"config"},
     "prompts": {"config"},
     "arguments": {"config", "prompts", "__init__"},
-    "model": {"config", "events"},
-    "decoding": {"config", "events", "model"},
+    "model": {"config", "shapes", "events"},
+    "decoding": {"config", "shapes", "events", "model"},
     "training": ENGINE | {"prompts"},
     "bench": ENGINE | {"prompts", "peers"},
     "peers": ENGINE,
     "verify": ENGINE | {"prompts", "peers"},
     "doctor": ENGINE | {"prompts"},
-    "terminal": {"config", "events", "__init__"},
+    "terminal": {"config", "shapes", "events", "__init__"},
 }
-NO_TORCH = ("config", "events", "prompts", "arguments", "terminal", "decoding/tree", "decoding/reply",
+NO_TORCH = ("config", "shapes", "events", "prompts", "arguments", "terminal", "decoding/tree", "decoding/reply",
             "training/server", "training/schedules", "decoding/accuracy")  # fmt: skip
 
 

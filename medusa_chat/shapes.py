@@ -1,0 +1,82 @@
+"""Shapes of well-known backbones: what weights and caches weigh before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like decoder: gated MLP, grouped-query attention.
+
+    Attributes:
+        tied: whether the LM head is the embedding matrix itself.
+        context: positions that it was made for.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int = 4096
+    head_dim: int = 0  # 0: hidden / heads
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """The shape that a config.json tells; raises KeyError for one without the sizes."""
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            vocabulary=config["vocab_size"],
+            context=config.get("max_position_embeddings") or 4096,
+            head_dim=config.get("head_dim") or 0,
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the matrices inside the layers: what bitsandbytes quantizes."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding matrix; the LM head has as many, and is the same matrix if tied."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights, the norms' too."""
+        norms = self.hidden * (2 * self.layers + 1)
+        return self.linear_parameters + self.embedding_parameters * (1 if self.tied else 2) + norms
+
+    def cache_bytes(self, positions: int, width: int = 2) -> int:
+        """Bytes of keys and values of `positions` tokens, at `width` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * positions * width
+
+
+SHAPES = {
+    "llama-1b": Shape(16, 2048, 8192, 32, 8, 128256, 131072, tied=True),
+    "llama-8b": Shape(32, 4096, 14336, 32, 8, 128256, 8192),
+    "vicuna-7b": Shape(32, 4096, 11008, 32, 32, 32000, 2048),
+    "vicuna-7b-v1.5": Shape(32, 4096, 11008, 32, 32, 32000, 4096),
+    "vicuna-13b": Shape(40, 5120, 13824, 40, 40, 32000, 2048),
+    "vicuna-13b-v1.5": Shape(40, 5120, 13824, 40, 40, 32000, 4096),
+    "vicuna-33b": Shape(60, 6656, 17920, 52, 52, 32000, 2048),
+    "mistral-7b": Shape(32, 4096, 14336, 32, 8, 32000, 32768),
+    "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 151936, 32768, tied=True),
+    "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 151936, 32768, tied=True),
+}
