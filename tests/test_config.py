@@ -132,7 +132,7 @@ def test_a_registry_that_cannot_be_read(tmp_path):
 def test_a_registry_of_ones_own(tmp_path):
     file = tmp_path / "models.yaml"
     file.write_text("models: {7: {backbone: a/b, heads: c/d, tree: chain-3, system: Be brief., licence: MIT}}")
-    spec = ModelSpec("7", "a/b", "c/d", "chain-3", "Be brief.", "MIT")
+    spec = ModelSpec("7", "a/b", "c/d", tree="chain-3", system="Be brief.", licence="MIT")
     assert list(read_registry(file).values()) == [spec]
     assert list(read_registry(file)) == ["7"]
 

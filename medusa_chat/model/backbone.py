@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Backbone:
             self._window = None
         self._mixed = len(set(kinds)) > 1
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        takes = inspect.signature(model.base_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
         self._set_attention()
 
     @property
@@ -98,8 +101,8 @@ class Backbone:
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask=self._masks(ancestors, positions, cache.length),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
