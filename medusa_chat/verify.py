@@ -127,5 +127,5 @@ def _gap(engine: Engine, text: list[int], a: int, b: int, sampling: Sampling) ->
         return abs(float(logits[0, a] - logits[0, b])), limit
     # Without truncation: a token at the edge of top-p is in for one rounding and out for another.
     scores = make_warp(replace(sampling, top_p=1.0, top_k=0, min_p=0.0))(logits)
-    scores = scores + gumbel(sampling.seed, len(text), scores.shape[-1], scores.device)
+    scores = scores + gumbel(sampling.seed, torch.tensor([len(text)], device=scores.device), scores.shape[-1])
     return abs(float(scores[0, a] - scores[0, b])), limit / sampling.temperature

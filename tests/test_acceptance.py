@@ -19,6 +19,11 @@ CPU = torch.device("cpu")
 POSITION = 17
 
 
+def noise_at(seed: int, position: int, vocabulary: int) -> torch.Tensor:
+    """Noise of one position, [V]."""
+    return gumbel(seed, torch.tensor([position]), vocabulary)[0]
+
+
 def random_step(seed: int, vocabulary: int, nodes: int, sharpness: float) -> tuple[torch.Tensor, torch.Tensor, Tree]:
     """Logits, candidates (siblings differ, and are often likely) and a tree."""
     chance = random.Random(seed)
@@ -63,7 +68,7 @@ def test_exact_equals_the_walk_that_draws_node_by_node(step, seed, temperature):
     verdict = rule(logits, candidates, TreeTensors.of(tree, CPU), POSITION)
     row = 0
     while True:
-        noise = gumbel(seed, POSITION + tree.depths[row] + 1, logits.shape[1], CPU)
+        noise = noise_at(seed, POSITION + tree.depths[row] + 1, logits.shape[1])
         drawn = int((logits[row] / temperature + noise).argmax())
         children = [child for child in range(1, len(tree)) if tree.parents[child] == row]
         down = [child for child in children if int(candidates[child]) == drawn]
@@ -119,7 +124,7 @@ def test_typical_equals_the_paper_by_loops(step, seed, temperature, epsilon, del
     sampling = Sampling(mode="typical", temperature=temperature, epsilon=epsilon, delta=delta, seed=seed)
     verdict = make_rule(sampling)(logits, candidates, TreeTensors.of(tree, CPU), POSITION)
     assert int(verdict.row) == row
-    noise = gumbel(seed, POSITION + tree.depths[row] + 1, logits.shape[1], CPU)
+    noise = noise_at(seed, POSITION + tree.depths[row] + 1, logits.shape[1])
     scores = (logits[row] / temperature + noise).tolist()
     assert int(verdict.next) == max(allowed, key=lambda token: scores[token])
 
@@ -169,7 +174,7 @@ def test_a_tiny_temperature_is_the_argmax(mode, temperature):
 
 
 def test_gumbel_noise_has_the_right_moments_and_quantiles():
-    noise = torch.cat([gumbel(seed, position, 1000, CPU) for seed in range(10) for position in range(30)]).double()
+    noise = torch.cat([noise_at(seed, position, 1000) for seed in range(10) for position in range(30)]).double()
     n = len(noise)
     assert abs(float(noise.mean()) - 0.577216) < 5 * (math.pi**2 / 6 / n) ** 0.5
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
@@ -179,9 +184,9 @@ def test_gumbel_noise_has_the_right_moments_and_quantiles():
 
 
 def test_noise_of_neighbouring_keys_is_unrelated():
-    base = gumbel(5, 100, 20_000, CPU)
+    base = noise_at(5, 100, 20_000)
     for seed, position in [(6, 100), (5, 101), (4, 101), (5, 100 + 2**20), (2**32 - 1, 100), (0, 0)]:
-        other = gumbel(seed, position, 20_000, CPU)
+        other = noise_at(seed, position, 20_000)
         assert abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 5 / 20_000**0.5
         assert len(set(base.tolist()) & set(other.tolist())) < 40  # chance hits of float32 alone
     shifted = torch.corrcoef(torch.stack([base[1:], base[:-1]]))[0, 1]
@@ -189,10 +194,10 @@ def test_noise_of_neighbouring_keys_is_unrelated():
 
 
 def test_noise_is_keyed_by_seed_position_and_token_alone():
-    assert torch.equal(gumbel(1, 2, 100, CPU), gumbel(1, 2, 100, CPU))
-    assert torch.equal(gumbel(1, 2, 100, CPU)[:40], gumbel(1, 2, 40, CPU))
-    assert len({tuple(gumbel(seed, position, 4, CPU).tolist()) for seed in range(40) for position in range(40)}) == 1600
-    assert torch.isfinite(gumbel(3, 4, 300_000, CPU)).all()
+    assert torch.equal(noise_at(1, 2, 100), noise_at(1, 2, 100))
+    assert torch.equal(noise_at(1, 2, 100)[:40], noise_at(1, 2, 40))
+    assert len({tuple(noise_at(seed, position, 4).tolist()) for seed in range(40) for position in range(40)}) == 1600
+    assert torch.isfinite(noise_at(3, 4, 300_000)).all()
 
 
 def test_the_rules_do_not_change_what_they_are_given():

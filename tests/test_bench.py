@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     def lying(self: Runner, root: int, tree: object, rule: object) -> Outcome:
         outcome = honest(self, root, tree, rule)  # type: ignore[arg-type]
         wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
-        return Outcome(outcome.candidates, outcome.rows, (outcome.next + 1) % 256 if wrong else outcome.next)
+        return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
 
     monkeypatch.setattr(Runner, "step", lying)
     checks = {c.name: c for c in verify.verify(engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet)}

@@ -28,20 +28,24 @@ _MIX_1, _MIX_2, _STRIDE = -0x61C8864680B583EB, -0x40A7B892E31B1A47, 0x2545F4914F
 
 @dataclass(frozen=True)
 class TreeTensors:
-    """A tree's topology on a device: parents [n], depths [n], ancestors [n, n] (self included)."""
+    """A tree's topology on a device: parents [n], depths [n], ancestors [n, n] (self included).
+
+    Attributes:
+        depth: no node lies deeper; known without a look at the device.
+    """
 
     parents: Tensor
     depths: Tensor
     ancestors: Tensor
+    depth: int
 
     @classmethod
     def of(cls, tree: Tree, device: torch.device) -> TreeTensors:
         ancestors = torch.zeros(len(tree), len(tree), dtype=torch.bool)
         for row, branch in enumerate(tree.branches):
             ancestors[row, list(branch)] = True
-        return cls(
-            torch.tensor(tree.parents, device=device), torch.tensor(tree.depths, device=device), ancestors.to(device)
-        )
+        parents, depths = torch.tensor(tree.parents, device=device), torch.tensor(tree.depths, device=device)
+        return cls(parents, depths, ancestors.to(device), tree.depth)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ def exact(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int, 
     vanilla sampling with the same seed.
     """
     scores = warp(logits)
-    return _matching((scores + _noise_at(tree.depths, position, seed, scores)).argmax(-1), candidates, tree)
+    positions = torch.arange(position + 1, position + tree.depth + 2, device=scores.device)
+    noise = gumbel(seed, positions, scores.shape[-1])[tree.depths]  # nodes of one depth share theirs
+    return _matching((scores + noise).argmax(-1), candidates, tree)
 
 
 def typical(
@@ -89,9 +95,9 @@ def typical(
     row = _deepest(kept, tree, candidate_log_p)
     # The likeliest token always stays, so that a delta above 1 can't leave nothing to draw from.
     allowed = (p[row] > threshold[row]) | (p[row] == p[row].max())
-    scores = log_p[row].masked_fill(~allowed, float("-inf"))[None]
-    drawn = (scores + _noise_at(tree.depths[row][None], position, seed, scores)).argmax(-1)[0]
-    return Verdict(row, drawn)
+    scores = log_p[row].masked_fill(~allowed, float("-inf"))
+    noise = gumbel(seed, tree.depths[row][None] + position + 1, scores.shape[-1])[0]
+    return Verdict(row, (scores + noise).argmax(-1))
 
 
 def _matching(chosen: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:
@@ -138,17 +144,13 @@ def make_rule(sampling: Sampling) -> Rule:
     return lambda *step: exact(*step, warp=warp, seed=seed)
 
 
-def _noise_at(depths: Tensor, position: int, seed: int, scores: Tensor) -> Tensor:
-    """Gumbel noise [n, V] for the token after each node; nodes of one depth share theirs."""
-    low, high = int(depths[0]), int(depths[-1])  # depths never fall from row to row
-    rows = [gumbel(seed, position + depth + 1, scores.shape[-1], scores.device) for depth in range(low, high + 1)]
-    return torch.stack(rows)[depths - low]
+def gumbel(seed: int, positions: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise that depends on (seed, position, token id) alone: [m] -> [m, V].
 
-
-def gumbel(seed: int, position: int, vocabulary: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise [V] that depends on (seed, position, token id) alone (splitmix64's finalizer)."""
-    key = _mix(torch.tensor(position * _STRIDE + seed * 0x9E3779B1 & 0x7FFFFFFFFFFFFFFF))
-    bits = _mix(_token_keys(vocabulary, device) ^ key.to(device))
+    The bits are splitmix64's finalizer of both keys; int64 arithmetic wraps as it needs.
+    """
+    keys = _mix((positions * _STRIDE + seed * 0x9E3779B1) & 0x7FFFFFFFFFFFFFFF)
+    bits = _mix(_token_keys(vocabulary, positions.device) ^ keys[:, None])
     uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
     return -(-uniform.log()).log().float()
 

@@ -24,11 +24,14 @@ class Outcome:
         candidates: the token of every node, the root's first.
         rows: rows of the accepted path, root first; their keys and values are committed.
         next: the token behind the path, root of the next step.
+        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first, as wide as the tree; empty where
+            no heads ran.
     """
 
     candidates: list[int]
     rows: tuple[int, ...]
     next: int
+    guesses: list[list[int]]
 
 
 class Runner:
@@ -64,26 +67,28 @@ class Runner:
         """
         prepared = self._prepare(tree)
         position = self.cache.length
-        candidates = self._candidates(root, prepared)
+        guesses = self._guesses(prepared)  # [depth, width]
+        first = torch.tensor([root], device=self.backbone.device)
+        candidates = torch.cat([first, guesses.flatten()[prepared.guess]])
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (prepared.tensors.depths + position).clamp(max=self.backbone.context - 1)
         hidden = self.backbone.hidden(candidates, positions, prepared.mask, self.cache)
         verdict = rule(self.backbone.logits(hidden), candidates, prepared.tensors, position)
-        *tokens, row, following = torch.cat([candidates, verdict.row[None], verdict.next[None]]).tolist()
-        rows = tree.branches[row]
+        settled = torch.cat([verdict.row[None], verdict.next[None], candidates, guesses.flatten()])
+        row, following, *tokens = settled.tolist()
+        rows, ranked = tree.branches[row], tokens[len(tree) :]
         self._hidden = hidden[row : row + 1]
         self.cache.commit(rows)
-        return Outcome(tokens, rows, following)
+        ranks = [ranked[start : start + tree.width] for start in range(0, len(ranked), max(tree.width, 1))]
+        return Outcome(tokens[: len(tree)], rows, following, ranks)
 
-    def _candidates(self, root: int, prepared: _PreparedTree) -> Tensor:
-        """The token of every node, [n]: the heads' likeliest guesses laid out as the tree says."""
-        first = torch.tensor([root], device=self.backbone.device)
+    def _guesses(self, prepared: _PreparedTree) -> Tensor:
+        """The likeliest tokens of each head that the tree uses, [depth, width]."""
         if self.heads is None or prepared.width == 0:
-            return first
+            return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device)
         assert self._hidden is not None, "a step follows a prefill"
         logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: prepared.depth, 0]
-        guesses = logits.topk(prepared.width).indices.flatten()
-        return torch.cat([first, guesses[prepared.guess]])
+        return logits.topk(prepared.width).indices
 
     def _chain(self, tokens: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, positions and mask of rows that follow one another."""
