@@ -12,11 +12,16 @@ from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import gumbel, make_warp
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import Tree, chain, named_tree, paper_trees
+from medusa_chat.model.attention import additive
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.quantization import quant_of
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import Prompt
 
 SAMPLINGS = tuple((temperature, top_p) for temperature in (0.3, 0.7, 1.0) for top_p in (1.0, 0.9))
 ULPS = 16  # two scores closer than this many units in the last place of the dtype may fall either way
+NOISE = 4  # two scores of a quantized model, than this many times the largest difference that the row count makes
+REPLAYED = 32  # tokens whose logits are computed one row at a time too, to measure that difference
 
 
 @dataclass
@@ -118,11 +123,46 @@ def _compare(
 
 
 @torch.inference_mode()
+def rounding(engine: Engine, text: list[int], largest: float) -> float:
+    """The gap of two logits that rounding explains, behind a text where the largest is `largest`.
+
+    Kernels of quantized layers differ by their number of rows in ways that no dtype tells: some cut activations, by
+    scales or columns that all rows share. There the difference is measured on plain text, where no tree is involved,
+    and held below what 16 bits explain.
+    """
+    backbone = engine.backbone
+    unit = torch.finfo(backbone.dtype).eps * largest
+    if not quant_of(backbone.model.config):
+        return ULPS * unit
+    most = ULPS * torch.finfo(torch.bfloat16).eps * largest
+    return min(max(NOISE * _row_noise(backbone, text), 2 * unit), most)
+
+
+def _row_noise(backbone: Backbone, text: list[int]) -> float:
+    """The largest difference of a logit between all rows at once and the last of them one by one."""
+    tokens = torch.tensor(text, device=backbone.device)
+    positions = torch.arange(len(text), device=backbone.device)
+    start = max(len(text) - REPLAYED, 0)
+    together = backbone.logits(backbone.hidden_of_text(tokens)[start:]).float()
+    cache = backbone.new_cache(len(text))
+    if start:
+        chain_mask = additive(torch.ones(start, start, dtype=torch.bool, device=backbone.device).tril(), backbone.dtype)
+        backbone.hidden(tokens[:start], positions[:start], chain_mask, cache)
+        cache.commit(tuple(range(start)))
+    noise = 0.0
+    for i in range(start, len(text)):
+        alone = backbone.logits(backbone.hidden(tokens[i : i + 1], positions[i : i + 1], None, cache)).float()
+        cache.commit((0,))
+        noise = max(noise, float((alone[0] - together[i - start]).abs().max()))
+    return noise
+
+
+@torch.inference_mode()
 def _gap(engine: Engine, text: list[int], a: int, b: int, sampling: Sampling) -> tuple[float, float]:
     """Gap of the two tokens' scores after `text`, teacher-forced, and the gap that rounding explains."""
     backbone = engine.backbone
     logits = backbone.logits(backbone.hidden_of_text(torch.tensor(text, device=backbone.device))[-1:]).float()
-    limit = ULPS * torch.finfo(backbone.dtype).eps * float(logits.abs().max())
+    limit = rounding(engine, text, float(logits.abs().max()))
     if sampling.greedy:
         return abs(float(logits[0, a] - logits[0, b])), limit
     # Without truncation: a token at the edge of top-p is in for one rounding and out for another.

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from medusa_chat.config import BUNDLED, Quant, UserError
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import write_heads
-from medusa_chat.model.quantization import copy_linear, quantize_linear
+from medusa_chat.model.quantization import compute_dtype, copy_linear, quantization_config, quantize_linear
 from medusa_chat.shapes import SHAPES, Shape
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -53,6 +53,8 @@ def random_model(shape: Shape, *, quant: Quant, dtype: torch.dtype, device: torc
                 module.weight = _signs(shape.hidden, dtype, generator)
     body.norm.weight = _drawn((shape.hidden,), config, dtype, generator)
     body.rotary_emb = type(body.rotary_emb)(config).to(device)
+    if quant != "none":
+        config.quantization_config = quantization_config(quant, compute_dtype(device, dtype))  # as a loaded model's
     return model.eval()
 
 
