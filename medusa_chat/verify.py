@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import gumbel, make_warp
@@ -122,20 +123,17 @@ def _compare(
     )
 
 
-@torch.inference_mode()
-def rounding(engine: Engine, text: list[int], largest: float) -> float:
-    """The gap of two logits that rounding explains, behind a text where the largest is `largest`.
+def _rounding(backbone: Backbone, noise: float, largest: float) -> float:
+    """The gap of two logits that rounding explains, where the largest of all is `largest`.
 
     Kernels of quantized layers differ by their number of rows in ways that no dtype tells: some cut activations, by
     scales or columns that all rows share. There the difference is measured on plain text, where no tree is involved,
     and held below what 16 bits explain.
     """
-    backbone = engine.backbone
     unit = torch.finfo(backbone.dtype).eps * largest
     if not quant_of(backbone.model.config):
         return ULPS * unit
-    most = ULPS * torch.finfo(torch.bfloat16).eps * largest
-    return min(max(NOISE * _row_noise(backbone, text), 2 * unit), most)
+    return min(max(NOISE * noise, 2 * unit), ULPS * torch.finfo(torch.bfloat16).eps * largest)
 
 
 def _row_noise(backbone: Backbone, text: list[int]) -> float:
@@ -162,10 +160,23 @@ def _gap(engine: Engine, text: list[int], a: int, b: int, sampling: Sampling) ->
     """Gap of the two tokens' scores after `text`, teacher-forced, and the gap that rounding explains."""
     backbone = engine.backbone
     logits = backbone.logits(backbone.hidden_of_text(torch.tensor(text, device=backbone.device))[-1:]).float()
-    limit = rounding(engine, text, float(logits.abs().max()))
+    noise = _row_noise(backbone, text)
+    limit = _rounding(backbone, noise, float(logits.abs().max()))
     if sampling.greedy:
         return abs(float(logits[0, a] - logits[0, b])), limit
-    # Without truncation: a token at the edge of top-p is in for one rounding and out for another.
+    limit /= sampling.temperature
+    if any(_at_an_edge(logits, token, sampling, NOISE * noise) for token in (a, b)):
+        return limit, limit
     scores = make_warp(replace(sampling, top_p=1.0, top_k=0, min_p=0.0))(logits)
     scores = scores + gumbel(sampling.seed, torch.tensor([len(text)], device=scores.device), scores.shape[-1])
-    return abs(float(scores[0, a] - scores[0, b])), limit / sampling.temperature
+    return abs(float(scores[0, a] - scores[0, b])), limit
+
+
+def _at_an_edge(logits: Tensor, token: int, sampling: Sampling, noise: float) -> bool:
+    """Whether noise may put a token in or out of what top-p, top-k and min-p leave. logits: [1, V]."""
+    kept = []
+    for change in (-noise, noise):
+        rounded = logits.clone()
+        rounded[0, token] += change
+        kept.append(bool(make_warp(sampling)(rounded)[0, token].isfinite()))
+    return kept[0] != kept[1]
