@@ -82,17 +82,20 @@ def load_pretrained(
         check_rewindable(model_class, config.get_text_config())
         own = check_quantization(spec.name, config, quant)
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
-        settings = None if own else quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
+        asked: dict[str, Any] = {}  # not even None may be said of weights that are quantized already
+        if not own and as_quant(quant) != "none":
+            asked["quantization_config"] = quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
+        quantized = bool(own or asked)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.backbone,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            quantization_config=settings,
-            device_map={"": device} if own or settings else None,  # quantized where it will be used
+            device_map={"": device} if quantized else None,  # quantized where it will be used
+            **asked,
         )
     model, report = loaded
-    if own or settings:
+    if quantized:
         settle_4bit(model, device, model.dtype)
     else:
         model.to(device)
