@@ -136,7 +136,7 @@ def test_revisions(client: Client) -> None:
 
 
 def test_offline(client: Client) -> None:
-    assert "is not, or not whole, in" in client.fetch(HF_HUB_OFFLINE="1")["error"]
+    assert f"lacks {OWN} or a part of it" in client.fetch(HF_HUB_OFFLINE="1")["error"]
     online = client.fetch(heads="owner/heads")
     offline = client.fetch(heads="owner/heads", HF_HUB_OFFLINE="1")
     assert offline == online | {"progress": [], "states": 0}
@@ -168,7 +168,7 @@ def test_a_connection_that_stays_broken_is_one_line_and_the_next_run_goes_on(cli
     client.server.requests.clear()
     found = client.fetch()
     assert (Path(found["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
-    assert [asked for _, path, asked in client.server.requests if "/cdn/" in path][0] == "bytes=90000-"
+    assert next(asked for _, path, asked in client.server.requests if "/cdn/" in path) == "bytes=90000-"
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
@@ -183,7 +183,7 @@ def test_a_run_that_was_ended_goes_on(client: Client, end: signal.Signals) -> No
     running.communicate(timeout=30)
     client.server.requests.clear()
     assert (Path(client.fetch()["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
-    asked = [asked for _, path, asked in client.server.requests if "/cdn/" in path][0]
+    asked = next(asked for _, path, asked in client.server.requests if "/cdn/" in path)
     assert asked.startswith("bytes=") and int(asked[6:-1]) > 50_000
 
 

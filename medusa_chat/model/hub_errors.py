@@ -52,7 +52,7 @@ def reason(error: Exception, name: str, revision: str | None) -> str:
         return f"{name} has no revision {revision!r}: see {hub}/{name}/tree/main"
     if isinstance(error, OfflineModeIsEnabled):
         cache = constants.HF_HUB_CACHE
-        return f"{name} is not, or not whole, in {cache}, and HF_HUB_OFFLINE forbids to download it: unset that once"
+        return f"HF_HUB_OFFLINE is set, and {cache} lacks {name} or a part of it: run once without HF_HUB_OFFLINE"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):

@@ -6,23 +6,23 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
+from medusa_chat.model import hub
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.quantization import quantization_config
+from medusa_chat.model.templates import ChatTemplate, resolve_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,43 +34,62 @@ class Loaded:
     """What a spec names, ready to decode.
 
     Attributes:
-        accuracy: the file beside the heads that holds their measured accuracies, which need not be there yet;
-            None for a model without heads.
+        accuracy: the file that holds the heads' measured accuracies, which need not be there yet; None for a model
+            without heads.
+        notices: what the user should know, a line each.
     """
 
     backbone: Backbone
     heads: MedusaHeads | None
     tokenizer: Any
+    template: ChatTemplate
     accuracy: Path | None
+    notices: tuple[str, ...] = ()
 
 
-def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) -> Loaded:
-    """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right."""
+def load_model(
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, progress: hub.Progress | None = None
+) -> Loaded:
+    """Load a backbone, its heads and its tokenizer, downloaded if need be; `progress` is called meanwhile.
+
+    Raises:
+        UserError: for all that is the user's to put right.
+    """
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    model, tokenizer = load_pretrained(spec, number)
+    files = hub.fetch(spec, progress)
+    here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
+    model, tokenizer = load_pretrained(here, number)
+    template = resolve_template(tokenizer, spec)
     backbone = Backbone(model.to(chosen))
     pack_linears(backbone.model)
-    file = heads_file(spec)
+    file = heads_file(here)
     if file is None:
-        return Loaded(backbone, None, tokenizer, None)
-    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
-    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
+        return Loaded(backbone, None, tokenizer, template, None, files.notices)
+    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary).to(chosen, number).requires_grad_(False)
+    return Loaded(backbone, heads, tokenizer, template, _known_accuracy(spec, file), files.notices)
+
+
+def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
+    """What was measured here, else what came with the heads."""
+    own, published = hub.accuracy_file(spec), heads.parent / ACCURACY_FILE
+    return published if published.exists() and not own.exists() else own
 
 
 def load_pretrained(
     spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU
 ) -> tuple[Any, Any]:
     """transformers' own model and tokenizer of a spec; dtype None keeps that of the files."""
+    folder = str(hub.local(spec.backbone))
     with _one_line(spec.backbone):
-        config = AutoConfig.from_pretrained(spec.backbone)
+        config = AutoConfig.from_pretrained(folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
             raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
         check_rewindable(model_class, config.get_text_config())
-        tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.backbone,
+            folder,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -81,8 +100,6 @@ def load_pretrained(
     if quant == "none":
         model.to(device)
     _check_report(spec.backbone, report)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer of {spec.name} has no chat template, so there is no way to chat with it")
     return model, tokenizer
 
 
@@ -138,19 +155,10 @@ def _check_report(backbone: str, report: dict[str, Any]) -> None:
 
 def heads_file(spec: ModelSpec) -> Path | None:
     """The file of the heads: named by the user, or beside the backbone if there is one."""
-    place = Path(spec.heads or spec.backbone)
+    place = hub.local(spec.heads, "heads") if spec.heads else hub.local(spec.backbone)
     if place.is_file():
         return place
-    if place.is_dir():
-        file = place / HEADS_FILE
-        if not file.is_file() and spec.heads:
-            raise UserError(f"there is no {HEADS_FILE} in {spec.heads}")
-        return file if file.is_file() else None
-    if spec.heads is None:
-        return None
-    if spec.heads.count("/") != 1 or spec.heads.startswith((".", "/", "~")):
-        raise UserError(f"there are no Medusa heads at {spec.heads}: no such file or folder")
-    try:
-        return Path(hf_hub_download(spec.heads, HEADS_FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"cannot download the heads {spec.heads}: {str(error).splitlines()[0]}") from None
+    file = place / HEADS_FILE
+    if not file.is_file() and spec.heads:
+        raise UserError(f"there is no {HEADS_FILE} in {spec.heads}")
+    return file if file.is_file() else None
