@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def load_pretrained(
         if model_class is None:
             raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
         check_rewindable(model_class, config.get_text_config())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_tokenizer_settings(Path(folder)))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -126,6 +127,18 @@ def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What transformers 5 takes for granted otherwise than what made the checkpoint.
+
+    A Llama of before 2023-07 says nothing of `legacy`, and was trained with a space before the word behind `</s>`.
+    """
+    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        return {}
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {"legacy": True} if config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config else {}
 
 
 @contextmanager
