@@ -40,13 +40,19 @@ def load(
         UserError: whatever the user can put right, in one line.
     """
     from medusa_chat.config import resolve_model
+    from medusa_chat.model.hub import fetch
+    from medusa_chat.model.templates import named_template
+
+    spec = resolve_model(model, heads, quant, quant_heads)
+    spec = replace(spec, template=template or spec.template)
+    if spec.template:
+        named_template(spec.template)  # a slip is told before the download
+    files = fetch(spec, progress)  # before torch is imported: it is seen at once how far it is, or why it fails
     from medusa_chat.decoding.accuracy import read_accuracy
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.loading import load_model
 
-    spec = resolve_model(model, heads, quant, quant_heads)
-    spec = replace(spec, template=template or spec.template)
-    loaded = load_model(spec, device, dtype, progress)
+    loaded = load_model(spec, device, dtype, files)
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing, template=loaded.template,

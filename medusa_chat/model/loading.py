@@ -49,16 +49,19 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec, device: str = "auto", dtype: str | None = None, progress: hub.Progress | None = None
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None
 ) -> Loaded:
-    """Load a backbone, its heads and its tokenizer, downloaded if need be; `progress` is called meanwhile.
+    """Load a backbone, its heads and its tokenizer.
+
+    Args:
+        files: where they lie, if that is known already; otherwise they are fetched.
 
     Raises:
         UserError: for all that is the user's to put right.
     """
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    files = hub.fetch(spec, progress)
+    files = files or hub.fetch(spec)
     here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
     model, tokenizer = load_pretrained(here, number)
     template = resolve_template(tokenizer, spec)
