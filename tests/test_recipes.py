@@ -43,7 +43,7 @@ def test_the_released_settings() -> None:
         ({"lambda_0": float("inf")}, "lambda_0 must be 0 or more"), ({"seed": -1}, "seed must be between 0"),
         ({"backbone_learning_rate": -1.0}, "backbone_learning_rate must be 0 or more"),
         ({"lm_heads": "mine"}, "lm_heads is auto, own or shared, not 'mine'"),
-        ({"ramp": "cosine"}, "ramp is constant or sine"), ({"quant": "int3"}, "quant is none, nf4, int8, not 'int3'"),
+        ({"ramp": "cosine"}, "ramp is constant or sine"), ({"quant": "int3"}, "quant is none, nf4, nf4-double, int8, not 'int3'"),
         ({"length": 5}, "rows of 5 tokens are too short for 4 heads"),
         ({"heads_first": 1.0}, "heads_first must be from 0 to below 1"), ({"lora_dropout": 1.0}, "lora_dropout must"),
         ({"lora_rank": -1}, "lora_rank must be 0"), ({"save_steps": 0}, "save_steps must be above 0"),
