@@ -119,6 +119,7 @@ class ModelSpec:
     name: str
     backbone: str  # a folder or a hub id, which may end in @revision
     heads: str | None = None  # likewise, or a file; None: in the backbone's own folder
+    layout: str = ""  # of the heads' file, if another one would be a surprise
     template: str = ""  # a conversation template of fastchat; "": the tokenizer's own, else the one fastchat matches
     quant: str = "auto"  # auto, or a Quant: of the backbone
     quant_heads: str = "auto"  # auto, or a Quant: of the heads
