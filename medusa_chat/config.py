@@ -16,6 +16,10 @@ Quant = Literal["none", "nf4", "nf4-double", "int8"]
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
+# Layouts of heads' files: the official ones by their versions, the others by the program that reads them.
+LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
+
+
 class UserError(Exception):
     """Something the user can put right; its message is the one line that is shown, with exit status 2."""
 

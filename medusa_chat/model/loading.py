@@ -73,7 +73,7 @@ def load_pretrained(
 
     A line on weights that the model has no place for is added to `notices`.
     """
-    with _one_line(spec.backbone):
+    with one_line(spec.backbone):
         config = AutoConfig.from_pretrained(spec.backbone)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
@@ -125,7 +125,7 @@ def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
 
 
 @contextmanager
-def _one_line(backbone: str) -> Iterator[None]:
+def one_line(backbone: str) -> Iterator[None]:
     """Turn what transformers raises for missing, damaged or foreign files into a UserError, and keep it quiet."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

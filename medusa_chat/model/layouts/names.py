@@ -55,22 +55,11 @@ NAMINGS = {
     "official": Naming("", *_OFFICIAL),  # v0.1 with own LM heads, v2 without; TGI, and TensorRT-LLM's input
     "v1.0": Naming("medusa_head.", *_OFFICIAL, whole=True),
     "modelopt": Naming("medusa_heads.", *_OFFICIAL, whole=True),
-    "tensorrt-llm": Naming(
+    "tensorrt-llm engine": Naming(
         "medusa_heads.", "{head}.medusa_layers.{layer}.linear.{kind}", "{head}.lm_head.weight", whole=True
     ),
     "vllm": Naming("medusa_heads.", "blocks.{head}.layers.{layer}.{kind}", "lm_heads.{head}.weight", optional=True),
 }
-# What `export --layout` and a model list call them, and the names that their tensors go by.
-LAYOUTS = {
-    "v0.1": "official",
-    "v2": "official",
-    "v1.0": "v1.0",
-    "tgi": "official",
-    "vllm": "vllm",
-    "tensorrt-llm": "official",
-    "modelopt": "modelopt",
-}
-
 # PEFT puts these around the modules that it saves whole (`modules_to_save`).
 _PEFT = re.compile(r"^(?:base_model\.model\.)+|(?<=\.)modules_to_save\.[^.]+\.")
 _REPLACED = ".original_module."

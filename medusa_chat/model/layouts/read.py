@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa_chat.config import UserError
+from medusa_chat.config import LAYOUTS, UserError
 from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.model.layouts.names import LAYOUTS, NAMINGS, Parts, sort_names
+from medusa_chat.model.layouts.names import NAMINGS, Parts, sort_names
 from medusa_chat.model.layouts.said import said_otherwise
 from medusa_chat.model.layouts.tensors import TensorFiles
 
+_SAME = {"tgi": ("v0.1", "v2"), "tensorrt-llm": ("v0.1", "tensorrt-llm engine")}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PADDINGS = tuple(2**n for n in range(3, 11))  # vocabularies are padded to a multiple of one of these
 
@@ -24,7 +25,8 @@ class ReadHeads:
     """Heads as a file held them.
 
     Attributes:
-        layout: key of LAYOUTS, or "tensorrt-llm engine".
+        layout: one of config.LAYOUTS, or "tensorrt-llm engine"; heads of v0.1 or v2 may also be TGI's or the input of
+            TensorRT-LLM.
         notices: what the user should know, a line each: the config says otherwise, padding was cut or added, ...
     """
 
@@ -44,7 +46,7 @@ def read_heads(
         hidden, vocabulary: of the backbone.
         dtype: of the heads; None keeps the file's.
         lm_head: [V, hidden], the backbone's, to compare one with that a file shares among its heads.
-        layout: a key of LAYOUTS that is expected; another one is worth a notice.
+        layout: the one of config.LAYOUTS that is expected; another one is worth a notice.
 
     Raises:
         UserError: the file is missing or damaged, a key is unknown or missing, a shape does not fit, or a number is
@@ -101,9 +103,7 @@ class _Reading:
     def _tensor(self, name: str) -> Tensor:
         tensor = self.files.get(name)
         if tensor.dtype not in _FLOATS:
-            raise UserError(
-                f"{self.path}: tensor {name} holds {str(tensor.dtype)[6:]}, not numbers of 16 bits or more"
-            )
+            raise UserError(f"{self.path}: tensor {name} holds {str(tensor.dtype)[6:]}, not numbers of 16 bits or more")
         return tensor
 
     def _finite(self, name: str) -> Tensor:
@@ -197,7 +197,7 @@ class _Reading:
     def _layout(self, own: bool) -> str:
         if self.parts.naming == "official":
             return "v0.1" if own else "v2"
-        return "tensorrt-llm engine" if self.parts.naming == "tensorrt-llm" else self.parts.naming
+        return self.parts.naming
 
     def _tell(self, layout: str, expected: str, own: bool, biases: bool) -> None:
         """What the config or the model list says otherwise, and what was left out."""
@@ -207,7 +207,7 @@ class _Reading:
         self.notices += said_otherwise(self.files.path.parent / "config.json", facts)
         if expected and expected not in LAYOUTS:
             raise UserError(f"unknown layout {expected!r} of heads; there are {', '.join(LAYOUTS)}")
-        if expected and LAYOUTS[expected] != parts.naming.replace("tensorrt-llm", "official"):
+        if expected and layout not in _SAME.get(expected, (expected,)):
             self.notices.append(f"the heads were expected in the layout {expected}, and are in {layout}")
         if not biases:
             self.notices.append("the heads have no biases, which some converters drop: they may guess worse for it")
