@@ -61,14 +61,17 @@ class Card:
 
 def licence_of(folder: Path) -> str:
     """The licence id that a model's own card tells the hub, or ""."""
-    for name in ("README.md", "MODEL_CARD.md"):
-        try:
-            told = (metadata_load(folder / name) or {}).get("license")
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            continue
-        if isinstance(told, str):
-            return told
-    return ""
+    card = card_of(folder)
+    try:
+        told = (metadata_load(card) or {}).get("license") if card else ""
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return ""  # no card that a program can read
+    return told if isinstance(told, str) else ""
+
+
+def card_of(folder: Path) -> Path | None:
+    """A model's own card."""
+    return next((folder / name for name in ("README.md", "MODEL_CARD.md") if (folder / name).is_file()), None)
 
 
 def _measured(accuracy: Accuracy) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from medusa_chat import __version__
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.decoding.accuracy import read_accuracy
-from medusa_chat.export.card import Card, licence_of
+from medusa_chat.export.card import Card, card_of, licence_of
 from medusa_chat.export.targets import TARGETS, Facts, Target
 from medusa_chat.model.backbone_files import LICENCES, BackboneFiles, write_json, write_tensors
 from medusa_chat.model.heads import MedusaHeads
@@ -120,11 +120,13 @@ def _write(
 
 
 def _travel_along(folder: Path, files: BackboneFiles, heads: Path) -> None:
-    """Licence of the base, and what was measured of the heads."""
+    """Licence and card of the base, which may ask for attribution, and what was measured of the heads."""
     for pattern in LICENCES:
         for file in files.folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+    if card := card_of(files.folder):
+        shutil.copyfile(card, folder / "BASE_MODEL_CARD.md")
     if (heads / ACCURACY_FILE).is_file():
         shutil.copyfile(heads / ACCURACY_FILE, folder / ACCURACY_FILE)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -70,11 +72,9 @@ class _Reading:
         own = bool(parts.lm_heads) or (parts.shared is not None and not self._is_backbones(lm_head, ids))
         used = [*parts.blocks.values(), *parts.lm_heads.values(), *([parts.shared] if parts.shared else [])]
         stored = reduce(torch.promote_types, [self._tensor(name).dtype for name in used])
-        with torch.device("meta"):  # no float32 copy first
+        with _default_dtype(dtype or stored):  # no float32 copy first
             heads = MedusaHeads(parts.heads, parts.layers, self.hidden, self.vocabulary if own else None)
-        heads = heads.to(dtype or stored).to_empty(device="cpu").requires_grad_(False)
-        if not biases:
-            heads.bias.zero_()
+        heads.requires_grad_(False)
         for (head, layer, kind), name in parts.blocks.items():
             self._fill(name, (heads.weight if kind == "weight" else heads.bias)[layer, head])
         if heads.lm_heads is not None:
@@ -217,7 +217,19 @@ class _Reading:
             self.notices.append(f"{parts.lora} tensors of an adapter are left out: the heads were trained with it on")
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _padded(rows: int, vocabulary: int) -> bool:
     """Whether two counts of rows differ by padding alone."""
     small, large = sorted((rows, vocabulary))
-    return small > 0 and any(large == -(-small // multiple) * multiple for multiple in (1, *_PADDINGS))
+    return 8 * (large - small) <= large and any(
+        large == -(-small // multiple) * multiple for multiple in (1, *_PADDINGS)
+    )
