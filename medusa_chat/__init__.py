@@ -22,7 +22,7 @@ def load(
 
     Args:
         model: a name of models.yaml, a folder or a hub id; None is the bundled model.
-        heads: a safetensors file, a folder or a hub id; None looks beside the backbone.
+        heads: a file, folder or hub id, in any public layout; None looks beside the backbone.
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
@@ -41,8 +41,10 @@ def load(
 
     spec = resolve_model(model, heads, quant, quant_heads)
     loaded = load_model(spec, device, dtype)
-    return Engine(
+    engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
+    engine.notices += loaded.notices
+    return engine

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.model.layouts import HEADS_FILE, read_heads
+from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.quantization import quantization_config
 
@@ -36,33 +36,44 @@ class Loaded:
     Attributes:
         accuracy: the file beside the heads that holds their measured accuracies, which need not be there yet;
             None for a model without heads.
+        notices: what the user should know of the files, a line each.
     """
 
     backbone: Backbone
     heads: MedusaHeads | None
     tokenizer: Any
     accuracy: Path | None
+    notices: tuple[str, ...] = ()
 
 
 def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) -> Loaded:
     """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right."""
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    model, tokenizer = load_pretrained(spec, number)
+    notices: list[str] = []
+    model, tokenizer = load_pretrained(spec, number, notices=notices)
     backbone = Backbone(model.to(chosen))
+    lm_head = backbone.lm_head.weight  # packed, it could not be compared
     pack_linears(backbone.model)
     file = heads_file(spec)
     if file is None:
-        return Loaded(backbone, None, tokenizer, None)
-    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
-    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
+        return Loaded(backbone, None, tokenizer, None, tuple(notices))
+    read = read_heads(
+        file, backbone.hidden_size, backbone.vocabulary, dtype=number, lm_head=lm_head, layout=spec.layout
+    )  # fmt: skip
+    heads = read.heads.to(chosen).requires_grad_(False)
+    return Loaded(backbone, heads, tokenizer, file.parent / ACCURACY_FILE, (*notices, *read.notices))
 
 
 def load_pretrained(
-    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU
-) -> tuple[Any, Any]:
-    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files."""
-    with _one_line(spec.backbone):
+    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU,
+    notices: list[str] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
+
+    A line on weights that the model has no place for is added to `notices`.
+    """
+    with one_line(spec.backbone):
         config = AutoConfig.from_pretrained(spec.backbone)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
@@ -80,7 +91,9 @@ def load_pretrained(
     model, report = loaded
     if quant == "none":
         model.to(device)
-    _check_report(spec.backbone, report)
+    unknown = _check_report(spec.backbone, report)
+    if unknown and notices is not None:
+        notices.append(unknown)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {spec.name} has no chat template, so there is no way to chat with it")
     return model, tokenizer
@@ -112,7 +125,7 @@ def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
 
 
 @contextmanager
-def _one_line(backbone: str) -> Iterator[None]:
+def one_line(backbone: str) -> Iterator[None]:
     """Turn what transformers raises for missing, damaged or foreign files into a UserError, and keep it quiet."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -128,24 +141,27 @@ def _one_line(backbone: str) -> Iterator[None]:
         raise UserError(f"cannot load the model {backbone}: {first}") from None
 
 
-def _check_report(backbone: str, report: dict[str, Any]) -> None:
-    """A weight that is missing or does not fit would be random."""
+def _check_report(backbone: str, report: dict[str, Any]) -> str:
+    """A weight that is missing or does not fit would be random. Returns a line on those that are too many, or ""."""
     for kind, fault in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
         if report.get(kind):
             key = min(key if isinstance(key, str) else key[0] for key in report[kind])
             raise UserError(f"cannot load the model {backbone}: weight {key} {fault}")
+    strange = sorted(key for key in report.get("unexpected_keys") or () if not is_heads_tensor(key))
+    more = f" and {len(strange) - 1} more" if strange[1:] else ""
+    return f"{backbone} holds weights that the model has no place for: {strange[0]}{more}" if strange else ""
 
 
 def heads_file(spec: ModelSpec) -> Path | None:
-    """The file of the heads: named by the user, or beside the backbone if there is one."""
+    """The file of the heads, or the index of its shards: named by the user, or beside the backbone if there is one."""
     place = Path(spec.heads or spec.backbone)
     if place.is_file():
         return place
     if place.is_dir():
-        file = place / HEADS_FILE
-        if not file.is_file() and spec.heads:
-            raise UserError(f"there is no {HEADS_FILE} in {spec.heads}")
-        return file if file.is_file() else None
+        file = find_heads(place)
+        if file is None and spec.heads:
+            raise UserError(f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor those of another layout")
+        return file
     if spec.heads is None:
         return None
     if spec.heads.count("/") != 1 or spec.heads.startswith((".", "/", "~")):
