@@ -25,7 +25,8 @@ def load(
 
     Args:
         model: a name of models.yaml, a folder or a hub id; None is the bundled model.
-        heads: a file, a folder or a hub id; None looks beside the backbone. Hub ids may end in @revision.
+        heads: a file, folder or hub id, in any public layout; None looks beside the backbone. Hub ids may end in
+            @revision.
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.

@@ -219,6 +219,19 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from medusa_chat.config import resolve_model
+    from medusa_chat.export.writing import Export, export
+
+    if options.private and not options.push:
+        raise UserError("--private is for --push")
+    job = Export(options.layout, options.out, options.dtype, options.push, options.private, options.overwrite)
+    for notice in export(resolve_model(options.model, options.heads), job):
+        print(f"medusa-chat: {notice}", file=sys.stderr)
+    print(f"wrote {options.out}" + (f" and uploaded it to {options.push}" if options.push else ""))
+    return 0
+
+
 def _models(options: argparse.Namespace) -> int:
     from medusa_chat.config import resolve_model
     from medusa_chat.decoding.accuracy import read_accuracy
@@ -236,7 +249,7 @@ def _models(options: argparse.Namespace) -> int:
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": _chat, "bench": _bench, "verify": _verify, "train": _train, "distill": _distill, "calibrate": _calibrate,
-    "models": _models,
+    "export": _export, "models": _models,
 }  # fmt: skip
 
 

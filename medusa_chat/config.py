@@ -16,6 +16,10 @@ Quant = Literal["none", "nf4", "nf4-double", "int8"]
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
+# Layouts of heads' files: the official ones by their versions, the others by the program that reads them.
+LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
+
+
 class UserError(Exception):
     """Something the user can put right; its message is the one line that is shown, with exit status 2."""
 
@@ -119,6 +123,7 @@ class ModelSpec:
     name: str
     backbone: str  # a folder or a hub id, which may end in @revision
     heads: str | None = None  # likewise, or a file; None: in the backbone's own folder
+    layout: str = ""  # of the heads' file, if another one would be a surprise
     template: str = ""  # a conversation template of fastchat; "": the tokenizer's own, else the one fastchat matches
     quant: str = "auto"  # auto, or a Quant: of the backbone
     quant_heads: str = "auto"  # auto, or a Quant: of the heads

@@ -25,16 +25,11 @@ from platformdirs import user_data_path
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError, size_text
 from medusa_chat.model.download import PATIENCE, PAUSE, RETRIES, RemoteFile, bring
 from medusa_chat.model.hub_errors import disk_errors, reason
+from medusa_chat.model.layouts import HEAD_FILES, WEIGHTS
 
 Kind = Literal["backbone", "heads"]
 Progress = Callable[[str, int, int], None]  # name of the repository, bytes there, bytes in all
 
-HEADS_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # the first that a repository has
-# A whole file, and the index that stands for its shards: the first that a repository has.
-_WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 _TEXT = re.compile(
     r"[^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja"
     r"|(readme|licen[cs]e|notice|use_policy|copying)[^/]*",
@@ -180,13 +175,12 @@ class _Repository:
 def weight_files(names: Collection[str], kind: Kind) -> list[str]:
     """The files among `names` that hold a backbone's or heads' tensors, each in one form only; an index stands for
     its shards. Of a backbone, heads that lie beside it too."""
-    heads = [name for name in HEADS_FILES if name in names][:1]
-    if heads and kind == "heads":
-        return heads
-    model = [name for pair in _WEIGHTS for name in pair if name in names][:1]
-    if kind == "heads" and not model:
-        model = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    return model + heads if model else []
+    heads = [name for name in HEAD_FILES if name in names][:1]
+    if kind == "heads":
+        # Of an engine for several GPUs every rank, so that it is refused for what it is.
+        return sorted(name for name in names if name.startswith("rank")) if heads == ["rank0.safetensors"] else heads
+    model = [name for name in WEIGHTS if name in names][:1]
+    return [*model, *(name for name in heads if name not in WEIGHTS)] if model else []
 
 
 def _indexed(index: Path) -> list[str]:
@@ -222,7 +216,7 @@ def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
     """The snapshot of a repository without a config.json."""
-    for file in HEADS_FILES:
+    for file in HEAD_FILES:
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
             return Path(found).parent
@@ -243,7 +237,7 @@ def _check_room(name: str, files: Sequence[RemoteFile]) -> None:
 
 def _needed(kind: Kind) -> str:
     forms = "model.safetensors or pytorch_model.bin, whole or in shards"
-    return f"{HEADS_FILES[0]} or other Medusa heads" if kind == "heads" else f"weights that can be read ({forms})"
+    return f"{HEAD_FILES[0]} or other Medusa heads" if kind == "heads" else f"weights that can be read ({forms})"
 
 
 def _shown(names: Collection[str]) -> str:

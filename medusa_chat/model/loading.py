@@ -20,7 +20,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
 from medusa_chat.model import hub
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.model.layouts import HEADS_FILE, read_heads
+from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.quantization import quantization_config
 from medusa_chat.model.templates import ChatTemplate, resolve_template
@@ -63,15 +63,20 @@ def load_model(
     number = choose_dtype(chosen, dtype)
     files = files or hub.fetch(spec)
     here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
-    model, tokenizer = load_pretrained(here, number)
+    notices = list(files.notices)
+    model, tokenizer = load_pretrained(here, number, notices=notices)
     template = resolve_template(tokenizer, spec)
     backbone = Backbone(model.to(chosen))
+    lm_head = backbone.lm_head.weight  # packed, it could not be compared
     pack_linears(backbone.model)
     file = heads_file(here)
     if file is None:
-        return Loaded(backbone, None, tokenizer, template, None, files.notices)
-    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary).to(chosen, number).requires_grad_(False)
-    return Loaded(backbone, heads, tokenizer, template, _known_accuracy(spec, file), files.notices)
+        return Loaded(backbone, None, tokenizer, template, None, tuple(notices))
+    read = read_heads(
+        file, backbone.hidden_size, backbone.vocabulary, dtype=number, lm_head=lm_head, layout=spec.layout
+    )  # fmt: skip
+    heads = read.heads.to(chosen).requires_grad_(False)
+    return Loaded(backbone, heads, tokenizer, template, _known_accuracy(spec, file), (*notices, *read.notices))
 
 
 def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
@@ -81,11 +86,15 @@ def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
 
 
 def load_pretrained(
-    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU
-) -> tuple[Any, Any]:
-    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files."""
+    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU,
+    notices: list[str] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
+
+    A line on weights that the model has no place for is added to `notices`.
+    """
     folder = str(hub.local(spec.backbone))
-    with _one_line(spec.backbone):
+    with one_line(spec.backbone):
         config = AutoConfig.from_pretrained(folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
@@ -103,7 +112,9 @@ def load_pretrained(
     model, report = loaded
     if quant == "none":
         model.to(device)
-    _check_report(spec.backbone, report)
+    unknown = _check_report(spec.backbone, report)
+    if unknown and notices is not None:
+        notices.append(unknown)
     return model, tokenizer
 
 
@@ -145,7 +156,7 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line(backbone: str) -> Iterator[None]:
+def one_line(backbone: str) -> Iterator[None]:
     """Turn what transformers raises for missing, damaged or foreign files into a UserError, and keep it quiet."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -161,20 +172,23 @@ def _one_line(backbone: str) -> Iterator[None]:
         raise UserError(f"cannot load the model {backbone}: {first}") from None
 
 
-def _check_report(backbone: str, report: dict[str, Any]) -> None:
-    """A weight that is missing or does not fit would be random."""
+def _check_report(backbone: str, report: dict[str, Any]) -> str:
+    """A weight that is missing or does not fit would be random. Returns a line on those that are too many, or ""."""
     for kind, fault in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
         if report.get(kind):
             key = min(key if isinstance(key, str) else key[0] for key in report[kind])
             raise UserError(f"cannot load the model {backbone}: weight {key} {fault}")
+    strange = sorted(key for key in report.get("unexpected_keys") or () if not is_heads_tensor(key))
+    more = f" and {len(strange) - 1} more" if strange[1:] else ""
+    return f"{backbone} holds weights that the model has no place for: {strange[0]}{more}" if strange else ""
 
 
 def heads_file(spec: ModelSpec) -> Path | None:
-    """The file of the heads: named by the user, or beside the backbone if there is one."""
+    """The file of the heads, or the index of its shards: named by the user, or beside the backbone if there is one."""
     place = hub.local(spec.heads, "heads") if spec.heads else hub.local(spec.backbone)
     if place.is_file():
         return place
-    file = place / HEADS_FILE
-    if not file.is_file() and spec.heads:
-        raise UserError(f"there is no {HEADS_FILE} in {spec.heads}")
-    return file if file.is_file() else None
+    file = find_heads(place)
+    if file is None and spec.heads:
+        raise UserError(f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor those of another layout")
+    return file
