@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medusa_chat.model.layouts.find import PICKLE_FILE
-from medusa_chat.model.layouts.write import HEADS_FILE
+from medusa_chat.model.file_names import HEADS_FILE, PICKLE_FILE
 
 
 @dataclass(frozen=True)

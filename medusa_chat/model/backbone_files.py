@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_chat.config import UserError
+from medusa_chat.model.file_names import WEIGHTS
 from medusa_chat.model.layouts import is_heads_tensor
-from medusa_chat.model.layouts.find import WEIGHTS
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
 from medusa_chat.model.loading import one_line

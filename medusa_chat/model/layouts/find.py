@@ -5,21 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from medusa_chat.config import UserError
+from medusa_chat.model.file_names import HEAD_FILES
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
-from medusa_chat.model.layouts.write import HEADS_FILE
-
-PICKLE_FILE = "medusa_lm_head.pt"
-# Weights of a model as transformers looks for them, an index after the whole file.
-WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
-# Where heads may lie, the likeliest first: in a file of their own, among a model's weights, in an adapter's, in an
-# engine's of TensorRT-LLM.
-HEAD_FILES = (
-    HEADS_FILE, PICKLE_FILE, *WEIGHTS, "adapter_model.safetensors", "adapter_model.bin", "rank0.safetensors",
-)  # fmt: skip
 
 
 def find_heads(folder: Path) -> Path | None:
