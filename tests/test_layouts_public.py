@@ -171,6 +171,9 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     heads = made(own=own)
     ids = torch.randperm(V, generator=torch.Generator().manual_seed(1))[:40]
     tensors = tensors_of(heads, "vllm") | ({} if own else {"lm_head.weight": LM_HEAD.clone()})
+    with pytest.raises(UserError, match="too large for float16"):
+        large = {n: t * 1e6 if n.startswith("lm_head") else t for n, t in tensors.items()}
+        read(put(large | {"token_map": ids}, tmp_path / "large.safetensors"), dtype=torch.float16)
     for name in [name for name in tensors if name.startswith("lm_head")]:
         tensors[name] = tensors[name][ids].clone() if rows == 40 else tensors[name]
     file = put(tensors | {"token_map": ids}, tmp_path / "model.safetensors")
@@ -270,6 +273,9 @@ def test_pickles_that_are_more_than_tensors(tmp_path: Path) -> None:
     assert "compressed" in refusal(tmp_path / "small.pt")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     assert "it holds a list, not tensors by name" in refusal(tmp_path / "list.pt")
+    for odd in (torch.eye(H).to_sparse(), torch.empty(H, H, device="meta")):
+        torch.save(tensors | {"0.0.linear.weight": odd}, tmp_path / "odd.pt")
+        assert "no plain one" in refusal(tmp_path / "odd.pt")
     torch.save(tensors | {"epoch": 3}, tmp_path / "more.pt")
     assert "'epoch' is a int, not a tensor" in refusal(tmp_path / "more.pt")
 
@@ -289,7 +295,8 @@ def test_damaged_pickles_and_indexes(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "absent.pt")
     index = tmp_path / "model.safetensors.index.json"
     for text, complaint in (
-        ("", "damaged"), ("[]", "no weight_map"), ('{"weight_map": {"a": 3}}', "no weight_map"),
+        ("", "damaged"), ("[" * 100_000, "damaged"), ("[]", "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "no weight_map"),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "../whole.pt"}}', "no file of its folder"),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "whole.pt"}}', "that model.safetensors.index.json places"),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "absent.safetensors"}}', "No such file"),

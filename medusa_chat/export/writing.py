@@ -71,7 +71,7 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
     facts = _facts(spec, files, read.heads)
     if refusal := target.refusal(facts):
         raise UserError(f"these heads cannot be written in the layout {job.layout}: {refusal}")
-    notices = [*read.notices, *target.notices(facts)]
+    notices = list(read.notices)  # of files on this machine, so that they are not for the card
     if job.push and not facts.public:
         notices.append(f"the base model is named by its folder, {facts.base}: others need a hub id there")
     with _new_folder(job.out) as folder:
@@ -80,11 +80,11 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
         logits = _logits(read.heads, lm_head)
         del read  # large heads are not held twice
         _read_back(folder, facts, lm_head, logits)
-        _write_card(folder, job, spec, files, facts, notices)
+        _write_card(folder, job, spec, files, facts)
         write_json(folder / RECORD_FILE, {"layout": job.layout, "base": facts.base, "medusa_chat": __version__})
     if job.push:
         _push(job)
-    return notices
+    return [*notices, *target.notices(facts)]
 
 
 def _local(backbone: str) -> Path:
@@ -151,9 +151,7 @@ def _read_back(folder: Path, facts: Facts, lm_head: Tensor | None, logits: Tenso
         raise UserError(f"what was written as {file.name} gives other logits when it is read back, and is removed")
 
 
-def _write_card(
-    folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts, notices: list[str]
-) -> None:
+def _write_card(folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts) -> None:
     target, told = TARGETS[job.layout], licence_of(files.folder)
     name = job.push or job.out.resolve().name
     own = facts.own or target.copies(facts)
@@ -167,7 +165,8 @@ def _write_card(
     card = Card(
         f"{facts.base.rpartition('/')[2]} with Medusa heads" if whole else f"Medusa heads for {facts.base}",
         facts.base, facts.public, told or spec.licence, told, whole, rows,
-        {"medusa-chat": here, **target.use(facts, name)}, tuple(notices), read_accuracy(folder / ACCURACY_FILE),
+        {"medusa-chat": here, **target.use(facts, name)}, tuple(target.notices(facts)),
+        read_accuracy(folder / ACCURACY_FILE),
     )  # fmt: skip
     (folder / "README.md").write_text(card.text(), encoding="utf-8")
 

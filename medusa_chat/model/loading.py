@@ -53,7 +53,7 @@ def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) 
     notices: list[str] = []
     model, tokenizer = load_pretrained(spec, number, notices=notices)
     backbone = Backbone(model.to(chosen))
-    lm_head = backbone.lm_head.weight  # packed, it could not be compared
+    lm_head = getattr(backbone.lm_head, "weight", None)  # packed, it could not be compared
     pack_linears(backbone.model)
     file = heads_file(spec)
     if file is None:
