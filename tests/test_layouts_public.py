@@ -107,10 +107,10 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     assert find_heads(tmp_path) == file
     found = read(file)
     assert same(found, heads)
-    assert found.notices == ("1 tensors of an adapter are left out: the heads were trained with it on",)
+    assert found.notices == ("an adapter's tensors (1) are left out: the heads were trained with it on",)
     found = read(put(raw, tmp_path / "raw.safetensors"))
     assert same(found, heads)
-    assert found.notices == ("15 tensors that training replaced (original_module) are left out",)
+    assert found.notices == ("tensors that training replaced (15 original_module) are left out",)
     twice = saved | {"medusa_head.0.0.linear.bias": torch.zeros(H)}
     with pytest.raises(UserError, match=r"medusa_head.0.0.linear.bias .*are the same tensor of a head"):
         read(put(twice, tmp_path / "twice.safetensors"))
@@ -182,6 +182,10 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     assert found.notices == (f"the heads know 40 of {V} tokens and guess no others",)
     logits, whole = logits_of(found.heads, LM_HEAD), logits_of(heads, LM_HEAD)
     assert torch.equal(logits[..., ids], whole[..., ids])
+    unknown = [token for token in range(V) if token not in ids]
+    for rows_of_head in found.heads.lm_heads:  # whose logit is the mean of the others', for any hidden state
+        mean = rows_of_head[ids].mean(0)
+        torch.testing.assert_close(rows_of_head[unknown], mean.expand(len(unknown), -1))
     known = set(ids.tolist())
     assert all(set(row.topk(10).indices.tolist()) <= known for row in logits.flatten(0, 1))
     for wrong in (*([ids[:39]] if rows == 40 else []), ids.clone().fill_(3), ids + V, ids.float(), ids[None]):
@@ -196,7 +200,7 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
 def test_vocabularies_that_differ_by_padding(tmp_path: Path, rows: int, vocabulary: int) -> None:
     heads = random_heads(random_backbone(vocabulary=rows), 2)
     found = read_heads(put(tensors_of(heads, "official"), tmp_path / "a.safetensors"), H, vocabulary)
-    assert found.notices == (f"the heads have {rows} rows for {vocabulary} tokens: padding is left out",)
+    assert found.notices == (f"the heads have {rows} rows for {vocabulary} tokens, taken for padding",)
     common = min(rows, vocabulary)
     logits = logits_of(found.heads, LM_HEAD)
     assert logits.shape == (2, 5, vocabulary)

@@ -162,7 +162,7 @@ class _Reading:
             kept = self._finite(name)[: self.vocabulary]
             ids = torch.arange(len(kept))
             if tell and rows != self.vocabulary:
-                self.notices.append(f"the heads have {rows} rows for {self.vocabulary} tokens: padding is left out")
+                self.notices.append(f"the heads have {rows} rows for {self.vocabulary} tokens, taken for padding")
         if len(ids) < self.vocabulary:
             target[:] = kept.mean(0, dtype=torch.float32)
         target.index_copy_(0, ids, kept.to(target.dtype))
@@ -213,9 +213,9 @@ class _Reading:
         if not biases:
             self.notices.append("the heads have no biases, which some converters drop: they may guess worse for it")
         if parts.replaced:
-            self.notices.append(f"{parts.replaced} tensors that training replaced (original_module) are left out")
+            self.notices.append(f"tensors that training replaced ({parts.replaced} original_module) are left out")
         if parts.lora:
-            self.notices.append(f"{parts.lora} tensors of an adapter are left out: the heads were trained with it on")
+            self.notices.append(f"an adapter's tensors ({parts.lora}) are left out: the heads were trained with it on")
 
 
 @contextmanager
