@@ -23,6 +23,18 @@ from medusa_chat.config import (
 )
 
 
+class _Template(argparse.Action):
+    """Takes the name of a conversation template; `list` prints the names, as --help prints the flags."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: Any, value: Any, flag: str | None = None) -> None:
+        if value == "list":
+            from fastchat.conversation import conv_templates
+
+            print("\n".join(sorted(conv_templates)))
+            parser.exit()
+        setattr(options, self.dest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse's complaints as the one line that every mistake gets."""
 
@@ -159,6 +171,8 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     quants = ["auto", *get_args(Quant)]
     parser.add_argument("--quant", choices=quants, default="auto", help="of the backbone's weights (bitsandbytes)")
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
+    text = "a conversation template of fastchat, in place of the model's own; `list` prints their names"
+    parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
     parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
 

@@ -301,3 +301,11 @@ def resolve_model(
         raise UserError(f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)")
     changes = {"quant": quant, "quant_heads": quant_heads, "heads": os.path.expanduser(heads) if heads else "auto"}
     return replace(spec, **{key: value for key, value in changes.items() if value != "auto"})
+
+
+def size_text(count: float) -> str:
+    """Bytes as one reads them: 13.5 GB."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -361,7 +361,7 @@ def test_folders_without_heads_or_with_them_in_parts(tmp_path: Path) -> None:
     assert find_heads(tmp_path) == tmp_path / "rank0.safetensors"
     put(tensors_of(made(), "official"), tmp_path / "medusa_lm_head.pt")
     assert find_heads(tmp_path) == tmp_path / "medusa_lm_head.pt"  # heads alone come first
-    assert {"medusa_lm_head.pt", "config.json", "rank0.safetensors"} <= set(HEAD_FILES)
+    assert {"medusa_lm_head.pt", "model.safetensors", "rank0.safetensors"} <= set(HEAD_FILES)
 
 
 # ---- memory ----

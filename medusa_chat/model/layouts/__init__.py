@@ -3,7 +3,7 @@
 Structure is read from the tensors, never from a config, and no key is skipped silently.
 """
 
-from medusa_chat.model.layouts.find import HEAD_FILES, find_heads
+from medusa_chat.model.layouts.find import HEAD_FILES, WEIGHTS, find_heads
 from medusa_chat.model.layouts.names import is_heads_tensor
 from medusa_chat.model.layouts.read import ReadHeads, read_heads
 from medusa_chat.model.layouts.write import HEADS_FILE, write_heads
@@ -11,6 +11,7 @@ from medusa_chat.model.layouts.write import HEADS_FILE, write_heads
 __all__ = [
     "HEADS_FILE",
     "HEAD_FILES",
+    "WEIGHTS",
     "ReadHeads",
     "find_heads",
     "is_heads_tensor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medusa_chat.config import ACCURACY_FILE, UserError
+from medusa_chat.config import UserError
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
@@ -15,11 +15,10 @@ PICKLE_FILE = "medusa_lm_head.pt"
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-_OTHERS = ("adapter_model.safetensors", "adapter_model.bin", "rank0.safetensors")
-# What a repository of heads may hold, for a download: patterns of names.
+# Where heads may lie, the likeliest first: in a file of their own, among a model's weights, in an adapter's, in an
+# engine's of TensorRT-LLM.
 HEAD_FILES = (
-    "config.json", HEADS_FILE, PICKLE_FILE, "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
-    "pytorch_model.bin.index.json", *_OTHERS, ACCURACY_FILE,
+    HEADS_FILE, PICKLE_FILE, *WEIGHTS, "adapter_model.safetensors", "adapter_model.bin", "rank0.safetensors",
 )  # fmt: skip
 
 
@@ -31,13 +30,13 @@ def find_heads(folder: Path) -> Path | None:
     Raises:
         UserError: the one file that would hold them is damaged, or they are split over several GPUs.
     """
-    for name in (HEADS_FILE, PICKLE_FILE):
+    for name in HEAD_FILES[:2]:
         if (folder / name).is_file():
             return folder / name
     if (folder / "rank1.safetensors").is_file():
         raise UserError(f"the heads in {folder} are split over several GPUs (rank1.safetensors); convert them for one")
     heads_alone = read_config(folder / "config.json").get("model_type") == "medusa"
-    for name in (*WEIGHTS, *_OTHERS):
+    for name in HEAD_FILES[2:]:
         file = folder / name
         if file.is_file() and (heads_alone or _has_heads(file)):
             return file
