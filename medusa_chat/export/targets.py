@@ -150,7 +150,8 @@ def _use_vllm(facts: Facts, name: str) -> dict[str, str]:
 
 
 def _use_tensorrt(facts: Facts, name: str) -> dict[str, str]:
-    line = f"python examples/medusa/convert_checkpoint.py --model_dir {facts.base} --medusa_model_dir {name}"
+    folders = f"--model_dir {facts.base} --medusa_model_dir {name} --output_dir converted"
+    line = f"python examples/medusa/convert_checkpoint.py {folders}"
     return {"TensorRT-LLM": f"{line} --num_medusa_heads {facts.heads} --num_medusa_layers {facts.layers}"}
 
 

@@ -55,8 +55,7 @@ class BackboneFiles:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         weight = model.get_output_embeddings().weight
-        tied = model.get_input_embeddings().weight if config.get_text_config().tie_word_embeddings else weight
-        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight or p is tied]
+        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
         files = (folder / name for name in WEIGHTS)
         weights = next((file for file in files if file.is_file()), None)
         if weights is None:

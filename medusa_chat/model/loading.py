@@ -67,7 +67,7 @@ def load_model(
     model, tokenizer = load_pretrained(here, number, notices=notices)
     template = resolve_template(tokenizer, spec)
     backbone = Backbone(model.to(chosen))
-    lm_head = backbone.lm_head.weight  # packed, it could not be compared
+    lm_head = getattr(backbone.lm_head, "weight", None)  # packed, it could not be compared
     pack_linears(backbone.model)
     file = heads_file(here)
     if file is None:

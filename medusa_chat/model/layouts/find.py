@@ -8,7 +8,7 @@ from medusa_chat.config import UserError
 from medusa_chat.model.file_names import HEAD_FILES
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
 from medusa_chat.model.layouts.said import read_config
-from medusa_chat.model.layouts.tensors import TensorFiles
+from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
 
 
 def find_heads(folder: Path) -> Path | None:
@@ -27,8 +27,12 @@ def find_heads(folder: Path) -> Path | None:
     heads_alone = read_config(folder / "config.json").get("model_type") == "medusa"
     for name in HEAD_FILES[2:]:
         file = folder / name
-        if file.is_file() and (
-            heads_alone or any(is_heads_tensor(tensor) or naming_of(tensor) for tensor in TensorFiles(file).files)
-        ):
+        if file.is_file() and (heads_alone or _has_heads(file)):
             return file
     return None
+
+
+def _has_heads(file: Path) -> bool:
+    if file.suffix == ".bin" and not is_mappable(file):
+        return False  # from before torch 1.6, and so before Medusa: a whole model would be read into memory
+    return any(is_heads_tensor(tensor) or naming_of(tensor) for tensor in TensorFiles(file).files)
