@@ -186,6 +186,11 @@ class Engine:
         texts = tuple(self.tokenizer.decode([token]) for token in self._last.candidates)
         return Candidates(self._last.paths, texts, self._last.rows)
 
+    def use_accuracy(self, accuracy: Accuracy) -> None:
+        """Take other figures for how often the heads are right; trees chosen before stay."""
+        self._accuracy = accuracy
+        self.runner.trust(accuracy)
+
     def use_copies(self, on: bool) -> None:
         """Whether to copy guesses from the conversation from now on."""
         self.copies = on

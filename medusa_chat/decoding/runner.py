@@ -26,7 +26,7 @@ class Runner:
     def __init__(
         self, backbone: Backbone, heads: MedusaHeads | None, capacity: int, accuracy: Accuracy = PUBLISHED
     ) -> None:
-        """`accuracy` tells how likely the heads' guesses are beside copied ones."""
+        """`accuracy` tells dynamic trees how far to trust the heads, and copies beside a fixed one how often they hold."""
         self.backbone = backbone
         self.heads = heads
         self.cache = backbone.new_cache(capacity)
@@ -34,6 +34,11 @@ class Runner:
         self._hidden: Tensor | None = None  # [1, hidden] of the last committed row
         self._root = FixedPlan(Tree(), backbone)
         self._plans: dict[tuple[AnyTree, bool], FixedPlan | ChosenPlan] = {}
+
+    def trust(self, accuracy: Accuracy) -> None:
+        """Take other figures for how likely the heads' guesses are."""
+        self.accuracy = accuracy
+        self._plans.clear()
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:

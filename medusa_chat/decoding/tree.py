@@ -137,7 +137,9 @@ def named_tree(name: str) -> Tree:
         return chain(int(name[6:]))
     file = Path(name).expanduser()
     if not file.is_file():
-        raise UserError(f"unknown tree {name!r}: not auto, dynamic-N, static-N, chain-N, a file, or one of {', '.join(released)}")
+        raise UserError(
+            f"unknown tree {name!r}: not auto, dynamic-N, static-N, chain-N, a file, or one of {', '.join(released)}"
+        )
     try:
         paths = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -130,11 +130,13 @@ def _accuracy_bar(head: int, row: Sequence[float], whole: int) -> Text:
 
 def _check_table(checks: Sequence[dict[str, Any]]) -> Table:
     columns = (Column(name, justify="right") for name in ("nodes", "forecast", "measured", "difference"))
-    table = Table(*columns)
+    table = Table("tree", *columns)
     for check in checks:
         difference = check["measured"] / check["forecast"] - 1
         measured = f"{check['measured']:.2f} ± {check['error']:.2f}"
-        table.add_row(str(check["nodes"]), f"{check['forecast']:.2f}", measured, f"{100 * difference:+.1f}%")
+        table.add_row(
+            check["tree"], str(check["nodes"]), f"{check['forecast']:.2f}", measured, f"{100 * difference:+.1f}%"
+        )
     return table
 
 
