@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -127,9 +127,8 @@ def following(text: list[int]) -> Rule:
     known = torch.tensor(text + [0] * 64)
 
     def rule(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
-        return _matching(
-            known.to(logits.device)[(tree.depths + position + 1).clamp(max=len(known) - 1)], candidates, tree
-        )
+        places = (tree.depths + position + 1).clamp(max=len(known) - 1)
+        return _matching(known.to(logits.device)[places], candidates, tree)
 
     return rule
 

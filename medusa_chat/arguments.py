@@ -145,7 +145,10 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     quants = ["auto", *get_args(Quant)]
     parser.add_argument("--quant", choices=quants, default="auto", help="of the backbone's weights (bitsandbytes)")
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
-    parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
+    text = "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N, a released tree, or a JSON file of paths"
+    parser.add_argument("--tree", default="auto", help=text)
+    text = "copy guesses from the conversation too (default: on)"
+    parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
 
 

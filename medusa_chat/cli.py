@@ -54,7 +54,7 @@ def _load(options: argparse.Namespace, probing: bool = True, measured: bool = Tr
     return medusa_chat.load(
         options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
         dtype=options.dtype, tree=options.tree,
-        context=options.max_context, probing=probing, measured=measured,
+        context=options.max_context, probing=probing, measured=measured, copies=options.copies,
     )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from medusa_chat.decoding.tree import AnyTree, DynamicTree, NodePath, Tree, name
 
 MEANING = (
     "accuracy[k][i]: the model's own greedy token is among the likeliest i + 1 guesses of head k + 1; paths: every"
-    " guess along a path of head ranks (from 0) is right in this share of the steps; calibration[k]: scale and shift that"
-    " make head k + 1's log p that of its guess being right; dynamic: acceptance length by nodes of trees chosen by these"
+    " guess along a path of head ranks (from 0) is right in this share of the steps; calibration[k]: scale and"
+    " shift that make head k + 1's log p that of its guess being right; dynamic: acceptance length by nodes of trees"
+    " chosen by these"
 )
 
 
@@ -208,7 +209,7 @@ def _line(scale: Any, shift: Any) -> tuple[float, float]:
 
 def _dynamic(nodes: Any, length: Any) -> tuple[int, float]:
     """An acceptance length by nodes; raises ValueError for one that cannot be."""
-    if type(nodes) is not int or not 1 < nodes or not 1 <= float(length) <= nodes:
+    if type(nodes) is not int or nodes < 2 or not 1 <= float(length) <= nodes:
         raise ValueError(f"acceptance length {length} of {nodes} nodes")
     return nodes, float(length)
 

@@ -165,7 +165,7 @@ class Engine:
         if tree is not VANILLA:
             self._last = outcome
         kind: Literal["tree", "vanilla"] = "vanilla" if tree is VANILLA else "tree"
-        tested = outcome.tested(len(tokens))
+        tested = outcome.tested(len(tokens) - bool(reply.finish)) if tree is not VANILLA else ()
         seconds = time.perf_counter() - started
         return Step(tuple(tokens), len(tree), seconds, kind, reply.finish, tested), outcome.next
 

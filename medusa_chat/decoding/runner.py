@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import Rule, TreeTensors
+from medusa_chat.decoding.acceptance import Rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.copying import Copied
 from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome
-from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree
+from medusa_chat.decoding.tree import AnyTree, Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
@@ -26,7 +26,7 @@ class Runner:
     def __init__(
         self, backbone: Backbone, heads: MedusaHeads | None, capacity: int, accuracy: Accuracy = PUBLISHED
     ) -> None:
-        """`accuracy` tells dynamic trees how far to trust the heads, and copies beside a fixed one how often they hold."""
+        """`accuracy` tells how far dynamic trees may trust the heads, and how often guesses of a fixed one hold."""
         self.backbone = backbone
         self.heads = heads
         self.cache = backbone.new_cache(capacity)

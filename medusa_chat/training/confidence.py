@@ -71,10 +71,10 @@ def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
             optimizer.zero_grad()
             said = (line[0] * log_p + line[1]).clamp(max=SUREST)
             total = -(right * said + (1 - right) * torch.log1p(-said.exp())).mean()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             return total
 
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
     scale, shift = line.tolist()
     return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
 
