@@ -27,12 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional
 
 import medusa_chat
 from medusa_chat.bench import device_name
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import engine as engine_module
-from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, _matching
+from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.events import Stats
 from medusa_chat.prompts import Prompt, read_prompts
@@ -128,7 +129,8 @@ def following(text: list[int]) -> Rule:
 
     def rule(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
         places = (tree.depths + position + 1).clamp(max=len(known) - 1)
-        return _matching(known.to(logits.device)[places], candidates, tree)
+        said = functional.one_hot(known.to(logits.device)[places], logits.shape[-1])
+        return greedy(said, candidates, tree, position)
 
     return rule
 

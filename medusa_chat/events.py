@@ -216,8 +216,9 @@ class Stats:
         return self.acceptance_length / self.overhead
 
     def head_acceptance(self) -> dict[int, float]:
-        """Per head: accepted guesses / steps in which its guess was put to the test."""
-        return {head: self.accepted[head] / tested for head, tested in sorted(self.reached.items())}
+        """Per head: accepted guesses / steps in which its guess was put to the test; COPIED last."""
+        heads = sorted(self.reached, key=lambda head: (head == COPIED, head))
+        return {head: self.accepted[head] / self.reached[head] for head in heads}
 
     def as_json(self) -> dict[str, Any]:
         """The figures of the summary line of `--json`."""
