@@ -40,6 +40,7 @@ class Step:
     Attributes:
         nodes: rows of the forward, the root included; 0 if the step needed no forward at all.
         seconds: time inside the engine, without that of its consumer and without prefill.
+        depth: depth of the tree that was verified (0 for a vanilla step).
         finish: why the reply ended with this step, else None.
         tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
             is in it once, COPIED once for every depth.
@@ -49,6 +50,7 @@ class Step:
     nodes: int
     seconds: float
     kind: Literal["tree", "vanilla"]
+    depth: int = 0
     finish: Finish | None = None
     tested: tuple[int, ...] = ()
 

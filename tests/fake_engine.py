@@ -50,6 +50,7 @@ def script(text: str, *, mode: str = "greedy", heads: int = 4, finish: Finish | 
             nodes=1 if vanilla else 16,
             seconds=VANILLA_SECONDS if vanilla else TREE_SECONDS,
             kind="vanilla" if vanilla else "tree",
+            depth=0 if vanilla else heads,
             finish=None if parts else finish,
             tested=() if vanilla else tuple(range(1, min(heads, count) + 1)),
         )

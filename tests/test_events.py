@@ -14,7 +14,7 @@ def step(heads: list[int], seconds: float, *, nodes: int = 8, finish=None) -> St
     kind = "tree" if nodes > 1 else "vanilla"
     tokens = tuple(Token(10 + head, "ab"[head % 2], head) for head in heads)
     tested = range(1, min(3, len(heads) - (finish is not None)) + 1) if nodes > 1 else ()
-    return Step(tokens, nodes, seconds, kind, finish, tuple(tested))
+    return Step(tokens, nodes, seconds, kind, 3 if nodes > 1 else 0, finish, tuple(tested))
 
 
 REPLY = (

@@ -167,7 +167,8 @@ class Engine:
         kind: Literal["tree", "vanilla"] = "vanilla" if tree is VANILLA else "tree"
         tested = outcome.tested(len(tokens) - bool(reply.finish)) if tree is not VANILLA else ()
         seconds = time.perf_counter() - started
-        return Step(tuple(tokens), len(tree), seconds, kind, reply.finish, tested), outcome.next
+        depth = max(map(len, outcome.paths))
+        return Step(tuple(tokens), len(tree), seconds, kind, depth, reply.finish, tested), outcome.next
 
     def _copied(self, root: int) -> Copied | None:
         """What the text copies of itself behind `root`."""
