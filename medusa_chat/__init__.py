@@ -18,7 +18,7 @@ __all__ = ["Sampling", "UserError", "load"]
 def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
-    probing: bool = True, measured: bool = True, template: str = "",
+    probing: bool = True, measured: bool = True, copies: bool = True, template: str = "",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
@@ -30,9 +30,10 @@ def load(
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
-        tree: auto, chain-N, a released tree by name, or a JSON file.
+        tree: auto, dynamic-N, static-N, chain-N, a released tree by name, or a JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
         probing: take a vanilla step now and then, so that Stats knows the speedup.
+        copies: copy guesses from the conversation too.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
         template: a conversation template of fastchat by name, in place of the model's own.
         progress: is called while something is downloaded: repository, bytes there, bytes in all.
@@ -56,7 +57,7 @@ def load(
     loaded = load_model(spec, device, dtype, files)
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
-        tree=spec.tree if tree == "auto" else tree, probing=probing, template=loaded.template,
+        tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
     engine.notices[:0] = loaded.notices

@@ -58,8 +58,8 @@ def _load(
     with nullcontext(progress) if progress else downloads() as shown:
         return medusa_chat.load(
             options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
-            dtype=options.dtype, tree=options.tree, template=options.template,
-            context=options.max_context, probing=probing, measured=measured, progress=shown,
+            dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
+            probing=probing, measured=measured, copies=options.copies, progress=shown,
         )  # fmt: skip
 
 
