@@ -8,6 +8,8 @@ layout of their own, which they would take at their first step; its 8-bit layers
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -88,6 +90,18 @@ def pack_linear(layer: Any) -> Any:
     elif type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu":
         return PackedLinear(layer) if _has_bfloat16() else layer
     return layer
+
+
+def leave_files(model: nn.Module) -> None:
+    """Take a model's last weights out of their files, and give back the memory that loading freed.
+
+    Weights that nothing converted, such as norms, are views of a whole mapped shard, which would stay in memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor.data = tensor.data.clone()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # glibc keeps matrices of some MB on its heap
 
 
 def _pack_4bit(layer: Any) -> None:
