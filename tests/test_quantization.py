@@ -272,3 +272,12 @@ def test_the_cost_of_steps_is_told_for_a_shape(monkeypatch: pytest.MonkeyPatch, 
     for quant in ("nf4:int8", "none"):
         assert list(told["step_ms"][quant]) == ["1", "4", "8", "16", "32", "64"]
         assert all(value > 0 for value in told["step_ms"][quant].values())
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_no_weight_keeps_its_file_mapped(quant: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
+    model = load_model(ModelSpec("tiny", str(folder), quant=quant), "cpu").backbone.model
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(tensors) > 5
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
