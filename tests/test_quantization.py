@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, LinearHeads, MedusaHeads, decoding_heads
 from medusa_chat.model.loading import load_model, load_pretrained
-from medusa_chat.model.packing import Int8Linear, pack_linear, pack_linears
+from medusa_chat.model.packing import Int8Linear, _has_bfloat16, pack_linear, pack_linears
 from medusa_chat.model.quantization import compute_dtype, quant_of, quantization_config, quantize_linear, settle_4bit
 from medusa_chat.model.random_model import random_heads, random_model
 from medusa_chat.peers import TransformersPeer
@@ -35,7 +36,7 @@ SHAPE = Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocab
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 needs_dots = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no 8-bit dot products here")
 needs_packed_4bit = pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16 here")
-DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+DTYPE = torch.bfloat16 if _has_bfloat16() else torch.float32
 
 
 def bundled(quant: str = "auto", quant_heads: str = "auto", dtype: str | None = None) -> Engine:
@@ -138,7 +139,7 @@ def test_packing_leaves_other_quantized_layers_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("medusa_chat.model.packing._has_integer_dots", lambda: False)
     model = nn.Sequential(quantize_linear(linear(), "int8", CPU), linear(96, 8))
     pack_linears(model)
-    kept = "PackedLinear" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "Linear"
+    kept = "PackedLinear" if _has_bfloat16() else "Linear"
     assert [type(layer).__name__ for layer in model] == ["Linear8bitLt", kept]
     assert model(torch.randn(3, 128).to(DTYPE)).isfinite().all()
 
@@ -274,10 +275,31 @@ def test_the_cost_of_steps_is_told_for_a_shape(monkeypatch: pytest.MonkeyPatch, 
         assert all(value > 0 for value in told["step_ms"][quant].values())
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_no_weight_keeps_its_file_mapped(quant: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not (Path("/proc/self/maps").exists() and _has_bfloat16()), reason="nothing is packed here")
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_no_weight_keeps_its_file_in_memory(quant: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
-    model = load_model(ModelSpec("tiny", str(folder), quant=quant), "cpu").backbone.model
-    tensors = [*model.parameters(), *model.buffers()]
-    assert len(tensors) > 5
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    loaded = load_model(ModelSpec("tiny", str(folder), quant=quant), "cpu")
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert loaded.backbone.hidden_of_text(torch.arange(4)).isfinite().all()
+
+
+def test_a_peer_of_an_int8_engine_multiplies_as_the_engine_does() -> None:
+    """On a CPU bitsandbytes' own int8 layers cut activations to 8 bits."""
+    engine = bundled("int8")
+    theirs: Any = TransformersPeer(engine).model
+    text = torch.arange(40)
+    with torch.inference_mode():
+        found = theirs(text[None]).logits[0]
+        torch.testing.assert_close(found, engine.backbone.logits(engine.backbone.hidden_of_text(text)), rtol=0, atol=1)
+        assert type(theirs.model.layers[0].mlp.up_proj) is type(engine.backbone.model.model.layers[0].mlp.up_proj)
+
+
+def test_noise_explains_no_more_than_sixteen_bits_do() -> None:
+    backbone = bundled("nf4").backbone
+    unit = torch.finfo(torch.bfloat16).eps * 20
+    assert verify._rounding(backbone, 1e9, 20.0) == pytest.approx(verify.ULPS * unit)
+    assert verify._rounding(backbone, 0.1, 20.0) == pytest.approx(max(verify.NOISE * 0.1, 2 * unit), rel=0.3)
+    noise = verify._row_noise(backbone, list(range(5, 60)))
+    assert 0 <= noise < unit

@@ -93,13 +93,14 @@ def pack_linear(layer: Any) -> Any:
 
 
 def leave_files(model: nn.Module) -> None:
-    """Take a model's last weights out of their files, and give back the memory that loading freed.
+    """Take what was not packed out of its files, and give back the memory that loading freed.
 
-    Weights that nothing converted, such as norms, are views of a whole mapped shard, which would stay in memory.
+    Embeddings, norms and biases are parts of mapped files as they were loaded, and keep whole shards in memory.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() > tensor.nbytes:
-            tensor.data = tensor.data.clone()
+    for module in model.modules():
+        for tensor in module.parameters(recurse=False):
+            if tensor.device.type == "cpu" and (tensor.dim() == 1 or not isinstance(module, nn.Linear)):
+                tensor.data = tensor.data.clone()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)  # glibc keeps matrices of some MB on its heap
 
