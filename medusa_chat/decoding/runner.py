@@ -14,6 +14,7 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
+RANKED = 10  # guesses of each head that a tree step tells, if the tree is not wider
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Outcome:
         candidates: the token of every node, the root's first.
         rows: rows of the accepted path, root first; their keys and values are committed.
         next: the token behind the path, root of the next step.
-        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first, as wide as the tree; empty where
-            no heads ran.
+        guesses: guesses[k - 1]: the RANKED likeliest tokens of head k, likeliest first, or as many as the tree is
+            wide; empty where no heads ran.
     """
 
     candidates: list[int]
@@ -67,7 +68,7 @@ class Runner:
         """
         prepared = self._prepare(tree)
         position = self.cache.length
-        guesses = self._guesses(prepared)  # [depth, width]
+        guesses = self._guesses(prepared)  # [heads, width]
         first = torch.tensor([root], device=self.backbone.device)
         candidates = torch.cat([first, guesses.flatten()[prepared.guess]])
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
@@ -79,15 +80,15 @@ class Runner:
         rows, ranked = tree.branches[row], tokens[len(tree) :]
         self._hidden = hidden[row : row + 1]
         self.cache.commit(rows)
-        ranks = [ranked[start : start + tree.width] for start in range(0, len(ranked), max(tree.width, 1))]
+        ranks = [ranked[start : start + prepared.width] for start in range(0, len(ranked), max(prepared.width, 1))]
         return Outcome(tokens[: len(tree)], rows, following, ranks)
 
     def _guesses(self, prepared: _PreparedTree) -> Tensor:
-        """The likeliest tokens of each head that the tree uses, [depth, width]."""
+        """The likeliest tokens of each head, [heads, width]; the tree may use fewer."""
         if self.heads is None or prepared.width == 0:
             return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device)
         assert self._hidden is not None, "a step follows a prefill"
-        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: prepared.depth, 0]
+        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[:, 0]
         return logits.topk(prepared.width).indices
 
     def _chain(self, tokens: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -110,22 +111,21 @@ class Runner:
 @dataclass(frozen=True)
 class _PreparedTree:
     """A tree's buffers: its topology, its additive mask [n, n], and where in the flattened guesses
-    [depth * width] each node's token stands."""
+    [heads * width] each node's token stands."""
 
     tensors: TreeTensors
     mask: Tensor | None
     guess: Tensor
-    depth: int
     width: int
 
     @classmethod
     def of(cls, tree: Tree, backbone: Backbone) -> _PreparedTree:
         tensors = TreeTensors.of(tree, backbone.device)
-        guess = [(len(path) - 1) * tree.width + path[-1] for path in tree.paths[1:]]
+        width = max(tree.width, min(RANKED, backbone.vocabulary)) if tree.width else 0
+        guess = [(len(path) - 1) * width + path[-1] for path in tree.paths[1:]]
         return cls(
             tensors,
             attention.additive(tensors.ancestors, backbone.dtype) if len(tree) > 1 else None,
             torch.tensor(guess, dtype=torch.long, device=backbone.device),
-            tree.depth,
-            tree.width,
+            width,
         )
