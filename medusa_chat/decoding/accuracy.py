@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any
 
 from medusa_chat.config import UserError
 from medusa_chat.decoding.tree import NodePath, Tree
+from medusa_chat.files import write_whole
 
 MEANING = (
     "accuracy[k][i]: the model's own greedy token is among the likeliest i + 1 guesses of head k + 1; paths: every"
@@ -21,8 +22,25 @@ MEANING = (
 )
 
 
+class Frequencies(ABC):
+    """How often every guess along a path is right: what a tree is grown from."""
+
+    @property
+    @abstractmethod
+    def widths(self) -> list[int]:
+        """How many guesses of each head were ranked."""
+
+    @abstractmethod
+    def frequency(self, path: NodePath) -> float:
+        """Share of the steps in which every guess along a path is right; never more than that of its prefix."""
+
+    def forecast(self, tree: Tree) -> float:
+        """The acceptance length that a tree should have: each node adds a token as often as its path is right."""
+        return sum(map(self.frequency, tree.paths))
+
+
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Frequencies):
     """How often the heads guess what the model's own greedy decoding says.
 
     Attributes:
@@ -36,7 +54,6 @@ class Accuracy:
 
     @property
     def widths(self) -> list[int]:
-        """How many guesses of each head were ranked."""
         return [len(row) for row in self.top]
 
     @cached_property
@@ -50,9 +67,7 @@ class Accuracy:
         return Accuracy(tuple(row[:width] for row in self.top[:heads]), kept)
 
     def frequency(self, path: NodePath) -> float:
-        """Share of the steps in which every guess along a path is right; never more than that of its prefix.
-
-        Where it was not measured, it is the prefix's share times the chance of the last guess, as if heads were
+        """As measured. Where it was not, it is the prefix's share times the chance of the last guess, as if heads were
         independent (paper, section 2.3.3), but no more than the rarest path that was.
         """
         if not path:
@@ -67,10 +82,6 @@ class Accuracy:
     @cached_property
     def _rarest(self) -> float:
         return min(self.paths.values(), default=1.0)
-
-    def forecast(self, tree: Tree) -> float:
-        """The acceptance length that a tree should have: each node adds a token as often as its path is right."""
-        return sum(map(self.frequency, tree.paths))
 
 
 # Top-1 to top-5 accuracy of the published Vicuna-7B heads (FasterDecoding/Medusa, assets/medusa_acc.csv), for heads
@@ -102,7 +113,7 @@ def likeliest(
     return found
 
 
-def grow(accuracy: Accuracy, nodes: int) -> tuple[Tree, list[float]]:
+def grow(accuracy: Frequencies, nodes: int) -> tuple[Tree, list[float]]:
     """The best tree of up to `nodes` nodes (root included), grown greedily as in the paper (section 2.3.3).
 
     Returns:
@@ -118,14 +129,7 @@ def write_accuracy(accuracy: Accuracy, file: Path, source: str) -> None:
     rows = [[round(value, 5) for value in row] for row in accuracy.top]
     paths = [[list(path), round(frequency, 5)] for path, frequency in accuracy.paths.items()]
     document = {"source": source, "meaning": MEANING, "accuracy": rows, "paths": paths}
-    temporary = file.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError:
-        if temporary.is_file():
-            temporary.unlink()
-        raise
+    write_whole(file, json.dumps(document) + "\n")
 
 
 def read_accuracy(file: Path) -> Accuracy | None:
