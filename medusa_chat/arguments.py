@@ -146,6 +146,8 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant", choices=quants, default="auto", help="of the backbone's weights (bitsandbytes)")
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
     parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
+    text = "--tree auto, with steps timed anew; what an earlier run measured is not used"
+    parser.add_argument("--retune", dest="tree", action="store_const", const="retune", help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "prompts": {"config"},
     "arguments": {"config", "prompts", "__init__"},
     "model": {"config", "shapes", "events"},
-    "decoding": {"config", "shapes", "events", "files", "model"},
+    "decoding": {"config", "shapes", "events", "files", "model", "__init__"},
     "training": ENGINE | {"prompts"},
     "bench": ENGINE | {"prompts", "peers"},
     "peers": ENGINE,
@@ -28,9 +28,9 @@ ALLOWED = {
     "doctor": ENGINE | {"prompts"},
     "terminal": {"config", "shapes", "events", "__init__"},
 }
-NO_TORCH = ("config", "shapes", "events", "files", "prompts", "arguments", "terminal", "decoding/tree", "decoding/reply",
-            "training/server", "training/schedules", "decoding/accuracy", "decoding/online",
-            "decoding/policy")  # fmt: skip
+NO_TORCH = ("config", "shapes", "events", "files", "prompts", "arguments", "terminal", "decoding/tree",
+            "decoding/reply", "decoding/accuracy", "decoding/online", "decoding/gate", "training/server",
+            "training/schedules")  # fmt: skip
 
 
 def imports(file: Path, *, everywhere: bool = True) -> set[str]:

@@ -39,10 +39,11 @@ def cost_key(runner: Runner, model: str, forecast: float) -> Key:
 
 
 def _weights(module: Any) -> str:
-    """A fingerprint of a module's structure and of its weights' shapes, dtypes and quantization, not of their values."""
+    """A fingerprint of a module: its layers, and its weights' shapes, dtypes and quantization, not their values."""
     if not isinstance(module, nn.Module):
         return f"{type(module).__name__}"
-    parts = [f"{name} {type(each).__name__}" for name, each in module.named_modules()]
+    sizes = ("in_features", "out_features")  # a packed layer shows no weight
+    parts = [f"{name} {type(m).__name__} {[getattr(m, s, None) for s in sizes]}" for name, m in module.named_modules()]
     for name, weight in (*module.named_parameters(), *module.named_buffers()):
         state = getattr(weight, "quant_state", None)
         quantized = [getattr(state, field, None) for field in ("quant_type", "blocksize", "nested")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,7 +13,9 @@ from jinja2 import TemplateError
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
-from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, grow
+from medusa_chat.decoding.cost_cache import cached, cost_key
+from medusa_chat.decoding.policy import VANILLA, Policy
 from medusa_chat.decoding.reply import Reply
 from medusa_chat.decoding.runner import Outcome, Runner
 from medusa_chat.decoding.tree import Tree, named_tree, paper_trees
@@ -20,47 +23,45 @@ from medusa_chat.events import Candidates, Step
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 
-VANILLA = Tree()
 MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
 MAX_NODES = 256
-# Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
-PROBE_GAPS = (2, 2, 3, 4, 6, 8, 24)
 
 
 class Engine:
-    """Decodes replies for one conversation at a time. Implements events.ChatEngine.
-
-    Attributes:
-        probing: whether tree modes take a vanilla step now and then to measure the speedup (bench measures apart).
-    """
+    """Decodes replies for one conversation at a time. Implements events.ChatEngine."""
 
     def __init__(
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
         tree: str | Tree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
-        system: str = "", eos: frozenset[int] | None = None, probing: bool = True,
+        system: str = "", eos: frozenset[int] | None = None, probing: bool = True, costs: Path | None = None,
     ) -> None:  # fmt: skip
+        """`probing`: tree modes take a vanilla step now and then, to measure the speedup (bench measures apart);
+        `costs`: folder that keeps what steps cost, from one run to the next."""
         self.name, self.system = name, system
         self.notices: list[str] = []
-        self.tokenizer, self.backbone, self.probing = tokenizer, backbone, probing
+        self.tokenizer, self.backbone = tokenizer, backbone
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
             raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
         self.runner = Runner(backbone, heads, self.context + MAX_NODES)
         self.prefilled, self.prefill_seconds = 0, 0.0
-        self._accuracy = accuracy
+        self._accuracy, self._costs = accuracy, costs
+        self.policy = Policy(accuracy, self.heads, backbone.vocabulary, probing=probing)
         self._eos = eos_ids(backbone, tokenizer) if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
-        self._probes, self._since_probe = 0, 0
         self._last: tuple[Tree, Outcome] | None = None
         self._cost: tuning.StepCost | None = None
-        self._forecast = ""
-        self.tree = VANILLA
         self.use_tree(tree)
 
     @property
     def heads(self) -> int:
         return self.runner.heads.heads if self.runner.heads else 0
+
+    @property
+    def tree(self) -> Tree:
+        """The tree in use."""
+        return self.policy.tree
 
     @property
     def tokens_in_context(self) -> int:
@@ -105,23 +106,15 @@ class Engine:
             if reply.ends_at(root):
                 yield Step(tuple(reply.take([root], [0])), 0, 0.0, "vanilla", finish=reply.finish)
                 return
+            self.policy.begin(sampling)
             while not reply.finish:
-                tree = VANILLA if sampling.mode == "vanilla" or self._probe_due() else self.tree
-                step, root = self._step(root, tree, rule, reply)
+                step, root = self._step(root, rule, reply)
                 yield step
         finally:
             # What an interrupt left in the cache beyond the text is dropped, and the other way round.
             length = min(len(self._tokens), self.runner.cache.length)
             self.runner.cache.rewind(length)
             del self._tokens[length:]
-
-    def _probe_due(self) -> bool:
-        """Whether the next step is taken as a vanilla one. Counted over replies: short ones need no probe each."""
-        if not self.probing or self._since_probe < PROBE_GAPS[min(self._probes, len(PROBE_GAPS) - 1)]:
-            self._since_probe += 1
-            return False
-        self._probes, self._since_probe = self._probes + 1, 0
-        return True
 
     def _prefill(self, ids: list[int], rule: Rule) -> int:
         """Bring the cache to `ids`, running only what differs; returns the first token of the reply."""
@@ -137,9 +130,10 @@ class Engine:
         self.prefill_seconds = time.perf_counter() - started
         return root
 
-    def _step(self, root: int, tree: Tree, rule: Rule, reply: Reply) -> tuple[Step, int]:
+    def _step(self, root: int, rule: Rule, reply: Reply) -> tuple[Step, int]:
         """One forward: its Step, and the root of the next."""
         started = time.perf_counter()
+        tree, gated = self.policy.next()
         outcome = self.runner.step(root, tree, rule)
         ids = [outcome.candidates[row] for row in outcome.rows]
         tokens = reply.take(ids, range(len(ids)))
@@ -149,10 +143,13 @@ class Engine:
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
         if tree is not VANILLA:
             self._last = (tree, outcome)
+        self.policy.learn(ids[: len(tokens)], outcome.guesses)
         seconds = time.perf_counter() - started
-        return Step(
-            tuple(tokens), len(tree), seconds, "vanilla" if tree is VANILLA else "tree", tree.depth, reply.finish
-        ), outcome.next
+        step = Step(
+            tuple(tokens), len(tree), seconds, "vanilla" if tree is VANILLA else "tree", tree.depth, reply.finish, gated
+        )
+        self.policy.record(step)
+        return step, outcome.next
 
     def forget(self) -> None:
         """Empty the cache: the next reply prefills its whole prompt."""
@@ -168,14 +165,14 @@ class Engine:
         return Candidates(tree.paths, texts, outcome.rows)
 
     def use_tree(self, tree: str | Tree) -> None:
-        """Switch to `auto`, a released tree by name, `chain-N`, a JSON file or a Tree."""
+        """Switch to `auto`, `retune` (auto, with steps timed anew), a released tree by name, `chain-N`, a JSON file or
+        a Tree."""
         if self.runner.heads is None:
-            if tree != "auto":
+            if tree not in ("auto", "retune"):
                 raise UserError(f"{self.name} has no Medusa heads to fill a tree")
-            self.tree = VANILLA
             return
-        if tree == "auto":
-            self.tree = self._auto_tree()
+        if tree in ("auto", "retune"):
+            self.policy.adapt(self._step_cost(anew=tree == "retune"))
             return
         wanted = named_tree(tree) if isinstance(tree, str) else tree
         fitting = wanted.pruned(self.heads, self.backbone.vocabulary)
@@ -186,30 +183,27 @@ class Engine:
             )
         if not 1 < len(fitting) <= MAX_NODES:
             raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
-        self.tree, self._forecast = fitting, ""
-        if self._accuracy is not None:
-            self._forecast = f", forecast {self._accuracy.forecast(fitting):.2f} tokens a step"
+        self.policy.fix(fitting)
 
-    def _auto_tree(self) -> Tree:
-        accuracy = self._accuracy
-        if accuracy is None:
+    def _step_cost(self, anew: bool) -> tuning.StepCost:
+        """What steps cost here: as known, as kept from an earlier run, or as measured now."""
+        if self._accuracy is None:
             self.notices.append("nobody has measured these heads: auto uses published accuracies; see calibrate")
-            accuracy = PUBLISHED
-        accuracy = accuracy.pruned(self.heads, self.backbone.vocabulary)
-        if self._cost is None:
-            self.forget()
-            self._cost = tuning.measure(self.runner, accuracy)
-        tree, length, speedup = tuning.fastest(accuracy, self._cost)
-        self._forecast = f", forecast {length:.2f} tokens a step, {speedup:.2f}x"
-        return tree
+        if self._cost is None or anew:
+            accuracy = (self._accuracy or PUBLISHED).pruned(self.heads, self.backbone.vocabulary)
+            key = cost_key(self.runner, self.name, grow(accuracy, max(tuning.LADDER))[1][-1])
+            self._cost = cached(self._costs, key, lambda: self._measured(accuracy), anew=anew)
+        return self._cost
+
+    def _measured(self, accuracy: Accuracy) -> tuning.StepCost:
+        self.forget()
+        return tuning.measure(self.runner, accuracy)
 
     def describe_tree(self) -> str:
-        if self.tree is VANILLA:
-            return "no tree: the model has no Medusa heads"
-        return f"{self.tree.origin}: {len(self.tree)} nodes, depth {self.tree.depth}{self._forecast}"
+        return self.policy.describe() if self.heads else "no tree: the model has no Medusa heads"
 
     def tree_names(self) -> list[str]:
-        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *paper_trees()]
+        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *paper_trees(), "retune"]
 
 
 def eos_ids(backbone: Backbone, tokenizer: Any) -> frozenset[int]:

@@ -103,7 +103,7 @@ class Listener:
         (none for a vanilla step)."""
         for _, followed in self._open:
             followed += tokens
-        if guesses and tokens:
+        if tokens and guesses and len(guesses) == self._heads:
             self._open.append((guesses, list(tokens[1:])))
         while self._open and len(self._open[0][1]) >= self._heads:
             guesses, followed = self._open.popleft()

@@ -106,7 +106,7 @@ def measure(
         for turn in range(REPEATS + 1):
             # The first vanilla step pays for more than itself, so a slow model takes two at once.
             for nodes in (*([1] if turn == 0 else []), 1, *ladder):
-                if clock() - started > BUDGET and times.enough:
+                if clock() - started > BUDGET and times.enough(turn):
                     return times.cost()
                 if times.hopeful(nodes):
                     runner.cache.rewind(length)
@@ -130,9 +130,12 @@ class _Times:
     forecast: list[float]
     seconds: dict[int, list[float]]
 
-    @property
-    def enough(self) -> bool:
-        return sum(bool(timed) for nodes, timed in self.seconds.items() if nodes > 1) >= ENOUGH
+    def enough(self, turn: int) -> bool:
+        """Whether the budget may end it: after two rounds, and within them if the model is too slow for two."""
+        if 2 * len(self.seconds) * _typical(self.seconds[1]) < BUDGET:
+            return turn > 1  # what took so long was preparation, such as graphs that were captured
+        timed = sum(nodes > 1 and bool(seconds) for nodes, seconds in self.seconds.items())
+        return timed >= min(ENOUGH, len(self.seconds) - 1)
 
     def hopeful(self, nodes: int) -> bool:
         """Whether a tree of so many nodes may be the fastest: it costs at least as much as any smaller one."""
