@@ -14,12 +14,13 @@ from medusa_chat.decoding.accuracy import Accuracy, Frequencies, grow, likeliest
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import Tree
 
-LADDER = (8, 32, 4, 16, 64, 2, 24, 12, 48, 6)  # node counts to time, what a slow model needs most first
+LADDER = (8, 16, 4, 32, 64, 2, 24, 12, 48, 6)  # node counts to time, what a slow model needs most first
 TIMED_LENGTH = 256  # cached positions behind which steps are timed
 REPEATS = 12
 BUDGET = 1.5  # seconds after which no further step is timed
 ENOUGH = 2  # node counts that are timed whatever it takes
-HOPE = 1.15  # a node count is timed if it could be faster than the best so far with its cost this much overrated
+JUDGED = 4  # times that a count is timed before it may be left alone
+HOPE = 1.15  # a count is timed on if it could be faster than the best so far with its cost this much overrated
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure(
     """Time steps over a blank text; the runner's cache must be empty and is left so.
 
     The rounds go over the whole ladder in turn, so that a slow moment of the machine does not fall on one count. A
-    slow model gets fewer rounds, a very slow one fewer counts, and a count that can't win for its cost none at all.
+    slow model gets fewer rounds, a very slow one fewer counts, and a count that can't win for its cost is left alone.
 
     Args:
         tree_of: the tree that is timed at a node count; by default the best static one.
@@ -139,9 +140,10 @@ class _Times:
 
     def hopeful(self, nodes: int) -> bool:
         """Whether a tree of so many nodes may be the fastest: it costs at least as much as any smaller one."""
-        rates = [self.forecast[n - 1] / _typical(timed) for n, timed in self.seconds.items() if n > 1 and timed]
-        floor = max((_typical(timed) for n, timed in self.seconds.items() if 1 < n <= nodes and timed), default=0.0)
-        return nodes == 1 or floor == 0 or HOPE * self.forecast[nodes - 1] / floor >= max(rates)
+        known = {n: _typical(timed) for n, timed in self.seconds.items() if n > 1 and len(timed) >= JUDGED}
+        floor = max((seconds for n, seconds in known.items() if n <= nodes), default=0.0)
+        best = max((self.forecast[n - 1] / seconds for n, seconds in known.items()), default=0.0)
+        return nodes == 1 or HOPE * self.forecast[nodes - 1] >= best * floor
 
     def cost(self) -> StepCost:
         timed = {nodes: _typical(seconds) for nodes, seconds in sorted(self.seconds.items()) if seconds}
