@@ -135,20 +135,21 @@ class Policy:
         """One line: name or kind, nodes, depth, where accuracies come from, forecast and measured speed."""
         size = f"{len(self.tree)} nodes, depth {self.tree.depth}"
         parts = [f"{self.tree.origin}: {size}" if self._option is None else f"auto: {self._option.kind}, {size}"]
-        taught = f" and this conversation's {self.accuracy.seen} steps" if self.accuracy.seen else ""
         if self._option is not None and self._cost is not None:
-            speedup = self._option.rate * self._cost.vanilla
+            taught = f" and this conversation's {self.accuracy.seen} steps" if self.accuracy.seen else ""
             parts.append(f"{'calibrated' if self._calibrated else 'published'} accuracies{taught}")
+            speedup = self._option.rate * self._cost.vanilla
             parts.append(f"forecast {self._option.length:.2f} tokens a step, {speedup:.2f}x")
         elif self._calibrated:
             parts.append(f"forecast {self.accuracy.forecast(self.tree):.2f} tokens a step")
-        return "; ".join(
-            [*parts, *_measured(self._gate.evidence), *([str(self._gate.gated)] if self._gate.gated else [])]
-        )
+        parts += _measured(self._gate.evidence)
+        if self._gate.gated:
+            parts.append(str(self._gate.gated))
+        return "; ".join(parts)
 
 
 def _measured(evidence: Evidence) -> list[str]:
     if evidence.length is None:
         return []
     speedup = f", {evidence.speedup:.2f}x" if evidence.speedup is not None else ""
-    return [f"measured {evidence.length:.2f} tokens a step{speedup} over the last {len(evidence.lengths)}"]
+    return [f"measured {evidence.length:.2f} tokens a step{speedup} over the last {len(evidence.lengths)} steps"]
