@@ -207,6 +207,14 @@ def test_what_disturbs_the_machine_or_flatters_one_count_does_not_decide():
     assert cost.by_nodes == pytest.approx({n: 0.001 * staircase(n) for n in sorted(tuning.LADDER)})
 
 
+def test_a_count_that_was_lucky_all_along_is_not_taken_at_its_word():
+    runner = ScriptedRunner(lambda nodes, before: 0.001 * staircase(nodes) * (0.7 if nodes == 12 else 1))
+    by_nodes = runner.measured().by_nodes
+    assert list(by_nodes.values()) == sorted(by_nodes.values())
+    assert by_nodes[12] > 0.0011
+    assert by_nodes[32] == pytest.approx(0.0015)
+
+
 @pytest.mark.parametrize(("vanilla", "counts", "limit"), [(0.1, 6, 1.9), (0.4, 2, 2.3), (10.0, 2, 50.0)])
 def test_a_slow_model_is_timed_at_fewer_counts(vanilla, counts, limit):
     runner = ScriptedRunner(lambda nodes, before: vanilla * staircase(nodes))

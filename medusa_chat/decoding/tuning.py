@@ -152,9 +152,8 @@ class _Times:
 
 
 def _typical(seconds: list[float]) -> float:
-    """The lower quartile without the first, which prepares: what else the machine does only ever adds to a step."""
-    timed = sorted(seconds[1:] or seconds)
-    return timed[(len(timed) - 1) // 4]
+    """The lower quartile: a first step prepares, and what else the machine does only ever adds to one."""
+    return sorted(seconds)[(len(seconds) - 1) // 4]
 
 
 def rising(values: list[float]) -> list[float]:
