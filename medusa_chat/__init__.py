@@ -30,7 +30,8 @@ def load(
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
-        tree: auto, dynamic-N, static-N, chain-N, a released tree by name, or a JSON file.
+        tree: auto, retune (auto, with steps timed anew), dynamic-N, static-N, chain-N, a released tree by name, or a
+            JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
         probing: take a vanilla step now and then, so that Stats knows the speedup.
         copies: copy guesses from the conversation too.
@@ -41,6 +42,8 @@ def load(
     Raises:
         UserError: whatever the user can put right, in one line.
     """
+    from platformdirs import user_cache_path
+
     from medusa_chat.config import resolve_model
     from medusa_chat.model.hub import fetch
     from medusa_chat.model.templates import named_template
@@ -58,6 +61,7 @@ def load(
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
+        costs=user_cache_path("medusa-chat") / "step-costs",
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
     engine.notices[:0] = loaded.notices
