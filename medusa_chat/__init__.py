@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import Sampling, UserError
@@ -16,7 +17,7 @@ __all__ = ["Sampling", "UserError", "load"]
 def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
-    probing: bool = True, measured: bool = True,
+    models: Path | None = None, ignore_memory: bool = False, probing: bool = True, measured: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
@@ -28,19 +29,21 @@ def load(
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
         tree: auto, chain-N, a released tree by name, or a JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
+        models: the user's own list of models, in place of models.yaml in the folder for settings.
+        ignore_memory: load even where less memory is free than the model should need.
         probing: take a vanilla step now and then, so that Stats knows the speedup.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
 
     Raises:
         UserError: whatever the user can put right, in one line.
     """
-    from medusa_chat.config import resolve_model
     from medusa_chat.decoding.accuracy import read_accuracy
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.loading import load_model
+    from medusa_chat.registry import resolve_model
 
-    spec = resolve_model(model, heads, quant, quant_heads)
-    loaded = load_model(spec, device, dtype)
+    spec = resolve_model(model, heads, quant, quant_heads, models)
+    loaded = load_model(spec, device, dtype, context, ignore_memory)
     return Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing,

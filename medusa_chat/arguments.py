@@ -68,6 +68,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
+    _models_flag(command)
     command.add_argument("--heads-from", metavar="HEADS", help="heads to start from: file, folder or hub id")
     command.add_argument(
         "--data", type=Path, metavar="FILE", nargs="+", required=True, help="messages or ShareGPT JSON, or plain text"
@@ -100,6 +101,7 @@ def _recipe_help(name: str) -> str:
 
 def _distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="name, folder or hub id of the backbone; not loaded with --server")
+    _models_flag(command)
     _prompt_flags(command, None)
     command.add_argument("--out", type=Path, required=True, help="JSONL file; a run that was cut off goes on in it")
     command.add_argument("--server", metavar="URL", help="let an OpenAI-compatible server answer; key: OPENAI_API_KEY")
@@ -122,8 +124,13 @@ def _calibrate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures too; needs matplotlib")
 
 
-def _no_flags(command: argparse.ArgumentParser) -> None:
-    """`models` takes none."""
+def _models(command: argparse.ArgumentParser) -> None:
+    _models_flag(command)
+    command.add_argument("--json", action="store_true", help="a list of objects")
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="a list of objects, a finding each")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -133,12 +140,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("train Medusa heads for a model", _train),
     "distill": ("let the model answer prompts, as training data for its heads", _distill),
     "calibrate": ("measure each head's accuracy, for the tree tuner", _calibrate),
-    "models": ("list the models that --model knows by name", _no_flags),
+    "models": ("list the models that --model knows by name, and which of them fit this machine", _models),
+    "doctor": ("tell versions, devices, memory and kernels, and what will be used here and why", _doctor),
 }
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="name (see `medusa-chat models`), folder or hub id; default: the bundled model")
+    _models_flag(parser)
     parser.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -147,6 +156,13 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
     parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
+    text = "load even where less memory is free than the model should need"
+    parser.add_argument("--ignore-memory", action="store_true", help=text)
+
+
+def _models_flag(parser: argparse.ArgumentParser) -> None:
+    text = "a models.yaml of your own, in place of the one in the folder for settings"
+    parser.add_argument("--models", type=Path, metavar="FILE", help=text)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import MAX_CONTEXT, MAX_NODES, Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
@@ -21,8 +21,6 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 
 VANILLA = Tree()
-MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
-MAX_NODES = 256
 # Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
 PROBE_GAPS = (2, 2, 3, 4, 6, 8, 24)
 

@@ -18,7 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
+from medusa_chat.model import memory
 from medusa_chat.model.backbone import Backbone, check_rewindable
+from medusa_chat.model.devices import frugal_heap
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
 from medusa_chat.model.packing import pack_linears
@@ -44,18 +46,33 @@ class Loaded:
     accuracy: Path | None
 
 
-def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) -> Loaded:
-    """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right."""
+def load_model(
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, context: int | None = None,
+    ignore_memory: bool = False,
+) -> Loaded:  # fmt: skip
+    """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right.
+
+    Args:
+        context: tokens that the engine's cache will hold, for the check that all fits into memory.
+        ignore_memory: load without that check.
+    """
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    model, tokenizer = load_pretrained(spec, number)
-    backbone = Backbone(model.to(chosen))
+    if not ignore_memory:
+        memory.check(spec, memory.load_of(spec, str(chosen), context, number.itemsize))
+    with frugal_heap():
+        return _load(spec, chosen, number)
+
+
+def _load(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Loaded:
+    model, tokenizer = load_pretrained(spec, dtype)
+    backbone = Backbone(model.to(device))
     pack_linears(backbone.model)
     file = heads_file(spec)
     if file is None:
         return Loaded(backbone, None, tokenizer, None)
     heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
-    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
+    return Loaded(backbone, heads.to(device, dtype).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
 
 
 def load_pretrained(
