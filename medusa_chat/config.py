@@ -250,3 +250,11 @@ RECIPE_HELP = {
 
 BUNDLED = Path(__file__).parent / "bundled"
 ACCURACY_FILE = "head_accuracy.json"  # beside the heads: what `calibrate` measured
+
+
+def size_text(count: float) -> str:
+    """Bytes as one reads them: 13.5 GB."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} bytes"
