@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medusa_chat.config import ACCURACY_FILE, BUNDLED, ModelSpec
+from medusa_chat.config import BUNDLED, ModelSpec
 from medusa_chat.decoding.accuracy import read_accuracy
 from medusa_chat.model.contents import Contents, contents_of
 from medusa_chat.model.devices import free_memory, likely_device
+from medusa_chat.model.hub import accuracy_file
 from medusa_chat.model.memory import load_of, plan, shortage
 from medusa_chat.registry import read_registry
 
@@ -69,8 +70,7 @@ def _download(spec: ModelSpec, contents: Contents | None) -> int | None:
 
 
 def _top1(spec: ModelSpec) -> tuple[float, ...]:
-    place = Path(spec.heads) if spec.heads else _folder(spec.backbone)
-    accuracy = read_accuracy((place.parent if place.is_file() else place) / ACCURACY_FILE)
+    accuracy = read_accuracy(accuracy_file(replace(spec, backbone=str(_folder(spec.backbone)))))
     return tuple(row[0] for row in accuracy.top) if accuracy else ()
 
 

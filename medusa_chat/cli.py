@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -52,14 +52,21 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _load(options: argparse.Namespace, probing: bool = True, measured: bool = True) -> Engine:
+def _load(
+    options: argparse.Namespace, probing: bool = True, measured: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Engine:  # fmt: skip
+    """The engine that the flags ask for. A download is told to `progress`, else shown on standard error."""
     import medusa_chat
+    from medusa_chat.terminal.downloads import downloads
 
-    return medusa_chat.load(
-        options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
-        dtype=options.dtype, tree=options.tree, context=options.max_context, models=options.models,
-        ignore_memory=options.ignore_memory, probing=probing, measured=measured,
-    )  # fmt: skip
+    with nullcontext(progress) if progress else downloads() as shown:
+        return medusa_chat.load(
+            options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
+            dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
+            models=options.models, ignore_memory=options.ignore_memory, probing=probing, measured=measured,
+            progress=shown,
+        )  # fmt: skip
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -79,8 +86,8 @@ def _chat(options: argparse.Namespace) -> int:
     name = resolve_model(options.model, options.heads, models=options.models).name
     history = user_state_path("medusa-chat") / "history"
     return chat(
-        lambda: _load(options), model=name, sampling=sampling, system=options.system, marks=options.marks,
-        history=history, transcript=options.transcript,
+        lambda progress: _load(options, progress=progress), model=name, sampling=sampling, system=options.system,
+        marks=options.marks, history=history, transcript=options.transcript,
     )  # fmt: skip
 
 
@@ -93,7 +100,7 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
         raise UserError("the prompt is empty")
     engine = _load(options)
     system = engine.system if options.system is None else options.system
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = [{"role": "system", "content": system}] if system or engine.system else []
     messages.append({"role": "user", "content": prompt})
     stats, ids, text = Stats(), [], ""
     with closing(engine.generate(messages, sampling)) as steps:
@@ -185,9 +192,8 @@ def _distill(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from medusa_chat.config import ACCURACY_FILE
     from medusa_chat.decoding.accuracy import grow, write_accuracy
-    from medusa_chat.model.loading import heads_file
+    from medusa_chat.model.hub import accuracy_file
     from medusa_chat.prompts import read_prompts
     from medusa_chat.registry import resolve_model
     from medusa_chat.terminal import charts, report
@@ -196,16 +202,15 @@ def _calibrate(options: argparse.Namespace) -> int:
     if options.plot:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
-    heads = heads_file(resolve_model(options.model, options.heads, models=options.models))
-    if heads is None:
-        raise UserError("the model has no Medusa heads to measure")
+    spec = resolve_model(options.model, options.heads, models=options.models)
     options.tree = "chain-1" if options.tree == "auto" else options.tree  # nothing is timed here
     engine = _load(options, probing=False, measured=False)  # an old file of figures may be damaged: it goes
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with report.progress("calibrating") as progress:
         accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
     source = f"{len(counted)} conversations of {', '.join(path.name for path in options.prompts)}"
-    file = heads.parent / ACCURACY_FILE
+    file = accuracy_file(spec)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_accuracy(accuracy, file, source)
     with report.progress("checking") as progress:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
@@ -217,6 +222,19 @@ def _calibrate(options: argparse.Namespace) -> int:
     if options.plot:
         charts.plot(options.plot, accuracy.top, grow(accuracy, max(SIZES))[1], checks, f"{engine.name}, {source}")
         print(f"wrote {options.plot}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from medusa_chat.export.writing import Export, export
+    from medusa_chat.registry import resolve_model
+
+    if options.private and not options.push:
+        raise UserError("--private is for --push")
+    job = Export(options.layout, options.out, options.dtype, options.push, options.private, options.overwrite)
+    for notice in export(resolve_model(options.model, options.heads, models=options.models), job):
+        print(f"medusa-chat: {notice}", file=sys.stderr)
+    print(f"wrote {options.out}" + (f" and uploaded it to {options.push}" if options.push else ""))
     return 0
 
 
@@ -246,7 +264,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": _chat, "bench": _bench, "verify": _verify, "train": _train, "distill": _distill, "calibrate": _calibrate,
-    "models": _models, "doctor": _doctor,
+    "export": _export, "models": _models, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -10,10 +10,13 @@ from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 Mode = Literal["greedy", "typical", "exact", "vanilla"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
-LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")  # of public files of heads
 MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
 MAX_NODES = 256  # of a candidate tree; the cache has rows for them behind the context
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
+
+
+# Layouts of heads' files: the official ones by their versions, the others by the program that reads them.
+LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
 
 
 class UserError(Exception):

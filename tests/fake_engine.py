@@ -141,7 +141,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from medusa_chat.terminal.repl import chat
 
-    def load() -> FakeEngine:
+    def load(progress: object) -> FakeEngine:
         if arguments.load:
             time.sleep(arguments.load / 2)
             print("a library warns", file=sys.stderr)

@@ -148,5 +148,5 @@ def test_help_and_the_model_list_need_no_torch() -> None:
         assert done.stderr.strip() == "[]", words
         assert done.stdout
     help_text = run("--help").stdout
-    for command in ("chat", "bench", "verify", "train", "distill", "calibrate", "models"):
+    for command in ("chat", "bench", "verify", "train", "distill", "calibrate", "export", "models"):
         assert command in help_text

@@ -24,6 +24,7 @@ ALLOWED = {
     "training": ENGINE | {"prompts"},
     "bench": ENGINE | {"prompts", "peers"},
     "peers": ENGINE,
+    "export": ENGINE | {"__init__"},
     "verify": ENGINE | {"prompts", "peers"},
     "catalogue": ENGINE,
     "doctor": ENGINE | {"__init__"},

@@ -237,7 +237,7 @@ def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Chat]) 
 def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
-        chat(lambda: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
+        chat(lambda progress: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
 
 
 def test_the_package_imports_no_torch() -> None:

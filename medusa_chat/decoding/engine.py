@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
-
-from jinja2 import TemplateError
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, Message, Sampling, UserError
 from medusa_chat.decoding import tuning
@@ -19,6 +18,7 @@ from medusa_chat.decoding.tree import Tree, named_tree, paper_trees
 from medusa_chat.events import Candidates, Step
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.templates import ChatTemplate
 
 VANILLA = Tree()
 # Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
@@ -36,8 +36,10 @@ class Engine:
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
         tree: str | Tree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True,
+        template: ChatTemplate | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.system = name, system
+        self.template = template or ChatTemplate(tokenizer, name)
+        self.name, self.system = name, system or self.template.system
         self.notices: list[str] = []
         self.tokenizer, self.backbone, self.probing = tokenizer, backbone, probing
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
@@ -46,7 +48,7 @@ class Engine:
         self.runner = Runner(backbone, heads, self.context + MAX_NODES)
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy = accuracy
-        self._eos = eos_ids(backbone, tokenizer) if eos is None else eos
+        self._eos = eos_ids(backbone, tokenizer) | self.template.stop_ids if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
         self._probes, self._since_probe = 0, 0
@@ -68,12 +70,7 @@ class Engine:
         """Ids of a prompt: messages go through the model's chat template and end where the reply begins."""
         if all(isinstance(part, int) for part in prompt):
             return list(prompt)  # type: ignore[arg-type]
-        try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the chat template of {self.name} refuses this conversation: {error}") from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.template.encode(prompt)  # type: ignore[arg-type]
 
     def generate(self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling) -> Generator[Step]:
         """Decode a reply, step by step. Close the iterator at any time: the cache holds what was yielded.
@@ -97,6 +94,8 @@ class Engine:
 
     def _decode(self, ids: list[int], sampling: Sampling) -> Generator[Step]:
         rule = make_rule(sampling)
+        if not sampling.ignore_eos:
+            sampling = replace(sampling, stop=(*sampling.stop, *self.template.stop))
         reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids))
         try:
             root = self._prefill(ids, rule)

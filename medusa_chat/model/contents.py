@@ -109,7 +109,9 @@ def _with_heads(contents: Contents, spec: ModelSpec, folder: Path, inside: list[
     place = Path(spec.heads) if spec.heads else folder
     if place.exists() and spec.heads:
         files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-        inside = [prod(size) for _, _, size in _tensors(files)]
+        tensors = [(name, prod(size)) for name, _, size in _tensors(files)]
+        # A whole model with its heads names them; where heads are alone they may have any name.
+        inside = [count for name, count in tensors if _part(name) == "heads"] or [count for _, count in tensors]
         pickled = [place] if place.suffix == ".pt" else list(place.glob("*.pt")) if not files else []
         inside += [file.stat().st_size // 2 for file in pickled]
     if not inside and spec.medusa_heads:

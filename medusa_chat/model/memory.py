@@ -79,13 +79,17 @@ def plan(contents: Contents, load: Load) -> Plan:
     if kind == "cpu" and shape.tied:
         plain += shape.embedding_parameters  # the LM head's own copy, in the layout of the CPU's matmul
     kept = PACKED if kind == "cpu" and width == 2 else BYTES
-    heads = _bytes(contents.heads, load.quant_heads, width, kept)
+    heads = contents.heads
+    if load.quant_heads != "none" and heads and contents.largest_head < shape.embedding_parameters:
+        heads += shape.embedding_parameters  # a copy of the LM head for the guesses of heads that share it
+    heads = _bytes(heads, load.quant_heads, width, kept)
     cache = shape.cache_bytes(context + MAX_NODES, width)
     # While weights are quantized, what comes later is not there yet: layers come first, heads next, then the cache.
+    read = contents.heads * width if kind == "cpu" and load.quant_heads != "none" else 0  # all heads, before that
     passing = max(
         _running(shape, context, width),
         _bytes(contents.largest, load.quant, width, QUANTIZING) - heads - cache,
-        _bytes(contents.largest_head, load.quant_heads, width, QUANTIZING) - cache,
+        _bytes(contents.largest_head, load.quant_heads, width, QUANTIZING) + read - cache,
     )
     return Plan(
         layers=_bytes(contents.layers, load.quant, width, kept),
@@ -99,9 +103,9 @@ def plan(contents: Contents, load: Load) -> Plan:
 
 
 def host_plan(contents: Contents, load: Load) -> Plan:
-    """What a load on a GPU needs of the host: weights pass through one tensor at a time."""
-    staging = max(contents.largest, contents.largest_head, contents.shape.embedding_parameters) * 4
-    return Plan(workspace=staging, process=PROCESS[load.device.split(":")[0]])
+    """What a load on a GPU needs of the host: the backbone passes one tensor at a time, the heads together."""
+    staging = max(contents.largest, contents.shape.embedding_parameters) * 4
+    return Plan(workspace=max(staging, contents.heads * load.width), process=PROCESS[load.device.split(":")[0]])
 
 
 def _bytes(weights: int, quant: str, width: int, each: Mapping[str, float]) -> int:
