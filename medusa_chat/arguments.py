@@ -183,7 +183,10 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
     text = "a conversation template of fastchat, in place of the model's own; `list` prints their names"
     parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
-    parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
+    text = "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N, a released tree, or a JSON file of paths"
+    parser.add_argument("--tree", default="auto", help=text)
+    text = "copy guesses from the conversation too (default: on)"
+    parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
     text = "load even where less memory is free than the model should need"
     parser.add_argument("--ignore-memory", action="store_true", help=text)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from medusa_chat.config import Message, Sampling
 
-COPIED = -1  # Token.head of a token that was copied from earlier text
+COPIED = -1  # Token.head of a token that was copied from earlier text, and its place in a path of head ranks
 TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
 
 Finish = Literal["eos", "length", "stop", "context"]
@@ -42,6 +42,8 @@ class Step:
         seconds: time inside the engine, without that of its consumer and without prefill.
         depth: depth of the tree that was verified (0 for a vanilla step).
         finish: why the reply ended with this step, else None.
+        tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
+            is in it once, COPIED once for every depth.
     """
 
     tokens: tuple[Token, ...]
@@ -50,6 +52,7 @@ class Step:
     kind: Literal["tree", "vanilla"]
     depth: int = 0
     finish: Finish | None = None
+    tested: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -71,12 +74,17 @@ class Step:
         return {"type": "step", **asdict(self)}
 
 
+def proposer(path: tuple[int, ...]) -> int:
+    """Who made the last guess of a candidate's path, as Token.head says it."""
+    return COPIED if path and path[-1] == COPIED else len(path)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The candidate tree of a step, as `/tree` draws it.
 
     Attributes:
-        paths: node i's path of head ranks; the root's is empty.
+        paths: node i's path of head ranks, COPIED for a copied guess; the root's is empty.
         texts: node i's token as text.
         accepted: rows on the accepted path, root first.
     """
@@ -156,10 +164,7 @@ class Stats:
         self.tree_steps += 1
         self.tree_tokens += step.settled
         self._tree_times.append(step.seconds)
-        # Where the reply ended inside the accepted path, the guess behind the end was not tested.
-        cut = step.finish is not None and step.settled == len(step.tokens)
-        for depth in range(1, min(step.depth, step.accepted + (not cut)) + 1):
-            self.reached[depth] += 1
+        self.reached.update(step.tested)
         for token in step.tokens[1 : step.settled]:
             self.accepted[token.head] += 1
 
@@ -213,8 +218,9 @@ class Stats:
         return self.acceptance_length / self.overhead
 
     def head_acceptance(self) -> dict[int, float]:
-        """Per head: accepted guesses / steps in which its guess was put to the test."""
-        return {head: self.accepted[head] / tested for head, tested in sorted(self.reached.items())}
+        """Per head: accepted guesses / steps in which its guess was put to the test; COPIED last."""
+        heads = sorted(self.reached, key=lambda head: (head == COPIED, head))
+        return {head: self.accepted[head] / self.reached[head] for head in heads}
 
     def as_json(self) -> dict[str, Any]:
         """The figures of the summary line of `--json`."""
@@ -247,6 +253,7 @@ class ChatEngine(Protocol):
     prefill_seconds: float  # time that this took
     context: int  # tokens that prompt and reply may hold together
     system: str  # the model's default system prompt, maybe empty
+    copies: bool  # whether guesses are copied from the conversation too
     notices: list[str]  # what the user should be told once, such as a pruned tree; drained by the reader
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
@@ -267,7 +274,10 @@ class ChatEngine(Protocol):
         """One line: nodes, depth, where the tree comes from, forecast acceptance length where known."""
 
     def use_tree(self, name: str) -> None:
-        """Switch to `auto`, a released tree by name, or a JSON file. Raises UserError."""
+        """Switch to `auto`, a tree by name, or a JSON file. Raises UserError."""
+
+    def use_copies(self, on: bool) -> None:
+        """Whether to copy guesses from the conversation from now on."""
 
     def tree_names(self) -> list[str]:
         """Names that use_tree takes."""

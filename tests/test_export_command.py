@@ -335,6 +335,8 @@ def test_models_without_heads_or_without_a_backbone(base: Path, tmp_path: Path) 
         export(ModelSpec("tiny", str(base)), Export("tgi", tmp_path / "out"))
     given = source(tmp_path, made())
     assert "cannot load the model" in refusal(given, given, "tgi", tmp_path / "out")
+    with pytest.raises(UserError, match="nobody/no-such-model"):
+        export(ModelSpec("tiny", "nobody/no-such-model@v2", heads=str(given)), Export("tgi", tmp_path / "out"))
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((base / "config.json").read_text())

@@ -31,7 +31,8 @@ ALLOWED = {
     "terminal": {"config", "shapes", "events", "__init__"},
 }
 NO_TORCH = ("config", "shapes", "registry", "events", "prompts", "arguments", "terminal", "decoding/tree",
-            "decoding/reply", "decoding/accuracy", "training/server", "training/schedules")  # fmt: skip
+            "decoding/reply", "decoding/accuracy", "training/server", "training/schedules", "catalogue",
+            "model/hub", "model/hub_errors", "model/download", "model/contents", "model/memory")  # fmt: skip
 
 
 def imports(file: Path, *, everywhere: bool = True) -> set[str]:
@@ -91,13 +92,14 @@ def test_the_command_line_imports_nothing_heavy_at_its_top():
     "code",
     [
         "import medusa_chat, medusa_chat.config, medusa_chat.events, medusa_chat.prompts",
-        "import medusa_chat.catalogue, medusa_chat.model.memory",
+        "import medusa_chat.catalogue, medusa_chat.model.memory, medusa_chat.registry",
+        "import medusa_chat.model.hub, medusa_chat.model.templates",
         "import medusa_chat.decoding.accuracy, medusa_chat.decoding.tree, medusa_chat.decoding.reply",
         "import importlib, pkgutil, medusa_chat.terminal as parent\n"
         "for each in pkgutil.iter_modules(parent.__path__): importlib.import_module(f'{parent.__name__}.{each.name}')",
         "import contextlib, medusa_chat.cli\nwith contextlib.suppress(SystemExit): medusa_chat.cli.main(['--help'])",
     ],
-    ids=["settings", "memory", "tree, accuracy and reply", "terminal", "help"],
+    ids=["settings", "memory", "downloads", "tree, accuracy and reply", "terminal", "help"],
 )
 def test_what_a_fresh_interpreter_loads(code):
     script = f"import sys\n{code}\nassert not {{'torch', 'transformers'}} & set(sys.modules), 'heavy'"

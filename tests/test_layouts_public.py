@@ -107,10 +107,10 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     assert find_heads(tmp_path) == file
     found = read(file)
     assert same(found, heads)
-    assert found.notices == ("1 tensors of an adapter are left out: the heads were trained with it on",)
+    assert found.notices == ("an adapter's tensors (1) are left out: the heads were trained with it on",)
     found = read(put(raw, tmp_path / "raw.safetensors"))
     assert same(found, heads)
-    assert found.notices == ("15 tensors that training replaced (original_module) are left out",)
+    assert found.notices == ("tensors that training replaced (15 original_module) are left out",)
     twice = saved | {"medusa_head.0.0.linear.bias": torch.zeros(H)}
     with pytest.raises(UserError, match=r"medusa_head.0.0.linear.bias .*are the same tensor of a head"):
         read(put(twice, tmp_path / "twice.safetensors"))
@@ -171,6 +171,9 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     heads = made(own=own)
     ids = torch.randperm(V, generator=torch.Generator().manual_seed(1))[:40]
     tensors = tensors_of(heads, "vllm") | ({} if own else {"lm_head.weight": LM_HEAD.clone()})
+    with pytest.raises(UserError, match="too large for float16"):
+        large = {n: t * 1e6 if n.startswith("lm_head") else t for n, t in tensors.items()}
+        read(put(large | {"token_map": ids}, tmp_path / "large.safetensors"), dtype=torch.float16)
     for name in [name for name in tensors if name.startswith("lm_head")]:
         tensors[name] = tensors[name][ids].clone() if rows == 40 else tensors[name]
     file = put(tensors | {"token_map": ids}, tmp_path / "model.safetensors")
@@ -179,6 +182,10 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     assert found.notices == (f"the heads know 40 of {V} tokens and guess no others",)
     logits, whole = logits_of(found.heads, LM_HEAD), logits_of(heads, LM_HEAD)
     assert torch.equal(logits[..., ids], whole[..., ids])
+    unknown = [token for token in range(V) if token not in ids]
+    for rows_of_head in found.heads.lm_heads:  # whose logit is the mean of the others', for any hidden state
+        mean = rows_of_head[ids].mean(0)
+        torch.testing.assert_close(rows_of_head[unknown], mean.expand(len(unknown), -1))
     known = set(ids.tolist())
     assert all(set(row.topk(10).indices.tolist()) <= known for row in logits.flatten(0, 1))
     for wrong in (*([ids[:39]] if rows == 40 else []), ids.clone().fill_(3), ids + V, ids.float(), ids[None]):
@@ -193,7 +200,7 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
 def test_vocabularies_that_differ_by_padding(tmp_path: Path, rows: int, vocabulary: int) -> None:
     heads = random_heads(random_backbone(vocabulary=rows), 2)
     found = read_heads(put(tensors_of(heads, "official"), tmp_path / "a.safetensors"), H, vocabulary)
-    assert found.notices == (f"the heads have {rows} rows for {vocabulary} tokens: padding is left out",)
+    assert found.notices == (f"the heads have {rows} rows for {vocabulary} tokens, taken for padding",)
     common = min(rows, vocabulary)
     logits = logits_of(found.heads, LM_HEAD)
     assert logits.shape == (2, 5, vocabulary)
@@ -270,6 +277,9 @@ def test_pickles_that_are_more_than_tensors(tmp_path: Path) -> None:
     assert "compressed" in refusal(tmp_path / "small.pt")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     assert "it holds a list, not tensors by name" in refusal(tmp_path / "list.pt")
+    for odd in (torch.eye(H).to_sparse(), torch.empty(H, H, device="meta")):
+        torch.save(tensors | {"0.0.linear.weight": odd}, tmp_path / "odd.pt")
+        assert "no plain one" in refusal(tmp_path / "odd.pt")
     torch.save(tensors | {"epoch": 3}, tmp_path / "more.pt")
     assert "'epoch' is a int, not a tensor" in refusal(tmp_path / "more.pt")
 
@@ -289,7 +299,8 @@ def test_damaged_pickles_and_indexes(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "absent.pt")
     index = tmp_path / "model.safetensors.index.json"
     for text, complaint in (
-        ("", "damaged"), ("[]", "no weight_map"), ('{"weight_map": {"a": 3}}', "no weight_map"),
+        ("", "damaged"), ("[" * 100_000, "damaged"), ("[]", "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "no weight_map"),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "../whole.pt"}}', "no file of its folder"),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "whole.pt"}}', "that model.safetensors.index.json places"),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "absent.safetensors"}}', "No such file"),

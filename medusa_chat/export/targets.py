@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medusa_chat.model.layouts.find import PICKLE_FILE
-from medusa_chat.model.layouts.write import HEADS_FILE
+from medusa_chat.model.file_names import HEADS_FILE, PICKLE_FILE
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,8 @@ def _use_vllm(facts: Facts, name: str) -> dict[str, str]:
 
 
 def _use_tensorrt(facts: Facts, name: str) -> dict[str, str]:
-    line = f"python examples/medusa/convert_checkpoint.py --model_dir {facts.base} --medusa_model_dir {name}"
+    folders = f"--model_dir {facts.base} --medusa_model_dir {name} --output_dir converted"
+    line = f"python examples/medusa/convert_checkpoint.py {folders}"
     return {"TensorRT-LLM": f"{line} --num_medusa_heads {facts.heads} --num_medusa_layers {facts.layers}"}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,12 +21,13 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.decoding.accuracy import read_accuracy
 from medusa_chat.export.card import Card, card_of, licence_of
 from medusa_chat.export.targets import TARGETS, Facts, Target
+from medusa_chat.model import hub
 from medusa_chat.model.backbone_files import LICENCES, BackboneFiles, write_json, write_tensors
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import find_heads, read_heads
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.write import named_tensors
-from medusa_chat.model.loading import DTYPES, heads_file, one_line
+from medusa_chat.model.loading import DTYPES, heads_file
 
 RECORD_FILE = "medusa_chat_export.json"  # by which a later export knows that it may replace a folder
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -60,7 +61,7 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
     if job.push and not _HUB_ID.fullmatch(job.push):
         raise UserError(f"--push takes OWNER/NAME, not {job.push!r}")
     target = TARGETS[job.layout]
-    files = BackboneFiles.of(_local(spec.backbone))
+    files = BackboneFiles.of(hub.local(spec.backbone))
     source = heads_file(spec)
     if source is None:
         raise UserError(f"{spec.name} has no Medusa heads to export")
@@ -71,7 +72,7 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
     facts = _facts(spec, files, read.heads)
     if refusal := target.refusal(facts):
         raise UserError(f"these heads cannot be written in the layout {job.layout}: {refusal}")
-    notices = [*read.notices, *target.notices(facts)]
+    notices = list(read.notices)  # of files on this machine, so that they are not for the card
     if job.push and not facts.public:
         notices.append(f"the base model is named by its folder, {facts.base}: others need a hub id there")
     with _new_folder(job.out) as folder:
@@ -80,23 +81,15 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
         logits = _logits(read.heads, lm_head)
         del read  # large heads are not held twice
         _read_back(folder, facts, lm_head, logits)
-        _write_card(folder, job, spec, files, facts, notices)
+        _write_card(folder, job, spec, files, facts)
         write_json(folder / RECORD_FILE, {"layout": job.layout, "base": facts.base, "medusa_chat": __version__})
     if job.push:
         _push(job)
-    return notices
-
-
-def _local(backbone: str) -> Path:
-    if Path(backbone).is_dir():
-        return Path(backbone)
-    name, _, revision = backbone.partition("@")
-    with one_line(backbone):
-        return Path(snapshot_download(name, revision=revision or None))
+    return [*notices, *target.notices(facts)]
 
 
 def _facts(spec: ModelSpec, files: BackboneFiles, heads: MedusaHeads) -> Facts:
-    named = spec.backbone.partition("@")[0]
+    named, _ = hub.split_revision(spec.backbone)
     if Path(spec.backbone).is_dir():
         told = str(files.config.get("_name_or_path") or "")
         named = told if _HUB_ID.fullmatch(told) and not Path(told).exists() else str(files.folder.resolve())
@@ -151,9 +144,7 @@ def _read_back(folder: Path, facts: Facts, lm_head: Tensor | None, logits: Tenso
         raise UserError(f"what was written as {file.name} gives other logits when it is read back, and is removed")
 
 
-def _write_card(
-    folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts, notices: list[str]
-) -> None:
+def _write_card(folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts) -> None:
     target, told = TARGETS[job.layout], licence_of(files.folder)
     name = job.push or job.out.resolve().name
     own = facts.own or target.copies(facts)
@@ -167,7 +158,8 @@ def _write_card(
     card = Card(
         f"{facts.base.rpartition('/')[2]} with Medusa heads" if whole else f"Medusa heads for {facts.base}",
         facts.base, facts.public, told or spec.licence, told, whole, rows,
-        {"medusa-chat": here, **target.use(facts, name)}, tuple(notices), read_accuracy(folder / ACCURACY_FILE),
+        {"medusa-chat": here, **target.use(facts, name)}, tuple(target.notices(facts)),
+        read_accuracy(folder / ACCURACY_FILE),
     )  # fmt: skip
     (folder / "README.md").write_text(card.text(), encoding="utf-8")
 
@@ -211,9 +203,9 @@ def _push(job: Export) -> None:
     """Upload the folder; the token is huggingface_hub's affair."""
     assert job.push
     try:
-        hub = HfApi()
-        hub.create_repo(job.push, private=job.private, exist_ok=True)
-        hub.upload_folder(
+        api = HfApi()
+        api.create_repo(job.push, private=job.private, exist_ok=True)
+        api.upload_folder(
             repo_id=job.push, folder_path=job.out, commit_message=f"Medusa heads in the layout {job.layout}"
         )  # fmt: skip
     except Exception as error:  # network, authorization, names: huggingface_hub raises many kinds

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_chat.config import UserError
+from medusa_chat.model.file_names import WEIGHTS
 from medusa_chat.model.layouts import is_heads_tensor
-from medusa_chat.model.layouts.find import WEIGHTS
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
 from medusa_chat.model.loading import one_line
@@ -55,8 +55,7 @@ class BackboneFiles:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         weight = model.get_output_embeddings().weight
-        tied = model.get_input_embeddings().weight if config.get_text_config().tie_word_embeddings else weight
-        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight or p is tied]
+        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
         files = (folder / name for name in WEIGHTS)
         weights = next((file for file in files if file.is_file()), None)
         if weights is None:

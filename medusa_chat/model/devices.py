@@ -16,14 +16,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGE, _LARGEST = 1 << 20, 32 << 20  # bytes; the second is what glibc's own threshold rises to
 
 
-def likely_device() -> str:
-    """The device that `auto` takes. Where no GPU can be, torch is not asked: importing it takes seconds."""
+def likely_device(device: str = "auto") -> str:
+    """The device that will be chosen. Where no GPU can be, torch is not asked: importing it takes seconds."""
     signs = (Path("/dev/nvidia0"), Path("/dev/kfd"), Path("/dev/dxg"))
-    if sys.platform == "darwin" or shutil.which("nvidia-smi") or any(sign.exists() for sign in signs):
-        from medusa_chat.model.loading import choose_device
+    possible = sys.platform == "darwin" or shutil.which("nvidia-smi") or any(sign.exists() for sign in signs)
+    if device == "cpu" or (device == "auto" and not possible):
+        return "cpu"
+    from medusa_chat.model.loading import choose_device
 
-        return str(choose_device("auto"))
-    return "cpu"
+    return str(choose_device(device))
 
 
 def free_memory(device: str) -> int:

@@ -24,8 +24,8 @@ from platformdirs import user_data_path
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError, size_text
 from medusa_chat.model.download import PATIENCE, PAUSE, RETRIES, RemoteFile, bring
+from medusa_chat.model.file_names import HEAD_FILES, WEIGHTS
 from medusa_chat.model.hub_errors import disk_errors, reason
-from medusa_chat.model.layouts import HEAD_FILES, WEIGHTS
 from medusa_chat.registry import split_revision
 
 Kind = Literal["backbone", "heads"]

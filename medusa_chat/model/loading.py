@@ -50,12 +50,13 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec, device: str = "auto", dtype: str | None = None, progress: hub.Progress | None = None, *,
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None, *,
     context: int | None = None, ignore_memory: bool = False,
 ) -> Loaded:  # fmt: skip
-    """Load a backbone, its heads and its tokenizer, downloaded if need be; `progress` is called meanwhile.
+    """Load a backbone, its heads and its tokenizer.
 
     Args:
+        files: where they lie, if that is known already; otherwise they are fetched.
         context: tokens that the engine's cache will hold, for the check that all fits into memory.
         ignore_memory: load without that check.
 
@@ -64,13 +65,10 @@ def load_model(
     """
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    load = memory.load_of(spec, str(chosen), context, number.itemsize)
-    if not ignore_memory:
-        memory.check(spec, load)  # before a download, if the entry tells the sizes
-    files = hub.fetch(spec, progress)
+    files = files or hub.fetch(spec)
     here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
     if not ignore_memory:
-        memory.check(here, load)
+        memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
     with frugal_heap():
         return _read(spec, here, chosen, number, list(files.notices))
 
@@ -80,7 +78,7 @@ def _read(spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.d
     model, tokenizer = load_pretrained(here, dtype, notices=notices)
     template = resolve_template(tokenizer, spec)
     backbone = Backbone(model.to(device))
-    lm_head = backbone.lm_head.weight  # packed, it could not be compared
+    lm_head = getattr(backbone.lm_head, "weight", None)  # packed, it could not be compared
     pack_linears(backbone.model)
     file = heads_file(here)
     if file is None:

@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
 from medusa_chat.config import size_text
 
@@ -41,7 +42,7 @@ class Download:
 
     def __str__(self) -> str:
         share = self._there / self._total if self._total else 1
-        text = f"{self.name} · {size_text(self._there)} of {size_text(self._total)} ({share:.0%})"
+        text = f"{self.name.split('/')[-1]} · {share:.0%} of {size_text(self._total)}"
         seconds = time.monotonic() - self._began
         speed = (self._there - self._first) / seconds if seconds > SETTLING else 0
         if speed < 1:
@@ -65,10 +66,11 @@ def downloads() -> Iterator[Callable[[str, int, int], None]]:
 
     def show(name: str, there: int, total: int) -> None:
         if name not in bars:
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            whole = Column(no_wrap=True)
+            columns = (BarColumn(), DownloadColumn(table_column=whole), TransferSpeedColumn(), TimeRemainingColumn())
             bars[name] = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+            bars[name].add_task(name.split("/")[-1], total=total, completed=there)
             bars[name].start()
-            bars[name].add_task(name)
         bar = bars[name]
         bar.update(bar.task_ids[0], completed=there, total=total)
         if bar.finished:

@@ -71,8 +71,9 @@ class Loading:
         try:
             with redirect_stderr(said):
                 while not self.done:
-                    columns = shutil.get_terminal_size().columns
-                    out.write(f"\r{f'{self.status()} {hint}'[: columns - 1]}\x1b[K")
+                    room, status = shutil.get_terminal_size().columns - 1, self.status()
+                    line = f"{status} · {hint}" if len(status) + len(hint) + 3 < room else status[:room]
+                    out.write(f"\r{line}\x1b[K")
                     out.flush()
                     self._thread.join(FRAME_SECONDS)
         finally:

@@ -3,15 +3,15 @@
 Structure is read from the tensors, never from a config, and no key is skipped silently.
 """
 
-from medusa_chat.model.layouts.find import HEAD_FILES, WEIGHTS, find_heads
+from medusa_chat.model.file_names import HEAD_FILES, HEADS_FILE
+from medusa_chat.model.layouts.find import find_heads
 from medusa_chat.model.layouts.names import is_heads_tensor
 from medusa_chat.model.layouts.read import ReadHeads, read_heads
-from medusa_chat.model.layouts.write import HEADS_FILE, write_heads
+from medusa_chat.model.layouts.write import write_heads
 
 __all__ = [
     "HEADS_FILE",
     "HEAD_FILES",
-    "WEIGHTS",
     "ReadHeads",
     "find_heads",
     "is_heads_tensor",

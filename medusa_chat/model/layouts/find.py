@@ -5,21 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from medusa_chat.config import UserError
+from medusa_chat.model.file_names import HEAD_FILES
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
 from medusa_chat.model.layouts.said import read_config
-from medusa_chat.model.layouts.tensors import TensorFiles
-from medusa_chat.model.layouts.write import HEADS_FILE
-
-PICKLE_FILE = "medusa_lm_head.pt"
-# Weights of a model as transformers looks for them, an index after the whole file.
-WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
-# Where heads may lie, the likeliest first: in a file of their own, among a model's weights, in an adapter's, in an
-# engine's of TensorRT-LLM.
-HEAD_FILES = (
-    HEADS_FILE, PICKLE_FILE, *WEIGHTS, "adapter_model.safetensors", "adapter_model.bin", "rank0.safetensors",
-)  # fmt: skip
+from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
 
 
 def find_heads(folder: Path) -> Path | None:
@@ -38,8 +27,12 @@ def find_heads(folder: Path) -> Path | None:
     heads_alone = read_config(folder / "config.json").get("model_type") == "medusa"
     for name in HEAD_FILES[2:]:
         file = folder / name
-        if file.is_file() and (
-            heads_alone or any(is_heads_tensor(tensor) or naming_of(tensor) for tensor in TensorFiles(file).files)
-        ):
+        if file.is_file() and (heads_alone or _has_heads(file)):
             return file
     return None
+
+
+def _has_heads(file: Path) -> bool:
+    if file.suffix == ".bin" and not is_mappable(file):
+        return False  # from before torch 1.6, and so before Medusa: a whole model would be read into memory
+    return any(is_heads_tensor(tensor) or naming_of(tensor) for tensor in TensorFiles(file).files)

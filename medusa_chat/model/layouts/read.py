@@ -108,14 +108,17 @@ class _Reading:
 
     def _finite(self, name: str) -> Tensor:
         tensor = self._tensor(name)
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        if not _all_finite(tensor):
             raise UserError(f"{self.path}: tensor {name} holds NaN or infinity; the heads are damaged")
         return tensor
 
     def _fill(self, name: str, target: Tensor) -> None:
         self._check_shape(name, self._tensor(name), tuple(target.shape))
         target.copy_(self._finite(name))
-        if target.dtype == torch.float16 and not all(bound.isfinite() for bound in target.aminmax()):
+        self._check_range(name, target)
+
+    def _check_range(self, name: str, target: Tensor) -> None:
+        if target.dtype == torch.float16 and not _all_finite(target):
             raise UserError(f"{self.path}: tensor {name} holds numbers too large for float16; bfloat16 takes them")
 
     def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -148,35 +151,37 @@ class _Reading:
         A token without a row gets the mean of all rows: its logit is the mean of the others', never the likeliest and,
         among thousands, never near it. (No weights of a layer without bias are below all others for every input.)
         """
-        tensor = self._tensor(name)
-        rows = tensor.shape[0] if tensor.ndim == 2 else -1
-        if tensor.ndim != 2 or tensor.shape[1] != self.hidden:
-            self._check_shape(name, tensor, tuple(target.shape))
+        rows = self._rows(name, ids)
         if ids is not None:
             if rows not in (len(ids), self.vocabulary):
                 raise UserError(f"{self.path}: tensor {name} has {rows} rows, token_map names {len(ids)} tokens")
             if tell:
                 self.notices.append(f"the heads know {len(ids)} of {self.vocabulary} tokens and guess no others")
             kept = self._finite(name) if rows == len(ids) else self._finite(name)[ids]
-        elif rows == self.vocabulary:
-            return self._fill(name, target)
-        elif _padded(rows, self.vocabulary):
+        else:
             kept = self._finite(name)[: self.vocabulary]
             ids = torch.arange(len(kept))
-            if tell:
-                self.notices.append(f"the heads have {rows} rows for {self.vocabulary} tokens: padding is left out")
-        else:
-            self._check_shape(name, tensor, tuple(target.shape))
-            return None
+            if tell and rows != self.vocabulary:
+                self.notices.append(f"the heads have {rows} rows for {self.vocabulary} tokens, taken for padding")
         if len(ids) < self.vocabulary:
-            target[:] = kept.float().mean(0)
-        target[ids] = kept.to(target.dtype)
-        return None
+            target[:] = kept.mean(0, dtype=torch.float32)
+        target.index_copy_(0, ids, kept.to(target.dtype))
+        self._check_range(name, target)
+
+    def _rows(self, name: str, ids: Tensor | None) -> int:
+        """The rows of an LM head, which are the backbone's but for padding, or those that ids stand for."""
+        tensor = self._tensor(name)
+        shape = (self.vocabulary, self.hidden)
+        fits = tensor.ndim == 2 and tensor.shape[1] == self.hidden
+        if not fits or (ids is None and not _padded(tensor.shape[0], self.vocabulary)):
+            self._check_shape(name, tensor, shape)
+        return tensor.shape[0]
 
     def _is_backbones(self, lm_head: Tensor | None, ids: Tensor | None) -> bool:
         """Whether the LM head that all heads of a file share is the backbone's own."""
         name = self.parts.shared
         assert name is not None
+        self._rows(name, ids)
         theirs = self._finite(name)
         if ids is not None and len(ids) < self.vocabulary:
             return False
@@ -184,12 +189,8 @@ class _Reading:
             self.notices.append(f"{name} is taken to be the backbone's LM head: they cannot be compared")
             return True
         rows = min(len(theirs), len(lm_head))
-        same = theirs.ndim == 2 and theirs.shape[1:] == lm_head.shape[1:] and _padded(len(theirs), len(lm_head))
-        for start in range(0, rows if same else 0, 4096):
-            ours = lm_head[start : min(start + 4096, rows)]
-            same = same and torch.allclose(
-                theirs[start : start + len(ours)].float(), ours.float().cpu(), rtol=0.01, atol=1e-5
-            )
+        pairs = zip(theirs[:rows].split(4096), lm_head[:rows].split(4096), strict=True)
+        same = all(torch.allclose(a.float(), b.float().cpu(), rtol=0.01, atol=1e-5) for a, b in pairs)
         if not same:
             self.notices.append(f"{name} is not the backbone's LM head, so that each head keeps a copy of it")
         return same
@@ -212,9 +213,9 @@ class _Reading:
         if not biases:
             self.notices.append("the heads have no biases, which some converters drop: they may guess worse for it")
         if parts.replaced:
-            self.notices.append(f"{parts.replaced} tensors that training replaced (original_module) are left out")
+            self.notices.append(f"tensors that training replaced ({parts.replaced} original_module) are left out")
         if parts.lora:
-            self.notices.append(f"{parts.lora} tensors of an adapter are left out: the heads were trained with it on")
+            self.notices.append(f"an adapter's tensors ({parts.lora}) are left out: the heads were trained with it on")
 
 
 @contextmanager
@@ -225,6 +226,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def _padded(rows: int, vocabulary: int) -> bool:

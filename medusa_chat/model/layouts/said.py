@@ -16,7 +16,7 @@ def read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no settings by name")

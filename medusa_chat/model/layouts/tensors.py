@@ -45,7 +45,7 @@ class TensorFiles:
         file = self.files[name]
         if file.suffix in PICKLES:
             found = self._old[file] if file in self._old else _unpickle(file)
-            if not _mappable(file):
+            if not is_mappable(file):
                 self._old[file] = found
             if name not in found:
                 raise UserError(f"cannot read {file}: the tensor {name} that {self.path.name} places there is missing")
@@ -77,7 +77,7 @@ def _names(path: Path) -> list[str]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -87,13 +87,14 @@ def _weight_map(path: Path) -> dict[str, str]:
     return files
 
 
-def _mappable(path: Path) -> bool:
+def is_mappable(path: Path) -> bool:
+    """Whether a pickle is in the format that torch has written since 1.6."""
     return zipfile.is_zipfile(path)
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, mapped where the format allows; nothing else in it is ever run or built."""
-    mapped = path.is_file() and _mappable(path)
+    mapped = path.is_file() and is_mappable(path)
     try:
         if mapped:
             with zipfile.ZipFile(path) as archive:
@@ -116,6 +117,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"cannot read {path}: {name!r} is a {type(value).__name__}, not a tensor")
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise UserError(f"cannot read {path}: {name!r} is a {value.layout} tensor on {value.device}: no plain one")
     return found
 
 

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medusa_chat.model.file_names import HEADS_FILE
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts.names import NAMINGS
-
-HEADS_FILE = "medusa_lm_head.safetensors"
 
 
 def write_heads(heads: MedusaHeads, folder: Path) -> Path:
