@@ -250,16 +250,16 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
     free["cpu"] = need - GB // 2
     line = refusal(spec, sixteen)
     assert line.startswith(f"vicuna-7b needs {need / GB:.1f} GB, {free['cpu'] / GB:.1f} GB free on cpu, 0.5 GB short; ")
-    assert "--quant nf4 or --quant-heads nf4 or --max-context 1" in line
+    assert "short; --quant nf4 or --max-context 1" in line
     assert line.endswith("--ignore-memory loads it all the same")
     free["cpu"] = plan(VICUNA, nf4).total + 10**6
     memory.check(spec, nf4)
     assert "short; --quant nf4 with --quant-heads nf4 or --model bundled would" in refusal(spec, sixteen)
     # A long context, which weighs more than what passes while heads are quantized.
-    spec = SHIPPED["vicuna-7b-v1.5"]
-    free["cpu"] = plan(VICUNA, replace(nf4, context=3800)).total
-    assert "short; --quant nf4 with --quant-heads nf4 with --max-context 3776 or" in refusal(spec, sixteen)
-    assert "short; --max-context 3776 or --model bundled would" in refusal(spec, nf4)
+    sixteen, nf4 = replace(sixteen, context=8000), replace(nf4, context=8000)
+    free["cpu"] = plan(VICUNA, replace(nf4, context=6000)).total
+    assert "short; --quant nf4 with --quant-heads nf4 with --max-context 5952 or" in refusal(spec, sixteen)
+    assert "short; --max-context 5952 or --model bundled would" in refusal(spec, nf4)
     free["cpu"] = 10**6
     assert "nothing that medusa-chat can change makes it fit" in refusal(spec, nf4)
     free["cpu"] = 10 * GB
