@@ -81,6 +81,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
+    _models_flag(command)
     command.add_argument("--heads-from", metavar="HEADS", help="heads to start from: file, folder or hub id")
     command.add_argument(
         "--data", type=Path, metavar="FILE", nargs="+", required=True, help="messages or ShareGPT JSON, or plain text"
@@ -113,6 +114,7 @@ def _recipe_help(name: str) -> str:
 
 def _distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="name, folder or hub id of the backbone; not loaded with --server")
+    _models_flag(command)
     _prompt_flags(command, None)
     command.add_argument("--out", type=Path, required=True, help="JSONL file; a run that was cut off goes on in it")
     command.add_argument("--server", metavar="URL", help="let an OpenAI-compatible server answer; key: OPENAI_API_KEY")
@@ -137,6 +139,7 @@ def _calibrate(command: argparse.ArgumentParser) -> None:
 
 def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="name, folder or hub id; default: the bundled model")
+    _models_flag(command)
     command.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
     command.add_argument("--layout", choices=LAYOUTS, required=True, help="the program or version that will read it")
     command.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new, or an earlier export")
@@ -147,8 +150,13 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--private", action="store_true", help="with --push: a new repository is private")
 
 
-def _no_flags(command: argparse.ArgumentParser) -> None:
-    """`models` takes none."""
+def _models(command: argparse.ArgumentParser) -> None:
+    _models_flag(command)
+    command.add_argument("--json", action="store_true", help="a list of objects")
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="a list of objects, a finding each")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -159,12 +167,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "distill": ("let the model answer prompts, as training data for its heads", _distill),
     "calibrate": ("measure each head's accuracy, for the tree tuner", _calibrate),
     "export": ("write the heads as other programs read them: TGI, vLLM, TensorRT-LLM, ...", _export),
-    "models": ("list the models that --model knows by name", _no_flags),
+    "models": ("list the models that --model knows by name, and which of them fit this machine", _models),
+    "doctor": ("tell versions, devices, memory and kernels, and what will be used here and why", _doctor),
 }
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="name (see `medusa-chat models`), folder or hub id; default: the bundled model")
+    _models_flag(parser)
     parser.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -180,6 +190,13 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     text = "copy guesses from the conversation too (default: on)"
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
+    text = "load even where less memory is free than the model should need"
+    parser.add_argument("--ignore-memory", action="store_true", help=text)
+
+
+def _models_flag(parser: argparse.ArgumentParser) -> None:
+    text = "a models.yaml of your own, in place of the one in the folder for settings"
+    parser.add_argument("--models", type=Path, metavar="FILE", help=text)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from medusa_chat.config import resolve_model
+from medusa_chat.config import ModelSpec
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.loading import load_pretrained
 
@@ -16,7 +14,7 @@ class TransformersPeer:
 
     def __init__(self, engine: Engine) -> None:
         backbone = engine.backbone
-        spec = replace(resolve_model(None), name=engine.name, backbone=backbone.model.name_or_path)
+        spec = ModelSpec(engine.name, backbone.model.name_or_path)
         model, _ = load_pretrained(spec, backbone.dtype)
         self.model = model.to(backbone.device).eval()
 

@@ -13,10 +13,11 @@ import pytest
 from hub_checkpoints import serve
 from hub_server import HubServer, hub_server
 
-from medusa_chat.config import ModelSpec, read_registry
+from medusa_chat.config import ModelSpec
+from medusa_chat.registry import packaged_file, read_models
 
 ROOT = Path(__file__).parent.parent
-REGISTERED = [spec for spec in read_registry().values() if "/" in spec.backbone]
+REGISTERED = [spec for spec in read_models(packaged_file()).values() if "/" in spec.backbone]
 UNREGISTERED = [
     ModelSpec("by id", "FasterDecoding/medusa-1.0-zephyr-7b-beta"),
     ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b"),

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import MAX_CONTEXT, MAX_NODES, Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, shaped_tree
@@ -27,8 +27,6 @@ from medusa_chat.model.templates import ChatTemplate
 
 COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
 WORTHWHILE = 1.5  # tokens that a step of copies alone has to promise, or it is taken as a vanilla one
-MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
-MAX_NODES = 256
 
 
 class Engine:

@@ -17,8 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
-from medusa_chat.model import hub
+from medusa_chat.model import hub, memory
 from medusa_chat.model.backbone import Backbone, check_rewindable
+from medusa_chat.model.devices import frugal_heap
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
 from medusa_chat.model.packing import pack_linears
@@ -49,12 +50,15 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None
-) -> Loaded:
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None, *,
+    context: int | None = None, ignore_memory: bool = False,
+) -> Loaded:  # fmt: skip
     """Load a backbone, its heads and its tokenizer.
 
     Args:
         files: where they lie, if that is known already; otherwise they are fetched.
+        context: tokens that the engine's cache will hold, for the check that all fits into memory.
+        ignore_memory: load without that check.
 
     Raises:
         UserError: for all that is the user's to put right.
@@ -63,19 +67,26 @@ def load_model(
     number = choose_dtype(chosen, dtype)
     files = files or hub.fetch(spec)
     here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
-    notices = list(files.notices)
-    model, tokenizer = load_pretrained(here, number, notices=notices)
+    if not ignore_memory:
+        memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
+    with frugal_heap():
+        return _read(spec, here, chosen, number, list(files.notices))
+
+
+def _read(spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.dtype, notices: list[str]) -> Loaded:
+    """What `spec` names, from the files that `here` names."""
+    model, tokenizer = load_pretrained(here, dtype, notices=notices)
     template = resolve_template(tokenizer, spec)
-    backbone = Backbone(model.to(chosen))
+    backbone = Backbone(model.to(device))
     lm_head = getattr(backbone.lm_head, "weight", None)  # packed, it could not be compared
     pack_linears(backbone.model)
     file = heads_file(here)
     if file is None:
         return Loaded(backbone, None, tokenizer, template, None, tuple(notices))
     read = read_heads(
-        file, backbone.hidden_size, backbone.vocabulary, dtype=number, lm_head=lm_head, layout=spec.layout
+        file, backbone.hidden_size, backbone.vocabulary, dtype=dtype, lm_head=lm_head, layout=spec.layout
     )  # fmt: skip
-    heads = read.heads.to(chosen).requires_grad_(False)
+    heads = read.heads.to(device).requires_grad_(False)
     return Loaded(backbone, heads, tokenizer, template, _known_accuracy(spec, file), (*notices, *read.notices))
 
 
