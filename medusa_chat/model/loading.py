@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
 from medusa_chat.model.backbone import Backbone, check_rewindable
+from medusa_chat.model.fusing import fuse_linears
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
 from medusa_chat.model.packing import pack_linears
@@ -44,11 +45,17 @@ class Loaded:
     accuracy: Path | None
 
 
-def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) -> Loaded:
-    """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right."""
+def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None, fuse: bool = True) -> Loaded:
+    """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right.
+
+    Args:
+        fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
+    """
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
     model, tokenizer = load_pretrained(spec, number)
+    if fuse:
+        fuse_linears(model)
     backbone = Backbone(model.to(chosen))
     pack_linears(backbone.model)
     file = heads_file(spec)
