@@ -16,7 +16,7 @@ __all__ = ["Sampling", "UserError", "load"]
 def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
-    probing: bool = True, measured: bool = True,
+    probing: bool = True, measured: bool = True, copies: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
@@ -26,9 +26,10 @@ def load(
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
-        tree: auto, chain-N, a released tree by name, or a JSON file.
+        tree: auto, dynamic-N, static-N, chain-N, a released tree by name, or a JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
         probing: take a vanilla step now and then, so that Stats knows the speedup.
+        copies: copy guesses from the conversation too.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
 
     Raises:
@@ -44,5 +45,5 @@ def load(
     return Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing,
-        accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
+        copies=copies, accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip

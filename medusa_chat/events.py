@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from medusa_chat.config import Message, Sampling
 
-COPIED = -1  # Token.head of a token that was copied from earlier text
+COPIED = -1  # Token.head of a token that was copied from earlier text, and its place in a path of head ranks
 TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
 
 Finish = Literal["eos", "length", "stop", "context"]
@@ -40,16 +40,17 @@ class Step:
     Attributes:
         nodes: rows of the forward, the root included; 0 if the step needed no forward at all.
         seconds: time inside the engine, without that of its consumer and without prefill.
-        depth: depth of the tree that was verified (0 for a vanilla step).
         finish: why the reply ended with this step, else None.
+        tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
+            is in it once, COPIED once for every depth.
     """
 
     tokens: tuple[Token, ...]
     nodes: int
     seconds: float
     kind: Literal["tree", "vanilla"]
-    depth: int = 0
     finish: Finish | None = None
+    tested: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -71,12 +72,17 @@ class Step:
         return {"type": "step", **asdict(self)}
 
 
+def proposer(path: tuple[int, ...]) -> int:
+    """Who made the last guess of a candidate's path, as Token.head says it."""
+    return COPIED if path and path[-1] == COPIED else len(path)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The candidate tree of a step, as `/tree` draws it.
 
     Attributes:
-        paths: node i's path of head ranks; the root's is empty.
+        paths: node i's path of head ranks, COPIED for a copied guess; the root's is empty.
         texts: node i's token as text.
         accepted: rows on the accepted path, root first.
     """
@@ -156,10 +162,7 @@ class Stats:
         self.tree_steps += 1
         self.tree_tokens += step.settled
         self._tree_times.append(step.seconds)
-        # Where the reply ended inside the accepted path, the guess behind the end was not tested.
-        cut = step.finish is not None and step.settled == len(step.tokens)
-        for depth in range(1, min(step.depth, step.accepted + (not cut)) + 1):
-            self.reached[depth] += 1
+        self.reached.update(step.tested)
         for token in step.tokens[1 : step.settled]:
             self.accepted[token.head] += 1
 
@@ -247,6 +250,7 @@ class ChatEngine(Protocol):
     prefill_seconds: float  # time that this took
     context: int  # tokens that prompt and reply may hold together
     system: str  # the model's default system prompt, maybe empty
+    copies: bool  # whether guesses are copied from the conversation too
     notices: list[str]  # what the user should be told once, such as a pruned tree; drained by the reader
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
@@ -267,7 +271,10 @@ class ChatEngine(Protocol):
         """One line: nodes, depth, where the tree comes from, forecast acceptance length where known."""
 
     def use_tree(self, name: str) -> None:
-        """Switch to `auto`, a released tree by name, or a JSON file. Raises UserError."""
+        """Switch to `auto`, a tree by name, or a JSON file. Raises UserError."""
+
+    def use_copies(self, on: bool) -> None:
+        """Whether to copy guesses from the conversation from now on."""
 
     def tree_names(self) -> list[str]:
         """Names that use_tree takes."""

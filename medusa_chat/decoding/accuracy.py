@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
 from medusa_chat.config import UserError
-from medusa_chat.decoding.tree import NodePath, Tree
+from medusa_chat.decoding.tree import AnyTree, DynamicTree, NodePath, Tree, named_tree
 
 MEANING = (
     "accuracy[k][i]: the model's own greedy token is among the likeliest i + 1 guesses of head k + 1; paths: every"
@@ -29,10 +30,15 @@ class Accuracy:
         top: top[k][i]: the true token is among head k + 1's likeliest i + 1.
         paths: share of the steps in which every guess along a path is right, for the most frequent paths, each
             with its prefixes; empty where heads were measured one by one only.
+        calibration: calibration[k]: scale and shift with which head k + 1's own log p become those of its guesses
+            being right where the guesses before them are: min(0, scale * log p + shift). Empty: as the head says.
+        dynamic: acceptance length by nodes, of trees that are chosen step by step; empty where nobody measured it.
     """
 
     top: tuple[tuple[float, ...], ...]
     paths: Mapping[NodePath, float] = field(default_factory=dict)
+    calibration: tuple[tuple[float, float], ...] = ()
+    dynamic: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def widths(self) -> list[int]:
@@ -47,7 +53,8 @@ class Accuracy:
     def pruned(self, heads: int, width: int) -> Accuracy:
         """What concerns the first `heads` heads and `width` guesses of each."""
         kept = {p: share for p, share in self.paths.items() if len(p) <= heads and all(rank < width for rank in p)}
-        return Accuracy(tuple(row[:width] for row in self.top[:heads]), kept)
+        dynamic = self.dynamic if heads >= len(self.top) else {}
+        return Accuracy(tuple(row[:width] for row in self.top[:heads]), kept, self.calibration[:heads], dynamic)
 
     def frequency(self, path: NodePath) -> float:
         """Share of the steps in which every guess along a path is right; never more than that of its prefix.
@@ -68,9 +75,26 @@ class Accuracy:
     def _rarest(self) -> float:
         return min(self.paths.values(), default=1.0)
 
-    def forecast(self, tree: Tree) -> float:
-        """The acceptance length that a tree should have: each node adds a token as often as its path is right."""
-        return sum(map(self.frequency, tree.paths))
+    def calibration_of(self, head: int) -> tuple[float, float]:
+        """Scale and shift of a head's log p."""
+        return self.calibration[head - 1] if head <= len(self.calibration) else (1.0, 0.0)
+
+    def forecast(self, tree: AnyTree) -> float | None:
+        """The acceptance length that a tree should have, without copies; None for a dynamic one that nobody measured.
+
+        Each node of a fixed tree adds a token as often as its path is right.
+        """
+        return sum(map(self.frequency, tree.paths)) if isinstance(tree, Tree) else self.forecast_dynamic(len(tree))
+
+    def forecast_dynamic(self, nodes: int) -> float | None:
+        """The acceptance length of the dynamic tree of `nodes`, between measured counts by their logarithms."""
+        if not self.dynamic:
+            return None
+        known = [(1, 1.0), *sorted(self.dynamic.items())]
+        for (fewer, short), (more, long) in pairwise(known):
+            if nodes <= more:
+                return short + (long - short) * log(nodes / fewer) / log(more / fewer)
+        return known[-1][1]
 
 
 # Top-1 to top-5 accuracy of the published Vicuna-7B heads (FasterDecoding/Medusa, assets/medusa_acc.csv), for heads
@@ -111,6 +135,27 @@ def grow(accuracy: Accuracy, nodes: int) -> tuple[Tree, list[float]]:
     found = likeliest(accuracy.frequency, accuracy.widths, nodes - 1)
     forecast = list(accumulate((frequency for _, frequency in found), initial=1.0))
     return Tree.of((path for path, _ in found), "auto"), forecast
+
+
+SUPERSET = 256  # paths that a dynamic tree is chosen from
+
+
+def dynamic_tree(accuracy: Accuracy, nodes: int) -> DynamicTree:
+    """The tree of `nodes` nodes that is chosen at each step from the SUPERSET most frequent paths, or of all it has."""
+    superset = grow(accuracy, SUPERSET)[0]
+    return DynamicTree(superset, min(nodes, len(superset)))
+
+
+def shaped_tree(name: str, accuracy: Accuracy) -> AnyTree:
+    """The tree of a name: dynamic-N, static-N (the best fixed tree of N nodes), or what `named_tree` knows."""
+    kind, _, count = name.partition("-")
+    if kind not in ("dynamic", "static") or not count.isdecimal():
+        return named_tree(name)
+    if not 1 < int(count) <= SUPERSET:
+        raise UserError(f"{kind}-N has 2 to {SUPERSET} nodes, not {count}")
+    if kind == "dynamic":
+        return dynamic_tree(accuracy, int(count))
+    return Tree(grow(accuracy, int(count))[0].paths, name)
 
 
 def write_accuracy(accuracy: Accuracy, file: Path, source: str) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
-from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, shaped_tree
+from medusa_chat.decoding.copying import CHAIN, Copied, Copies
+from medusa_chat.decoding.plans import Outcome
 from medusa_chat.decoding.reply import Reply
-from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.decoding.tree import Tree, named_tree, paper_trees
-from medusa_chat.events import Candidates, Step
+from medusa_chat.decoding.runner import Runner
+from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree, paper_trees
+from medusa_chat.events import Candidates, Step, proposer
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 
 VANILLA = Tree()
+COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
+WORTHWHILE = 1.5  # tokens that a step of copies alone has to promise, or it is taken as a vanilla one
 MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
 MAX_NODES = 256
 # Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
@@ -32,12 +36,13 @@ class Engine:
 
     Attributes:
         probing: whether tree modes take a vanilla step now and then to measure the speedup (bench measures apart).
+        copies: whether guesses are copied from the conversation too; change it by `use_copies`.
     """
 
     def __init__(
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
-        tree: str | Tree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
-        system: str = "", eos: frozenset[int] | None = None, probing: bool = True,
+        tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
+        system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.system = name, system
         self.notices: list[str] = []
@@ -45,17 +50,19 @@ class Engine:
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
             raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
-        self.runner = Runner(backbone, heads, self.context + MAX_NODES)
+        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED)
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy = accuracy
         self._eos = eos_ids(backbone, tokenizer) if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
         self._probes, self._since_probe = 0, 0
-        self._last: tuple[Tree, Outcome] | None = None
+        self._last: Outcome | None = None
+        self._copies = Copies()
         self._cost: tuning.StepCost | None = None
         self._forecast = ""
-        self.tree = VANILLA
+        self.copies = copies
+        self.tree: AnyTree = VANILLA
         self.use_tree(tree)
 
     @property
@@ -88,8 +95,10 @@ class Engine:
             raise UserError("the prompt is empty")
         if len(ids) >= self.context:
             raise UserError(f"the prompt has {len(ids)} tokens; the context of {self.name} holds {self.context}")
-        if sampling.mode != "vanilla" and not self.heads:
-            raise UserError(f"{self.name} has no Medusa heads: {sampling.mode} mode needs them, vanilla does not")
+        if sampling.mode != "vanilla" and self.tree is VANILLA:
+            raise UserError(
+                f"{self.name} has no Medusa heads: {sampling.mode} mode needs them or copies, vanilla does not"
+            )
         if not 0 <= min(ids) <= max(ids) < self.backbone.vocabulary:
             raise UserError(f"the prompt has ids that are not among the {self.backbone.vocabulary} of {self.name}")
         if self._reply is not None:
@@ -130,6 +139,7 @@ class Engine:
         pairs = zip(self._tokens, ids[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.runner.cache.rewind(min(shared, self.runner.cache.length))
+        self._copies.rewind(shared)
         del self._tokens[self.runner.cache.length :]
         self.prefilled = len(ids) - len(self._tokens)
         root = self.runner.prefill(ids[len(self._tokens) :], rule)
@@ -137,22 +147,32 @@ class Engine:
         self.prefill_seconds = time.perf_counter() - started
         return root
 
-    def _step(self, root: int, tree: Tree, rule: Rule, reply: Reply) -> tuple[Step, int]:
+    def _step(self, root: int, tree: AnyTree, rule: Rule, reply: Reply) -> tuple[Step, int]:
         """One forward: its Step, and the root of the next."""
         started = time.perf_counter()
-        outcome = self.runner.step(root, tree, rule)
+        copied = self._copied(root) if self.copies and tree is not VANILLA else None
+        if tree is COPIES_ALONE and (copied is None or copied.promise < WORTHWHILE):
+            tree = VANILLA
+        outcome = self.runner.step(root, tree, rule, copied if tree is not VANILLA else None)
         ids = [outcome.candidates[row] for row in outcome.rows]
-        tokens = reply.take(ids, range(len(ids)))
+        tokens = reply.take(ids, [proposer(outcome.paths[row]) for row in outcome.rows])
+        if copied:
+            self._copies.learn(copied, [*ids[1:], outcome.next])
         self._tokens += ids[: len(tokens)]
         self.runner.cache.rewind(len(self._tokens))
         if not reply.finish and reply.ends_at(outcome.next):
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
         if tree is not VANILLA:
-            self._last = (tree, outcome)
+            self._last = outcome
+        kind: Literal["tree", "vanilla"] = "vanilla" if tree is VANILLA else "tree"
+        tested = outcome.tested(len(tokens))
         seconds = time.perf_counter() - started
-        return Step(
-            tuple(tokens), len(tree), seconds, "vanilla" if tree is VANILLA else "tree", tree.depth, reply.finish
-        ), outcome.next
+        return Step(tuple(tokens), len(tree), seconds, kind, reply.finish, tested), outcome.next
+
+    def _copied(self, root: int) -> Copied | None:
+        """What the text copies of itself behind `root`."""
+        self._copies.extend([*self._tokens[len(self._copies) :], root])
+        return self._copies.propose()
 
     def forget(self) -> None:
         """Empty the cache: the next reply prefills its whole prompt."""
@@ -163,21 +183,27 @@ class Engine:
         """The tree of the last tree step, with its tokens as text."""
         if self._last is None:
             return None
-        tree, outcome = self._last
-        texts = tuple(self.tokenizer.decode([token]) for token in outcome.candidates)
-        return Candidates(tree.paths, texts, outcome.rows)
+        texts = tuple(self.tokenizer.decode([token]) for token in self._last.candidates)
+        return Candidates(self._last.paths, texts, self._last.rows)
 
-    def use_tree(self, tree: str | Tree) -> None:
-        """Switch to `auto`, a released tree by name, `chain-N`, a JSON file or a Tree."""
+    def use_copies(self, on: bool) -> None:
+        """Whether to copy guesses from the conversation from now on."""
+        self.copies = on
+        if self.runner.heads is None:
+            self.use_tree("auto")
+
+    def use_tree(self, tree: str | AnyTree) -> None:
+        """Switch to `auto`, dynamic-N, static-N, chain-N, a released tree by name, a JSON file or a tree itself."""
         if self.runner.heads is None:
             if tree != "auto":
                 raise UserError(f"{self.name} has no Medusa heads to fill a tree")
-            self.tree = VANILLA
+            self.tree = COPIES_ALONE if self.copies else VANILLA
             return
         if tree == "auto":
             self.tree = self._auto_tree()
             return
-        wanted = named_tree(tree) if isinstance(tree, str) else tree
+        accuracy = (self._accuracy or PUBLISHED).pruned(self.heads, self.backbone.vocabulary)
+        wanted = shaped_tree(tree, accuracy) if isinstance(tree, str) else tree
         fitting = wanted.pruned(self.heads, self.backbone.vocabulary)
         if len(fitting) < len(wanted):
             self.notices.append(
@@ -186,9 +212,9 @@ class Engine:
             )
         if not 1 < len(fitting) <= MAX_NODES:
             raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
-        self.tree, self._forecast = fitting, ""
-        if self._accuracy is not None:
-            self._forecast = f", forecast {self._accuracy.forecast(fitting):.2f} tokens a step"
+        self.tree = fitting
+        length = self._accuracy.forecast(fitting) if self._accuracy else None
+        self._forecast = "" if length is None else f", forecast {length:.2f} tokens a step"
 
     def _auto_tree(self) -> Tree:
         accuracy = self._accuracy
@@ -206,10 +232,16 @@ class Engine:
     def describe_tree(self) -> str:
         if self.tree is VANILLA:
             return "no tree: the model has no Medusa heads"
-        return f"{self.tree.origin}: {len(self.tree)} nodes, depth {self.tree.depth}{self._forecast}"
+        if self.tree is COPIES_ALONE:
+            return f"copies of the conversation alone, {CHAIN} tokens at once: the model has no Medusa heads"
+        copies = ", with copies" if self.copies else ""
+        return f"{self.tree.origin}: {len(self.tree)} nodes, depth {self.tree.depth}{copies}{self._forecast}"
 
     def tree_names(self) -> list[str]:
-        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *paper_trees()]
+        if not self.heads:
+            return ["auto"]
+        shaped = [f"{kind}-{nodes}" for kind in ("dynamic", "static") for nodes in (8, 16, 32, 64)]
+        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *shaped, *paper_trees()]
 
 
 def eos_ids(backbone: Backbone, tokenizer: Any) -> frozenset[int]:

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from medusa_chat.decoding.acceptance import Rule, TreeTensors
-from medusa_chat.decoding.tree import Tree
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.copying import Copied
+from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome
+from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step settled.
-
-    Attributes:
-        candidates: the token of every node, the root's first.
-        rows: rows of the accepted path, root first; their keys and values are committed.
-        next: the token behind the path, root of the next step.
-        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first, as wide as the tree; empty where
-            no heads ran.
-    """
-
-    candidates: list[int]
-    rows: tuple[int, ...]
-    next: int
-    guesses: list[list[int]]
 
 
 class Runner:
@@ -40,12 +23,17 @@ class Runner:
     `step` is the one door: today it runs the eager step, and a captured one has to give the same Outcome.
     """
 
-    def __init__(self, backbone: Backbone, heads: MedusaHeads | None, capacity: int) -> None:
+    def __init__(
+        self, backbone: Backbone, heads: MedusaHeads | None, capacity: int, accuracy: Accuracy = PUBLISHED
+    ) -> None:
+        """`accuracy` tells how likely the heads' guesses are beside copied ones."""
         self.backbone = backbone
         self.heads = heads
         self.cache = backbone.new_cache(capacity)
+        self.accuracy = accuracy
         self._hidden: Tensor | None = None  # [1, hidden] of the last committed row
-        self._prepared: dict[Tree, _PreparedTree] = {}
+        self._root = FixedPlan(Tree(), backbone)
+        self._plans: dict[tuple[AnyTree, bool], FixedPlan | ChosenPlan] = {}
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:
@@ -55,40 +43,43 @@ class Runner:
             hidden = self.backbone.hidden(*self._chain(chunk), self.cache)
             self.cache.commit(tuple(range(len(chunk))))
         self._hidden = hidden[-1:]
-        root = self._prepare(Tree())
         last = torch.tensor(tokens[-1:], device=self.backbone.device)
-        return int(rule(self.backbone.logits(self._hidden), last, root.tensors, self.cache.length - 1).next)
+        return int(rule(self.backbone.logits(self._hidden), last, self._root.tensors, self.cache.length - 1).next)
 
     @torch.inference_mode()
-    def step(self, root: int, tree: Tree, rule: Rule) -> Outcome:
+    def step(self, root: int, tree: AnyTree, rule: Rule, copied: Copied | None = None) -> Outcome:
         """Verify the tree behind `root` in one forward and commit the accepted path.
 
-        The tree of the root alone is a vanilla step: no heads run, one row is verified.
+        The tree of the root alone is a vanilla step: no heads run, one row is verified. With `copied` the copies
+        compete with the heads' guesses for the tree's places.
         """
-        prepared = self._prepare(tree)
+        plan = self._plan(tree, copied is not None)
+        nodes = plan.nodes(root, *self._guesses(plan), copied)
         position = self.cache.length
-        guesses = self._guesses(prepared)  # [depth, width]
-        first = torch.tensor([root], device=self.backbone.device)
-        candidates = torch.cat([first, guesses.flatten()[prepared.guess]])
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
-        positions = (prepared.tensors.depths + position).clamp(max=self.backbone.context - 1)
-        hidden = self.backbone.hidden(candidates, positions, prepared.mask, self.cache)
-        verdict = rule(self.backbone.logits(hidden), candidates, prepared.tensors, position)
-        settled = torch.cat([verdict.row[None], verdict.next[None], candidates, guesses.flatten()])
-        row, following, *tokens = settled.tolist()
-        rows, ranked = tree.branches[row], tokens[len(tree) :]
-        self._hidden = hidden[row : row + 1]
-        self.cache.commit(rows)
-        ranks = [ranked[start : start + tree.width] for start in range(0, len(ranked), max(tree.width, 1))]
-        return Outcome(tokens[: len(tree)], rows, following, ranks)
+        positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
+        hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
+        verdict = rule(self.backbone.logits(hidden), nodes.candidates, nodes.tensors, position)
+        settled = torch.cat([verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told]).tolist()
+        outcome = plan.outcome(settled)
+        self._hidden = hidden[settled[0]][None]
+        self.cache.commit(outcome.rows)
+        return outcome
 
-    def _guesses(self, prepared: _PreparedTree) -> Tensor:
-        """The likeliest tokens of each head that the tree uses, [depth, width]."""
-        if self.heads is None or prepared.width == 0:
-            return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device)
+    def _guesses(self, plan: FixedPlan | ChosenPlan) -> tuple[Tensor, Tensor | None]:
+        """The likeliest tokens of each head that the tree uses, [depth, width], and how likely each head says they are.
+
+        The natural logarithms of the heads' own probabilities, float32, or None where the plan does not ask for them.
+        """
+        if self.heads is None or plan.width == 0:
+            return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
         assert self._hidden is not None, "a step follows a prefill"
-        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: prepared.depth, 0]
-        return logits.topk(prepared.width).indices
+        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: plan.depth, 0]
+        likeliest = logits.topk(plan.width)
+        if not plan.confident:
+            return likeliest.indices, None
+        log_p = likeliest.values.float() - logits.float().logsumexp(-1, keepdim=True)
+        return likeliest.indices, log_p
 
     def _chain(self, tokens: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, positions and mask of rows that follow one another."""
@@ -99,33 +90,13 @@ class Runner:
             mask = attention.additive(torch.ones(n, n, dtype=torch.bool, device=device).tril(), self.backbone.dtype)
         return torch.tensor(tokens, device=device), positions, mask
 
-    def _prepare(self, tree: Tree) -> _PreparedTree:
-        if tree not in self._prepared:
-            if len(self._prepared) > 64:
-                self._prepared.clear()
-            self._prepared[tree] = _PreparedTree.of(tree, self.backbone)
-        return self._prepared[tree]
-
-
-@dataclass(frozen=True)
-class _PreparedTree:
-    """A tree's buffers: its topology, its additive mask [n, n], and where in the flattened guesses
-    [depth * width] each node's token stands."""
-
-    tensors: TreeTensors
-    mask: Tensor | None
-    guess: Tensor
-    depth: int
-    width: int
-
-    @classmethod
-    def of(cls, tree: Tree, backbone: Backbone) -> _PreparedTree:
-        tensors = TreeTensors.of(tree, backbone.device)
-        guess = [(len(path) - 1) * tree.width + path[-1] for path in tree.paths[1:]]
-        return cls(
-            tensors,
-            attention.additive(tensors.ancestors, backbone.dtype) if len(tree) > 1 else None,
-            torch.tensor(guess, dtype=torch.long, device=backbone.device),
-            tree.depth,
-            tree.width,
-        )
+    def _plan(self, tree: AnyTree, copied: bool) -> FixedPlan | ChosenPlan:
+        key = (tree, copied)
+        if key not in self._plans:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            if isinstance(tree, Tree) and not copied:
+                self._plans[key] = FixedPlan(tree, self.backbone)
+            else:
+                self._plans[key] = ChosenPlan(tree, copied, self.accuracy, self.backbone)
+        return self._plans[key]

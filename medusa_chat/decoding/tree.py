@@ -77,6 +77,46 @@ class Tree:
         return self if len(kept) == len(self.paths) else Tree(tuple(kept), self.origin)
 
 
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree whose nodes are chosen anew at each step: the likeliest of a superset, by the heads' own probabilities.
+
+    Attributes:
+        superset: the paths to choose from; the root alone for a model without heads, whose guesses are all copied.
+        nodes: how many are verified, the root included; no more than the superset has.
+    """
+
+    superset: Tree
+    nodes: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.nodes <= (len(self.superset) if self.superset.depth else self.nodes):
+            raise ValueError(f"cannot choose {self.nodes} nodes of {len(self.superset)}")
+
+    def __len__(self) -> int:
+        return self.nodes
+
+    @property
+    def origin(self) -> str:
+        return f"{'dynamic' if self.superset.depth else 'copies'}-{self.nodes}"
+
+    @property
+    def depth(self) -> int:
+        return self.superset.depth
+
+    @property
+    def width(self) -> int:
+        return self.superset.width
+
+    def pruned(self, heads: int, width: int) -> DynamicTree:
+        """The part that `heads` heads with `width` guesses each can fill."""
+        kept = self.superset.pruned(heads, width)
+        return self if len(kept) == len(self.superset) else DynamicTree(kept, min(self.nodes, len(kept)))
+
+
+AnyTree = Tree | DynamicTree
+
+
 def chain(depth: int) -> Tree:
     """The tree of each head's likeliest guess alone."""
     return Tree.of([(0,) * n for n in range(1, depth + 1)], f"chain of {depth}")
@@ -97,7 +137,7 @@ def named_tree(name: str) -> Tree:
         return chain(int(name[6:]))
     file = Path(name).expanduser()
     if not file.is_file():
-        raise UserError(f"unknown tree {name!r}: not auto, chain-N, a file, or one of {', '.join(released)}")
+        raise UserError(f"unknown tree {name!r}: not auto, dynamic-N, static-N, chain-N, a file, or one of {', '.join(released)}")
     try:
         paths = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,0 +1,125 @@
+"""Which nodes a step verifies, where that is decided step by step: the likeliest of a superset and of a copied chain.
+
+All of it runs on the device, in fixed shapes and without a copy to the host. Shapes: S paths of the superset (the root
+included), D its depth, W its width, C tokens of the chain, E = S + C rows to choose from, n nodes that are chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_chat.decoding.acceptance import TreeTensors
+from medusa_chat.decoding.tree import NodePath, Tree
+from medusa_chat.events import COPIED
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The nodes of a step.
+
+    Attributes:
+        rows: [n], ascending: below S a path of the superset, else a token of the chain.
+        candidates: [n], the token of each node.
+        tensors: the topology of the n nodes.
+        joint: [], row of the superset's path that the chain leaves the superset from; 0 without a chain.
+    """
+
+    rows: Tensor
+    candidates: Tensor
+    tensors: TreeTensors
+    joint: Tensor
+
+
+class Selector:
+    """Chooses n of E rows: those whose path is likeliest. Parents stand before their children.
+
+    A path is as likely as the product of its guesses, so no child is likelier than its parent, and the n likeliest
+    rows are a tree. A chain follows the superset as far as their tokens agree, and each guess there is as likely as
+    the surer of its two proposers says; the rest of the chain is a branch of its own below.
+    """
+
+    def __init__(self, superset: Tree, nodes: int, chain: int, device: torch.device) -> None:
+        self.superset, self.nodes, self.chain = superset, nodes, chain
+        size, depth, width, rows = len(superset), superset.depth, superset.width, len(superset) + chain
+        end = depth * width  # in the table of tokens: all guesses, then no token, the root's, and the chain's
+        places = [[d * width + rank for d, rank in enumerate(path)] for path in superset.paths]
+        padded = [path + [end] * (depth - len(path)) for path in places]
+        # [D, S]: for each path the places of its guesses, depth by depth
+        self._places = torch.tensor(padded, dtype=torch.long, device=device).view(size, depth).T.contiguous()
+        own = [end + 1, *(path[-1] for path in places[1:]), *range(end + 2, end + 2 + chain)]
+        self._own = torch.tensor(own, device=device)  # [E]: the place of each row's own token
+        self._depths = torch.tensor([*superset.depths, *range(1, chain + 1)], device=device)
+        self._parents = torch.tensor([*superset.parents, *([0, *range(size, rows)][:chain])], device=device)
+        self._rows = torch.arange(rows, device=device)
+        self._ancestors = self._all_ancestors().to(device)
+        self._zero = torch.zeros(1, device=device)
+        self._no_token = torch.tensor([-1], device=device)
+        self._root = torch.zeros((), dtype=torch.long, device=device)
+
+    def _all_ancestors(self) -> Tensor:
+        """[E, E]; what a chain's tokens see of the superset is known at the step only."""
+        size, rows = len(self.superset), len(self.superset) + self.chain
+        ancestors = torch.zeros(rows, rows, dtype=torch.bool)
+        for row, branch in enumerate(self.superset.branches):
+            ancestors[row, list(branch)] = True
+        ancestors[size:, size:] = torch.ones(self.chain, self.chain, dtype=torch.bool).tril()
+        return ancestors
+
+    def along_paths(self, log_p: Tensor) -> Tensor:
+        """Of each path its guesses' own log p, 0 behind the last: log_p [D, W] -> [D, S]."""
+        return torch.cat([log_p.flatten(), self._zero])[self._places]
+
+    def choose(self, root: Tensor, guesses: Tensor, chances: Tensor, chain: Tensor, chain_log_p: Tensor) -> Selection:
+        """Choose the n likeliest rows.
+
+        Args:
+            root: [1], its token; guesses: [D, W], of each head the likeliest tokens, no token twice.
+            chances: [D, S], from `along_paths`: log p of each guess if those before it are right, 0 at most.
+            chain, chain_log_p: [C], tokens and their log p, likewise.
+        """
+        tokens = torch.cat([guesses.flatten(), self._no_token, root, chain])
+        if not self.chain:
+            return self._laid_out(tokens, _summed(chances, self._zero), self._root)
+        agreed = min(self.superset.depth, self.chain)
+        same = tokens[self._places[:agreed]] == chain[:agreed, None]
+        shared = same.cumprod(0, dtype=torch.uint8)  # along each path, whether it is the chain's beginning so far
+        surer = torch.maximum(chances[:agreed], chain_log_p[:agreed, None])
+        scores = _summed([*torch.where(shared.bool(), surer, chances[:agreed]), *chances[agreed:]], self._zero)
+        scores = scores.expand(len(self.superset))
+        whole = shared.sum(0) == self._depths[: len(self.superset)]
+        joint = (whole * self._rows[: len(self.superset)]).amax()  # one path a depth agrees, and rows go by depth
+        below = self._depths[len(self.superset) :] > self._depths[joint]
+        tail = torch.where(below, chain_log_p, 0.0).cumsum(0) + scores[joint]
+        tail = torch.where(below, tail.cummin(0).values, float("-inf"))  # rounding may not put a child first
+        return self._laid_out(tokens, torch.cat([scores, tail]), joint)
+
+    def _laid_out(self, tokens: Tensor, scores: Tensor, joint: Tensor) -> Selection:
+        """The likeliest rows as a tree. tokens: [D * W + 2 + C]; scores: [E]; joint: []."""
+        size = len(self.superset)
+        rows = scores.argsort(descending=True, stable=True)[: self.nodes].sort().values
+        parents, ancestors = self._parents[rows], self._ancestors[rows]
+        if self.chain:
+            parents = torch.where(rows == size + self._depths[joint], joint, parents)
+            ancestors = ancestors | ((rows >= size)[:, None] & self._ancestors[joint])
+        tensors = TreeTensors(
+            torch.searchsorted(rows, parents), self._depths[rows], ancestors[:, rows],
+            max(self.superset.depth, self.chain),
+        )  # fmt: skip
+        return Selection(rows, tokens[self._own[rows]], tensors, joint)
+
+    def paths(self, rows: list[int], joint: int) -> tuple[NodePath, ...]:
+        """The chosen rows as paths; a guess of the chain's own is COPIED in place of a rank."""
+        known, stem = self.superset.paths, self.superset.paths[joint]
+        size, copied = len(known), 1 - len(known) - len(stem)
+        return tuple(known[row] if row < size else stem + (COPIED,) * (row + copied) for row in rows)
+
+
+def _summed(chances: Tensor | list[Tensor], start: Tensor) -> Tensor:
+    """Log p of whole paths, added depth by depth: so no rounding makes a child likelier than its parent."""
+    total = start
+    for step in chances:
+        total = total + step
+    return total
