@@ -81,7 +81,7 @@ def test_a_path_is_the_branch_of_its_node(seed, nodes):
 def test_a_decision_reads_nothing_on_the_host(kind):
     """Fake tensors have no data: to look at one raises."""
     tree = random_tree(1, 12, 4, 3, spine=3)
-    acceptance._token_keys.cache_clear()
+    acceptance.token_keys.cache_clear()
     with FakeTensorMode():
         depths, parents = torch.zeros(2, len(tree), dtype=torch.long)
         ancestors = torch.zeros(len(tree), len(tree), dtype=torch.bool)
@@ -90,4 +90,4 @@ def test_a_decision_reads_nothing_on_the_host(kind):
         verdict = decide(kind, torch.zeros(7).double(), logits, candidates, tensors, torch.zeros((), dtype=torch.long))
         assert verdict.row.shape == verdict.next.shape == ()
         assert path_to(verdict.row, tensors).shape == (tree.depth + 1,)
-    acceptance._token_keys.cache_clear()
+    acceptance.token_keys.cache_clear()

@@ -136,8 +136,15 @@ def _deepest(kept: Tensor, tree: TreeTensors, log_p: Tensor | None) -> Tensor:
 
 
 def path_to(row: Tensor, tree: TreeTensors) -> Tensor:
-    """Rows from the root down to node `row`, [] -> [depth + 1]; root again where the path is over."""
-    levels = torch.arange(tree.depth + 1, device=row.device)
+    """Rows from the root down to node `row`; the root again where the path is over.
+
+    Args:
+        row: [].
+
+    Returns:
+        [min(depth + 1, n)]
+    """
+    levels = torch.arange(min(tree.depth + 1, len(tree.depths)), device=row.device)
     return (tree.ancestors[row[None]] & (tree.depths == levels[:, None])).int().argmax(-1)
 
 
@@ -171,13 +178,13 @@ def gumbel(seed: int | Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     The bits are splitmix64's finalizer of both keys; int64 arithmetic wraps as it needs.
     """
     keys = _mix((positions * _STRIDE + seed * 0x9E3779B1) & 0x7FFFFFFFFFFFFFFF)
-    bits = _mix(_token_keys(vocabulary, positions.device) ^ keys[:, None])
+    bits = _mix(token_keys(vocabulary, positions.device) ^ keys[:, None])
     uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
     return -(-uniform.log()).log().float()
 
 
 @lru_cache(maxsize=4)
-def _token_keys(vocabulary: int, device: torch.device) -> Tensor:
+def token_keys(vocabulary: int, device: torch.device) -> Tensor:
     return _mix(torch.arange(1, vocabulary + 1, device=device))
 
 

@@ -43,6 +43,7 @@ class Engine:
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
         tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
+        eager: bool | None = None,
     ) -> None:  # fmt: skip
         self.name, self.system = name, system
         self.notices: list[str] = []
@@ -50,7 +51,7 @@ class Engine:
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
             raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
-        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED)
+        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager)
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy = accuracy
         self._eos = eos_ids(backbone, tokenizer) if eos is None else eos

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import Rule, TreeTensors
+from medusa_chat.decoding.acceptance import Rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.captured import Captured, at_once, capturable
 from medusa_chat.decoding.copying import Copied
-from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome
-from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree
+from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome, to_send
+from medusa_chat.decoding.static import Plan, StaticStep
+from medusa_chat.decoding.tree import AnyTree, Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
@@ -20,20 +22,33 @@ PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activ
 class Runner:
     """Runs steps over one text and keeps what the next step needs: the cache and the last hidden state.
 
-    `step` is the one door: today it runs the eager step, and a captured one has to give the same Outcome.
+    `step` is the one door: behind it is the eager step, or the static one, which on a GPU is captured.
     """
 
     def __init__(
-        self, backbone: Backbone, heads: MedusaHeads | None, capacity: int, accuracy: Accuracy = PUBLISHED
-    ) -> None:
-        """`accuracy` tells how likely the heads' guesses are beside copied ones."""
+        self, backbone: Backbone, heads: MedusaHeads | None, capacity: int, accuracy: Accuracy = PUBLISHED,
+        eager: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Start with an empty text.
+
+        Args:
+            capacity: positions of the cache.
+            accuracy: tells how likely the heads' guesses are beside copied ones.
+            eager: take the plain step; by default wherever a step cannot be captured.
+        """
         self.backbone = backbone
         self.heads = heads
         self.cache = backbone.new_cache(capacity)
         self.accuracy = accuracy
-        self._hidden: Tensor | None = None  # [1, hidden] of the last committed row
+        # [1, hidden] of the last committed row
+        self._hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
         self._root = FixedPlan(Tree(), backbone)
-        self._plans: dict[tuple[AnyTree, bool], FixedPlan | ChosenPlan] = {}
+        self._plans: dict[tuple[AnyTree, bool], Plan] = {}
+        can_capture = capturable(backbone)
+        self._static: StaticStep | None = None
+        if not (not can_capture if eager is None else eager):
+            run = Captured() if can_capture else at_once
+            self._static = StaticStep(backbone, self.cache, self._hidden, self._guesses, run)
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:
@@ -42,7 +57,7 @@ class Runner:
             chunk = tokens[start : start + PREFILL_ROWS]
             hidden = self.backbone.hidden(*self._chain(chunk), self.cache)
             self.cache.commit(tuple(range(len(chunk))))
-        self._hidden = hidden[-1:]
+        self._hidden.copy_(hidden[-1:])
         last = torch.tensor(tokens[-1:], device=self.backbone.device)
         return int(rule(self.backbone.logits(self._hidden), last, self._root.tensors, self.cache.length - 1).next)
 
@@ -54,26 +69,36 @@ class Runner:
         compete with the heads' guesses for the tree's places.
         """
         plan = self._plan(tree, copied is not None)
-        nodes = plan.nodes(root, *self._guesses(plan), copied)
+        sent = to_send(root, copied)
+        if self._static is not None:
+            outcome = plan.outcome(self._static.step(sent, plan, rule))
+            self.cache.commit(tuple(range(len(outcome.rows))))  # moved into their order already
+        else:
+            outcome = plan.outcome(self._eager_step(sent, plan, rule))
+            self.cache.commit(outcome.rows)
+        return outcome
+
+    def _eager_step(self, sent: list[float], plan: Plan, rule: Rule) -> list[int]:
+        """The accepted row, the token behind it, the nodes' tokens, and what the plan tells."""
+        told = torch.tensor(sent, dtype=torch.float64, device=self.backbone.device)
+        nodes = plan.nodes(told, *self._guesses(plan))
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
         hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
         verdict = rule(self.backbone.logits(hidden), nodes.candidates, nodes.tensors, position)
-        settled = torch.cat([verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told]).tolist()
-        outcome = plan.outcome(settled)
-        self._hidden = hidden[settled[0]][None]
-        self.cache.commit(outcome.rows)
-        return outcome
+        learned = torch.cat([verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told])
+        settled: list[int] = learned.tolist()
+        self._hidden.copy_(hidden[settled[0]])
+        return settled
 
-    def _guesses(self, plan: FixedPlan | ChosenPlan) -> tuple[Tensor, Tensor | None]:
+    def _guesses(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """The likeliest tokens of each head that the tree uses, [depth, width], and how likely each head says they are.
 
         The natural logarithms of the heads' own probabilities, float32, or None where the plan does not ask for them.
         """
         if self.heads is None or plan.width == 0:
             return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
-        assert self._hidden is not None, "a step follows a prefill"
         logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: plan.depth, 0]
         likeliest = logits.topk(plan.width)
         if not plan.confident:
@@ -90,7 +115,7 @@ class Runner:
             mask = attention.additive(torch.ones(n, n, dtype=torch.bool, device=device).tril(), self.backbone.dtype)
         return torch.tensor(tokens, device=device), positions, mask
 
-    def _plan(self, tree: AnyTree, copied: bool) -> FixedPlan | ChosenPlan:
+    def _plan(self, tree: AnyTree, copied: bool) -> Plan:
         key = (tree, copied)
         if key not in self._plans:
             if len(self._plans) > 64:
