@@ -32,7 +32,7 @@ def main() -> None:
     for named in options.models:
         name, _, place = named.partition("=")
         model, _, heads = place.partition(":")
-        engine = medusa_chat.load(model, heads or None, tree="chain-3", probing=False, measured=False)
+        engine = medusa_chat.load(model, heads or None, tree="chain-3", probing=False, measured=False, copies=False)
         print(json.dumps({"name": name, **measure(engine, count, prompts, options.max_new_tokens)}), flush=True)
 
 

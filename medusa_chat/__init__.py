@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import Sampling, UserError
@@ -16,13 +18,15 @@ __all__ = ["Sampling", "UserError", "load"]
 def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
-    probing: bool = True, measured: bool = True, copies: bool = True,
+    probing: bool = True, measured: bool = True, copies: bool = True, template: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
     Args:
         model: a name of models.yaml, a folder or a hub id; None is the bundled model.
-        heads: a safetensors file, a folder or a hub id; None looks beside the backbone.
+        heads: a file, folder or hub id, in any public layout; None looks beside the backbone. Hub ids may end in
+            @revision.
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
@@ -31,6 +35,8 @@ def load(
         probing: take a vanilla step now and then, so that Stats knows the speedup.
         copies: copy guesses from the conversation too.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
+        template: a conversation template of fastchat by name, in place of the model's own.
+        progress: is called while something is downloaded: repository, bytes there, bytes in all.
 
     Raises:
         UserError: whatever the user can put right, in one line.
@@ -41,9 +47,12 @@ def load(
     from medusa_chat.model.loading import load_model
 
     spec = resolve_model(model, heads, quant, quant_heads)
-    loaded = load_model(spec, device, dtype)
-    return Engine(
+    spec = replace(spec, template=template or spec.template)
+    loaded = load_model(spec, device, dtype, progress)
+    engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
-        tree=spec.tree if tree == "auto" else tree, probing=probing,
-        copies=copies, accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
+        tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
+        accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
+    engine.notices[:0] = loaded.notices
+    return engine

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from medusa_chat import __version__
 from medusa_chat.config import (
+    LAYOUTS,
     RECIPE_HELP,
     RECIPES,
     SAMPLING_HELP,
@@ -20,6 +21,18 @@ from medusa_chat.config import (
     make_recipe,
     parse_value,
 )
+
+
+class _Template(argparse.Action):
+    """Takes the name of a conversation template; `list` prints the names, as --help prints the flags."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: Any, value: Any, flag: str | None = None) -> None:
+        if value == "list":
+            from fastchat.conversation import conv_templates
+
+            print("\n".join(sorted(conv_templates)))
+            parser.exit()
+        setattr(options, self.dest, value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,6 +135,18 @@ def _calibrate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures too; needs matplotlib")
 
 
+def _export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="name, folder or hub id; default: the bundled model")
+    command.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
+    command.add_argument("--layout", choices=LAYOUTS, required=True, help="the program or version that will read it")
+    command.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new, or an earlier export")
+    text = "of the heads; default: as their file has it"
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace --out whatever it holds")
+    command.add_argument("--push", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face hub")
+    command.add_argument("--private", action="store_true", help="with --push: a new repository is private")
+
+
 def _no_flags(command: argparse.ArgumentParser) -> None:
     """`models` takes none."""
 
@@ -133,6 +158,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("train Medusa heads for a model", _train),
     "distill": ("let the model answer prompts, as training data for its heads", _distill),
     "calibrate": ("measure each head's accuracy, for the tree tuner", _calibrate),
+    "export": ("write the heads as other programs read them: TGI, vLLM, TensorRT-LLM, ...", _export),
     "models": ("list the models that --model knows by name", _no_flags),
 }
 
@@ -145,7 +171,12 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     quants = ["auto", *get_args(Quant)]
     parser.add_argument("--quant", choices=quants, default="auto", help="of the backbone's weights (bitsandbytes)")
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
-    parser.add_argument("--tree", default="auto", help="auto, chain-N, a released tree, or a JSON file of paths")
+    text = "a conversation template of fastchat, in place of the model's own; `list` prints their names"
+    parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
+    text = "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N, a released tree, or a JSON file of paths"
+    parser.add_argument("--tree", default="auto", help=text)
+    text = "copy guesses from the conversation too (default: on)"
+    parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
 
 

@@ -8,8 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from pathlib import Path
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
 from medusa_chat.arguments import COMMANDS, parser, recipe_of, sampling_of
@@ -48,14 +47,20 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _load(options: argparse.Namespace, probing: bool = True, measured: bool = True) -> Engine:
+def _load(
+    options: argparse.Namespace, probing: bool = True, measured: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Engine:  # fmt: skip
+    """The engine that the flags ask for. A download is told to `progress`, else shown on standard error."""
     import medusa_chat
+    from medusa_chat.terminal.downloads import downloads
 
-    return medusa_chat.load(
-        options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
-        dtype=options.dtype, tree=options.tree,
-        context=options.max_context, probing=probing, measured=measured,
-    )  # fmt: skip
+    with nullcontext(progress) if progress else downloads() as shown:
+        return medusa_chat.load(
+            options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
+            dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
+            probing=probing, measured=measured, copies=options.copies, progress=shown,
+        )  # fmt: skip
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -75,8 +80,8 @@ def _chat(options: argparse.Namespace) -> int:
     name = resolve_model(options.model, options.heads).name
     history = user_state_path("medusa-chat") / "history"
     return chat(
-        lambda: _load(options), model=name, sampling=sampling, system=options.system, marks=options.marks,
-        history=history, transcript=options.transcript,
+        lambda progress: _load(options, progress=progress), model=name, sampling=sampling, system=options.system,
+        marks=options.marks, history=history, transcript=options.transcript,
     )  # fmt: skip
 
 
@@ -89,7 +94,7 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
         raise UserError("the prompt is empty")
     engine = _load(options)
     system = engine.system if options.system is None else options.system
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = [{"role": "system", "content": system}] if system or engine.system else []
     messages.append({"role": "user", "content": prompt})
     stats, ids, text = Stats(), [], ""
     with closing(engine.generate(messages, sampling)) as steps:
@@ -181,9 +186,9 @@ def _distill(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from medusa_chat.config import ACCURACY_FILE, resolve_model
+    from medusa_chat.config import resolve_model
     from medusa_chat.decoding.accuracy import grow, write_accuracy
-    from medusa_chat.model.loading import heads_file
+    from medusa_chat.model.hub import accuracy_file
     from medusa_chat.prompts import read_prompts
     from medusa_chat.terminal import charts, report
     from medusa_chat.training.calibrate import SIZES, calibrate, check_forecast, held_aside
@@ -191,16 +196,15 @@ def _calibrate(options: argparse.Namespace) -> int:
     if options.plot:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
-    heads = heads_file(resolve_model(options.model, options.heads))
-    if heads is None:
-        raise UserError("the model has no Medusa heads to measure")
+    spec = resolve_model(options.model, options.heads)
     options.tree = "chain-1" if options.tree == "auto" else options.tree  # nothing is timed here
     engine = _load(options, probing=False, measured=False)  # an old file of figures may be damaged: it goes
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with report.progress("calibrating") as progress:
         accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
     source = f"{len(counted)} conversations of {', '.join(path.name for path in options.prompts)}"
-    file = heads.parent / ACCURACY_FILE
+    file = accuracy_file(spec)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_accuracy(accuracy, file, source)
     with report.progress("checking") as progress:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
@@ -215,16 +219,28 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from medusa_chat.config import resolve_model
+    from medusa_chat.export.writing import Export, export
+
+    if options.private and not options.push:
+        raise UserError("--private is for --push")
+    job = Export(options.layout, options.out, options.dtype, options.push, options.private, options.overwrite)
+    for notice in export(resolve_model(options.model, options.heads), job):
+        print(f"medusa-chat: {notice}", file=sys.stderr)
+    print(f"wrote {options.out}" + (f" and uploaded it to {options.push}" if options.push else ""))
+    return 0
+
+
 def _models(options: argparse.Namespace) -> int:
-    from medusa_chat.config import ACCURACY_FILE, resolve_model
+    from medusa_chat.config import resolve_model
     from medusa_chat.decoding.accuracy import read_accuracy
+    from medusa_chat.model.hub import accuracy_file
     from medusa_chat.terminal import report
 
     specs, top1 = list(read_registry().values()), {}
     for spec in specs:
-        found = resolve_model(spec.name)
-        place = Path(found.heads or found.backbone)
-        accuracy = read_accuracy((place.parent if place.is_file() else place) / ACCURACY_FILE)
+        accuracy = read_accuracy(accuracy_file(resolve_model(spec.name)))
         if accuracy:
             top1[spec.name] = [row[0] for row in accuracy.top]
     report.show_models(specs, top1)
@@ -233,7 +249,7 @@ def _models(options: argparse.Namespace) -> int:
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": _chat, "bench": _bench, "verify": _verify, "train": _train, "distill": _distill, "calibrate": _calibrate,
-    "models": _models,
+    "export": _export, "models": _models,
 }  # fmt: skip
 
 

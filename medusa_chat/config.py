@@ -16,6 +16,10 @@ Quant = Literal["none", "nf4", "nf4-double", "int8"]
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
+# Layouts of heads' files: the official ones by their versions, the others by the program that reads them.
+LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
+
+
 class UserError(Exception):
     """Something the user can put right; its message is the one line that is shown, with exit status 2."""
 
@@ -119,6 +123,7 @@ class ModelSpec:
     name: str
     backbone: str  # a folder or a hub id, which may end in @revision
     heads: str | None = None  # likewise, or a file; None: in the backbone's own folder
+    layout: str = ""  # of the heads' file, if another one would be a surprise
     template: str = ""  # a conversation template of fastchat; "": the tokenizer's own, else the one fastchat matches
     quant: str = "auto"  # auto, or a Quant: of the backbone
     quant_heads: str = "auto"  # auto, or a Quant: of the heads
@@ -296,3 +301,11 @@ def resolve_model(
         raise UserError(f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)")
     changes = {"quant": quant, "quant_heads": quant_heads, "heads": os.path.expanduser(heads) if heads else "auto"}
     return replace(spec, **{key: value for key, value in changes.items() if value != "auto"})
+
+
+def size_text(count: float) -> str:
+    """Bytes as one reads them: 13.5 GB."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} bytes"

@@ -40,6 +40,7 @@ class Step:
     Attributes:
         nodes: rows of the forward, the root included; 0 if the step needed no forward at all.
         seconds: time inside the engine, without that of its consumer and without prefill.
+        depth: depth of the tree that was verified (0 for a vanilla step).
         finish: why the reply ended with this step, else None.
         tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
             is in it once, COPIED once for every depth.
@@ -49,6 +50,7 @@ class Step:
     nodes: int
     seconds: float
     kind: Literal["tree", "vanilla"]
+    depth: int = 0
     finish: Finish | None = None
     tested: tuple[int, ...] = ()
 
@@ -216,8 +218,9 @@ class Stats:
         return self.acceptance_length / self.overhead
 
     def head_acceptance(self) -> dict[int, float]:
-        """Per head: accepted guesses / steps in which its guess was put to the test."""
-        return {head: self.accepted[head] / tested for head, tested in sorted(self.reached.items())}
+        """Per head: accepted guesses / steps in which its guess was put to the test; COPIED last."""
+        heads = sorted(self.reached, key=lambda head: (head == COPIED, head))
+        return {head: self.accepted[head] / self.reached[head] for head in heads}
 
     def as_json(self) -> dict[str, Any]:
         """The figures of the summary line of `--json`."""

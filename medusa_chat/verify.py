@@ -10,12 +10,14 @@ import torch
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import gumbel, make_warp
+from medusa_chat.decoding.accuracy import dynamic_tree
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tree import Tree, chain, named_tree, paper_trees
+from medusa_chat.decoding.tree import AnyTree, Tree, chain, named_tree, paper_trees
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import Prompt
 
 SAMPLINGS = tuple((temperature, top_p) for temperature in (0.3, 0.7, 1.0) for top_p in (1.0, 0.9))
+WITH_COPIES = ("auto", "mc_sim_7b_63", "random-12", "dynamic-16", "dynamic-64")  # trees decoded with copies too
 ULPS = 16  # two scores closer than this many units in the last place of the dtype may fall either way
 
 
@@ -41,14 +43,15 @@ def random_tree(rng: random.Random, nodes: int, depth: int, width: int) -> Tree:
     return Tree.of(paths, f"random-{nodes}")
 
 
-def trees_to_check(engine: Engine, seed: int) -> dict[str, Tree]:
-    """The engine's own tree, every released one, a chain and two random ones, pruned to the heads."""
+def trees_to_check(engine: Engine, seed: int) -> dict[str, AnyTree]:
+    """The engine's own tree, every released one, a chain, two random and two dynamic ones, pruned to the heads."""
     rng = random.Random(seed)
-    named = {"auto": engine.tree} | {name: named_tree(name) for name in paper_trees()}
+    named: dict[str, AnyTree] = {"auto": engine.tree} | {name: named_tree(name) for name in paper_trees()}
     named[f"chain-{engine.heads}"] = chain(engine.heads)
     for nodes in (12, 40):
         named[f"random-{nodes}"] = random_tree(rng, nodes, engine.heads, 10)
-    return named
+    accuracy = engine.runner.accuracy.pruned(engine.heads, engine.backbone.vocabulary)
+    return named | {f"dynamic-{nodes}": dynamic_tree(accuracy, nodes) for nodes in (16, 64)}
 
 
 def verify(
@@ -70,11 +73,16 @@ def verify(
             compare("vanilla, generate()", ids, peer.generate(ids, room), reference, plain)
             for name, tree in trees.items():
                 compare(f"greedy, {name}", ids, reference, _ids(engine, ids, plain, tree), plain)
+                if name in WITH_COPIES:
+                    found = _ids(engine, ids, plain, tree, copies=True)
+                    compare(f"greedy, {name}, copies", ids, reference, found, plain)
             for temperature, top_p in SAMPLINGS:
                 drawn = replace(sampling, mode="exact", temperature=temperature, top_p=top_p, seed=done)
                 vanilla = _ids(engine, ids, replace(drawn, mode="vanilla", sample=True), engine.tree)
-                found = _ids(engine, ids, drawn, trees["auto"])
-                compare(f"exact, T={temperature}, top-p={top_p}", ids, vanilla, found, drawn)
+                for name, copies in (("auto", False), ("dynamic-16", True)):
+                    found = _ids(engine, ids, drawn, trees[name], copies)
+                    law = f"exact, {name}{', copies' if copies else ''}, T={temperature}, top-p={top_p}"
+                    compare(law, ids, vanilla, found, drawn)
         progress(done, len(prompts))
     return list(checks.values())
 
@@ -89,8 +97,9 @@ def _histories(engine: Engine, prompt: Prompt, turns: int) -> Iterator[list[int]
             yield ids
 
 
-def _ids(engine: Engine, prompt: list[int], sampling: Sampling, tree: Tree) -> list[int]:
+def _ids(engine: Engine, prompt: list[int], sampling: Sampling, tree: AnyTree, copies: bool = False) -> list[int]:
     engine.use_tree(tree)
+    engine.use_copies(copies)
     engine.notices.clear()
     return [token.id for step in engine.generate(prompt, sampling) for token in step.tokens]
 

@@ -52,6 +52,7 @@ def script(text: str, *, mode: str = "greedy", heads: int = 4, finish: Finish | 
             kind="vanilla" if vanilla else "tree",
             depth=0 if vanilla else heads,
             finish=None if parts else finish,
+            tested=() if vanilla else tuple(range(1, min(heads, count) + 1)),
         )
 
 
@@ -72,6 +73,7 @@ class FakeEngine:
         self.context = 1024
         self.heads = heads
         self.system = "You are a helpful assistant."
+        self.copies = True
         self.notices: list[str] = []
         self.prefilled = 0
         self.prefill_seconds = 0.0
@@ -121,6 +123,9 @@ class FakeEngine:
             raise UserError(f"no tree {name!r}")
         self._tree = name
 
+    def use_copies(self, on: bool) -> None:
+        self.copies = on
+
     def tree_names(self) -> list[str]:
         return ["auto", "chain", "vicuna-7b"]
 
@@ -141,7 +146,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from medusa_chat.terminal.repl import chat
 
-    def load() -> FakeEngine:
+    def load(progress: object) -> FakeEngine:
         if arguments.load:
             time.sleep(arguments.load / 2)
             print("a library warns", file=sys.stderr)

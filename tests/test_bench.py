@@ -80,7 +80,8 @@ def test_each_baseline_samples_as_its_mode_does(engine: Engine) -> None:
 def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
     checks = verify.verify(engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet)
     names = {check.name for check in checks}
-    assert {"vanilla, generate()", "greedy, auto", "greedy, mc_sim_7b_63", "exact, T=0.7, top-p=0.9"} <= names
+    assert {"vanilla, generate()", "greedy, auto", "greedy, mc_sim_7b_63", "greedy, dynamic-16, copies"} <= names
+    assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
     assert any(name.startswith("greedy, random") for name in names)
     assert all(check.replies == check.equal == 2 for check in checks)
     report.show_checks([vars(check) for check in checks])
@@ -90,8 +91,8 @@ def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     """A runner that now and then passes off the wrong token is found out, whatever the tree."""
     honest = Runner.step
 
-    def lying(self: Runner, root: int, tree: object, rule: object) -> Outcome:
-        outcome = honest(self, root, tree, rule)  # type: ignore[arg-type]
+    def lying(self: Runner, root: int, tree: object, rule: object, copied: object = None) -> Outcome:
+        outcome = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
         wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
         return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
 

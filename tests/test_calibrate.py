@@ -88,7 +88,7 @@ def test_the_walk_is_the_decoding(limit: int) -> None:
 
 
 def test_the_walk_is_the_decoding_of_the_bundled_model() -> None:
-    engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False)
+    engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
     said = ["Hello!", "Tell me a short fairy tale.", "What is the capital of France?", "I need a cheap hotel, please."]
     prompts: list[Any] = [[{"role": "user", "content": text}] for text in said]
     for tree in (chain(4), named_tree("mc_sim_7b_63").pruned(4, 20)):
@@ -186,7 +186,10 @@ def test_the_check_decodes_with_the_trees_that_were_forecast() -> None:
     prompts = [Prompt("t", (f"prompt {number}",)) for number in range(6)]
     calls: list[tuple[int, int]] = []
     checks = check_forecast(engine, accuracy, prompts, 20, lambda done, total: calls.append((done, total)))
-    assert [check.nodes for check in checks] == [8, 16]  # one head with 20 guesses does not fill 32 nodes
+    assert [(check.tree, check.nodes) for check in checks] == [
+        ("fixed", 8),
+        ("fixed", 16),
+    ]  # one head with 20 guesses does not fill 32 nodes
     assert calls == [(done, 12) for done in range(1, 13)]
     for check in checks:
         tree, forecast = grow(accuracy, check.nodes)

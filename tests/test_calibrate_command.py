@@ -112,7 +112,9 @@ def test_bars_fit_the_screen_and_tell_the_ranks_apart_without_colour(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = [[0.5] * 4 + [0.75] * 5 + [1.0], [0.25] * 10, [0.0] * 4]
-    lines = shown(monkeypatch, width, top, [{"nodes": 16, "forecast": 2.0, "measured": 1.9, "error": 0.04}])
+    lines = shown(
+        monkeypatch, width, top, [{"tree": "fixed", "nodes": 16, "forecast": 2.0, "measured": 1.9, "error": 0.04}]
+    )
     assert max(map(len, lines)) <= width
     bars = [lines[3 + head].split("│")[5].strip() for head in range(3)]
     whole = len(bars[0])

@@ -41,7 +41,7 @@ def test_a_conversation_as_a_user_has_it(terminal: Chat, tmp_path: Path) -> None
     steps = expected_steps()
     stats = Stats.of(steps)
     terminal.say(QUESTION)  # typed while the model loads
-    terminal.see("■ head 4 (+4)")
+    terminal.see("■ 4 (+4)")
     terminal.replies(1)
     first_words = "".join(step.text for step in steps)[:30]
     row = next(row for row in range(40) if terminal.screen.display[row].startswith(first_words))

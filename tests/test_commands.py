@@ -14,7 +14,7 @@ from rich.console import Console
 
 from medusa_chat import config
 from medusa_chat.config import MODES, Sampling, UserError
-from medusa_chat.events import Candidates
+from medusa_chat.events import COPIED, Candidates, Stats, Step, Token
 from medusa_chat.terminal import tables, tree_view
 from medusa_chat.terminal.commands import GREEDY_REPEATS, dispatch, find, is_command
 from medusa_chat.terminal.completion import CommandCompleter
@@ -44,8 +44,8 @@ def row(table: str, label: str) -> list[str]:
 
 def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
     shown = run(chat, "/help")
-    names = "help mode greedy typical exact vanilla set system reset undo regen stats tree heads marks save load exit"
-    assert list(REGISTRY) == names.split()
+    names = "help mode greedy typical exact vanilla set system reset undo regen stats tree copies heads marks save load"
+    assert list(REGISTRY) == [*names.split(), "exit"]
     for entry in REGISTRY.values():
         assert entry.help
         assert any(line.startswith(entry.invocation) for line in shown.splitlines())
@@ -208,6 +208,31 @@ def test_a_large_tree_stays_readable() -> None:
     hidden = sum(int(line.split("… ")[1].split()[0]) for line in lines if "more" in line)
     drawn = sum("(" in line for line in lines)
     assert drawn + hidden == 63
+
+
+def test_copies(chat: Chat) -> None:
+    assert "copied" in run(chat, "/help")
+    assert run(chat, "/copies off").strip() == "copies off"
+    assert not chat.session.engine.copies
+    assert "copied" not in run(chat, "/help").split("LM")[1]
+    assert "■" in run(chat, "/copies")
+    assert chat.session.engine.copies
+    with pytest.raises(UserError, match=r"usage: /copies \[on\|off\]"):
+        dispatch(chat, "/copies maybe")
+
+
+def test_copied_guesses_are_drawn_and_counted_as_such(chat: Chat) -> None:
+    candidates = Candidates(((), (0,), (COPIED,), (COPIED, COPIED)), ("a", "b", "c", "d"), (0, 2, 3))
+    console = Console(width=60, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(tree_view.draw(candidates))
+    drawn = console.export_text(styles=True)
+    grey = "38;2;128;128;128"
+    assert drawn.count(grey) == 2
+    assert drawn.count("✓") == 3
+    stats = Stats.of([Step((Token(1, "a", 0), Token(2, "b", COPIED)), 8, 0.01, "tree", tested=(COPIED, COPIED, 1))])
+    chat.session.conversation = chat.session.last = stats
+    assert row(run(chat, "/heads"), "■ copied") == ["any", "token", "2", "1", "50.0%", "━" * 10 + "╌" * 10]
+    assert row(run(chat, "/stats"), "accepted of copied") == ["50.0%", "50.0%"]
 
 
 def test_marks(chat: Chat) -> None:

@@ -9,11 +9,12 @@ import pytest
 from medusa_chat.events import COPIED, Stats, Step, Token
 
 
-def step(heads: list[int], seconds: float, *, nodes: int = 8, depth: int = 3, finish=None) -> Step:
-    """A step whose tokens came from `heads`."""
+def step(heads: list[int], seconds: float, *, nodes: int = 8, finish=None) -> Step:
+    """A step whose tokens came from `heads`, of a tree of three."""
     kind = "tree" if nodes > 1 else "vanilla"
     tokens = tuple(Token(10 + head, "ab"[head % 2], head) for head in heads)
-    return Step(tokens, nodes, seconds, kind, depth if nodes > 1 else 0, finish)
+    tested = range(1, min(3, len(heads) - (finish is not None)) + 1) if nodes > 1 else ()
+    return Step(tokens, nodes, seconds, kind, 3 if nodes > 1 else 0, finish, tuple(tested))
 
 
 REPLY = (
@@ -62,12 +63,13 @@ def test_a_vanilla_step_is_compared_with_its_neighbour():
     assert ended.overhead == pytest.approx(2.75)  # no tree step of its reply stands before the vanilla one
 
 
-def test_a_guess_behind_the_end_of_a_reply_was_not_tested():
-    """A reply that ends inside the accepted path says nothing about the next head."""
-    cut = step([0, 1], 0.02, finish="eos")
-    assert Stats.of([cut]).head_acceptance() == {1: 1.0}
-    closed = step([0, 1, 0], 0.02, finish="length")
-    assert Stats.of([closed]).head_acceptance() == {1: 1.0, 2: 0.0}
+def test_copied_guesses_count_by_themselves_at_every_depth():
+    tokens = tuple(Token(7, "a", head) for head in (0, 1, COPIED, COPIED))
+    steps = [Step(tokens, 8, 0.02, "tree", tested=(COPIED, COPIED, COPIED, 1, 2)), step([0, 1], 0.02)]
+    stats = Stats.of(steps)
+    assert stats.head_acceptance() == {COPIED: 2 / 3, 1: 1.0, 2: 0.0}
+    assert stats.acceptance_length == 3
+    assert stats.as_json()["head_acceptance"] == {"-1": 0.66667, "1": 1.0, "2": 0.0}
 
 
 def test_nothing_is_known_before_it_was_measured():
@@ -81,11 +83,6 @@ def test_nothing_is_known_before_it_was_measured():
     vanilla_alone = Stats.of(REPLY[2:3])
     assert vanilla_alone.acceptance_length is vanilla_alone.overhead is None
     assert vanilla_alone.vanilla_tokens_per_second == pytest.approx(100)
-
-
-def test_a_tree_that_gets_no_deeper_tests_no_deeper_head():
-    stats = Stats.of([step([0, 1], 0.02, depth=1), step([0], 0.02, depth=1)])
-    assert stats.head_acceptance() == {1: 0.5}
 
 
 def test_one_slow_step_does_not_change_the_measured_overhead():

@@ -23,6 +23,7 @@ ALLOWED = {
     "training": ENGINE | {"prompts"},
     "bench": ENGINE | {"prompts", "peers"},
     "peers": ENGINE,
+    "export": ENGINE | {"__init__"},
     "verify": ENGINE | {"prompts", "peers"},
     "doctor": ENGINE | {"prompts"},
     "terminal": {"config", "shapes", "events", "__init__"},

@@ -173,3 +173,21 @@ def test_ends_at_foresees_the_token_that_closes_the_reply():
     assert not reply.ends_at(1)
     reply.take([1, 1], [0, 0])
     assert reply.ends_at(1)
+
+
+def test_bytes_that_make_no_character_do_not_end_the_stream():
+    vocabulary = {"a": 0, "b": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = [0, 2 + 0x37, 2 + 0x81, 1, 2 + 0xC3, 2 + 0xA9, 0]
+    reply = Reply(llama, Sampling(), frozenset(), 100)
+    assert [token.text for token in reply.take(ids, [0] * len(ids))] == [
+        "a",
+        "7",
+        "",
+        "\N{REPLACEMENT CHARACTER}b",
+        "",
+        "é",
+        "a",
+    ]

@@ -40,7 +40,7 @@ def test_the_prompt_holds_system_and_all_turns() -> None:
     assert Session(engine, Sampling(), system="").system == ""
     session.system = ""
     talk(session, "three")
-    assert engine.prompts[-1][0]["role"] == "user"
+    assert engine.prompts[-1][0] == {"role": "system", "content": ""}  # takes the engine's own away
 
 
 class Remembering(FakeEngine):

@@ -36,7 +36,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Chat]]:
 
 def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) -> None:
     terminal = start()
-    terminal.see("■ head 4 (+4)")
+    terminal.see("■ 4 (+4)")
     terminal.say("Tell me a story")
     terminal.replies(1)
     row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
@@ -109,7 +109,7 @@ def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Chat]) -> Non
 
 def test_several_lines_are_one_message(start: Callable[..., Chat], tmp_path: Path) -> None:
     terminal = start()
-    terminal.see("■ head 4 (+4)")
+    terminal.see("■ 4 (+4)")
     terminal.send("\x1b[200~one\rtwo\nthree\x1b[201~")
     terminal.see("three")
     terminal.send(NEW_LINE + "four\nfive" + ENTER)
@@ -237,7 +237,7 @@ def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Chat]) 
 def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
-        chat(lambda: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
+        chat(lambda progress: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
 
 
 def test_the_package_imports_no_torch() -> None:

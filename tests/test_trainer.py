@@ -77,7 +77,7 @@ def test_medusa1_learns_and_leaves_the_backbone_alone(
     assert not trainee.backbone.training
     assert all(p.grad is None and not p.requires_grad for p in trainee.backbone.parameters())
     assert products(tmp_path / "out").keys() == {HEADS_FILE}
-    heads = read_heads(tmp_path / "out" / HEADS_FILE, shape.get("hidden_size", 32), 320)
+    heads = read_heads(tmp_path / "out" / HEADS_FILE, shape.get("hidden_size", 32), 320).heads
     assert (heads.heads, heads.layers, heads.lm_heads) == (2, 2, None)
     assert all(heads.weight[layer, head].abs().max() > 0 for layer in range(2) for head in range(2))
     torch.testing.assert_close(heads.weight, trainee.heads.weight.to(torch.bfloat16))
@@ -178,7 +178,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, trainees:
 def test_a_run_begins_with_the_heads_that_it_is_given(tmp_path: Path, trainees: list[Any]) -> None:
     do(tiny_run(tmp_path, "first", layers=2))
     steps, _ = do(tiny_run(tmp_path, "second", "medusa2", heads_from=str(tmp_path / "first"), learning_rate=1e-9))
-    heads = read_heads(tmp_path / "first" / HEADS_FILE, 32, 320)
+    heads = read_heads(tmp_path / "first" / HEADS_FILE, 32, 320).heads
     torch.testing.assert_close(trainees[-1][0].heads.weight, heads.weight.float(), atol=1e-6, rtol=0)
     assert trainees[-1][0].heads.layers == 2
     assert steps[0].backbone_loss is not None  # heads that have learnt need no stage of their own

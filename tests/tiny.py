@@ -135,8 +135,8 @@ def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def make_engine(backbone: Backbone, heads: Any = None, tree: str | Tree = "chain-2", **settings: Any) -> Engine:
-    """An engine that never stops at an EOS unless told, and takes no probes."""
-    settings = {"eos": frozenset(), "probing": False} | settings
+    """An engine that never stops at an EOS, takes no probes and copies nothing unless told."""
+    settings = {"eos": frozenset(), "probing": False, "copies": False} | settings
     tree = "auto" if heads is None else tree
     engine = Engine(backbone, heads, settings.pop("tokenizer", None) or tokenizer(), tree=tree, **settings)
     if isinstance(heads, OracleHeads):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import log
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from medusa_chat.decoding.tree import AnyTree, DynamicTree, NodePath, Tree, name
 
 MEANING = (
     "accuracy[k][i]: the model's own greedy token is among the likeliest i + 1 guesses of head k + 1; paths: every"
-    " guess along a path of head ranks (from 0) is right in this share of the steps"
+    " guess along a path of head ranks (from 0) is right in this share of the steps; calibration[k]: scale and"
+    " shift that make head k + 1's log p that of its guess being right; dynamic: acceptance length by nodes of trees"
+    " chosen by these"
 )
 
 
@@ -163,6 +165,8 @@ def write_accuracy(accuracy: Accuracy, file: Path, source: str) -> None:
     rows = [[round(value, 5) for value in row] for row in accuracy.top]
     paths = [[list(path), round(frequency, 5)] for path, frequency in accuracy.paths.items()]
     document = {"source": source, "meaning": MEANING, "accuracy": rows, "paths": paths}
+    document |= {"calibration": [list(line) for line in accuracy.calibration]}
+    document |= {"dynamic": [[nodes, round(length, 5)] for nodes, length in accuracy.dynamic.items()]}
     temporary = file.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
@@ -177,7 +181,8 @@ def read_accuracy(file: Path) -> Accuracy | None:
     """What `medusa-chat calibrate` measured, from beside the heads; None if there is no such file.
 
     Raises:
-        UserError: the file cannot be read or is damaged. One without paths is good: older versions wrote none.
+        UserError: the file cannot be read or is damaged. One without paths or calibration is good: older versions
+            wrote none.
     """
     if not file.is_file():
         return None
@@ -185,12 +190,28 @@ def read_accuracy(file: Path) -> Accuracy | None:
         document = json.loads(file.read_text(encoding="utf-8"))
         top = tuple(tuple(float(value) for value in row) for row in document["accuracy"])
         paths = _paths(document.get("paths", []), top)
+        calibration = tuple(_line(*line) for line in document.get("calibration", []))
+        dynamic = dict(_dynamic(*pair) for pair in document.get("dynamic", []))
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         raise UserError(f"cannot read the head accuracies {file}: {error!r}; run medusa-chat calibrate again") from None
     in_range = all(0 <= value <= 1 for row in top for value in row)
     if not top or not in_range or not all(row and sorted(row) == list(row) for row in top):
         raise UserError(f"{file}: accuracies must be rows of rising fractions; run medusa-chat calibrate again")
-    return Accuracy(top, paths)
+    return Accuracy(top, paths, calibration, dynamic)
+
+
+def _line(scale: Any, shift: Any) -> tuple[float, float]:
+    """A head's calibration; raises ValueError for one that cannot be."""
+    if not (0 < float(scale) < inf and -inf < float(shift) < inf):
+        raise ValueError(f"calibration {scale}, {shift}")
+    return float(scale), float(shift)
+
+
+def _dynamic(nodes: Any, length: Any) -> tuple[int, float]:
+    """An acceptance length by nodes; raises ValueError for one that cannot be."""
+    if type(nodes) is not int or nodes < 2 or not 1 <= float(length) <= nodes:
+        raise ValueError(f"acceptance length {length} of {nodes} nodes")
+    return nodes, float(length)
 
 
 def _paths(listed: Any, top: tuple[tuple[float, ...], ...]) -> dict[NodePath, float]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Literal
-
-from jinja2 import TemplateError
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding import tuning
@@ -21,6 +20,7 @@ from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree, paper_trees
 from medusa_chat.events import Candidates, Step, proposer
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.templates import ChatTemplate
 
 VANILLA = Tree()
 COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
@@ -43,9 +43,10 @@ class Engine:
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
         tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
-        eager: bool | None = None,
+        template: ChatTemplate | None = None, eager: bool | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.system = name, system
+        self.template = template or ChatTemplate(tokenizer, name)
+        self.name, self.system = name, system or self.template.system
         self.notices: list[str] = []
         self.tokenizer, self.backbone, self.probing = tokenizer, backbone, probing
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
@@ -54,7 +55,7 @@ class Engine:
         self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager)
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy = accuracy
-        self._eos = eos_ids(backbone, tokenizer) if eos is None else eos
+        self._eos = eos_ids(backbone, tokenizer) | self.template.stop_ids if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
         self._probes, self._since_probe = 0, 0
@@ -78,12 +79,7 @@ class Engine:
         """Ids of a prompt: messages go through the model's chat template and end where the reply begins."""
         if all(isinstance(part, int) for part in prompt):
             return list(prompt)  # type: ignore[arg-type]
-        try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the chat template of {self.name} refuses this conversation: {error}") from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.template.encode(prompt)  # type: ignore[arg-type]
 
     def generate(self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling) -> Generator[Step]:
         """Decode a reply, step by step. Close the iterator at any time: the cache holds what was yielded.
@@ -109,6 +105,8 @@ class Engine:
 
     def _decode(self, ids: list[int], sampling: Sampling) -> Generator[Step]:
         rule = make_rule(sampling)
+        if not sampling.ignore_eos:
+            sampling = replace(sampling, stop=(*sampling.stop, *self.template.stop))
         reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids))
         try:
             root = self._prefill(ids, rule)
@@ -166,9 +164,10 @@ class Engine:
         if tree is not VANILLA:
             self._last = outcome
         kind: Literal["tree", "vanilla"] = "vanilla" if tree is VANILLA else "tree"
-        tested = outcome.tested(len(tokens))
+        tested = outcome.tested(len(tokens) - bool(reply.finish)) if tree is not VANILLA else ()
         seconds = time.perf_counter() - started
-        return Step(tuple(tokens), len(tree), seconds, kind, reply.finish, tested), outcome.next
+        depth = max(map(len, outcome.paths))
+        return Step(tuple(tokens), len(tree), seconds, kind, depth, reply.finish, tested), outcome.next
 
     def _copied(self, root: int) -> Copied | None:
         """What the text copies of itself behind `root`."""
@@ -186,6 +185,11 @@ class Engine:
             return None
         texts = tuple(self.tokenizer.decode([token]) for token in self._last.candidates)
         return Candidates(self._last.paths, texts, self._last.rows)
+
+    def use_accuracy(self, accuracy: Accuracy) -> None:
+        """Take other figures for how often the heads are right; trees chosen before stay."""
+        self._accuracy = accuracy
+        self.runner.trust(accuracy)
 
     def use_copies(self, on: bool) -> None:
         """Whether to copy guesses from the conversation from now on."""

@@ -42,9 +42,9 @@ class Outcome:
     next: int
     guesses: list[list[int]]
 
-    def tested(self, kept: int) -> tuple[int, ...]:
-        """Who proposed a child of one of the accepted path's first `kept` nodes, once for each depth."""
-        parents = {self.paths[row] for row in self.rows[:kept]}
+    def tested(self, parents_kept: int) -> tuple[int, ...]:
+        """Who proposed a child of one of the accepted path's first `parents_kept` nodes, once for each depth."""
+        parents = {self.paths[row] for row in self.rows[:parents_kept]}
         behind = {(len(path), proposer(path)) for path in self.paths[1:] if path[:-1] in parents}
         return tuple(sorted(head for _, head in behind))
 

@@ -23,6 +23,7 @@ class Reply:
         self.finish: Finish | None = None
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []  # tokens without text yet: bytes of a character
         self._eos = frozenset() if sampling.ignore_eos else eos
         self._limit = min(sampling.max_new_tokens, room)
         self._full: Finish = "length" if sampling.max_new_tokens <= room else "context"
@@ -49,8 +50,20 @@ class Reply:
             self.finish = "eos"
         elif self._count >= self._limit:
             self.finish = self._full
-        piece = "" if token in self._eos else self._stream.step(self._tokenizer, token) or ""
-        return self._released(piece)
+        return self._released("" if token in self._eos else self._piece(token))
+
+    def _piece(self, token: int) -> str:
+        """The text that a token adds; none while it is part of a character."""
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._tokenizer, token)
+        except Exception:  # bytes that make no character spoil those before them, and the stream (tokenizers 0.22)
+            piece = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream.step(self._tokenizer, token)
+        if piece:
+            self._pending.clear()
+        return piece or ""
 
     def _released(self, piece: str) -> str:
         """Text that can be shown: all before a stop string, and nothing yet that may begin one."""

@@ -33,7 +33,7 @@ class Runner:
 
         Args:
             capacity: positions of the cache.
-            accuracy: tells how likely the heads' guesses are beside copied ones.
+            accuracy: tells how far dynamic trees may trust the heads, and how often guesses of a fixed one hold.
             eager: take the plain step; by default wherever a step cannot be captured.
         """
         self.backbone = backbone
@@ -49,6 +49,11 @@ class Runner:
         if not (not can_capture if eager is None else eager):
             run = Captured() if can_capture else at_once
             self._static = StaticStep(backbone, self.cache, self._hidden, self._guesses, run)
+
+    def trust(self, accuracy: Accuracy) -> None:
+        """Take other figures for how likely the heads' guesses are."""
+        self.accuracy = accuracy
+        self._plans.clear()
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:

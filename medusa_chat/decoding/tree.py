@@ -137,7 +137,8 @@ def named_tree(name: str) -> Tree:
         return chain(int(name[6:]))
     file = Path(name).expanduser()
     if not file.is_file():
-        raise UserError(f"unknown tree {name!r}: not auto, dynamic-N, static-N, chain-N, a file, or one of {', '.join(released)}")
+        shaped = "auto, dynamic-N, static-N, chain-N"
+        raise UserError(f"unknown tree {name!r}: not {shaped}, a file, or one of {', '.join(released)}")
     try:
         paths = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

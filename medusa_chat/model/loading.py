@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
+from medusa_chat.model import hub
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.fusing import fuse_linears
 from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.model.layouts import HEADS_FILE, read_heads
+from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.quantization import quantization_config
+from medusa_chat.model.templates import ChatTemplate, resolve_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,49 +36,77 @@ class Loaded:
     """What a spec names, ready to decode.
 
     Attributes:
-        accuracy: the file beside the heads that holds their measured accuracies, which need not be there yet;
-            None for a model without heads.
+        accuracy: the file that holds the heads' measured accuracies, which need not be there yet; None for a model
+            without heads.
+        notices: what the user should know, a line each.
     """
 
     backbone: Backbone
     heads: MedusaHeads | None
     tokenizer: Any
+    template: ChatTemplate
     accuracy: Path | None
+    notices: tuple[str, ...] = ()
 
 
-def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None, fuse: bool = True) -> Loaded:
-    """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right.
+def load_model(
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, progress: hub.Progress | None = None,
+    fuse: bool = True,
+) -> Loaded:  # fmt: skip
+    """Load a backbone, its heads and its tokenizer, downloaded if need be; `progress` is called meanwhile.
 
     Args:
         fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
+
+    Raises:
+        UserError: for all that is the user's to put right.
     """
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    model, tokenizer = load_pretrained(spec, number)
+    files = hub.fetch(spec, progress)
+    here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
+    notices = list(files.notices)
+    model, tokenizer = load_pretrained(here, number, notices=notices)
+    template = resolve_template(tokenizer, spec)
     if fuse:
         fuse_linears(model)
     backbone = Backbone(model.to(chosen))
+    lm_head = backbone.lm_head.weight  # packed, it could not be compared
     pack_linears(backbone.model)
-    file = heads_file(spec)
+    file = heads_file(here)
     if file is None:
-        return Loaded(backbone, None, tokenizer, None)
-    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
-    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
+        return Loaded(backbone, None, tokenizer, template, None, tuple(notices))
+    read = read_heads(
+        file, backbone.hidden_size, backbone.vocabulary, dtype=number, lm_head=lm_head, layout=spec.layout
+    )  # fmt: skip
+    heads = read.heads.to(chosen).requires_grad_(False)
+    return Loaded(backbone, heads, tokenizer, template, _known_accuracy(spec, file), (*notices, *read.notices))
+
+
+def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
+    """What was measured here, else what came with the heads."""
+    own, published = hub.accuracy_file(spec), heads.parent / ACCURACY_FILE
+    return published if published.exists() and not own.exists() else own
 
 
 def load_pretrained(
-    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU
-) -> tuple[Any, Any]:
-    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files."""
-    with _one_line(spec.backbone):
-        config = AutoConfig.from_pretrained(spec.backbone)
+    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU,
+    notices: list[str] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
+
+    A line on weights that the model has no place for is added to `notices`.
+    """
+    folder = str(hub.local(spec.backbone))
+    with one_line(spec.backbone):
+        config = AutoConfig.from_pretrained(folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
             raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
         check_rewindable(model_class, config.get_text_config())
-        tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_tokenizer_settings(Path(folder)))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.backbone,
+            folder,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -87,9 +116,9 @@ def load_pretrained(
     model, report = loaded
     if quant == "none":
         model.to(device)
-    _check_report(spec.backbone, report)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer of {spec.name} has no chat template, so there is no way to chat with it")
+    unknown = _check_report(spec.backbone, report)
+    if unknown and notices is not None:
+        notices.append(unknown)
     return model, tokenizer
 
 
@@ -118,8 +147,20 @@ def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What transformers 5 takes for granted otherwise than what made the checkpoint.
+
+    A Llama of before 2023-07 says nothing of `legacy`, and was trained with a space before the word behind `</s>`.
+    """
+    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        return {}
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {"legacy": True} if config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config else {}
+
+
 @contextmanager
-def _one_line(backbone: str) -> Iterator[None]:
+def one_line(backbone: str) -> Iterator[None]:
     """Turn what transformers raises for missing, damaged or foreign files into a UserError, and keep it quiet."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -135,29 +176,23 @@ def _one_line(backbone: str) -> Iterator[None]:
         raise UserError(f"cannot load the model {backbone}: {first}") from None
 
 
-def _check_report(backbone: str, report: dict[str, Any]) -> None:
-    """A weight that is missing or does not fit would be random."""
+def _check_report(backbone: str, report: dict[str, Any]) -> str:
+    """A weight that is missing or does not fit would be random. Returns a line on those that are too many, or ""."""
     for kind, fault in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
         if report.get(kind):
             key = min(key if isinstance(key, str) else key[0] for key in report[kind])
             raise UserError(f"cannot load the model {backbone}: weight {key} {fault}")
+    strange = sorted(key for key in report.get("unexpected_keys") or () if not is_heads_tensor(key))
+    more = f" and {len(strange) - 1} more" if strange[1:] else ""
+    return f"{backbone} holds weights that the model has no place for: {strange[0]}{more}" if strange else ""
 
 
 def heads_file(spec: ModelSpec) -> Path | None:
-    """The file of the heads: named by the user, or beside the backbone if there is one."""
-    place = Path(spec.heads or spec.backbone)
+    """The file of the heads, or the index of its shards: named by the user, or beside the backbone if there is one."""
+    place = hub.local(spec.heads, "heads") if spec.heads else hub.local(spec.backbone)
     if place.is_file():
         return place
-    if place.is_dir():
-        file = place / HEADS_FILE
-        if not file.is_file() and spec.heads:
-            raise UserError(f"there is no {HEADS_FILE} in {spec.heads}")
-        return file if file.is_file() else None
-    if spec.heads is None:
-        return None
-    if spec.heads.count("/") != 1 or spec.heads.startswith((".", "/", "~")):
-        raise UserError(f"there are no Medusa heads at {spec.heads}: no such file or folder")
-    try:
-        return Path(hf_hub_download(spec.heads, HEADS_FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"cannot download the heads {spec.heads}: {str(error).splitlines()[0]}") from None
+    file = find_heads(place)
+    if file is None and spec.heads:
+        raise UserError(f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor those of another layout")
+    return file

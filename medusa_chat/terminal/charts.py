@@ -34,7 +34,7 @@ def plot(
         file: its ending says the format; raises OSError if it cannot be written.
         top: top[k][i]: the true token is among head k + 1's likeliest i + 1.
         forecast: forecast[n - 1]: acceptance length of the best tree with n nodes.
-        checks: what was measured, each with the keys nodes, measured and error; may be empty.
+        checks: what was measured, each with the keys tree, nodes, measured and error; may be empty.
     """
     from matplotlib.figure import Figure
 
@@ -65,14 +65,16 @@ def _draw_heads(axes: Any, top: Sequence[Sequence[float]]) -> None:
 
 def _draw_forecast(axes: Any, forecast: Sequence[float], checks: Sequence[dict[str, Any]]) -> None:
     nodes = range(1, len(forecast) + 1)
-    axes.plot(nodes, forecast, color=MIDDLE, linewidth=2, label="forecast")
-    if checks:
-        axes.errorbar(
-            [check["nodes"] for check in checks], [check["measured"] for check in checks],
-            [check["error"] for check in checks], color=INK, fmt="D", markersize=5, capsize=3,
-            label="measured on prompts held aside, ± standard error",
-        )  # fmt: skip
-        axes.set_xticks([1, *(check["nodes"] for check in checks)])
+    axes.plot(nodes, forecast, color=MIDDLE, linewidth=2, label="forecast of fixed trees")
+    for tree, marker in (("fixed", "D"), ("dynamic", "s")):
+        of_tree = [check for check in checks if check["tree"] == tree]
+        if of_tree:
+            axes.errorbar(
+                [check["nodes"] for check in of_tree], [check["measured"] for check in of_tree],
+                [check["error"] for check in of_tree], color=INK, fmt=marker, markersize=5, capsize=3,
+                label=f"{tree} trees, measured on prompts held aside, ± standard error",
+            )  # fmt: skip
+    axes.set_xticks(sorted({1, *(check["nodes"] for check in checks)}))
     axes.set_ylim(bottom=0.9)
     _label(axes, "Acceptance length of the best tree", "nodes of the tree", "tokens a step")
     _legend(axes)

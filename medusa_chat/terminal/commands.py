@@ -191,7 +191,7 @@ def _stats(chat: Chat, argument: str) -> Result:
     return tables.stats_table(session.last, session.conversation, session.engine)
 
 
-@command("tree", "[auto|NAME|FILE]", values=_tree_values, takes_path=True)
+@command("tree", "[auto|dynamic-N|NAME|FILE]", values=_tree_values, takes_path=True)
 def _tree(chat: Chat, argument: str) -> Result:
     """Draw the candidate tree of the last step, or choose another tree."""
     engine = chat.session.engine
@@ -202,6 +202,16 @@ def _tree(chat: Chat, argument: str) -> Result:
     if candidates is None:
         return Text(f"{engine.describe_tree()}; no step has used it yet", LABEL)
     return Group(Text(engine.describe_tree(), LABEL), tree_view.draw(candidates))
+
+
+@command("copies", "[on|off]", values=_one_of("on", "off"))
+def _copies(chat: Chat, argument: str) -> Result:
+    """Copy guesses from the conversation too, or leave it."""
+    engine = chat.session.engine
+    if argument not in ("", "on", "off"):
+        raise WrongArguments
+    engine.use_copies(argument == "on" if argument else not engine.copies)
+    return chat.legend() if engine.copies else Text("copies off", LABEL)
 
 
 @command("heads")

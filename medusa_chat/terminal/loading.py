@@ -1,8 +1,9 @@
-"""The model loads on a thread of its own while the user may already type."""
+"""The model is downloaded and loaded on a thread of its own while the user may already type."""
 
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,21 +12,20 @@ from threading import Thread
 from typing import TextIO
 
 from medusa_chat.events import ChatEngine
+from medusa_chat.terminal.downloads import Download
+
+Progress = Callable[[str, int, int], None]  # what is downloaded, bytes there, bytes in all
 
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 FRAME_SECONDS = 0.1
 
 
-def frame() -> str:
-    """The picture of the spinner now."""
-    return FRAMES[int(time.monotonic() / FRAME_SECONDS) % len(FRAMES)]
-
-
 class Loading:
     """An engine on its way. Starts on construction; a failure waits here until `result` raises it."""
 
-    def __init__(self, load: Callable[[], ChatEngine]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[Progress], ChatEngine], model: str) -> None:
+        self._load, self._model = load, model
+        self._download: Download | None = None
         self._engine: ChatEngine | None = None
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="load", daemon=True)
@@ -33,9 +33,21 @@ class Loading:
 
     def _run(self) -> None:
         try:
-            self._engine = self._load()
+            self._engine = self._load(self._downloaded)
         except BaseException as error:
             self._error = error
+
+    def _downloaded(self, name: str, there: int, total: int) -> None:
+        if self._download is None or self._download.name != name:
+            self._download = Download(name)
+        self._download.update(there, total)
+
+    def status(self) -> str:
+        """What is going on now, behind the picture of a spinner."""
+        frame = FRAMES[int(time.monotonic() / FRAME_SECONDS) % len(FRAMES)]
+        if self._download and not self._download.done:
+            return f"{frame} downloading {self._download}"
+        return f"{frame} loading {self._model}…"
 
     @property
     def done(self) -> bool:
@@ -53,13 +65,14 @@ class Loading:
             raise LoadFailed(self._error)
         return self._engine
 
-    def wait(self, out: TextIO, text: str) -> ChatEngine:
-        """Like `result`, with a spinner on the current line meanwhile; what goes to standard error waits until then."""
+    def wait(self, out: TextIO, hint: str) -> ChatEngine:
+        """Like `result`, with status and hint on the current line; what goes to standard error waits until then."""
         said = io.StringIO()
         try:
             with redirect_stderr(said):
                 while not self.done:
-                    out.write(f"\r{frame()} {text}\x1b[K")
+                    columns = shutil.get_terminal_size().columns
+                    out.write(f"\r{f'{self.status()} {hint}'[: columns - 1]}\x1b[K")
                     out.flush()
                     self._thread.join(FRAME_SECONDS)
         finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.text import Text
 
 from medusa_chat.config import Sampling
-from medusa_chat.events import Stats
+from medusa_chat.events import COPIED, Stats
 from medusa_chat.terminal.theme import LABEL, STRONG, VALUE, head_style
 
 SEPARATOR = " · "
@@ -96,11 +96,12 @@ def bar(rate: float, length: int, head: int) -> Text:
 
 
 def gauges(stats: Stats, length: int) -> Text:
-    """Acceptance of each head: number, gauge of `length` cells, percent, in the head's colour."""
+    """Acceptance of each head: number (c: copied), gauge of `length` cells, percent, in the head's colour."""
     parts = []
     for head, rate in stats.head_acceptance().items():
         gauge = bar(rate, length, head) + Text(" ") if length else Text()
-        parts.append(Text.assemble((f"{head} ", head_style(head)), gauge, (f"{rate:.0%}", LABEL)))
+        name = "c" if head == COPIED else str(head)
+        parts.append(Text.assemble((f"{name} ", head_style(head)), gauge, (f"{rate:.0%}", LABEL)))
     return Text("  ").join(parts)
 
 

@@ -22,7 +22,8 @@ class Chat:
     colour: bool = True
 
     def legend(self) -> Text:
-        return legend(self.session.engine.heads, marks=self.marks, colour=self.colour)
+        engine = self.session.engine
+        return legend(engine.heads, marks=self.marks, colour=self.colour, copied=engine.copies)
 
 
 @dataclass(frozen=True)

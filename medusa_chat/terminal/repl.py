@@ -16,7 +16,7 @@ from medusa_chat.config import Sampling, UserError
 from medusa_chat.events import ChatEngine, Step
 from medusa_chat.terminal.commands import dispatch, find, is_command
 from medusa_chat.terminal.keyboard import Interrupt, quiet_input
-from medusa_chat.terminal.loading import LoadFailed, Loading, frame
+from medusa_chat.terminal.loading import LoadFailed, Loading, Progress
 from medusa_chat.terminal.panel import footer, mode_label, panel
 from medusa_chat.terminal.prompt import Prompt, open_history
 from medusa_chat.terminal.registry import Chat, Leave, Reply
@@ -32,7 +32,7 @@ WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a s
 
 
 def chat(
-    load: Callable[[], ChatEngine],
+    load: Callable[[Progress], ChatEngine],
     *,
     model: str,
     sampling: Sampling,
@@ -44,7 +44,7 @@ def chat(
     """Chat in the terminal until the user leaves; returns the exit status.
 
     Args:
-        load: gives the engine; slow, so it runs on a thread of its own.
+        load: gives the engine; slow, so it runs on a thread of its own. Tells downloads to what it is given.
         model: name shown until the engine is there.
         system: system prompt; None is the model's own.
         marks: mark tokens by head without colour.
@@ -58,7 +58,7 @@ def chat(
         raise UserError("chat needs a terminal; use --prompt TEXT or pipe text to it")
     opening = Opening(model, sampling, system, marks, transcript)
     kept = read_conversation(transcript) if transcript and transcript.exists() else None
-    loading = Loading(load)
+    loading = Loading(load, model)
     try:
         status = Repl(loading, opening, history, kept).run()
     except LoadFailed as failure:
@@ -126,7 +126,7 @@ class Repl:
         """The chat, once the model is loaded."""
         if self._chat is None:
             with quiet_input():
-                self._loading.wait(sys.stdout, f"loading {self._opening.model}… your message is next")
+                self._loading.wait(sys.stdout, "your message is next")
             self._greet()
         assert self._chat is not None
         return self._chat
@@ -209,7 +209,7 @@ class Repl:
     def _status(self) -> str:
         """The left side of the toolbar."""
         if self._chat is None:
-            return f"{frame()} loading {self._opening.model}…"
+            return self._loading.status()
         session = self._chat.session
         engine = session.engine
         return f"{engine.name} · {mode_label(session.sampling)} · {engine.tokens_in_context}/{engine.context} tokens"

@@ -16,7 +16,7 @@ from rich.text import Text
 from medusa_chat.config import ModelSpec, Sampling
 from medusa_chat.events import Stats, Step
 from medusa_chat.terminal.panel import panel
-from medusa_chat.terminal.theme import head_style
+from medusa_chat.terminal.theme import head_name, head_style
 from medusa_chat.terminal.view import ReplyView
 
 _BENCH_ROWS = (
@@ -79,7 +79,9 @@ def show_bench(result: dict[str, Any]) -> None:
     heads = sorted({head for mode in modes.values() for head in mode["head_acceptance"]}, key=int)
     for head in heads:
         rates = (mode["head_acceptance"].get(head) for mode in modes.values())
-        table.add_row(f"head {head} accepted when tested", *("-" if rate is None else f"{rate:.0%}" for rate in rates))
+        table.add_row(
+            f"{head_name(int(head))} accepted when tested", *("-" if rate is None else f"{rate:.0%}" for rate in rates)
+        )
     for name, peer in result["peers"].items():
         table.add_section()
         table.add_row(f"{name}, tokens/s, prefill included", f"{peer['tokens_per_second']:.1f}")
@@ -130,11 +132,12 @@ def _accuracy_bar(head: int, row: Sequence[float], whole: int) -> Text:
 
 def _check_table(checks: Sequence[dict[str, Any]]) -> Table:
     columns = (Column(name, justify="right") for name in ("nodes", "forecast", "measured", "difference"))
-    table = Table(*columns)
+    table = Table("tree", *columns)
     for check in checks:
         difference = check["measured"] / check["forecast"] - 1
         measured = f"{check['measured']:.2f} ± {check['error']:.2f}"
-        table.add_row(str(check["nodes"]), f"{check['forecast']:.2f}", measured, f"{100 * difference:+.1f}%")
+        figures = (str(check["nodes"]), f"{check['forecast']:.2f}", measured, f"{100 * difference:+.1f}%")
+        table.add_row(check["tree"], *figures)
     return table
 
 

@@ -70,7 +70,7 @@ class Session:
             self.messages = [*turns, {"role": "assistant", "content": text}] if text.strip() else before
 
     def _system_message(self) -> Iterator[Message]:
-        if self.system:
+        if self.system or self.engine.system:  # an empty one takes the model's own away
             yield {"role": "system", "content": self.system}
 
     def undo(self) -> str:

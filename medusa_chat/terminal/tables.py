@@ -54,7 +54,7 @@ def heads_table(stats: Stats) -> Table:
     for head, rate in stats.head_acceptance().items():
         table.add_row(
             Text(f"■ {head_name(head)}", head_style(head)),
-            f"token +{head}",
+            f"token +{head}" if head > 0 else "any token",
             str(stats.reached[head]),
             str(stats.accepted[head]),
             f"{rate:.1%}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 from rich.tree import Tree
 
-from medusa_chat.events import Candidates
+from medusa_chat.events import Candidates, proposer
 from medusa_chat.terminal.theme import LABEL, head_style
 
 SHOWN_IN_FULL = 20  # nodes; a larger tree has its unaccepted branches folded
@@ -46,7 +46,7 @@ def _descendants(path: Path, texts: dict[Path, str]) -> int:
 
 
 def _label(path: Path, text: str, accepted: bool) -> Text:
-    label = Text(visible(text), head_style(len(path)))
+    label = Text(visible(text), head_style(proposer(path)))
     if not accepted:
         return label
     label.stylize("bold")

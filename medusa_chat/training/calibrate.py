@@ -6,17 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.decoding.accuracy import Accuracy, grow, likeliest
+from medusa_chat.decoding.accuracy import Accuracy, dynamic_tree, grow, likeliest
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tree import NodePath, Tree
+from medusa_chat.decoding.tree import AnyTree, NodePath, Tree
 from medusa_chat.events import Stats, Step
 from medusa_chat.prompts import Prompt
+from medusa_chat.training.confidence import Guessed, calibrated
 
 WIDTH = 20  # guesses of a head that are ranked
 SIZES = (8, 16, 32, 64)  # nodes of the trees whose steps are counted, and that the forecast is checked with
@@ -41,7 +42,9 @@ def held_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
 def calibrate(
     engine: Engine, prompts: list[Prompt], max_new_tokens: int = 128, progress: Progress | None = None
 ) -> Accuracy:
-    """Accuracy of every head and of their most frequent joint guesses, over replies to the prompts' first two turns.
+    """Accuracy of every head, of their most frequent joint guesses, and of how sure they are of them.
+
+    Measured over replies to the prompts' first two turns.
 
     Raises:
         UserError: no reply has a second token, so that no guess was put to the test.
@@ -49,19 +52,22 @@ def calibrate(
     width = min(WIDTH, engine.backbone.vocabulary)
     hits = torch.zeros(engine.heads, width, dtype=torch.long)
     tested = torch.zeros(engine.heads, dtype=torch.long)
-    replies: list[Ranks] = []
+    replies: list[Guessed] = []
     for done, prompt in enumerate(prompts, 1):
         for ids, steps in answers(engine, prompt, Sampling(max_new_tokens=max_new_tokens)):
-            ranks = rank_reply(engine, ids, [token.id for step in steps for token in step.tokens])
+            ranks, log_p = guess_reply(engine, ids, [token.id for step in steps for token in step.tokens])
             tested += (ranks != BEYOND).sum(1)
             hits += torch.stack([row[row >= 0].bincount(minlength=width) for row in ranks])
-            replies.append(joint_ranks(ranks))
+            replies.append(Guessed(joint_ranks(ranks), log_p))
         if progress:
             progress(done, len(prompts))
     if not tested[0]:
         raise UserError("no reply has a second token, which a head would guess: nothing is measured; try other prompts")
     top = hits.cumsum(1) / tested[:, None].clamp(min=1)
-    return with_paths(Accuracy(tuple(tuple(row) for row in top.tolist())), replies)
+    joint = with_paths(Accuracy(tuple(tuple(row) for row in top.tolist())), [reply.ranks for reply in replies])
+    trees = [grow(joint, size)[0] for size in SIZES]
+    begun = [sorted({place for tree in trees for place in places_along(tree, reply.ranks)}) for reply in replies]
+    return calibrated(joint, replies, begun, SIZES)
 
 
 def answers(engine: Engine, prompt: Prompt, sampling: Sampling) -> Iterator[tuple[list[int], list[Step]]]:
@@ -77,21 +83,27 @@ def answers(engine: Engine, prompt: Prompt, sampling: Sampling) -> Iterator[tupl
         messages.append({"role": "assistant", "content": "".join(step.text for step in steps)})
 
 
-@torch.inference_mode()
 def rank_reply(engine: Engine, prompt: list[int], reply: list[int]) -> Tensor:
     """[K, n]: where the reply's token i was chosen, the rank at which head k held token i + k, or MISSED or BEYOND."""
+    return guess_reply(engine, prompt, reply)[0]
+
+
+@torch.inference_mode()
+def guess_reply(engine: Engine, prompt: list[int], reply: list[int]) -> tuple[Tensor, Tensor]:
+    """The ranks [K, n] of `rank_reply`, and [n - 1, K, WIDTH], the log p that the heads gave their guesses there."""
     assert engine.runner.heads is not None
     backbone = engine.backbone
     text = torch.tensor(prompt + reply, device=backbone.device)
     hidden = backbone.hidden_of_text(text)[len(prompt) - 1 : -1]  # from where the reply's first token is chosen
     logits = engine.runner.heads.logits(hidden, backbone.lm_head)
-    guesses = logits.topk(min(WIDTH, backbone.vocabulary)).indices.cpu()
+    likeliest_guesses = logits.float().log_softmax(-1).topk(min(WIDTH, backbone.vocabulary))
+    guesses, log_p = likeliest_guesses.indices.cpu(), likeliest_guesses.values.transpose(0, 1)[:-1].cpu()
     ranks = torch.full(guesses.shape[:2], BEYOND)
     for head in range(1, engine.heads + 1):
         answers = torch.tensor(reply[head:])
         found = guesses[head - 1, : len(answers)] == answers[:, None]
         ranks[head - 1, : len(answers)] = torch.where(found.any(1), found.int().argmax(1), MISSED)
-    return ranks
+    return ranks, log_p
 
 
 def joint_ranks(ranks: Tensor) -> Ranks:
@@ -113,6 +125,11 @@ def steps_along(tree: Tree, reply: Ranks) -> Iterator[tuple[NodePath, int]]:
         depth = next(depth for depth in range(len(ranks), -1, -1) if ranks[:depth] in nodes)
         yield ranks, depth
         place += 1 + depth
+
+
+def places_along(tree: Tree, reply: Ranks) -> Iterator[int]:
+    """The tokens of a reply at which the steps of `steps_along` begin."""
+    return accumulate((1 + depth for _, depth in list(steps_along(tree, reply))[:-1]), initial=0)
 
 
 def acceptance_length(tree: Tree, replies: Sequence[Ranks]) -> float | None:
@@ -164,6 +181,7 @@ class ForecastCheck:
         error: standard error of `measured`, over conversations.
     """
 
+    tree: str
     nodes: int
     forecast: float
     measured: float
@@ -174,24 +192,39 @@ def check_forecast(
     engine: Engine, accuracy: Accuracy, prompts: list[Prompt], max_new_tokens: int = 128,
     progress: Progress | None = None,
 ) -> list[ForecastCheck]:  # fmt: skip
-    """Decode prompts with the best tree of each of SIZES that the heads can fill; the engine keeps the last one."""
-    forecast = grow(accuracy, max(SIZES))[1]
-    sizes = [nodes for nodes in SIZES if nodes <= len(forecast)]
+    """Decode prompts with the best tree of each of SIZES that the heads can fill, the fixed and the dynamic one.
+
+    The engine keeps the last one; nothing is copied.
+    """
+    trees = [tree for nodes in SIZES for tree in _best(accuracy, nodes)]
     checks = []
-    for number, nodes in enumerate(sizes):
-        engine.use_tree(grow(accuracy, nodes)[0])
+    engine.use_copies(False)
+    engine.use_accuracy(accuracy)
+    for number, (tree, forecast) in enumerate(trees):
+        engine.use_tree(tree)
         conversations: list[Stats] = []
         for prompt in prompts:
             sampling = Sampling(max_new_tokens=max_new_tokens)
             replies = (step for _, steps in answers(engine, prompt, sampling) for step in steps)
             conversations.append(Stats.of(replies))
             if progress:
-                progress(number * len(prompts) + len(conversations), len(sizes) * len(prompts))
+                progress(number * len(prompts) + len(conversations), len(trees) * len(prompts))
         steps = sum(stats.tree_steps for stats in conversations)
         if steps:
             measured = sum(stats.tree_tokens for stats in conversations) / steps
-            checks.append(ForecastCheck(nodes, forecast[nodes - 1], measured, _error(conversations, measured)))
+            kind = "fixed" if isinstance(tree, Tree) else "dynamic"
+            checks.append(ForecastCheck(kind, len(tree), forecast, measured, _error(conversations, measured)))
     return checks
+
+
+def _best(accuracy: Accuracy, nodes: int) -> Iterator[tuple[AnyTree, float]]:
+    """The fixed and the dynamic tree of so many nodes with their forecasts; none where the heads cannot fill them."""
+    fixed, forecast = grow(accuracy, nodes)
+    if len(fixed) < nodes:
+        return
+    yield fixed, forecast[-1]
+    if nodes in accuracy.dynamic:
+        yield dynamic_tree(accuracy, nodes), accuracy.dynamic[nodes]
 
 
 def _error(conversations: Sequence[Stats], ratio: float) -> float:

@@ -9,9 +9,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from medusa_chat.config import COLD, Sampling, UserError, resolve_model
+from medusa_chat.config import COLD, Message, Sampling, UserError, resolve_model
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.training.server import Question, Reply, Server
 
@@ -240,7 +240,7 @@ class Local:
         if asked[0].turn == 0:
             # Each batch draws from its own seed, so that it does not matter which ones an earlier run had done.
             torch.manual_seed(self._plan.seed + asked[0].index // self._plan.batch)
-        rows = [self._encode(question.messages) for question in asked]
+        rows = [self._template.encode(cast("list[Message]", question.messages)) for question in asked]
         # One that came near the end would otherwise shorten the replies of all others.
         fits = [self._context is None or len(row) + self._plan.max_new_tokens <= self._context for row in rows]
         try:
@@ -251,26 +251,19 @@ class Local:
 
     def _load(self) -> None:
         from medusa_chat.model.loading import choose_device, load_pretrained
+        from medusa_chat.model.templates import resolve_template
 
         backbone, self._tokenizer = load_pretrained(self._spec, None)
+        self._template = resolve_template(self._tokenizer, self._spec)
         config = backbone.config.get_text_config()
         self._context: int | None = getattr(config, "max_position_embeddings", None)
         if self._context is not None and self._context <= self._plan.max_new_tokens:
             raise UserError(f"--max-new-tokens must be below the {self._context} of the context of {self.name}")
         configured = getattr(backbone.generation_config, "eos_token_id", None)
         listed = configured if isinstance(configured, list) else [configured]
-        self._ends = sorted({token for token in (*listed, self._tokenizer.eos_token_id) if token is not None})
+        ends = {token for token in (*listed, self._tokenizer.eos_token_id) if token is not None}
+        self._ends = sorted(ends | self._template.stop_ids)
         self._backbone = backbone.to(choose_device(self._device)).eval()
-
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise UserError(f"the chat template of {self.name} refuses a conversation: {error}") from None
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _generate(self, rows: list[list[int]]) -> list[Reply]:
         import torch

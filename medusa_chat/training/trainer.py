@@ -180,9 +180,11 @@ def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device)
     whole = recipe.joint and not recipe.lora_rank
     dtype = torch.float32 if whole else choose_dtype(device, None)
     backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant, device)
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {spec.name} has no chat template to train with")
     heads = new_heads(backbone, recipe)
     if given and (file := heads_file(spec)):
-        heads = read_heads(file, *heads_shape(backbone)).float()
+        heads = read_heads(file, *heads_shape(backbone)).heads.float()
     backbone.requires_grad_(whole)
     adapter = adapt(backbone, recipe) if recipe.joint and not whole else None
     if recipe.gradient_checkpointing and recipe.joint:

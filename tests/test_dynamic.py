@@ -1,0 +1,299 @@
+"""Trees that follow confidence: the choice against a plain twin, that replies stay right, calibration, forecasts."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from math import exp
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import (
+    OracleHeads,
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_heads,
+    random_tree,
+    reply,
+)
+
+import medusa_chat
+from medusa_chat.config import Sampling, UserError
+from medusa_chat.decoding.acceptance import make_rule
+from medusa_chat.decoding.accuracy import PUBLISHED, SUPERSET, Accuracy, dynamic_tree, grow, shaped_tree
+from medusa_chat.decoding.copying import CHAIN, Copied
+from medusa_chat.decoding.selection import Selector
+from medusa_chat.decoding.tree import DynamicTree, Tree
+from medusa_chat.events import COPIED, Stats, proposer
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.training.calibrate import guess_reply, joint_ranks
+from medusa_chat.training.confidence import Guessed, dynamic_length, fit
+
+NEW = 40
+PROMPT = prompt_ids(12)
+CPU = torch.device("cpu")
+NEVER = float("-inf")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return random_backbone()
+
+
+@pytest.fixture(scope="module")
+def greedy_text(backbone) -> list[int]:
+    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
+
+
+# ---- the choice against a twin with a heap ----
+
+
+def chosen_by_heap(superset: Tree, nodes: int, guesses, log_p, chain, chain_log_p) -> list[tuple[float, tuple, tuple]]:
+    """The likeliest nodes as (log p, tokens of the path, path), in plain Python."""
+    text = {path: tuple(guesses[depth][rank] for depth, rank in enumerate(path)) for path in superset.paths}
+    paths = {tokens: path for path, tokens in text.items()}
+    steps = {tokens: log_p[len(path) - 1][path[-1]] for path, tokens in text.items() if path}
+    for length in range(1, len(chain) + 1):
+        tokens = tuple(chain[:length])
+        steps[tokens] = max(steps.get(tokens, NEVER), chain_log_p[length - 1])
+        paths.setdefault(tokens, (*paths[tokens[:-1]], COPIED))
+    found, frontier = [], [(0.0, 0, ())]
+    while frontier and len(found) < nodes:
+        negative, _, tokens = heapq.heappop(frontier)
+        found.append((-negative, tokens, paths[tokens]))
+        for child in (other for other in steps if other[:-1] == tokens and len(other) == len(tokens) + 1):
+            heapq.heappush(frontier, (negative - steps[child], len(frontier), child))
+    return found
+
+
+def drawn(seed: int, ties: bool):
+    """A superset, guesses of heads without doubles, a chain that often goes along with them, and how likely all are."""
+    draw = random.Random(seed)
+    depth, width = draw.randint(1, 4), draw.randint(1, 5)
+    superset = random_tree(seed, draw.randint(4, 40), depth, width)
+    depth, width = superset.depth, superset.width
+
+    def likely() -> float:
+        return float(draw.choice((0, -0.25, -0.5))) if ties else -draw.expovariate(1)
+
+    guesses = [draw.sample(range(12), width) for _ in range(depth)]
+    log_p = [[likely() for _ in range(width)] for _ in range(depth)]
+    chain = [draw.choice(guesses[d]) if d < depth and draw.random() < 0.8 else draw.randrange(12) for d in range(CHAIN)]
+    return superset, draw.randint(1, len(superset)), guesses, log_p, chain, [likely() for _ in range(CHAIN)]
+
+
+@given(seed=st.integers(0, 10**6), ties=st.booleans(), copies=st.booleans())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_the_choice_is_that_of_a_heap(seed, ties, copies):
+    superset, nodes, guesses, log_p, chain, chain_log_p = drawn(seed, ties)
+    chain, chain_log_p = (chain, chain_log_p) if copies else ([], [])
+    selector = Selector(superset, nodes, len(chain), CPU)
+    chances = selector.along_paths(torch.tensor(log_p))
+    arguments = torch.tensor(guesses), chances, torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
+    selection = selector.choose(torch.tensor([99]), *arguments)
+    paths, tokens = selector.paths(selection.rows.tolist(), int(selection.joint)), selection.candidates.tolist()
+    expected = chosen_by_heap(superset, nodes, guesses, log_p, chain, chain_log_p)
+    branches = assert_is_a_tree(selection.tensors, paths, tokens)
+    assert len(set(branches)) == nodes  # no doubles among siblings
+    everything = chosen_by_heap(superset, 10**6, guesses, log_p, chain, chain_log_p)
+    scores = {branch: score for score, branch, _ in everything}
+    assert sorted(scores[branch] for branch in branches) == pytest.approx(sorted(score for score, _, _ in expected))
+    if not ties:
+        assert set(zip(branches, paths, strict=True)) == {(branch, path) for _, branch, path in expected}
+
+
+def assert_is_a_tree(tensors, paths, tokens) -> list[tuple[int, ...]]:
+    """Parents before children, and the topology that the paths say; returns each node's tokens from below the root."""
+    where = {path: row for row, path in enumerate(paths)}
+    assert paths[0] == () and tokens[0] == 99
+    parents, depths = tensors.parents.tolist(), tensors.depths.tolist()
+    branches: list[tuple[int, ...]] = [()]
+    for row, path in enumerate(paths[1:], 1):
+        assert parents[row] == where[path[:-1]] < row
+        branches.append((*branches[parents[row]], tokens[row]))
+    assert parents[0] == 0
+    assert depths == [len(path) for path in paths]
+    assert max(depths) <= tensors.depth
+    for row, path in enumerate(paths):
+        above = [other for other in range(len(paths)) if path[: len(paths[other])] == paths[other]]
+        assert tensors.ancestors[row].nonzero().flatten().tolist() == above
+    return branches
+
+
+def test_rounding_puts_no_child_before_its_parent():
+    """Steps that are nearly certain change a float32 sum by nothing at all."""
+    superset = Tree.of([(0,) * n for n in range(1, 9)] + [(1,), (1, 0)])
+    log_p = torch.tensor([[-9.0, -1e-8], *[[-1e-8, -1e-8]] * 7])
+    guesses = torch.tensor([[1, 2]] * 8)
+    for nodes in range(1, len(superset) + 1):
+        selector = Selector(superset, nodes, CHAIN, CPU)
+        chain = torch.full((CHAIN,), 1), torch.full((CHAIN,), -1e-8)
+        selection = selector.choose(torch.tensor([99]), guesses, selector.along_paths(log_p), *chain)
+        paths = selector.paths(selection.rows.tolist(), int(selection.joint))
+        assert_is_a_tree(selection.tensors, paths, selection.candidates.tolist())
+
+
+# ---- in the engine ----
+
+
+@given(
+    seed=st.integers(0, 10**6), size=st.integers(2, 80), share=st.floats(0.1, 1), copies=st.booleans(),
+    ranks=st.lists(st.integers(-1, 5), min_size=1, max_size=3), scale=st.floats(0.3, 3), shift=st.floats(-1, 1),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_greedy_equals_vanilla_with_any_superset_and_calibration(
+    backbone, greedy_text, seed, size, share, copies, ranks, scale, shift
+):
+    superset = random_tree(seed, size, 4, 6)
+    tree = DynamicTree(superset, max(2, int(share * len(superset))))
+    accuracy = Accuracy(PUBLISHED.top, calibration=((scale, shift),) * 4)
+    for heads in (random_heads(backbone, 4, seed=seed), OracleHeads(4, 64, greedy_text, ranks, seed)):
+        engine = make_engine(backbone, heads, tree, copies=copies, accuracy=accuracy, probing=seed % 2 == 0)
+        assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
+
+
+@pytest.mark.parametrize("tree", ["dynamic-8", "dynamic-64", "static-16"])
+@pytest.mark.parametrize("law", [{"temperature": 0.7}, {"temperature": 1.2, "top_p": 0.8}])
+def test_exact_gives_the_text_of_vanilla_sampling(backbone, tree, law):
+    settings = {"seed": 3, "max_new_tokens": NEW, **law}
+    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", sample=True, **settings)
+    heads = OracleHeads(4, 64, PROMPT + expected, (0, 0, 1, -1))
+    steps = decode(make_engine(backbone, heads, tree, copies=True), PROMPT, mode="exact", **settings)
+    assert ids_of(steps) == expected
+    assert max(step.accepted for step in steps) >= 3
+
+
+def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbone):
+    settings = {"mode": "typical", "temperature": 0.9, "seed": 5, "max_new_tokens": NEW}
+    engines = [make_engine(backbone, random_heads(backbone), "dynamic-16", copies=True) for _ in range(2)]
+    first, second = (decode(engine, PROMPT, **settings) for engine in engines)
+    assert ids_of(first) == ids_of(second)
+    assert all(step.tokens[0].head == 0 for step in first)
+    engines[0].forget()
+    assert reply(engines[0], PROMPT, **(settings | {"temperature": 0})) == reply(
+        make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW
+    )
+
+
+def test_the_nodes_are_what_the_heads_are_surest_of(backbone):
+    """The runner's choice at real steps, from the heads' logits on the text so far, calibrated by hand."""
+    lines = ((1.4, 0.2), (0.8, -0.1), (1.1, 0.3), (0.6, 0.0))
+    heads, superset = random_heads(backbone), random_tree(4, 60, 4, 5, spine=4)
+    accuracy = Accuracy(PUBLISHED.top, calibration=lines)
+    runner = make_engine(backbone, heads, DynamicTree(superset, 12), accuracy=accuracy).runner
+    rule = make_rule(Sampling())
+    root, text, seen = runner.prefill(PROMPT, rule), [*PROMPT], set()
+    for step in range(10):
+        with torch.inference_mode():
+            hidden = backbone.hidden_of_text(torch.tensor(text))[-1:]
+            likeliest = heads.logits(hidden, backbone.lm_head)[:, 0].log_softmax(-1).topk(superset.width)
+        guesses = likeliest.indices.tolist()
+        heard = zip(lines, likeliest.values.tolist(), strict=True)
+        said = [[min(0.0, scale * value + shift) for value in row] for (scale, shift), row in heard]
+        copied = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2) if step % 2 else None
+        outcome = runner.step(root, DynamicTree(superset, 12), rule, copied)
+        chain = (list(copied.tokens), list(copied.log_p)) if copied else ([], [])
+        expected = chosen_by_heap(superset, 12, guesses, said, *chain)
+        assert set(outcome.paths) == {path for _, _, path in expected}
+        assert outcome.guesses == guesses
+        assert outcome.candidates[0] == root
+        seen.add(outcome.paths)
+        text += [outcome.candidates[row] for row in outcome.rows]
+        root = outcome.next
+        assert text == PROMPT + text[12:]
+        assert runner.cache.length == len(text)
+    assert len(seen) > 5
+
+
+def test_the_last_tree_is_told_with_its_proposers(backbone, greedy_text):
+    engine = make_engine(backbone, OracleHeads(4, 64, greedy_text, (0, 1)), "dynamic-16", copies=True)
+    for step in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
+        shown = engine.candidates()
+        assert len(shown.paths) == len(shown.texts) == step.nodes == 16
+        told = [proposer(shown.paths[row]) for row in shown.accepted]
+        assert told[: len(step.tokens)] == [token.head for token in step.tokens][: len(told)]
+
+
+# ---- names, forecasts, calibration ----
+
+
+def test_trees_by_name(backbone):
+    accuracy = PUBLISHED.pruned(3, 64)
+    tree = shaped_tree("dynamic-16", accuracy)
+    assert (len(tree), tree.depth, tree.origin) == (16, 3, "dynamic-16")
+    assert len(tree.superset) == min(SUPERSET, 1 + 5 + 25 + 125)
+    static = shaped_tree("static-16", accuracy)
+    assert (static.paths, static.origin) == (grow(accuracy, 16)[0].paths, "static-16")
+    assert shaped_tree("chain-2", accuracy).origin == "chain of 2"
+    for name in ("dynamic-1", "static-0", "dynamic-257", "static-99999999999"):
+        with pytest.raises(UserError, match="2 to 256 nodes"):
+            shaped_tree(name, accuracy)
+    for name in ("dynamic-", "dynamic", "static-x"):
+        with pytest.raises(UserError, match="unknown tree"):
+            shaped_tree(name, accuracy)
+    engine = make_engine(backbone, random_heads(backbone, 1), "dynamic-64")
+    assert engine.describe_tree() == "dynamic-6: 6 nodes, depth 1"  # one head whose best 5 guesses were measured
+    assert {"dynamic-16", "static-64", "chain-1"} <= set(engine.tree_names())
+    engine.use_tree(DynamicTree(random_tree(1, 30, 4, 4), 20))
+    assert engine.tree.depth == 1
+    assert "pruned from 20 nodes" in engine.notices.pop()
+    with pytest.raises(ValueError, match="cannot choose 9 nodes of 3"):
+        DynamicTree(Tree.of([[0], [1]]), 9)
+
+
+def test_forecasts_of_dynamic_trees_lie_between_what_was_measured():
+    accuracy = Accuracy(((0.5, 0.6),), dynamic={8: 2.0, 32: 3.0})
+    lengths = [accuracy.forecast_dynamic(nodes) for nodes in (1, 8, 16, 32, 64)]
+    assert lengths == pytest.approx([1.0, 2.0, 2.5, 3.0, 3.0])
+    assert accuracy.pruned(1, 1).forecast_dynamic(8) == 2.0
+    assert accuracy.pruned(0, 1).forecast_dynamic(8) is None
+    tree = dynamic_tree(accuracy, 3)
+    assert accuracy.forecast(tree) == accuracy.forecast_dynamic(3)
+    assert Accuracy(((0.5,),)).forecast(tree) is None
+
+
+def test_a_calibration_is_found_again():
+    draw = torch.Generator().manual_seed(1)
+    log_p = -4 * torch.rand(6000, generator=draw)
+    chance = (1.5 * log_p + 0.4).clamp(max=-1e-3).exp()
+    right = (torch.rand(6000, generator=draw) < chance).float()
+    assert fit(log_p, right) == pytest.approx((1.5, 0.4), abs=0.1)
+    assert fit(log_p, torch.zeros(6000)) == fit(log_p[:0], right[:0]) == (1.0, 0.0)
+
+
+def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model():
+    """And more is accepted than with the fixed tree of as many nodes."""
+    engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
+    said = ["Hello!", "Tell me a short fairy tale.", "What is the capital of France?", "I need a cheap hotel, please."]
+    accuracy, replies, lengths = engine.runner.accuracy, [], {}
+    assert len(accuracy.calibration) == engine.heads
+    for name in ("static-12", "dynamic-12"):
+        engine.use_tree(name)
+        stats = Stats()
+        for text in said:
+            ids = engine.encode([{"role": "user", "content": text}])
+            steps = list(engine.generate(ids, Sampling(max_new_tokens=96)))
+            for step in steps:
+                stats.add(step)
+            if name == "dynamic-12":
+                ranks, log_p = guess_reply(engine, ids, ids_of(steps))
+                replies.append(Guessed(joint_ranks(ranks), log_p))
+        lengths[name] = stats.acceptance_length
+    assert dynamic_length(engine.tree, accuracy, replies) == pytest.approx(lengths["dynamic-12"], rel=0.02)
+    assert lengths["dynamic-12"] > lengths["static-12"] - 0.1
+    assert "forecast" in engine.describe_tree()
+
+
+def test_log_p_of_a_reply_are_the_heads_own(backbone):
+    engine = make_engine(backbone, random_heads(backbone, 2), "chain-2")
+    answer = reply(engine, PROMPT, max_new_tokens=9)
+    ranks, log_p = guess_reply(engine, PROMPT, answer)
+    assert (ranks.shape, log_p.shape) == ((2, 9), (8, 2, 20))
+    assert (log_p.diff(dim=-1) <= 0).all()
+    assert float(log_p.exp().sum(-1).max()) <= 1 + 1e-5
+    assert exp(float(log_p.max())) <= 1

@@ -1,0 +1,165 @@
+"""Prompts are byte for byte what the tokenizer's template or fastchat makes of a conversation."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
+from hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
+from tiny import decode, make_engine, random_backbone, reply, tokenizer
+from transformers import AutoTokenizer
+
+from medusa_chat.arguments import parser
+from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.model.loading import _tokenizer_settings
+from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TURNS = ("Hi", "Hello!", "And now?\n\nTwo lines", "Yes.", "Ж 你 🙂")
+
+
+def talk(*turns: str, system: str | None = None) -> list[Any]:
+    said = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 3, turns, strict=False)]
+    return [*([] if system is None else [{"role": "system", "content": system}]), *said]
+
+
+def template(name: str = "vicuna_v1.1", **settings: Any) -> ChatTemplate:
+    return resolve_template(llama_tokenizer(), ModelSpec("m", "m", template=name, **settings))
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1.1", "zephyr", "mistral", "llama-2", "qwen-7b-chat", "one_shot"])
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+@pytest.mark.parametrize("turns", [1, 3, 5])
+def test_fastchat_makes_the_same_prompt(name: str, system: str | None, turns: int) -> None:
+    conversation = get_conv_template(name)
+    if system is not None:
+        conversation.set_system_message(system)
+    for place, text in enumerate(TURNS[:turns]):
+        conversation.append_message(conversation.roles[place % 2], text)
+    conversation.append_message(conversation.roles[1], None)
+    made = template(name)
+    for _ in range(2):  # one conversation leaves nothing behind for the next
+        assert made.render(talk(*TURNS[:turns], system=system)) == conversation.get_prompt()
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "prompt"),
+    [
+        ("vicuna_v1.1", None, VICUNA_SYSTEM + " USER: Hi ASSISTANT: Yo</s>USER: Bye ASSISTANT:"),
+        ("vicuna_v1.1", "", " USER: Hi ASSISTANT: Yo</s>USER: Bye ASSISTANT:"),
+        (
+            "zephyr",
+            "S",
+            "<|system|>\nS</s>\n<|user|>\nHi</s>\n<|assistant|>\nYo</s>\n<|user|>\nBye</s>\n<|assistant|>\n",
+        ),
+        ("mistral", None, "[INST] Hi [/INST] Yo</s>[INST] Bye [/INST]"),
+        ("mistral", "S", "[INST] S\nHi [/INST] Yo</s>[INST] Bye [/INST]"),
+    ],
+)
+def test_prompts_as_the_models_were_trained(name: str, system: str | None, prompt: str) -> None:
+    assert template(name).render(talk("Hi", "Yo", "Bye", system=system)) == prompt
+
+
+def test_which_template_is_taken() -> None:
+    own, bare = llama_tokenizer(ZEPHYR), llama_tokenizer()
+    assert resolve_template(own, ModelSpec("zephyr-7b", "z")).conversation is None
+    assert resolve_template(own, ModelSpec("m", "m", template="mistral")).name == "mistral"
+    for spec, name in (
+        (ModelSpec("m", "lmsys/vicuna-7b-v1.3@main"), "vicuna_v1.1"),
+        (ModelSpec("vicuna-7b", "/cache/snapshots/0123"), "vicuna_v1.1"),
+        (ModelSpec("m", "FasterDecoding/medusa-1.0-zephyr-7b-beta"), "zephyr"),
+    ):
+        assert resolve_template(bare, spec).name == name
+    with pytest.raises(UserError, match=r"neither the tokenizer of m nor fastchat .* --template NAME .*list"):
+        resolve_template(bare, ModelSpec("m", "owner/unheard-of"))
+    with pytest.raises(UserError, match=r"no chat template 'vicuna_v1.2'; close are vicuna_v1.1"):
+        named_template("vicuna_v1.2")
+
+
+@pytest.mark.parametrize("own", [ZEPHYR, MISTRAL])
+def test_there_is_one_bos_where_the_template_wants_one(own: str) -> None:
+    bos = llama_tokenizer().bos_token_id
+    assert template().encode(talk("Hi")).count(bos) == template().encode(talk(*TURNS)).count(bos) == 1
+    ids = ChatTemplate(llama_tokenizer(own), "m").encode(talk(*TURNS))
+    assert ids.count(bos) == (own == MISTRAL)  # zephyr's own has none
+    written = Conversation("odd", system_message="<s>", sep_style=SeparatorStyle.NO_COLON_SINGLE, roles=("U", "A"))
+    assert ChatTemplate(llama_tokenizer(), "m", written).encode(talk("Hi"))[:2].count(bos) == 1
+
+
+def test_a_tokenizers_own_template_takes_no_empty_system_message() -> None:
+    own = ChatTemplate(llama_tokenizer(ZEPHYR), "m")
+    assert own.render(talk("Hi", system="")) == own.render(talk("Hi")) == "<|user|>\nHi</s>\n<|assistant|>\n"
+    assert own.render(talk("Hi", system="S")).startswith("<|system|>\nS</s>")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (talk("Hi", "Yo"), "ends with a reply, which cannot be continued"),
+        ([*talk("Hi"), *talk("again")], "message 2 is of user"),
+        (talk("Hi", "", "x"), "message 2 is empty"),
+        ([*talk("Hi", "Yo"), *talk(system="late")], "message 3 is of system"),
+    ],
+)
+def test_conversations_that_no_template_was_made_for(messages: list[Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        template().encode(messages)
+    if "ends" in words:
+        with pytest.raises(UserError, match=words):
+            ChatTemplate(tokenizer(), "m").encode(messages)
+
+
+def test_a_model_without_a_template_says_how_to_name_one() -> None:
+    engine = make_engine(random_backbone(), tokenizer=tokenizer(None))
+    with pytest.raises(UserError, match=r"model has no chat template: name one with --template NAME"):
+        engine.encode(talk("Hi"))
+
+
+def test_the_templates_stop_strings_and_ids_end_a_reply() -> None:
+    backbone = random_backbone()
+    plain = make_engine(backbone)
+    prompt = [1, 2, 3]
+    ids = reply(plain, prompt, mode="vanilla", max_new_tokens=24)
+    text = plain.tokenizer.decode(ids)
+    stop = Conversation("s", stop_str=[text[6:9], "never said"], stop_token_ids=[ids[12]])
+    made = ChatTemplate(plain.tokenizer, "m", stop)
+    settings: dict[str, Any] = {"mode": "vanilla", "max_new_tokens": 24}
+    by_text = make_engine(backbone, template=made)
+    steps = decode(by_text, prompt, **settings)
+    assert steps[-1].finish == "stop"
+    assert "".join(step.text for step in steps) == text[: text.index(text[6:9])]
+    assert reply(by_text, prompt, **settings, ignore_eos=True) == ids
+    assert made.stop_ids == {ids[12]}
+    by_id = make_engine(backbone, template=made, eos=None)
+    stop.stop_str = None
+    assert reply(by_id, prompt, **settings) == ids[: ids.index(ids[12]) + 1]
+
+
+def test_the_templates_system_message_is_the_engines_own() -> None:
+    backbone = random_backbone()
+    assert make_engine(backbone, template=template()).system == VICUNA_SYSTEM
+    assert make_engine(backbone, template=template(), system="Mine").system == "Mine"
+
+
+def test_an_old_llama_tokenizer_keeps_its_space_behind_the_end_of_a_turn(tmp_path: Any) -> None:
+    vicuna_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    old = AutoTokenizer.from_pretrained(tmp_path, **_tokenizer_settings(tmp_path))
+    ids = ChatTemplate(old, "m", named_template("vicuna_v1.1")).encode(talk("Hi", "Yo", "Bye"))
+    assert (ids[0], ids.count(old.bos_token_id)) == (old.bos_token_id, 1)
+    assert old.convert_ids_to_tokens(ids[ids.index(old.eos_token_id) + 1]).startswith("▁")
+
+
+def test_the_flag_lists_its_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parser().parse_args(["chat", "--template", "zephyr"]) == argparse.Namespace(
+        **vars(parser().parse_args(["chat"])) | {"template": "zephyr"}
+    )
+    with pytest.raises(SystemExit) as left:
+        parser().parse_args(["bench", "--template", "list"])
+    assert left.value.code == 0
+    assert {"vicuna_v1.1", "zephyr", "mistral"} <= set(capsys.readouterr().out.split())
