@@ -19,7 +19,7 @@ def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
     probing: bool = True, measured: bool = True, copies: bool = True, template: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None, eager: bool | None = None, fuse: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
@@ -36,6 +36,8 @@ def load(
         copies: copy guesses from the conversation too.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
         template: a conversation template of fastchat by name, in place of the model's own.
+        eager: take every step operation by operation; by default only where a step cannot be captured as CUDA graphs.
+        fuse: join matmuls that read the same rows; off only to measure what that brings.
         progress: is called while something is downloaded: repository, bytes there, bytes in all.
 
     Raises:
@@ -48,10 +50,11 @@ def load(
 
     spec = resolve_model(model, heads, quant, quant_heads)
     spec = replace(spec, template=template or spec.template)
-    loaded = load_model(spec, device, dtype, progress)
+    loaded = load_model(spec, device, dtype, progress, fuse)
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
+        eager=eager,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
     engine.notices[:0] = loaded.notices

@@ -60,6 +60,7 @@ def _load(
             options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
             dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
             probing=probing, measured=measured, copies=options.copies, progress=shown,
+            eager=options.eager or None,
         )  # fmt: skip
 
 
