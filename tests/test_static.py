@@ -72,11 +72,12 @@ def pair(kind: str, **settings: Any) -> tuple[Engine, Engine]:
 @pytest.mark.parametrize("tree", [TREES["tree"], TREES["dynamic"]], ids=["tree", "dynamic"])
 def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any) -> None:
     """One engine each for all modes, with copies and rewinds between them."""
-    eager, fixed = pair(kind, tree=tree)
+    eager, fixed = pair(kind, tree=tree, copies=True)
     for sampling in (*SAMPLINGS.values(), Sampling(mode="vanilla"), Sampling()):
         settings = {"mode": sampling.mode, "seed": sampling.seed, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        expected = reply(eager, PROMPT, max_new_tokens=40, **settings)
-        assert reply(fixed, PROMPT, max_new_tokens=40, **settings) == expected
+        expected = reply(eager, PROMPT * 2, max_new_tokens=40, **settings)
+        assert reply(fixed, PROMPT * 2, max_new_tokens=40, **settings) == expected
+    assert any(key[0] == "nodes" and getattr(key[1], "selector", None) and key[1].selector.chain for key in SEEN)
 
 
 @pytest.mark.parametrize("name", TREES)
