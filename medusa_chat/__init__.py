@@ -21,6 +21,7 @@ def load(
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
     models: Path | None = None, ignore_memory: bool = False, probing: bool = True, measured: bool = True,
     copies: bool = True, template: str = "", progress: Callable[[str, int, int], None] | None = None,
+    eager: bool | None = None, fuse: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
@@ -40,6 +41,8 @@ def load(
         copies: copy guesses from the conversation too.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
         template: a conversation template of fastchat by name, in place of the model's own.
+        eager: take every step operation by operation; by default only where a step cannot be captured as CUDA graphs.
+        fuse: join matmuls that read the same rows; off only to measure what that brings.
         progress: is called while something is downloaded: repository, bytes there, bytes in all.
 
     Raises:
@@ -64,11 +67,11 @@ def load(
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.loading import load_model
 
-    loaded = load_model(spec, device, dtype, files, context=context, ignore_memory=ignore_memory)
+    loaded = load_model(spec, device, dtype, files, context=context, ignore_memory=ignore_memory, fuse=fuse)
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
-        costs=user_cache_path("medusa-chat") / "step-costs",
+        costs=user_cache_path("medusa-chat") / "step-costs", eager=eager,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
     engine.notices[:0] = loaded.notices

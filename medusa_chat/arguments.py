@@ -187,6 +187,9 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", default="auto", help=text)
     text = "--tree auto, with steps timed anew; what an earlier run measured is not used"
     parser.add_argument("--retune", dest="tree", action="store_const", const="retune", help=text)
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU: run steps one operation at a time, not as graphs"
+    )
     text = "copy guesses from the conversation too (default: on)"
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")

@@ -65,7 +65,7 @@ def _load(
             options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
             dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
             models=options.models, ignore_memory=options.ignore_memory, probing=probing, measured=measured,
-            copies=options.copies, progress=shown,
+            copies=options.copies, progress=shown, eager=options.eager or None,
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Engine:
         self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
         tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
-        template: ChatTemplate | None = None, costs: Path | None = None,
+        template: ChatTemplate | None = None, costs: Path | None = None, eager: bool | None = None,
     ) -> None:  # fmt: skip
         """`probing`: tree modes take a vanilla step now and then, to measure the speedup (bench measures apart);
         `costs`: folder that keeps what steps cost, from one run to the next."""
@@ -52,7 +52,7 @@ class Engine:
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
             raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
-        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED)
+        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager)
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy, self._costs, self._probing = accuracy, costs, probing
         self.policy = self._new_policy()

@@ -63,23 +63,27 @@ class Nodes:
     told: tuple[Tensor, ...]
 
 
+def to_send(root: int, copied: Copied | None) -> list[float]:
+    """What the host sends to a step's plan: the root and the copies. As double, which holds every token id exactly."""
+    return [root, *copied.tokens, *copied.log_p] if copied else [root]
+
+
 class FixedPlan:
     """The same nodes at every step."""
 
     confident = False  # whether it needs to know how sure the heads are
 
     def __init__(self, tree: Tree, backbone: Backbone) -> None:
-        self.tree, self.depth, self.width, self._device = tree, tree.depth, tree.width, backbone.device
+        self.tree, self.size, self.depth, self.width, self.deepest = tree, len(tree), tree.depth, tree.width, tree.depth
         self.tensors = TreeTensors.of(tree, backbone.device)
         self._mask = attention.additive(self.tensors.ancestors, backbone.dtype) if len(tree) > 1 else None
         # Where in the root and the flattened guesses [1 + depth * width] each node's token stands.
         tokens = [0, *(1 + (len(path) - 1) * tree.width + path[-1] for path in tree.paths[1:])]
         self._tokens = torch.tensor(tokens, device=backbone.device)
 
-    def nodes(self, root: int, guesses: Tensor, log_p: Tensor | None, copied: Copied | None) -> Nodes:
-        """Lay the guesses [heads, width or more] out behind the root."""
-        flat = guesses[: self.depth, : self.width].flatten()
-        known = torch.cat([torch.tensor([root], device=self._device), flat])
+    def nodes(self, sent: Tensor, guesses: Tensor, log_p: Tensor | None) -> Nodes:
+        """Lay the guesses [heads, width or more] out behind the root, sent[0]."""
+        known = torch.cat([sent[:1].long(), guesses[: self.depth, : self.width].flatten()])
         return Nodes(known[self._tokens], self.tensors, self._mask, ())
 
     def outcome(self, settled: list[int], ranked: int) -> Outcome:
@@ -95,20 +99,19 @@ class ChosenPlan:
 
     def __init__(self, tree: AnyTree, copied: bool, accuracy: Accuracy, backbone: Backbone) -> None:
         superset = tree.superset if isinstance(tree, DynamicTree) else tree
-        device = self._device = backbone.device
-        self.depth, self.width, self._dtype = superset.depth, superset.width, backbone.dtype
+        device = backbone.device
+        self.size, self.depth, self.width, self._dtype = len(tree), superset.depth, superset.width, backbone.dtype
         self.confident = isinstance(tree, DynamicTree)
         self.selector = Selector(superset, len(tree), CHAIN if copied else 0, device)
+        self.deepest = self.selector.deepest
         self._shares = None if self.confident else torch.tensor(_log_shares(superset, accuracy), device=device)
         fitted = [accuracy.calibration_of(head) for head in range(1, self.depth + 1)]
         self._scale, self._shift = torch.tensor(fitted, device=device).view(self.depth, 2, 1).unbind(1)  # [D, 1] each
 
-    def nodes(self, root: int, guesses: Tensor, log_p: Tensor | None, copied: Copied | None) -> Nodes:
-        """Choose among the guesses [heads, width or more], log_p the same, and the copies."""
-        guesses = guesses[: self.depth, : self.width]
-        chain = (*copied.tokens, *copied.log_p) if copied else ()
-        sent = torch.tensor([root, *chain], dtype=torch.float64, device=self._device)  # holds every token id exactly
-        tokens, chain_log_p = sent[: 1 + len(chain) // 2].long(), sent[1 + len(chain) // 2 :].float()
+    def nodes(self, sent: Tensor, guesses: Tensor, log_p: Tensor | None) -> Nodes:
+        """Choose among the guesses [heads, width or more], log_p the same, and the copies sent behind the root."""
+        guesses, behind = guesses[: self.depth, : self.width], 1 + self.selector.chain
+        tokens, chain_log_p = sent[:behind].long(), sent[behind : behind + self.selector.chain].float()
         chances = self._shares
         if chances is None:
             own = None if log_p is None else log_p[: self.depth, : self.width]
@@ -116,7 +119,7 @@ class ChosenPlan:
             chances = self.selector.along_paths(calibrated)
         selection = self.selector.choose(tokens[:1], guesses, chances, tokens[1:], chain_log_p)
         mask = attention.additive(selection.tensors.ancestors, self._dtype)
-        told = (selection.joint[None], selection.rows)
+        told = (selection.joint, selection.rows)
         return Nodes(selection.candidates, selection.tensors, mask, told)
 
     def outcome(self, settled: list[int], ranked: int) -> Outcome:

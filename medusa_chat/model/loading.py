@@ -20,6 +20,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
 from medusa_chat.model import hub, memory
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.devices import frugal_heap
+from medusa_chat.model.fusing import fuse_linears
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
 from medusa_chat.model.packing import pack_linears
@@ -51,7 +52,7 @@ class Loaded:
 
 def load_model(
     spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None, *,
-    context: int | None = None, ignore_memory: bool = False,
+    context: int | None = None, ignore_memory: bool = False, fuse: bool = True,
 ) -> Loaded:  # fmt: skip
     """Load a backbone, its heads and its tokenizer.
 
@@ -59,6 +60,9 @@ def load_model(
         files: where they lie, if that is known already; otherwise they are fetched.
         context: tokens that the engine's cache will hold, for the check that all fits into memory.
         ignore_memory: load without that check.
+
+    Args:
+        fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
 
     Raises:
         UserError: for all that is the user's to put right.
@@ -70,13 +74,17 @@ def load_model(
     if not ignore_memory:
         memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
     with frugal_heap():
-        return _read(spec, here, chosen, number, list(files.notices))
+        return _read(spec, here, chosen, number, list(files.notices), fuse)
 
 
-def _read(spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.dtype, notices: list[str]) -> Loaded:
+def _read(
+    spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.dtype, notices: list[str], fuse: bool
+) -> Loaded:
     """What `spec` names, from the files that `here` names."""
     model, tokenizer = load_pretrained(here, dtype, notices=notices)
     template = resolve_template(tokenizer, spec)
+    if fuse:
+        fuse_linears(model)
     backbone = Backbone(model.to(device))
     lm_head = getattr(backbone.lm_head, "weight", None)  # packed, it could not be compared
     pack_linears(backbone.model)
