@@ -31,7 +31,8 @@ def load(
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
-        tree: auto, dynamic-N, static-N, chain-N, a released tree by name, or a JSON file.
+        tree: auto, retune (auto, with steps timed anew), dynamic-N, static-N, chain-N, a released tree by name, or a
+            JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
         models: the user's own list of models, in place of models.yaml in the folder for settings.
         ignore_memory: load even where less memory is free than the model should need.
@@ -44,6 +45,8 @@ def load(
     Raises:
         UserError: whatever the user can put right, in one line.
     """
+    from platformdirs import user_cache_path
+
     from medusa_chat.model import memory
     from medusa_chat.model.devices import likely_device
     from medusa_chat.model.hub import fetch
@@ -65,6 +68,7 @@ def load(
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
+        costs=user_cache_path("medusa-chat") / "step-costs",
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
     engine.notices[:0] = loaded.notices

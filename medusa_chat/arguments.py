@@ -185,6 +185,8 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
     text = "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N, a released tree, or a JSON file of paths"
     parser.add_argument("--tree", default="auto", help=text)
+    text = "--tree auto, with steps timed anew; what an earlier run measured is not used"
+    parser.add_argument("--retune", dest="tree", action="store_const", const="retune", help=text)
     text = "copy guesses from the conversation too (default: on)"
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")

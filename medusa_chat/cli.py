@@ -203,7 +203,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
     spec = resolve_model(options.model, options.heads, models=options.models)
-    options.tree = "chain-1" if options.tree == "auto" else options.tree  # nothing is timed here
+    options.tree = "chain-1" if options.tree in ("auto", "retune") else options.tree  # nothing is timed here
     engine = _load(options, probing=False, measured=False)  # an old file of figures may be damaged: it goes
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with report.progress("calibrating") as progress:

@@ -32,8 +32,7 @@ class Outcome:
         candidates: the token of every node.
         rows: rows of the accepted path, root first; their keys and values are committed.
         next: the token behind the path, root of the next step.
-        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first, as wide as the tree; empty where
-            no heads ran.
+        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first; empty where no heads ran.
     """
 
     paths: tuple[NodePath, ...]
@@ -78,16 +77,17 @@ class FixedPlan:
         self._tokens = torch.tensor(tokens, device=backbone.device)
 
     def nodes(self, root: int, guesses: Tensor, log_p: Tensor | None, copied: Copied | None) -> Nodes:
-        """Lay the guesses [depth, width] out behind the root."""
-        flat = guesses.flatten()
+        """Lay the guesses [heads, width or more] out behind the root."""
+        flat = guesses[: self.depth, : self.width].flatten()
         known = torch.cat([torch.tensor([root], device=self._device), flat])
-        return Nodes(known[self._tokens], self.tensors, self._mask, (flat,))
+        return Nodes(known[self._tokens], self.tensors, self._mask, ())
 
-    def outcome(self, settled: list[int]) -> Outcome:
-        """From the accepted row, the token behind it, the nodes' tokens, and what `nodes` tells."""
+    def outcome(self, settled: list[int], ranked: int) -> Outcome:
+        """From the accepted row, the token behind it, the nodes' tokens, what `nodes` tells, and `ranked` guesses of
+        each head."""
         row, following, *told = settled
         n = len(self.tree)
-        return Outcome(self.tree.paths, told[:n], self.tree.branches[row], following, _by_head(told[n:], self.width))
+        return Outcome(self.tree.paths, told[:n], self.tree.branches[row], following, _by_head(told[n:], ranked))
 
 
 class ChosenPlan:
@@ -104,28 +104,31 @@ class ChosenPlan:
         self._scale, self._shift = torch.tensor(fitted, device=device).view(self.depth, 2, 1).unbind(1)  # [D, 1] each
 
     def nodes(self, root: int, guesses: Tensor, log_p: Tensor | None, copied: Copied | None) -> Nodes:
-        """Choose among the guesses [depth, width], log_p the same, and the copies."""
+        """Choose among the guesses [heads, width or more], log_p the same, and the copies."""
+        guesses = guesses[: self.depth, : self.width]
         chain = (*copied.tokens, *copied.log_p) if copied else ()
         sent = torch.tensor([root, *chain], dtype=torch.float64, device=self._device)  # holds every token id exactly
         tokens, chain_log_p = sent[: 1 + len(chain) // 2].long(), sent[1 + len(chain) // 2 :].float()
         chances = self._shares
         if chances is None:
-            calibrated = self._shift if log_p is None else (self._scale * log_p + self._shift).clamp(max=0)
+            own = None if log_p is None else log_p[: self.depth, : self.width]
+            calibrated = self._shift if own is None else (self._scale * own + self._shift).clamp(max=0)
             chances = self.selector.along_paths(calibrated)
         selection = self.selector.choose(tokens[:1], guesses, chances, tokens[1:], chain_log_p)
         mask = attention.additive(selection.tensors.ancestors, self._dtype)
-        told = (guesses.flatten(), selection.joint[None], selection.rows)
+        told = (selection.joint[None], selection.rows)
         return Nodes(selection.candidates, selection.tensors, mask, told)
 
-    def outcome(self, settled: list[int]) -> Outcome:
-        """From the accepted row, the token behind it, the nodes' tokens, and what `nodes` tells."""
+    def outcome(self, settled: list[int], ranked: int) -> Outcome:
+        """From the accepted row, the token behind it, the nodes' tokens, what `nodes` tells, and `ranked` guesses of
+        each head."""
         row, following, *told = settled
-        n, ranked = self.selector.nodes, self.depth * self.width
-        candidates, guesses, joint, rows = told[:n], told[n : n + ranked], told[n + ranked], told[n + ranked + 1 :]
+        n = self.selector.nodes
+        candidates, joint, rows, guesses = told[:n], told[n], told[n + 1 : 2 * n + 1], told[2 * n + 1 :]
         paths = self.selector.paths(rows, joint)
         where = {path: place for place, path in enumerate(paths)}
         branch = tuple(where[paths[row][:depth]] for depth in range(len(paths[row]) + 1))
-        return Outcome(paths, candidates, branch, following, _by_head(guesses, self.width))
+        return Outcome(paths, candidates, branch, following, _by_head(guesses, ranked))
 
 
 def _by_head(guesses: list[int], width: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
+RANKED = 10  # guesses of each head that a tree step tells, if the tree is not wider
 
 
 class Runner:
@@ -59,28 +60,31 @@ class Runner:
         compete with the heads' guesses for the tree's places.
         """
         plan = self._plan(tree, copied is not None)
-        nodes = plan.nodes(root, *self._guesses(plan), copied)
+        guesses, log_p = self._guesses(plan)
+        nodes = plan.nodes(root, guesses, log_p, copied)
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
         hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
         verdict = rule(self.backbone.logits(hidden), nodes.candidates, nodes.tensors, position)
-        settled = torch.cat([verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told]).tolist()
-        outcome = plan.outcome(settled)
+        told = (verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told, guesses.flatten())
+        settled = torch.cat(told).tolist()
+        outcome = plan.outcome(settled, guesses.shape[-1])
         self._hidden = hidden[settled[0]][None]
         self.cache.commit(outcome.rows)
         return outcome
 
     def _guesses(self, plan: FixedPlan | ChosenPlan) -> tuple[Tensor, Tensor | None]:
-        """The likeliest tokens of each head that the tree uses, [depth, width], and how likely each head says they are.
+        """The likeliest tokens of each head, [heads, width], and how likely each head says they are; a tree may use
+        fewer.
 
         The natural logarithms of the heads' own probabilities, float32, or None where the plan does not ask for them.
         """
         if self.heads is None or plan.width == 0:
             return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
         assert self._hidden is not None, "a step follows a prefill"
-        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: plan.depth, 0]
-        likeliest = logits.topk(plan.width)
+        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[:, 0]
+        likeliest = logits.topk(max(plan.width, min(RANKED, self.backbone.vocabulary)))
         if not plan.confident:
             return likeliest.indices, None
         log_p = likeliest.values.float() - logits.float().logsumexp(-1, keepdim=True)
