@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 REGISTERED = [spec for spec in read_models(packaged_file()).values() if "/" in spec.backbone]
 UNREGISTERED = [
     ModelSpec("by id", "FasterDecoding/medusa-1.0-zephyr-7b-beta"),
-    ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b"),
+    ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b-v1.3"),
     ModelSpec("by id", "lmsys/vicuna-13b-v1.3", heads="FasterDecoding/medusa-vicuna-13b-v1.3"),
     ModelSpec("by id", "lmsys/vicuna-7b-v1.3", heads="FasterDecoding/medusa-vicuna-7b-v1.3@refs/pr/1"),
     ModelSpec("by id", "mistralai/Mistral-7B-Instruct-v0.2",

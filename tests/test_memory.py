@@ -26,6 +26,9 @@ from medusa_chat.registry import packaged_file, read_models, resolve_model
 from medusa_chat.shapes import SHAPES
 
 GB = 10**9
+ODD = json.dumps({
+    "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": -3,
+})  # fmt: skip
 SHIPPED = read_models(packaged_file())
 VICUNA = contents_of(SHIPPED["vicuna-7b"])
 assert VICUNA is not None
@@ -133,7 +136,7 @@ def test_what_is_quantized_already_weighs_what_its_files_say(tmp_path: Path) -> 
         assert (parts["packed"], parts["plain"]) == (1376, 64)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"num_attention_heads": 0}', '{"hidden_size": "x"}'])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"num_attention_heads": 0}', '{"hidden_size": "x"}', ODD])
 def test_sizes_that_nobody_knows_stop_nothing(text: str | None, tmp_path: Path, free: dict[str, int]) -> None:
     free["cpu"] = 0
     if text is not None:
@@ -254,7 +257,7 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
     assert line.endswith("--ignore-memory loads it all the same")
     free["cpu"] = plan(VICUNA, nf4).total + 10**6
     memory.check(spec, nf4)
-    assert "short; --quant nf4 with --quant-heads nf4 or --model bundled would" in refusal(spec, sixteen)
+    assert "short; --quant nf4 or --model bundled would" in refusal(spec, sixteen)
     # A long context, which weighs more than what passes while heads are quantized.
     sixteen, nf4 = replace(sixteen, context=8000), replace(nf4, context=8000)
     free["cpu"] = plan(VICUNA, replace(nf4, context=6000)).total
@@ -263,7 +266,7 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
     free["cpu"] = 10**6
     assert "nothing that medusa-chat can change makes it fit" in refusal(spec, nf4)
     free["cpu"] = 10 * GB
-    assert "or --model zephyr-7b-beta would" in refusal(SHIPPED["vicuna-13b"], Load("cpu"))
+    assert "short; --model zephyr-7b-beta would" in refusal(SHIPPED["vicuna-13b"], Load("cpu"))
 
 
 def test_the_gpu_that_is_full_is_named(free: dict[str, int]) -> None:

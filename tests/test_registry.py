@@ -142,7 +142,7 @@ def test_every_command_with_a_model_takes_a_list(tmp_path: Path, capsys: pytest.
         ["chat", *use, "--prompt", "hi"], ["bench", *use, "--prompts", str(prompts)],
         ["verify", *use, "--prompts", str(prompts)], ["calibrate", *use, "--data", str(prompts)],
         ["train", *use, "--data", str(prompts), *out], ["distill", *use, "--prompts", str(prompts), *out],
-        ["models", "--models", str(file)],
+        ["export", *use, "--layout", "tgi", *out], ["models", "--models", str(file)],
     ):  # fmt: skip
         assert main(words) == 2, words
         printed = capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -61,7 +61,9 @@ def contents_of(spec: ModelSpec) -> Contents | None:
 def _shape(folder: Path) -> Shape | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Shape.of(config.get("text_config") or config)
+        shape = Shape.of(config.get("text_config") or config)
+        sizes = [value for value in astuple(shape) if not isinstance(value, bool)]
+        return shape if all(isinstance(size, int) and size > 0 for size in sizes) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None  # whoever loads it says what is wrong
 
