@@ -7,18 +7,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import gumbel, make_warp
 from medusa_chat.decoding.accuracy import dynamic_tree
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import AnyTree, Tree, chain, named_tree, paper_trees
+from medusa_chat.model.attention import additive
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.quantization import quant_of
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import Prompt
 
 SAMPLINGS = tuple((temperature, top_p) for temperature in (0.3, 0.7, 1.0) for top_p in (1.0, 0.9))
 WITH_COPIES = ("auto", "mc_sim_7b_63", "random-12", "dynamic-16", "dynamic-64")  # trees decoded with copies too
 ULPS = 16  # two scores closer than this many units in the last place of the dtype may fall either way
+NOISE = 4  # two scores of a quantized model, than this many times the largest difference that the row count makes
+REPLAYED = 32  # tokens whose logits are computed one row at a time too, to measure that difference
 
 
 @dataclass
@@ -126,15 +132,60 @@ def _compare(
     )
 
 
+def _rounding(backbone: Backbone, noise: float, largest: float) -> float:
+    """The gap of two logits that rounding explains, where the largest of all is `largest`.
+
+    Kernels of quantized layers differ by their number of rows in ways that no dtype tells: some cut activations, by
+    scales or columns that all rows share. There the difference is measured on plain text, where no tree is involved,
+    and held below what 16 bits explain.
+    """
+    unit = torch.finfo(backbone.dtype).eps * largest
+    if not quant_of(backbone.model.config):
+        return ULPS * unit
+    return min(max(NOISE * noise, 2 * unit), ULPS * torch.finfo(torch.bfloat16).eps * largest)
+
+
+def _row_noise(backbone: Backbone, text: list[int]) -> float:
+    """The largest difference of a logit between all rows at once and the last of them one by one."""
+    tokens = torch.tensor(text, device=backbone.device)
+    positions = torch.arange(len(text), device=backbone.device)
+    start = max(len(text) - REPLAYED, 0)
+    together = backbone.logits(backbone.hidden_of_text(tokens)[start:]).float()
+    cache = backbone.new_cache(len(text))
+    if start:
+        chain_mask = additive(torch.ones(start, start, dtype=torch.bool, device=backbone.device).tril(), backbone.dtype)
+        backbone.hidden(tokens[:start], positions[:start], chain_mask, cache)
+        cache.commit(tuple(range(start)))
+    noise = 0.0
+    for i in range(start, len(text)):
+        alone = backbone.logits(backbone.hidden(tokens[i : i + 1], positions[i : i + 1], None, cache)).float()
+        cache.commit((0,))
+        noise = max(noise, float((alone[0] - together[i - start]).abs().max()))
+    return noise
+
+
 @torch.inference_mode()
 def _gap(engine: Engine, text: list[int], a: int, b: int, sampling: Sampling) -> tuple[float, float]:
     """Gap of the two tokens' scores after `text`, teacher-forced, and the gap that rounding explains."""
     backbone = engine.backbone
     logits = backbone.logits(backbone.hidden_of_text(torch.tensor(text, device=backbone.device))[-1:]).float()
-    limit = ULPS * torch.finfo(backbone.dtype).eps * float(logits.abs().max())
+    noise = _row_noise(backbone, text)
+    limit = _rounding(backbone, noise, float(logits.abs().max()))
     if sampling.greedy:
         return abs(float(logits[0, a] - logits[0, b])), limit
-    # Without truncation: a token at the edge of top-p is in for one rounding and out for another.
+    limit /= sampling.temperature
+    if any(_at_an_edge(logits, token, sampling, NOISE * noise) for token in (a, b)):
+        return limit, limit
     scores = make_warp(replace(sampling, top_p=1.0, top_k=0, min_p=0.0))(logits)
     scores = scores + gumbel(sampling.seed, torch.tensor([len(text)], device=scores.device), scores.shape[-1])
-    return abs(float(scores[0, a] - scores[0, b])), limit / sampling.temperature
+    return abs(float(scores[0, a] - scores[0, b])), limit
+
+
+def _at_an_edge(logits: Tensor, token: int, sampling: Sampling, noise: float) -> bool:
+    """Whether noise may put a token in or out of what top-p, top-k and min-p leave. logits: [1, V]."""
+    kept = []
+    for change in (-noise, noise):
+        rounded = logits.clone()
+        rounded[0, token] += change
+        kept.append(bool(make_warp(sampling)(rounded)[0, token].isfinite()))
+    return kept[0] != kept[1]

@@ -22,7 +22,7 @@ from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import AnyTree, DynamicTree, paper_trees
 from medusa_chat.events import Candidates, Step, proposer
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import Heads
 from medusa_chat.model.templates import ChatTemplate
 
 COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
@@ -38,7 +38,7 @@ class Engine:
     """
 
     def __init__(
-        self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
+        self, backbone: Backbone, heads: Heads | None, tokenizer: Any, *, name: str = "model",
         tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
         template: ChatTemplate | None = None, costs: Path | None = None, eager: bool | None = None,

@@ -14,7 +14,7 @@ from medusa_chat.decoding.static import Plan, StaticStep
 from medusa_chat.decoding.tree import AnyTree, Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import Heads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
 RANKED = 10  # guesses of each head that a tree step tells, if the tree is not wider
@@ -27,7 +27,7 @@ class Runner:
     """
 
     def __init__(
-        self, backbone: Backbone, heads: MedusaHeads | None, capacity: int, accuracy: Accuracy = PUBLISHED,
+        self, backbone: Backbone, heads: Heads | None, capacity: int, accuracy: Accuracy = PUBLISHED,
         eager: bool | None = None,
     ) -> None:  # fmt: skip
         """Start with an empty text.

@@ -16,15 +16,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
+from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.model import hub, memory
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.devices import frugal_heap
 from medusa_chat.model.fusing import fuse_linears
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
-from medusa_chat.model.packing import pack_linears
-from medusa_chat.model.quantization import quantization_config
+from medusa_chat.model.packing import leave_files, pack_linears
+from medusa_chat.model.quantization import (
+    as_quant,
+    check_quantization,
+    compute_dtype,
+    quantization_config,
+    settle_4bit,
+)
 from medusa_chat.model.templates import ChatTemplate, resolve_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +49,7 @@ class Loaded:
     """
 
     backbone: Backbone
-    heads: MedusaHeads | None
+    heads: Heads | None
     tokenizer: Any
     template: ChatTemplate
     accuracy: Path | None
@@ -81,21 +87,23 @@ def _read(
     spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.dtype, notices: list[str], fuse: bool
 ) -> Loaded:
     """What `spec` names, from the files that `here` names."""
-    model, tokenizer = load_pretrained(here, dtype, notices=notices)
+    model, tokenizer = load_pretrained(here, dtype, spec.quant, device, notices)
     template = resolve_template(tokenizer, spec)
-    if fuse:
-        fuse_linears(model)
-    backbone = Backbone(model.to(device))
-    lm_head = getattr(backbone.lm_head, "weight", None)  # packed, it could not be compared
-    pack_linears(backbone.model)
-    file = heads_file(here)
-    if file is None:
-        return Loaded(backbone, None, tokenizer, template, None, tuple(notices))
-    read = read_heads(
-        file, backbone.hidden_size, backbone.vocabulary, dtype=dtype, lm_head=lm_head, layout=spec.layout
-    )  # fmt: skip
-    heads = read.heads.to(device).requires_grad_(False)
-    return Loaded(backbone, heads, tokenizer, template, _known_accuracy(spec, file), (*notices, *read.notices))
+    if fuse and fuse_linears(model):
+        settle_4bit(model, device, dtype)
+    backbone = Backbone(model)
+    file, heads, accuracy = heads_file(here), None, None
+    if file is not None:
+        lm_head = getattr(backbone.lm_head, "weight", None)
+        read = read_heads(
+            file, backbone.hidden_size, backbone.vocabulary, dtype=dtype, lm_head=lm_head, layout=spec.layout
+        )
+        notices += read.notices
+        heads = decoding_heads(read.heads, as_quant(spec.quant_heads), device, dtype, backbone.lm_head)
+        accuracy = _known_accuracy(spec, file)
+    pack_linears(backbone.model)  # after the heads: packed, the LM head could neither be compared nor quantized
+    leave_files(backbone.model)
+    return Loaded(backbone, heads, tokenizer, template, accuracy, tuple(notices))
 
 
 def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
@@ -105,12 +113,14 @@ def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
 
 
 def load_pretrained(
-    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU,
+    spec: ModelSpec, dtype: torch.dtype | None, quant: str = "auto", device: torch.device = _CPU,
     notices: list[str] | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
 
-    A line on weights that the model has no place for is added to `notices`.
+    Args:
+        quant: a Quant, or auto: as the files are, which may be quantized in any way that transformers loads.
+        notices: a line on weights that the model has no place for is added here.
     """
     folder = str(hub.local(spec.backbone))
     with one_line(spec.backbone):
@@ -119,17 +129,24 @@ def load_pretrained(
         if model_class is None:
             raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
         check_rewindable(model_class, config.get_text_config())
+        own = check_quantization(spec.name, config, quant)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_tokenizer_settings(Path(folder)))
+        asked: dict[str, Any] = {}  # not even None may be said of weights that are quantized already
+        if not own and as_quant(quant) != "none":
+            asked["quantization_config"] = quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
+        quantized = bool(own or asked)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            quantization_config=quantization_config(quant, dtype or torch.bfloat16),
-            device_map=None if quant == "none" else {"": device},  # quantized where it will be used
+            device_map={"": device} if quantized else None,  # quantized where it will be used
+            **asked,
         )
     model, report = loaded
-    if quant == "none":
+    if quantized:
+        settle_4bit(model, device, model.dtype)
+    else:
         model.to(device)
     unknown = _check_report(spec.backbone, report)
     if unknown and notices is not None:

@@ -182,7 +182,7 @@ def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device)
     """Backbone and heads as the recipe wants them, and the tokenizer; `given`: the spec's heads are where to start."""
     whole = recipe.joint and not recipe.lora_rank
     dtype = torch.float32 if whole else choose_dtype(device, None)
-    backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant, device)
+    backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant.replace("none", "auto"), device)
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {spec.name} has no chat template to train with")
     heads = new_heads(backbone, recipe)

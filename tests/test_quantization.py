@@ -1,0 +1,256 @@
+"""Backbones and heads in nf4 and int8: the bundled model decodes in each, right and nearly as far a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import reply, save_model
+from torch import nn
+
+import medusa_chat
+from medusa_chat import Sampling, UserError, verify
+from medusa_chat.config import ModelSpec
+from medusa_chat.decoding.engine import Engine
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.heads import Heads, LinearHeads, MedusaHeads, decoding_heads
+from medusa_chat.model.loading import load_model, load_pretrained
+from medusa_chat.model.packing import Int8Linear, pack_linear, pack_linears
+from medusa_chat.model.quantization import compute_dtype, quant_of, quantization_config, quantize_linear, settle_4bit
+from medusa_chat.model.random_model import random_heads, random_model
+from medusa_chat.peers import TransformersPeer
+from medusa_chat.prompts import Prompt
+from medusa_chat.shapes import Shape
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16  # noqa: E402
+
+CPU = torch.device("cpu")
+QUANTS = ("nf4", "nf4-double", "int8")
+SHAPE = Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, context=256)
+PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+needs_dots = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no 8-bit dot products here")
+needs_packed_4bit = pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16 here")
+DTYPE = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def bundled(quant: str = "auto", quant_heads: str = "auto", dtype: str | None = None) -> Engine:
+    return medusa_chat.load(
+        device="cpu", quant=quant, quant_heads=quant_heads, dtype=dtype, tree="mc_sim_7b_63", probing=False,
+    )  # fmt: skip
+
+
+def linear(inside: int = 128, outside: int = 96, bias: bool = True, dtype: torch.dtype = DTYPE) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inside, outside, bias).to(dtype).requires_grad_(False)
+
+
+def acceptance_length(engine: Engine) -> float:
+    prompts = ("Tell me a story about a fox.", "What is the capital of Spain?", "I feel a bit sad today.",
+               "Can you book a table for two?", "How are you?", "Tell me about your family.")  # fmt: skip
+    steps = [
+        step
+        for text in prompts
+        for step in engine.generate([{"role": "user", "content": text}], Sampling(max_new_tokens=80))
+    ]
+    return sum(len(step.tokens) for step in steps) / len(steps)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_bundled_model_decodes_right_in_each_quantization(quant: str) -> None:
+    engine = bundled(quant, quant)
+    assert quant_of(engine.backbone.model.config) == quant
+    prompts = [Prompt("a", [PROMPT[0]["content"]]), Prompt("b", ["Tell me a story."])]
+    checks = verify.verify(engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda done, total: None)
+    assert "vanilla, generate()" in {check.name for check in checks}  # on a peer quantized alike
+    assert [check.first_fault for check in checks if check.faults] == []
+    assert sum(check.equal for check in checks) > 0.8 * sum(check.replies for check in checks)
+
+
+def test_steps_stay_nearly_as_long() -> None:
+    plain = acceptance_length(bundled())
+    assert plain > 2
+    for quant in ("nf4", "int8"):
+        assert acceptance_length(bundled(quant)) > 0.9 * plain, quant  # over many prompts it is within 5%
+
+
+def test_float32_computes_in_float32() -> None:
+    engine = bundled("nf4", dtype="float32", fuse=False)
+    layer: Any = engine.backbone.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features)
+    wanted = x @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+    assert reply(engine, PROMPT, max_new_tokens=12) == reply(engine, PROMPT, mode="vanilla", max_new_tokens=12)
+
+
+@needs_packed_4bit
+@pytest.mark.parametrize("quant", ["nf4", "nf4-double"])
+def test_four_bit_layers_are_packed_at_load(quant: str) -> None:
+    layer: Any = quantize_linear(linear(), quant, CPU)  # type: ignore[arg-type]
+    x = torch.randn(5, 128).bfloat16()
+    wanted = x.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T + layer.bias.float()
+    assert pack_linear(layer) is layer
+    packed = layer.weight.data
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert packed.shape == (96, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x).float(), wanted, rtol=0.02, atol=0.02)
+    assert layer.weight.data.data_ptr() == packed.data_ptr(), "the first step packed again"
+    # 4 bits a weight and a 16-bit scale for 64 of them: nothing of the unpacked layer is left.
+    state = layer.weight.quant_state
+    assert packed.nbytes + state.absmax.nbytes == 96 * 128 // 2 + 96 * 2 * 2
+    assert not state.nested
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(96, 96), (128, 100)])
+def test_shapes_that_cannot_be_packed_still_multiply(inside: int, outside: int) -> None:
+    layer: Any = pack_linear(quantize_linear(linear(inside, outside, False), "nf4", CPU))
+    x = torch.randn(5, inside).to(DTYPE)
+    wanted = x.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T
+    torch.testing.assert_close(layer(x).float(), wanted, rtol=0.02, atol=0.02)
+
+
+@needs_dots
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(bias: bool, dtype: torch.dtype) -> None:
+    theirs: Any = quantize_linear(linear(bias=bias, dtype=dtype), "int8", CPU)
+    weight = theirs.weight.data.float() * theirs.weight.SCB[:, None] / 127
+    ours = pack_linear(theirs)
+    assert isinstance(ours, Int8Linear)
+    x = torch.randn(2, 7, 128).to(dtype)
+    x[0, 0, 5] = 80.0  # an outlier, as large models have them
+    x[1, 1] = 0.0
+    wanted = nn.functional.linear(x.float(), weight, theirs.bias if theirs.bias is None else theirs.bias.float())
+    found = ours(x)
+    assert (found.shape, found.dtype) == ((2, 7, 96), dtype)
+    tolerance = 0.01 if dtype == torch.bfloat16 else 2e-3
+    torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=tolerance)
+    for rows in (1, 3):  # a row's products do not depend on its neighbours
+        assert torch.equal(ours(x[0, :rows]), found[0, :rows])
+
+
+def test_packing_leaves_other_quantized_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medusa_chat.model.packing._has_integer_dots", lambda: False)
+    model = nn.Sequential(quantize_linear(linear(), "int8", CPU), linear(96, 8))
+    pack_linears(model)
+    kept = "PackedLinear" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "Linear"
+    assert [type(layer).__name__ for layer in model] == ["Linear8bitLt", kept]
+    assert model(torch.randn(3, 128).to(DTYPE)).isfinite().all()
+
+
+@pytest.mark.parametrize("quant", ["none", *QUANTS])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_heads_guess_alike_in_each_quantization(quant: Any, own: bool, layers: int) -> None:
+    backbone = Backbone(random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
+    hidden = torch.randn(4, SHAPE.hidden).to(DTYPE)
+    plain = random_heads(SHAPE, 3, own, layers=layers, dtype=DTYPE)
+    plain.weight.mul_(5)
+    features, logits = plain.features(hidden), plain.logits(hidden, backbone.lm_head)
+    made: Heads = decoding_heads(plain, quant, CPU, DTYPE, backbone.lm_head)
+    assert (made.heads, made.layers) == (3, layers)
+    with torch.inference_mode():
+        assert made.features(hidden[:1]).shape == (3, 1, SHAPE.hidden)
+        found = made.logits(hidden, backbone.lm_head)
+    near = 0.999 if quant in ("none", "int8") else 0.98
+    assert nn.functional.cosine_similarity(made.features(hidden).float(), features.float(), dim=-1).min() > near
+    assert nn.functional.cosine_similarity(found.float(), logits.float(), dim=-1).min() > near
+    if isinstance(made, LinearHeads):  # the 16-bit stacks are gone
+        assert plain.lm_heads is None
+        assert not list(plain.parameters())
+        large = [name for name, p in made.named_parameters() if p.is_floating_point() and p.dim() > 1]
+        assert large == []
+        assert (made.lm_head is not None) == (quant != "none" and not own)
+
+
+def test_heads_that_share_the_lm_head_guess_with_a_quantized_copy() -> None:
+    """The backbone verifies with its own LM head in 16 bits, tied or not."""
+    engine = bundled("none", "nf4")
+    heads = engine.runner.heads
+    assert isinstance(heads, LinearHeads)
+    assert type(heads.lm_head).__name__ == "Linear4bit"
+    assert not hasattr(getattr(engine.backbone.lm_head, "weight", None), "quant_state")
+    assert reply(engine, PROMPT, max_new_tokens=12) == reply(bundled(), PROMPT, max_new_tokens=12)
+
+
+def test_settings_are_never_bitsandbytes_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quantization_config("nf4-double", torch.float16)
+    assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_compute_dtype) == ("nf4", torch.float16)
+    assert settings.bnb_4bit_use_double_quant
+    assert quantization_config("none", DTYPE) is quantization_config("auto", DTYPE) is None
+    for capability, wanted in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert compute_dtype(torch.device("cuda"), torch.bfloat16) == wanted
+    assert compute_dtype(CPU, torch.float32) == torch.float32
+    layer: Any = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    settle_4bit(nn.Sequential(layer), CPU, torch.bfloat16)  # as a checkpoint with the default comes
+    assert layer.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> None:
+    spec = ModelSpec("tiny", str(save_model(tmp_path / "plain", random_model(SHAPE, quant="none", dtype=DTYPE,
+                                                                            device=CPU))))  # fmt: skip
+    model, tokenizer = load_pretrained(spec, DTYPE, quant)
+    model.save_pretrained(tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    own = str(tmp_path / "own")
+    loaded = load_model(ModelSpec("own", own), "cpu")
+    assert quant_of(loaded.backbone.config) == quant
+    other = load_model(ModelSpec("tiny", spec.backbone, quant=quant), "cpu")
+    text = torch.arange(12)
+    theirs, ours = (each.backbone.hidden_of_text(text).float() for each in (loaded, other))
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    for asked in {"none", "nf4", "nf4-double", "int8"} - {quant}:
+        with pytest.raises(UserError, match=f"the files of own are quantized already, in {quant}: leave --quant"):
+            load_model(ModelSpec("own", own, quant=asked), "cpu")
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_a_method_whose_package_is_missing(method: str, package: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"are quantized in {method}, which needs: pip install {package}"):
+        load_model(ModelSpec("tiny", str(folder)), "cpu")
+    with pytest.raises(UserError, match="quant is auto, none, nf4, nf4-double, int8, not 'fp4'"):
+        load_pretrained(ModelSpec("bundled", str(medusa_chat.config.BUNDLED)), DTYPE, "fp4")
+
+
+def test_the_peer_is_quantized_alike() -> None:
+    for quant in ("nf4", "int8"):
+        engine = bundled(quant)
+        peer = TransformersPeer(engine)
+        assert quant_of(peer.model.config) == quant
+        ids = engine.encode(PROMPT)  # type: ignore[arg-type]
+        assert peer.generate(ids, 12) == reply(engine, ids, mode="vanilla", max_new_tokens=12)
+
+
+def test_a_wrong_token_of_a_quantized_model_is_a_fault() -> None:
+    engine = bundled("nf4")
+    ids = engine.encode(PROMPT)  # type: ignore[arg-type]
+    right = reply(engine, ids, mode="vanilla", max_new_tokens=4)
+    for how in (Sampling(), Sampling(mode="exact", temperature=0.7, top_p=0.9)):
+        check = verify.Check("wrong")
+        verify._compare(check, engine, ids, right, [right[0], (right[1] + 1) % 4096], how)
+        assert (check.faults, check.near_ties) == (1, 0)
+
+
+def test_a_token_at_the_edge_of_top_p_may_be_in_or_out() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    share = logits.softmax(-1)[0]
+    at_edge = Sampling(mode="exact", temperature=1.0, top_p=float(share[:2].sum()))
+    assert verify._at_an_edge(logits, 2, at_edge, 0.01)
+    assert not verify._at_an_edge(logits, 0, at_edge, 0.01)
+    assert not verify._at_an_edge(logits, 2, Sampling(mode="exact", temperature=1.0), 0.01)
+
+
+def test_training_heads_are_left_as_they_were() -> None:
+    heads = MedusaHeads(2, 1, 64, 128)
+    assert {name for name, _ in heads.named_parameters()} == {"weight", "bias", "lm_heads"}
+    assert decoding_heads(heads, "none", CPU, torch.float32, None) is heads
