@@ -110,23 +110,16 @@ def _devices() -> Iterator[Finding]:
 def _describe(name: str) -> str:
     import torch
 
+    from medusa_chat.model.device import processor_name
+
     if name == "cpu":
         bfloat16 = "computes in bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no bfloat16"
         threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-        return f"{_processor()}, {threads}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16}"
+        return f"{processor_name()}, {threads}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16}"
     if name == "mps":
         return "Apple GPU, sharing the memory of the CPU"
     found = torch.cuda.get_device_properties(name)
     return f"{found.name}, compute capability {found.major}.{found.minor}, CUDA {torch.version.cuda}"
-
-
-def _processor() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _quantization() -> Iterator[Finding]:

@@ -37,6 +37,7 @@ SETTINGS = (
     "--prompt",
     "Hi",
     "--json",
+    "--ignore-memory",  # the list tells the real ones' sizes
 )
 # One process for all: to import torch takes longer than all else.
 CHAT = """
