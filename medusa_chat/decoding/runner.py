@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,10 @@ class Runner:
     """Runs steps over one text and keeps what the next step needs: the cache and the last hidden state.
 
     `step` is the one door: today it runs the eager step, and a captured one has to give the same Outcome.
+
+    Attributes:
+        mark: called with "begin" where a step begins, and with the name of each of its parts when it is over:
+            heads, forward, acceptance, commit. bench times them by it.
     """
 
     def __init__(self, backbone: Backbone, heads: MedusaHeads | None, capacity: int) -> None:
@@ -46,6 +51,7 @@ class Runner:
         self.cache = backbone.new_cache(capacity)
         self._hidden: Tensor | None = None  # [1, hidden] of the last committed row
         self._prepared: dict[Tree, _PreparedTree] = {}
+        self.mark: Callable[[str], None] = _nobody_times
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:
@@ -65,20 +71,26 @@ class Runner:
 
         The tree of the root alone is a vanilla step: no heads run, one row is verified.
         """
+        self.mark("begin")
         prepared = self._prepare(tree)
         position = self.cache.length
         guesses = self._guesses(prepared)  # [depth, width]
         first = torch.tensor([root], device=self.backbone.device)
         candidates = torch.cat([first, guesses.flatten()[prepared.guess]])
+        self.mark("heads")
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (prepared.tensors.depths + position).clamp(max=self.backbone.context - 1)
         hidden = self.backbone.hidden(candidates, positions, prepared.mask, self.cache)
-        verdict = rule(self.backbone.logits(hidden), candidates, prepared.tensors, position)
+        logits = self.backbone.logits(hidden)
+        self.mark("forward")
+        verdict = rule(logits, candidates, prepared.tensors, position)
         settled = torch.cat([verdict.row[None], verdict.next[None], candidates, guesses.flatten()])
         row, following, *tokens = settled.tolist()
+        self.mark("acceptance")
         rows, ranked = tree.branches[row], tokens[len(tree) :]
         self._hidden = hidden[row : row + 1]
         self.cache.commit(rows)
+        self.mark("commit")
         ranks = [ranked[start : start + tree.width] for start in range(0, len(ranked), max(tree.width, 1))]
         return Outcome(tokens[: len(tree)], rows, following, ranks)
 
@@ -105,6 +117,10 @@ class Runner:
                 self._prepared.clear()
             self._prepared[tree] = _PreparedTree.of(tree, self.backbone)
         return self._prepared[tree]
+
+
+def _nobody_times(part: str) -> None:
+    """What `Runner.mark` is while nobody times the parts of a step."""
 
 
 @dataclass(frozen=True)

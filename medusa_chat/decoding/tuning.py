@@ -35,12 +35,12 @@ class StepCost:
         return (self.by_nodes[low] * (1 - share) + self.by_nodes[high] * share) / self.vanilla
 
 
-def measure(runner: Runner, accuracy: Accuracy) -> StepCost:
-    """Time steps over a blank text; the runner's cache must be empty and is left so.
+def measure(runner: Runner, accuracy: Accuracy, length: int = TIMED_LENGTH) -> StepCost:
+    """Time steps over a blank text of `length` tokens; the runner's cache must be empty and is left so.
 
     The rounds go over the whole ladder in turn, so that a slow moment of the machine does not fall on one count.
     """
-    length = min(TIMED_LENGTH, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
+    length = min(length, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
     trees = [Tree(), *(grow(accuracy, nodes)[0] for nodes in LADDER)]
     times: dict[Tree, list[float]] = {tree: [] for tree in trees}
     rule = make_rule(Sampling())

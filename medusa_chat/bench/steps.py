@@ -1,0 +1,79 @@
+"""What a step costs by its nodes, the tree that follows, and how near a step is to the limit of the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medusa_chat.bench.bandwidth import share, step_bytes
+from medusa_chat.bench.plan import Tick
+from medusa_chat.config import UserError
+from medusa_chat.decoding.accuracy import PUBLISHED
+from medusa_chat.decoding.engine import MAX_NODES, Engine
+from medusa_chat.decoding.tuning import StepCost, fastest, measure
+
+SIMULATED = "published accuracies of the Vicuna-7B Medusa-1 heads (FasterDecoding/Medusa, assets/medusa_acc.csv)"
+
+
+def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
+    """Raise UserError for more cached positions than the model takes."""
+    for length in contexts:
+        if length >= engine.context:
+            raise UserError(
+                f"steps behind {length} positions do not fit the context of {engine.name}, {engine.context};"
+                " --context takes fewer, and with --shape as many as you like"
+            )
+
+
+def measure_steps(
+    engine: Engine, contexts: tuple[int, ...], limit: dict[str, Any], tick: Tick
+) -> list[dict[str, Any]]:
+    """Time vanilla steps and tree steps over the ladder of tuning.measure behind each number of cached positions.
+
+    Returns:
+        for each context {"context", "vanilla_ms", "nodes": {n: {"ms", "overhead"}}, "tree", "bandwidth"}; `tree` is what
+        `auto` picks, and says under "simulated" whose accuracies its acceptance length comes from where the
+        model's own were never measured.
+    """
+    check_contexts(engine, contexts)
+    measured = engine.accuracy
+    accuracy = (PUBLISHED if measured is None else measured).pruned(engine.heads, engine.backbone.vocabulary)
+    found = []
+    for done, context in enumerate(contexts, 1):
+        engine.forget()
+        cost = measure(engine.runner, accuracy, context)
+        tree, length, speedup = fastest(accuracy, cost)
+        picked: dict[str, Any] = {
+            "nodes": len(tree), "depth": tree.depth, "acceptance_length": round(length, 4),
+            "overhead": round(cost.overhead(len(tree)), 4), "speedup": round(speedup, 4),
+            "tokens_per_second": round(speedup / cost.vanilla, 2), "simulated": SIMULATED if measured is None else None,
+        }  # fmt: skip
+        found.append(_told(context, cost) | {"tree": picked, "bandwidth": _bandwidth(engine, context, cost, len(tree), limit)})
+        tick(done, len(contexts))
+    return found
+
+
+def _told(context: int, cost: StepCost) -> dict[str, Any]:
+    return {
+        "context": context,
+        "vanilla_ms": round(1000 * cost.vanilla, 4),
+        "vanilla_tokens_per_second": round(1 / cost.vanilla, 2),
+        "nodes": {
+            str(nodes): {"ms": round(1000 * seconds, 4), "overhead": round(seconds / cost.vanilla, 4)}
+            for nodes, seconds in cost.by_nodes.items()
+        },
+    }
+
+
+def _bandwidth(engine: Engine, context: int, cost: StepCost, nodes: int, limit: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that a step must read, GB/s that it reaches so, and the share of the limit."""
+    told = {}
+    for kind, seconds in (("vanilla", cost.vanilla), ("tree", cost.overhead(nodes) * cost.vanilla)):
+        size = step_bytes(engine.runner, context, tree=kind == "tree")
+        rate = round(size / seconds / 1e9, 3)
+        told[kind] = {"bytes": size, "gb_per_second": rate, "share_of_limit": share(size, seconds, limit)}
+    return told
+
+
+def room_for(contexts: tuple[int, ...], histories: tuple[int, ...]) -> int:
+    """Positions that a model needs to be measured behind these contexts and histories."""
+    return max((*contexts, *histories), default=0) + 2 * MAX_NODES

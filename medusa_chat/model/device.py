@@ -1,0 +1,63 @@
+"""The machine under a model: its name, the memory that was taken, its last-level cache, library versions."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a figure depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # bitsandbytes is not there on every platform
+    return found
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes taken at most so far: `host` by this process, and `device` by tensors on a GPU where there is one."""
+    try:
+        import resource  # not there on Windows
+    except ImportError:
+        peaks = {}
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks = {"host": peak if sys.platform == "darwin" else 1024 * peak}
+    if torch.cuda.is_available():
+        peaks["device"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache before memory; 0 where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    try:
+        sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
+        return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=0)
+    except (OSError, ValueError, KeyError):
+        return 0
