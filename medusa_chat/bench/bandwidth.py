@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.device import last_level_cache
+from medusa_chat.model.device import free_memory, last_level_cache
 
 BUFFER = 2**30  # bytes of the buffer that is read, where memory allows
 READS = 8  # of it, the fastest of which is the limit
@@ -43,7 +42,7 @@ def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
         that holds for the model, with "cached_gb_per_second" besides where it is the cache's.
     """
     cache = last_level_cache(device)
-    size = max(min(BUFFER, _free(device) // 4), 4 * cache)
+    size = max(min(BUFFER, free_memory(device) // 4), 4 * cache)
     memory = read_limit(device, size) / 1e9
     limit: dict[str, Any] = {
         "memory_gb_per_second": round(memory, 2), "buffer_bytes": size, "cache_bytes": cache,
@@ -53,15 +52,6 @@ def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
         cached = read_limit(device, model_bytes) / 1e9
         limit |= {"cached_gb_per_second": round(cached, 2), "gb_per_second": round(cached, 2)}
     return limit
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 * BUFFER  # nobody tells here; BUFFER is little for a machine that runs models
 
 
 def resident_bytes(modules: Iterable[nn.Module]) -> int:
@@ -119,8 +109,3 @@ def step_bytes(runner: Runner, length: int, *, tree: bool) -> int:
         if runner.heads.lm_heads is None:
             total += resident_bytes(runner.backbone.lm_head.modules())
     return total
-
-
-def share(bytes_read: int, seconds: float, limit: dict[str, Any]) -> float:
-    """Of the limit: the time that reading alone would take, over the time that the step took."""
-    return round(bytes_read / (limit["gb_per_second"] * 1e9) / seconds, 4)

@@ -13,7 +13,7 @@ from medusa_chat.events import Stats, Step
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import Prompt
 
-PEERS = {"transformers": 0, "transformers prompt lookup": 10}  # -> tokens copied at once (prompt_lookup_num_tokens)
+PEERS = {"transformers": 0, "transformers-lookup": 10}  # -> tokens copied at once (prompt_lookup_num_tokens)
 WARM_UPS = 2
 
 

@@ -15,9 +15,9 @@ from medusa_chat.bench.history import check_histories, measure_history
 from medusa_chat.bench.parts import step_parts
 from medusa_chat.bench.plan import Plan, Progress
 from medusa_chat.bench.replies import baseline_name, fitting, measure_replies
-from medusa_chat.bench.steps import check_contexts, measure_steps
+from medusa_chat.bench.steps import check_contexts, measure_steps, reached
 from medusa_chat.bench.twin import compare_with_eager
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import Mode, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.device import device_name, peak_memory, versions
 
@@ -51,9 +51,7 @@ def bench(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
     eager = compare_with_eager(engine, ids[:PARTS_PROMPTS])
     with progress("replies") as tick:
         rounds = measure_replies(engine, plan, tick)
-    modes = {
-        mode: mode_figures(rounds, mode, baseline_name(replace(plan.sampling, mode=mode))) for mode in plan.modes
-    }
+    modes = {mode: mode_figures(rounds, mode, baseline_name(replace(plan.sampling, mode=mode))) for mode in plan.modes}
     result: dict[str, Any] = _about(engine) | {
         "prompts": len(ids),
         "left_out": len(plan.prompts) - len(ids),
@@ -93,26 +91,32 @@ def _about(engine: Engine) -> dict[str, Any]:
 
 
 def _machine(engine: Engine, plan: Plan, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
-    """Limit of the memory, cost of steps, the parts of a step, a second turn by its history, peak memory."""
-    with progress("memory") as tick:
-        limit = measure_limit(engine.backbone.device, backbone_bytes(engine.backbone))
-        tick(1, 1)
+    """Cost of steps, the parts of a step, a second turn by its history, peak memory, the limit of the memory."""
     with progress("steps") as tick:
-        steps = measure_steps(engine, plan.contexts, limit, tick) if engine.heads else []
+        steps = measure_steps(engine, plan.contexts, tick) if engine.heads else []
     with progress("parts") as tick:
         parts = {}
         for done, sampling in enumerate(samplings := _sampled(engine, plan), 1):
             parts[sampling.mode] = step_parts(engine, prompts, sampling)
             tick(done, len(samplings))
-    result: dict[str, Any] = {"limit": limit, "steps": steps, "parts": {k: v for k, v in parts.items() if v}}
+    result: dict[str, Any] = {"parts": {mode: found for mode, found in parts.items() if found}}
     if plan.histories:
         with progress("second turns") as tick:
             result["history"] = measure_history(engine, plan.histories, plan.rounds, tick)
-    return result | {"peak_memory_bytes": peak_memory()}
+    result["peak_memory_bytes"] = peak_memory()  # before the buffers that the limit takes
+    with progress("memory") as tick:
+        limit = measure_limit(engine.backbone.device, backbone_bytes(engine.backbone))
+        tick(1, 1)
+    return result | {
+        "limit": limit,
+        "steps": [step | {"bandwidth": reached(engine, step, limit)} for step in steps],
+    }
 
 
 def _sampled(engine: Engine, plan: Plan) -> list[Sampling]:
     """Vanilla and the plan's modes, each once, in short replies."""
-    modes = dict.fromkeys(("vanilla", *plan.modes)) if engine.heads else ("vanilla",)
+    modes: list[Mode] = (
+        ["vanilla", *(mode for mode in plan.modes if mode != "vanilla")] if engine.heads else ["vanilla"]
+    )
     short = replace(plan.sampling, max_new_tokens=PARTS_TOKENS)
     return [replace(short, mode=mode) for mode in modes]

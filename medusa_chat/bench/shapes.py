@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from tokenizers import Tokenizer, models
@@ -13,19 +14,26 @@ from medusa_chat.config import Quant, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import chain
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.device import free_memory
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.random_model import random_heads, random_model
 from medusa_chat.shapes import SHAPES
 
+SHAPE_CONTEXTS = (512, 2048)
+SHAPES_OF_GPU = (RandomModel("vicuna-7b"), RandomModel("vicuna-7b", "nf4"))
+WIDTHS = {"nf4": 0.5625, "nf4-double": 0.52, "int8": 1.0}  # bytes of a quantized weight with its scales
+
 
 def parse_shapes(text: str, quant: Quant, heads: int, own: bool) -> list[RandomModel]:
     """`vicuna-7b,vicuna-7b:nf4` as models; where no quantization is named it is `quant`."""
-    found = []
+    found, quants = [], get_args(Quant)
     for entry in text.split(","):
-        shape, _, named = entry.partition(":")
+        shape, colon, named = entry.partition(":")
         if shape not in SHAPES:
             raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
-        found.append(RandomModel(shape, named or quant, heads, own))  # type: ignore[arg-type]
+        if colon and named not in quants:
+            raise UserError(f"--shape {entry}: behind the colon stands {', '.join(quants)}, not {named!r}")
+        found.append(RandomModel(shape, named if colon else quant, heads, own))  # type: ignore[arg-type]
     return found
 
 
@@ -36,10 +44,15 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
     """
     shape = SHAPES[wanted.shape]
     shape = replace(shape, context=max(positions, shape.context))
+    needed, free = needed_bytes(wanted, positions, device, dtype), free_memory(device)
+    if needed > free:  # a system without the memory may end the process instead of raising
+        raise UserError(
+            f"a model of shape {wanted.name} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free;"
+            " --quant nf4 or a smaller --shape takes less"
+        )
     try:
-        model = random_model(shape, quant=wanted.quant, dtype=dtype, device=device)
-        heads = random_heads(shape, wanted.heads, wanted.own).to(device, dtype)
-        backbone = Backbone(model)
+        backbone = Backbone(random_model(shape, quant=wanted.quant, dtype=dtype, device=device))
+        heads = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=device)
         pack_linears(backbone.model)
         return Engine(
             backbone, heads, numbers(shape.vocabulary), name=wanted.name, tree=chain(1), context=positions,
@@ -47,6 +60,22 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
         )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"a model of shape {wanted.name} does not fit into the memory of {device}") from None
+
+
+def needed_bytes(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Memory for the weights of backbone and heads and for the cache, about."""
+    shape, width = SHAPES[wanted.shape], dtype.itemsize
+    heads = wanted.heads * (shape.hidden**2 + (shape.embedding_parameters if wanted.own else 0))
+    whole = shape.parameters - shape.linear_parameters + heads
+    if shape.tied and device.type == "cpu":
+        whole += shape.embedding_parameters  # the LM head is laid out apart from the embedding
+    linear = shape.linear_parameters * WIDTHS.get(wanted.quant, width)
+    return int(whole * width + linear + shape.cache_bytes(positions, width))
+
+
+def fits(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether such a model fits into the memory that is free now."""
+    return needed_bytes(wanted, positions, device, dtype) <= free_memory(device)
 
 
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medusa_chat.bench.bandwidth import share, step_bytes
+from medusa_chat.bench.bandwidth import step_bytes
 from medusa_chat.bench.plan import Tick
 from medusa_chat.config import UserError
 from medusa_chat.decoding.accuracy import PUBLISHED
@@ -24,15 +24,13 @@ def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
             )
 
 
-def measure_steps(
-    engine: Engine, contexts: tuple[int, ...], limit: dict[str, Any], tick: Tick
-) -> list[dict[str, Any]]:
+def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list[dict[str, Any]]:
     """Time vanilla steps and tree steps over the ladder of tuning.measure behind each number of cached positions.
 
     Returns:
-        for each context {"context", "vanilla_ms", "nodes": {n: {"ms", "overhead"}}, "tree", "bandwidth"}; `tree` is what
-        `auto` picks, and says under "simulated" whose accuracies its acceptance length comes from where the
-        model's own were never measured.
+        for each context {"context", "vanilla_ms", "vanilla_tokens_per_second", "nodes": {n: {"ms", "overhead"}},
+        "tree"}; `tree` is what `auto` picks, and "simulated" says whose accuracies its acceptance length comes from
+        where the model's own were never measured.
     """
     check_contexts(engine, contexts)
     measured = engine.accuracy
@@ -47,7 +45,7 @@ def measure_steps(
             "overhead": round(cost.overhead(len(tree)), 4), "speedup": round(speedup, 4),
             "tokens_per_second": round(speedup / cost.vanilla, 2), "simulated": SIMULATED if measured is None else None,
         }  # fmt: skip
-        found.append(_told(context, cost) | {"tree": picked, "bandwidth": _bandwidth(engine, context, cost, len(tree), limit)})
+        found.append(_told(context, cost) | {"tree": picked})
         tick(done, len(contexts))
     return found
 
@@ -64,13 +62,16 @@ def _told(context: int, cost: StepCost) -> dict[str, Any]:
     }
 
 
-def _bandwidth(engine: Engine, context: int, cost: StepCost, nodes: int, limit: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that a step must read, GB/s that it reaches so, and the share of the limit."""
+def reached(engine: Engine, step: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that a vanilla step and a step of the picked tree must read, the GB/s that this is, and its share of the
+    limit: {"vanilla": {"bytes", "gb_per_second", "share_of_limit"}, "tree": ...}."""
     told = {}
-    for kind, seconds in (("vanilla", cost.vanilla), ("tree", cost.overhead(nodes) * cost.vanilla)):
-        size = step_bytes(engine.runner, context, tree=kind == "tree")
-        rate = round(size / seconds / 1e9, 3)
-        told[kind] = {"bytes": size, "gb_per_second": rate, "share_of_limit": share(size, seconds, limit)}
+    vanilla = step["vanilla_ms"] / 1000
+    for kind, seconds in (("vanilla", vanilla), ("tree", step["tree"]["overhead"] * vanilla)):
+        size = step_bytes(engine.runner, step["context"], tree=kind == "tree")
+        rate = size / seconds / 1e9
+        share = rate / limit["gb_per_second"]
+        told[kind] = {"bytes": size, "gb_per_second": round(rate, 3), "share_of_limit": round(share, 4)}
     return told
 
 

@@ -52,6 +52,18 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be taken on the device now; where nobody tells, more than any machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        return sys.maxsize
+
+
 def last_level_cache(device: torch.device) -> int:
     """Bytes of the largest cache before memory; 0 where nobody tells."""
     if device.type == "cuda":

@@ -50,12 +50,14 @@ class Report(TrainerCallback):
         means = self.trainee.meter.read()
         done, seconds = state.global_step - self.first, time.perf_counter() - self.started
         per_head = {name: tuple(means.get(name, ())) for name in ("head_loss", "top1", "top5")}
+        peaks = peak_memory()
         groups = optimizer.param_groups if optimizer is not None else ()
         return TrainStep(
             state.global_step, state.max_steps, loss, means.get("backbone_loss"), **per_head,
             heads_weight=heads_weight(self.trainee.recipe, state.global_step, state.max_steps),
             learning_rates=tuple(group["lr"] for group in groups), tokens_per_second=done * self.step_tokens / seconds,
-            seconds_left=(state.max_steps - state.global_step) * seconds / max(done, 1), memory=next(reversed(peak_memory().values()), 0),
+            seconds_left=(state.max_steps - state.global_step) * seconds / max(done, 1),
+            memory=peaks.get("device", peaks.get("host", 0)),
         )  # fmt: skip
 
 
