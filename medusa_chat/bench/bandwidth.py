@@ -14,24 +14,26 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.device import free_memory, last_level_cache
 
 BUFFER = 2**30  # bytes of the buffer that is read, where memory allows
-READS = 8  # of it, the fastest of which is the limit
+READS = 8  # in a row, so that starting them and waiting for the last one count little
+REPEATS = 3  # the fastest of which is the limit
 # Reductions that read every byte once; which one is limited by the memory alone differs by device.
 _READERS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.sum(), lambda x: x.view(torch.int32).amax())
 
 
 def read_limit(device: torch.device, size: int) -> float:
-    """Bytes/s at which a buffer of `size` bytes is read, with as many threads as decoding has; the fastest of READS."""
+    """Bytes/s at which a buffer of `size` bytes is read, with as many threads as decoding has."""
     buffer = torch.ones(max(size // 4, 1), device=device)  # float32
-    rates = [buffer.nbytes / _seconds(reader, buffer) for reader in _READERS for _ in range(READS + 1)]
-    return max(rates)
+    return max(buffer.nbytes / _seconds(reader, buffer) for reader in _READERS for _ in range(REPEATS + 1))
 
 
 def _seconds(reader: Callable[[Tensor], Tensor], buffer: Tensor) -> float:
-    """Time of one read. The copy of the result to the host waits for the device."""
-    _ = buffer[:1].tolist()
+    """Time of one read of a row of them. The copy of the last result to the host waits for the device."""
+    reader(buffer[:1]).item()
     started = time.perf_counter()
-    reader(buffer).item()
-    return time.perf_counter() - started
+    for _ in range(READS):
+        last = reader(buffer)
+    last.item()
+    return (time.perf_counter() - started) / READS
 
 
 def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from medusa_chat.bench.shapes import SHAPE_CONTEXTS, SHAPES_OF_GPU, fits, parse_
 from medusa_chat.bench.steps import room_for
 from medusa_chat.config import Quant, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
+from medusa_chat.model.device import reset_peak_memory
 from medusa_chat.model.loading import choose_device, choose_dtype
 from medusa_chat.prompts import read_prompts
 
@@ -75,9 +76,7 @@ def _shape(
     wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> dict[str, Any]:
     gc.collect()  # a model before this one may still be held by a cycle
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory()
     plan = replace(plan, contexts=options.context or SHAPE_CONTEXTS)
     started = time.perf_counter()
     with progress(wanted.name) as tick:

@@ -163,12 +163,12 @@ def _steps_table(steps: Sequence[Figures]) -> Table:
 def _limit_text(figures: Figures) -> Text:
     """What the shares are of."""
     limit = figures["limit"]
-    text = f"limit: {limit['memory_gb_per_second']:.1f} GB/s, a read of {limit['buffer_bytes'] / 2**30:.2g} GiB"
+    text = f"limit: {limit['memory_gb_per_second']:.1f} GB/s, a read of {_size(limit['buffer_bytes'])}"
     if limit["in_cache"]:
-        size, cache = figures["backbone_bytes"] / 2**20, limit["cache_bytes"] / 2**20
+        size, cache = (_size(size) for size in (figures["backbone_bytes"], limit["cache_bytes"]))
         text = (
-            f"limit: {limit['cached_gb_per_second']:.1f} GB/s, a read of {size:.0f} MiB, for this model fits into the"
-            f" {cache:.0f} MiB cache; memory itself: {limit['memory_gb_per_second']:.1f} GB/s"
+            f"limit: {limit['cached_gb_per_second']:.1f} GB/s, a read of {size}, as the model fits into the cache of"
+            f" {cache}; memory itself: {limit['memory_gb_per_second']:.1f} GB/s"
         )
     return Text(text)
 
