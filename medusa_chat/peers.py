@@ -9,6 +9,8 @@ import torch
 from medusa_chat.config import resolve_model
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.loading import load_pretrained
+from medusa_chat.model.packing import pack_linears
+from medusa_chat.model.quantization import quant_of
 
 
 class TransformersPeer:
@@ -17,8 +19,12 @@ class TransformersPeer:
     def __init__(self, engine: Engine) -> None:
         backbone = engine.backbone
         spec = replace(resolve_model(None), name=engine.name, backbone=backbone.model.name_or_path)
-        model, _ = load_pretrained(spec, backbone.dtype)
-        self.model = model.to(backbone.device).eval()
+        quant = quant_of(backbone.model.config)
+        model, _ = load_pretrained(spec, backbone.dtype, quant or "none", backbone.device)
+        self.model = model.eval()
+        if quant == "int8":
+            # On a CPU bitsandbytes cuts activations to 8 bits and the engine does not: another model, in effect.
+            pack_linears(self.model)
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], max_new_tokens: int, lookup: int = 0) -> list[int]:

@@ -18,7 +18,7 @@ from medusa_chat.decoding.runner import Outcome, Runner
 from medusa_chat.decoding.tree import Tree, named_tree, paper_trees
 from medusa_chat.events import Candidates, Step
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import Heads
 
 VANILLA = Tree()
 MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
@@ -35,7 +35,7 @@ class Engine:
     """
 
     def __init__(
-        self, backbone: Backbone, heads: MedusaHeads | None, tokenizer: Any, *, name: str = "model",
+        self, backbone: Backbone, heads: Heads | None, tokenizer: Any, *, name: str = "model",
         tree: str | Tree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True,
     ) -> None:  # fmt: skip

@@ -12,7 +12,7 @@ from medusa_chat.decoding.acceptance import Rule, TreeTensors
 from medusa_chat.decoding.tree import Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import Heads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
 
@@ -45,7 +45,7 @@ class Runner:
             heads, forward, acceptance, commit. bench times them by it.
     """
 
-    def __init__(self, backbone: Backbone, heads: MedusaHeads | None, capacity: int) -> None:
+    def __init__(self, backbone: Backbone, heads: Heads | None, capacity: int) -> None:
         self.backbone = backbone
         self.heads = heads
         self.cache = backbone.new_cache(capacity)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from medusa_chat.config import Quant
+from medusa_chat.model.packing import pack_linear
+from medusa_chat.model.quantization import quantize_linear
 
 
 class MedusaHeads(nn.Module):
@@ -49,3 +56,78 @@ class MedusaHeads(nn.Module):
             return torch.bmm(x, self.lm_heads.mT)
         shared: Tensor = lm_head(x)
         return shared
+
+
+class LinearHeads(nn.Module):
+    """The same heads for decoding alone, each matrix a linear layer that may be quantized or packed.
+
+    Attributes:
+        first: [hidden] -> [K * hidden], the first blocks of all heads, which read the same rows.
+        blocks: the further L - 1 layers, a linear layer for each head.
+        lm_heads: one for each head, or none where `lm_head` or the backbone's own is shared.
+        lm_head: a quantized copy of the backbone's LM head, for guesses alone; or None.
+    """
+
+    def __init__(
+        self, heads: int, first: nn.Module, blocks: list[list[nn.Module]], lm_heads: list[nn.Module],
+        lm_head: nn.Module | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.layers = heads, 1 + len(blocks)
+        self.first, self.lm_heads, self.lm_head = first, nn.ModuleList(lm_heads), lm_head
+        self.blocks: Any = nn.ModuleList(nn.ModuleList(block) for block in blocks)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """The blocks alone: [n, hidden] -> [K, n, hidden]."""
+        x = hidden + functional.silu(self.first(hidden).unflatten(-1, (self.heads, -1)).transpose(0, 1))
+        for block in self.blocks:
+            x = x + functional.silu(_each(block, x))
+        return x
+
+    def logits(self, hidden: Tensor, lm_head: nn.Module) -> Tensor:
+        """Guesses of every head: [n, hidden] -> [K, n, V]; `lm_head` is the backbone's."""
+        x = self.features(hidden)
+        if len(self.lm_heads):
+            return _each(self.lm_heads, x)
+        shared: Tensor = (self.lm_head or lm_head)(x)
+        return shared
+
+
+Heads = MedusaHeads | LinearHeads
+
+
+def _each(linears: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Every head's rows through its own layer: [K, n, in] -> [K, n, out]."""
+    return torch.stack([linear(rows) for linear, rows in zip(linears, x, strict=True)])
+
+
+def decoding_heads(heads: MedusaHeads, quant: Quant, device: torch.device, dtype: torch.dtype, lm_head: Any) -> Heads:
+    """Heads in the form that decodes fastest, on `device`; the heads given are used up, stack by stack.
+
+    Args:
+        quant: of their matrices. Heads that share the backbone's LM head then guess with a copy of it in `quant`.
+        dtype: of everything else.
+        lm_head: the backbone's.
+    """
+    # oneDNN lays out the stacks again at every step, unless each of their matrices is packed.
+    if quant == "none" and (device.type, dtype) != ("cpu", torch.bfloat16):
+        return heads.to(device, dtype).requires_grad_(False)
+
+    def convert(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        layer: nn.Module = pack_linear(quantize_linear(linear, quant, device))
+        return layer
+
+    count, weight, bias, own = heads.heads, heads.weight.data, heads.bias.data, heads.lm_heads
+    del heads.weight, heads.bias
+    heads.lm_heads = None
+    first = convert(weight[0].flatten(0, 1), bias[0].flatten())
+    blocks = [[convert(weight[i, k], bias[i, k]) for k in range(count)] for i in range(1, len(weight))]
+    del weight
+    if own is not None:
+        return LinearHeads(count, first, blocks, [convert(own.data[k]) for k in range(count)], None)
+    copied = quant != "none" and type(lm_head) is nn.Linear
+    return LinearHeads(count, first, blocks, [], convert(lm_head.weight.data) if copied else None)

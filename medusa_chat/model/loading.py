@@ -17,12 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, UserError
+from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.model.backbone import Backbone, check_rewindable
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
 from medusa_chat.model.packing import pack_linears
-from medusa_chat.model.quantization import quantization_config
+from medusa_chat.model.quantization import (
+    as_quant,
+    check_quantization,
+    compute_dtype,
+    quantization_config,
+    settle_4bit,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +45,7 @@ class Loaded:
     """
 
     backbone: Backbone
-    heads: MedusaHeads | None
+    heads: Heads | None
     tokenizer: Any
     accuracy: Path | None
 
@@ -48,37 +54,47 @@ def load_model(spec: ModelSpec, device: str = "auto", dtype: str | None = None) 
     """Load a backbone, its heads and its tokenizer; raises UserError for all that is the user's to put right."""
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
-    model, tokenizer = load_pretrained(spec, number)
-    backbone = Backbone(model.to(chosen))
-    pack_linears(backbone.model)
+    model, tokenizer = load_pretrained(spec, number, spec.quant, chosen)
+    backbone = Backbone(model)
     file = heads_file(spec)
-    if file is None:
-        return Loaded(backbone, None, tokenizer, None)
-    heads = read_heads(file, backbone.hidden_size, backbone.vocabulary)
-    return Loaded(backbone, heads.to(chosen, number).requires_grad_(False), tokenizer, file.parent / ACCURACY_FILE)
+    heads: Heads | None = None
+    if file is not None:
+        quant = as_quant(spec.quant_heads)
+        heads = decoding_heads(
+            read_heads(file, backbone.hidden_size, backbone.vocabulary), quant, chosen, number, backbone.lm_head
+        )
+    pack_linears(backbone.model)  # after the heads: they may need a copy of the LM head in a quantization of its own
+    return Loaded(backbone, heads, tokenizer, file.parent / ACCURACY_FILE if file else None)
 
 
 def load_pretrained(
-    spec: ModelSpec, dtype: torch.dtype | None, quant: Quant = "none", device: torch.device = _CPU
+    spec: ModelSpec, dtype: torch.dtype | None, quant: str = "auto", device: torch.device = _CPU
 ) -> tuple[Any, Any]:
-    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files."""
+    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
+
+    `quant` is a Quant, or auto: as the files are, which may be quantized in any way that transformers loads.
+    """
     with _one_line(spec.backbone):
         config = AutoConfig.from_pretrained(spec.backbone)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
             raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
         check_rewindable(model_class, config.get_text_config())
+        own = check_quantization(spec.name, config, quant)
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone)
+        settings = None if own else quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.backbone,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            quantization_config=quantization_config(quant, dtype or torch.bfloat16),
-            device_map=None if quant == "none" else {"": device},  # quantized where it will be used
+            quantization_config=settings,
+            device_map={"": device} if own or settings else None,  # quantized where it will be used
         )
     model, report = loaded
-    if quant == "none":
+    if own or settings:
+        settle_4bit(model, device, model.dtype)
+    else:
         model.to(device)
     _check_report(spec.backbone, report)
     if not getattr(tokenizer, "chat_template", None):

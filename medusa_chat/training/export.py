@@ -47,7 +47,7 @@ def export_backbone(state: dict[str, Tensor], spec: ModelSpec, recipe: Recipe, o
 def perplexity_of(spec: ModelSpec, rows: PackedRows, quant: Quant, device: torch.device) -> float:
     """Perplexity of a model's backbone, loaded for this alone and as it was trained: quantized or not."""
     gc.collect()  # of models in use before, whose parts refer to each other
-    backbone, _ = load_pretrained(spec, None, quant, device)
+    backbone, _ = load_pretrained(spec, None, quant.replace("none", "auto"), device)
     return perplexity(backbone, rows)
 
 

@@ -179,7 +179,7 @@ def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device)
     """Backbone and heads as the recipe wants them, and the tokenizer; `given`: the spec's heads are where to start."""
     whole = recipe.joint and not recipe.lora_rank
     dtype = torch.float32 if whole else choose_dtype(device, None)
-    backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant, device)
+    backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant.replace("none", "auto"), device)
     heads = new_heads(backbone, recipe)
     if given and (file := heads_file(spec)):
         heads = read_heads(file, *heads_shape(backbone)).float()
