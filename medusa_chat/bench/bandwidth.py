@@ -106,8 +106,10 @@ def step_bytes(runner: Runner, length: int, *, tree: bool) -> int:
     """
     cache = runner.cache.buffer
     total = backbone_bytes(runner.backbone) + cache.nbytes // cache.shape[3] * length
-    if tree and runner.heads is not None:
-        total += resident_bytes(runner.heads.modules())
-        if runner.heads.lm_heads is None:
+    heads = runner.heads
+    if tree and heads is not None:
+        total += resident_bytes(heads.modules())
+        own = heads.lm_heads is not None and len(heads.lm_heads) > 0
+        if not own and getattr(heads, "lm_head", None) is None:
             total += resident_bytes(runner.backbone.lm_head.modules())
     return total

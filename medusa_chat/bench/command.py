@@ -16,10 +16,11 @@ from medusa_chat.bench.plan import Consume, Plan, Progress, RandomModel
 from medusa_chat.bench.run import bench, bench_steps, header
 from medusa_chat.bench.shapes import SHAPE_CONTEXTS, SHAPES_OF_GPU, fits, parse_shapes, random_engine
 from medusa_chat.bench.steps import room_for
-from medusa_chat.config import Quant, Sampling, UserError
+from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.device import reset_peak_memory
 from medusa_chat.model.loading import choose_device, choose_dtype
+from medusa_chat.model.quantization import as_quant
 from medusa_chat.prompts import read_prompts
 
 OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
@@ -61,8 +62,12 @@ def _plan(options: Namespace, sampling: Sampling, view: Consume | None) -> Plan:
 
 
 def _shapes(options: Namespace) -> list[RandomModel]:
-    quant: Quant = "none" if options.quant == "auto" else options.quant
-    return parse_shapes(options.shape, quant, options.shape_heads, options.own_lm_heads) if options.shape else []
+    if not options.shape:
+        return []
+    quant, quant_heads = as_quant(options.quant), as_quant(options.quant_heads)
+    return parse_shapes(
+        options.shape, quant, quant_heads=quant_heads, heads=options.shape_heads, own=options.own_lm_heads
+    )
 
 
 def _loaded(load: Callable[[], Engine], plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -83,4 +88,6 @@ def _shape(
         engine = random_engine(wanted, room_for(plan.contexts, plan.histories), device, dtype)
         tick(1, 1)
     seconds = round(time.perf_counter() - started, 3)
-    return bench_steps(engine, plan, progress) | {"load_seconds": seconds, "quant": wanted.quant, "own": wanted.own}
+    return bench_steps(engine, plan, progress) | {
+        "load_seconds": seconds, "quant": wanted.quant, "quant_heads": wanted.quant_heads, "own": wanted.own,
+    }  # fmt: skip

@@ -49,6 +49,7 @@ class RandomModel:
 
     shape: str
     quant: Quant = "none"
+    quant_heads: Quant = "none"
     heads: int = 5
     own: bool = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer, models
@@ -15,6 +15,7 @@ from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import chain
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.device import free_memory
+from medusa_chat.model.heads import decoding_heads
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.random_model import random_heads, random_model
 from medusa_chat.shapes import SHAPES
@@ -24,8 +25,11 @@ SHAPES_OF_GPU = (RandomModel("vicuna-7b"), RandomModel("vicuna-7b", "nf4"))
 WIDTHS = {"nf4": 0.5625, "nf4-double": 0.52, "int8": 1.0}  # bytes of a quantized weight with its scales
 
 
-def parse_shapes(text: str, quant: Quant, heads: int, own: bool) -> list[RandomModel]:
-    """`vicuna-7b,vicuna-7b:nf4` as models; where no quantization is named it is `quant`."""
+def parse_shapes(text: str, quant: Quant, **heads: Any) -> list[RandomModel]:
+    """`vicuna-7b,vicuna-7b:nf4` as models; where no quantization is named it is `quant`.
+
+    heads: the fields of RandomModel that concern the heads.
+    """
     found, quants = [], get_args(Quant)
     for entry in text.split(","):
         shape, colon, named = entry.partition(":")
@@ -33,7 +37,7 @@ def parse_shapes(text: str, quant: Quant, heads: int, own: bool) -> list[RandomM
             raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
         if colon and named not in quants:
             raise UserError(f"--shape {entry}: behind the colon stands {', '.join(quants)}, not {named!r}")
-        found.append(RandomModel(shape, named if colon else quant, heads, own))  # type: ignore[arg-type]
+        found.append(RandomModel(shape, named if colon else quant, **heads))  # type: ignore[arg-type]
     return found
 
 
@@ -52,7 +56,8 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
         )
     try:
         backbone = Backbone(random_model(shape, quant=wanted.quant, dtype=dtype, device=device))
-        heads = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=device)
+        drawn = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=device)
+        heads = decoding_heads(drawn, wanted.quant_heads, device, dtype, backbone.lm_head)
         pack_linears(backbone.model)
         return Engine(
             backbone, heads, numbers(shape.vocabulary), name=wanted.name, tree=chain(1), context=positions,
@@ -66,11 +71,13 @@ def needed_bytes(wanted: RandomModel, positions: int, device: torch.device, dtyp
     """Memory for the weights of backbone and heads and for the cache, about."""
     shape, width = SHAPES[wanted.shape], dtype.itemsize
     heads = wanted.heads * (shape.hidden**2 + (shape.embedding_parameters if wanted.own else 0))
-    whole = shape.parameters - shape.linear_parameters + heads
+    whole = shape.parameters - shape.linear_parameters
     if shape.tied and device.type == "cpu":
         whole += shape.embedding_parameters  # the LM head is laid out apart from the embedding
-    linear = shape.linear_parameters * WIDTHS.get(wanted.quant, width)
-    return int(whole * width + linear + shape.cache_bytes(positions, width))
+    quantized = shape.linear_parameters * WIDTHS.get(wanted.quant, width) + heads * WIDTHS.get(
+        wanted.quant_heads, width
+    )
+    return int(whole * width + quantized + shape.cache_bytes(positions, width))
 
 
 def fits(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> bool:
