@@ -17,7 +17,7 @@ ALLOWED = {
     "shapes": set(),
     "events": {"config"},
     "prompts": {"config"},
-    "arguments": {"config", "prompts", "__init__"},
+    "arguments": {"config", "shapes", "prompts", "__init__"},
     "model": {"config", "shapes", "events"},
     "decoding": {"config", "shapes", "events", "model"},
     "training": ENGINE | {"prompts"},
