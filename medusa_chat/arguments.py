@@ -21,6 +21,7 @@ from medusa_chat.config import (
     make_recipe,
     parse_value,
 )
+from medusa_chat.shapes import SHAPES
 
 
 class _Template(argparse.Action):
@@ -65,11 +66,25 @@ def _chat(command: argparse.ArgumentParser) -> None:
 def _bench(command: argparse.ArgumentParser) -> None:
     _model_flags(command)
     _sampling_flags(command, max_new_tokens=128)
-    _prompt_flags(command, 50)
+    _prompt_flags(command, 50, required=False)
     command.add_argument("--modes", default="greedy,typical", help="modes to measure, with commas between")
     command.add_argument("--rounds", type=_count, default=3, help="times that all is measured; medians are told")
+    command.add_argument("--turns", type=_count, default=1, help="user turns to answer of each conversation")
     command.add_argument("--peer", choices=["transformers"], help="measure transformers' generate() too")
     command.add_argument("--view", action="store_true", help="measure what the live view costs too")
+    text = "random models of known shapes, NAME or NAME:QUANT with commas between: costs of steps without weights"
+    command.add_argument("--shape", metavar="NAME", help=f"{text}; {', '.join(SHAPES)}")
+    command.add_argument("--shape-heads", type=_count, default=5, metavar="N", help="Medusa heads of such a model")
+    text = "give them LM heads of their own, or share the backbone's (default)"
+    kinds = command.add_mutually_exclusive_group()
+    kinds.add_argument("--own-lm-heads", action="store_true", help=text)
+    kinds.add_argument("--shared-lm-heads", dest="own_lm_heads", action="store_false", help=argparse.SUPPRESS)
+    text = "cached positions behind which steps are timed (default: 256, of a --shape 512,2048)"
+    command.add_argument("--context", type=_counts, metavar="N,...", help=text)
+    text = "time the first token of a second turn behind conversations of so many tokens, such as 256,1024,4096"
+    command.add_argument("--history", type=_counts, metavar="N,...", default=(), help=text)
+    command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures as PNG files; needs matplotlib")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the line of JSON into a file too")
 
 
 def _verify(command: argparse.ArgumentParser) -> None:
@@ -213,10 +228,10 @@ def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
             parser.add_argument(_flag(field.name), default=default, help=SAMPLING_HELP[field.name] + shown)
 
 
-def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None, *flags: str) -> None:
-    help = "MT-Bench, messages or text"
+def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None, *flags: str, required: bool = True) -> None:
+    help = "MT-Bench, messages or text" + ("" if required else " (default: a few that come with medusa-chat)")
     parser.add_argument(
-        *(flags or ("--prompts",)), dest="prompts", metavar="FILE", type=Path, nargs="+", required=True, help=help
+        *(flags or ("--prompts",)), dest="prompts", metavar="FILE", type=Path, nargs="+", required=required, help=help
     )
     parser.add_argument("--limit", type=_count, default=limit, help="prompts to take, in turn from each file")
 
@@ -230,6 +245,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

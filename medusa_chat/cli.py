@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.insert(0, "chat")
     try:
         options = parser().parse_args(words)
+        options.words = shlex.join(["medusa-chat", *words])
         status = _RUN[options.command](options)
         sys.stdout.flush()
         return status
@@ -120,19 +122,25 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from medusa_chat import bench
-    from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal import report
+    from medusa_chat.bench.command import measure
+    from medusa_chat.terminal import bench_charts, bench_report, report
 
     sampling = sampling_of(options)
-    modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
-    prompts = read_prompts(options.prompts, options.limit)
-    engine = _load(options, probing=False)
+    bench_report.check_file(options.json)
+    bench_charts.check_folder(options.plot)
     view = report.timed_view(sampling) if options.view else None
-    plan = bench.Plan(prompts, modes, sampling, options.rounds, options.peer is not None, view)
-    with report.progress("measuring") as progress:
-        result = bench.bench(engine, plan, progress)
-    report.show_bench(result)
+    try:
+        result = measure(options, sampling, lambda: _load(options, probing=False), report.progress, view)
+    except KeyboardInterrupt:
+        print("medusa-chat: bench was interrupted: nothing is told of a part of the measurements", file=sys.stderr)
+        return 130
+    bench_report.show_bench(result)
+    if options.plot:
+        for file in bench_charts.plot_bench(result, options.plot):
+            print(f"wrote {file}")
+    if options.json:
+        options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        print(f"wrote {options.json}")
     print(json.dumps(result))
     return 0
 

@@ -110,7 +110,7 @@ def _devices() -> Iterator[Finding]:
 def _describe(name: str) -> str:
     import torch
 
-    from medusa_chat.model.device import processor_name
+    from medusa_chat.model.devices import processor_name
 
     if name == "cpu":
         bfloat16 = "computes in bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no bfloat16"

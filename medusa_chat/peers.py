@@ -12,7 +12,7 @@ from medusa_chat.model.quantization import quant_of
 
 
 class TransformersPeer:
-    """transformers' own greedy generate(), with its default attention and cache."""
+    """transformers' own greedy generate(), with its default attention and cache, plain or with prompt lookup."""
 
     def __init__(self, engine: Engine) -> None:
         backbone = engine.backbone
@@ -25,10 +25,13 @@ class TransformersPeer:
             pack_linears(self.model)
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """Ids of the reply, the EOS included."""
+    def generate(self, prompt: list[int], max_new_tokens: int, lookup: int = 0) -> list[int]:
+        """Ids of the reply, the EOS included; `lookup` tokens at once are guessed from the text before, if above 0."""
         ids = torch.tensor([prompt], device=self.model.device)
         mask = torch.ones_like(ids)
-        output = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+        output = self.model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+            prompt_lookup_num_tokens=lookup or None,
+        )  # fmt: skip
         reply: list[int] = output[0, len(prompt) :].tolist()
         return reply

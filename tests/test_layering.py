@@ -19,7 +19,7 @@ ALLOWED = {
     "events": {"config"},
     "files": set(),
     "prompts": {"config"},
-    "arguments": {"config", "prompts", "__init__"},
+    "arguments": {"config", "shapes", "prompts", "__init__"},
     "model": {"config", "shapes", "registry", "events"},
     "decoding": {"config", "shapes", "events", "files", "model", "__init__"},
     "training": ENGINE | {"prompts"},

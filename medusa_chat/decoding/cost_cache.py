@@ -13,13 +13,12 @@ from typing import Any
 from torch import nn
 
 from medusa_chat import __version__
-from medusa_chat.decoding.accuracy import Accuracy, dynamic_tree, grow
+from medusa_chat.decoding.accuracy import Accuracy, grow
 from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tree import AnyTree
-from medusa_chat.decoding.tuning import LADDER, StepCost, measure, timed_length
+from medusa_chat.decoding.tuning import LADDER, StepCost, kinds, measure, timed_length
 from medusa_chat.files import write_whole
-from medusa_chat.model.device import device_name, versions
+from medusa_chat.model.devices import device_name, versions
 
 Key = dict[str, Any]
 
@@ -32,9 +31,6 @@ def step_costs(
     The runner's cache must be empty and is left so.
     """
     copied = Copied((0,) * CHAIN, (-1.0,) * CHAIN, 1) if copies else None
-    kinds: dict[str, Callable[[int], AnyTree] | None] = {"static": None}
-    if accuracy.dynamic:
-        kinds["dynamic"] = partial(dynamic_tree, accuracy)
     forecast = grow(accuracy, max(LADDER))[1][-1]
     return {
         kind: cached(
@@ -43,7 +39,7 @@ def step_costs(
             partial(measure, runner, accuracy, tree_of=tree_of, copied=copied),
             anew=anew,
         )
-        for kind, tree_of in kinds.items()
+        for kind, tree_of in kinds(accuracy).items()
     }
 
 

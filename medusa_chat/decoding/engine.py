@@ -75,6 +75,11 @@ class Engine:
         return self.policy.tree
 
     @property
+    def accuracy(self) -> Accuracy | None:
+        """What was measured of the heads, or None if nobody has."""
+        return self._accuracy
+
+    @property
     def tokens_in_context(self) -> int:
         return len(self._tokens)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,10 @@ class Runner:
     """Runs steps over one text and keeps what the next step needs: the cache and the last hidden state.
 
     `step` is the one door: behind it is the eager step, or the static one, which on a GPU is captured.
+
+    Attributes:
+        mark: called with "begin" where an eager step begins, and with the name of each of its parts when it is over:
+            heads, forward, acceptance, commit. bench times them by it.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Runner:
         self._hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
         self._root = FixedPlan(Tree(), backbone)
         self._plans: dict[tuple[AnyTree, bool], Plan] = {}
+        self.mark: Callable[[str], None] = _nobody_times
         can_capture = capturable(backbone)
         self._static: StaticStep | None = None
         if not (not can_capture if eager is None else eager):
@@ -82,20 +89,26 @@ class Runner:
         else:
             outcome = plan.outcome(self._eager_step(sent, plan, rule), ranked)
             self.cache.commit(outcome.rows)
+            self.mark("commit")
         return outcome
 
     def _eager_step(self, sent: list[float], plan: Plan, rule: Rule) -> list[int]:
         """The accepted row, the token behind it, the nodes' tokens, what the plan tells, and the heads' guesses."""
+        self.mark("begin")
         guesses, log_p = self._guesses(plan)
         nodes = plan.nodes(torch.tensor(sent, dtype=torch.float64, device=self.backbone.device), guesses, log_p)
+        self.mark("heads")
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
         hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
-        verdict = rule(self.backbone.logits(hidden), nodes.candidates, nodes.tensors, position)
+        logits = self.backbone.logits(hidden)
+        self.mark("forward")
+        verdict = rule(logits, nodes.candidates, nodes.tensors, position)
         told = (verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told, guesses.flatten())
         settled: list[int] = torch.cat(told).tolist()
         self._hidden.copy_(hidden[settled[0]])
+        self.mark("acceptance")
         return settled
 
     def _ranked(self, plan: Plan) -> int:
@@ -137,3 +150,7 @@ class Runner:
             else:
                 self._plans[key] = ChosenPlan(tree, copied, self.accuracy, self.backbone)
         return self._plans[key]
+
+
+def _nobody_times(part: str) -> None:
+    """What `Runner.mark` is while nobody times the parts of a step."""

@@ -6,11 +6,13 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from math import inf
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.accuracy import Accuracy, Frequencies, grow, likeliest
+from medusa_chat.decoding.accuracy import Accuracy, Frequencies, dynamic_tree, grow, likeliest
 from medusa_chat.decoding.copying import Copied
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import AnyTree, Tree
@@ -88,6 +90,12 @@ def dynamic_options(accuracy: Frequencies, cost: StepCost) -> list[Option]:
     return [Option("dynamic", n, length, cost.seconds(n)) for n, length in lengths.items() if length is not None]
 
 
+def kinds(accuracy: Accuracy) -> dict[str, Callable[[int], AnyTree]]:
+    """The kinds of trees worth timing, as what makes one of n nodes: dynamic ones where their acceptance is known."""
+    found: dict[str, Callable[[int], AnyTree]] = {"static": lambda nodes: grow(accuracy, nodes)[0]}
+    return found | {"dynamic": partial(dynamic_tree, accuracy)} if accuracy.dynamic else found
+
+
 def options(accuracy: Frequencies, costs: Mapping[str, StepCost]) -> list[Option]:
     """All that there is to choose from, of every kind whose steps were timed."""
     by_kind = {"static": static_options, "dynamic": dynamic_options}
@@ -96,7 +104,8 @@ def options(accuracy: Frequencies, costs: Mapping[str, StepCost]) -> list[Option
 
 def measure(
     runner: Runner, accuracy: Accuracy, *, tree_of: Callable[[int], AnyTree] | None = None,
-    copied: Copied | None = None, clock: Callable[[], float] = time.perf_counter,
+    copied: Copied | None = None, length: int = TIMED_LENGTH, budget: float = BUDGET,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> StepCost:  # fmt: skip
     """Time steps over a blank text; the runner's cache must be empty and is left so.
 
@@ -106,13 +115,15 @@ def measure(
     Args:
         tree_of: the tree that is timed at a node count; by default the best static one.
         copied: what stands for the copies that seek a place among the guesses; None without copies.
+        length: cached positions behind which steps are timed, if there are as many.
+        budget: seconds; infinite for every count of the ladder, REPEATS times.
     """
     forecast = grow(accuracy, max(LADDER))[1]
     grown = tree_of or (lambda nodes: grow(accuracy, nodes)[0])
     ladder = list(dict.fromkeys(min(nodes, len(forecast)) for nodes in LADDER))
     times = _Times(forecast, {1: [], **{nodes: [] for nodes in ladder}})
     trees: dict[int, AnyTree] = {1: Tree(), **{nodes: grown(nodes) for nodes in ladder}}
-    length = timed_length(runner)
+    length = timed_length(runner, length)
     rule = make_rule(Sampling())
     started = clock()
     try:
@@ -121,9 +132,9 @@ def measure(
         for turn in range(REPEATS + 1):
             # The first vanilla step pays for more than itself, so a slow model takes two at once.
             for nodes in (*([1] if turn == 0 else []), 1, *ladder):
-                if clock() - started > BUDGET and times.enough(turn):
+                if clock() - started > budget and times.enough(turn):
                     return times.cost()
-                if times.hopeful(nodes):
+                if budget == inf or times.hopeful(nodes):
                     runner.cache.rewind(length)
                     before = clock()
                     runner.step(0, trees[nodes], rule, copied if nodes > 1 else None)
@@ -133,9 +144,9 @@ def measure(
         runner.cache.rewind(0)
 
 
-def timed_length(runner: Runner) -> int:
+def timed_length(runner: Runner, length: int = TIMED_LENGTH) -> int:
     """Cached positions behind which `measure` times steps."""
-    return min(TIMED_LENGTH, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
+    return min(length, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
 
 
 @dataclass(frozen=True)

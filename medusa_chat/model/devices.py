@@ -1,19 +1,48 @@
-"""The memory of devices: what is free, and that the CPU's is given back. No torch until a GPU is asked for."""
+"""The devices of this machine: names, memory, and that the CPU's is given back. No torch until one is asked."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
+
 _CGROUP = Path("/sys/fs/cgroup")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGE, _LARGEST = 1 << 20, 32 << 20  # bytes; the second is what glibc's own threshold rises to
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person would name it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The processor as the system names it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or "CPU"
 
 
 def likely_device(device: str = "auto") -> str:
@@ -63,6 +92,63 @@ def _container_memory() -> int:
         return max(limit - used + int(stat.get("inactive_file", 0)), 0)
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return psutil.virtual_memory().available
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes taken at most, so far or since `reset_peak_memory`: `host` by this process, `device` by a GPU's tensors."""
+    import torch
+
+    peaks = {"host": _host_peak()}
+    if torch.cuda.is_available():
+        peaks["device"] = torch.cuda.max_memory_allocated()
+    return {place: peak for place, peak in peaks.items() if peak}
+
+
+def reset_peak_memory() -> None:
+    """Let peaks begin at what is held now; on the host only where Linux lets a process do that."""
+    import torch
+
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _host_peak() -> int:
+    """0 where nobody tells."""
+    with suppress(OSError, StopIteration), open("/proc/self/status") as lines:
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    try:
+        import resource  # not there on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache before memory; 0 where nobody tells."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    try:
+        sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
+        return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=0)
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a figure depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "bitsandbytes"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # bitsandbytes is not there on every platform
+    return found
 
 
 @contextmanager

@@ -20,20 +20,9 @@ from rich.text import Text
 from medusa_chat.config import Sampling, size_text
 from medusa_chat.events import Stats, Step
 from medusa_chat.terminal.panel import UNKNOWN, panel
-from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG, head_name, head_style
+from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG, head_style
 from medusa_chat.terminal.view import ReplyView
 
-_BENCH_ROWS = (
-    ("acceptance_length", "acceptance length", "{:.2f} tokens/step"),
-    ("overhead", "overhead", "{:.2f} vanilla steps"),
-    ("speedup", "speedup over vanilla", "{:.2f}x"),
-    ("tokens_per_second", "tokens/s", "{:.1f}"),
-    ("vanilla_tokens_per_second", "tokens/s, vanilla", "{:.1f}"),
-    ("wall_tokens_per_second", "tokens/s, prefill included", "{:.1f}"),
-    ("step_ms", "step", "{:.2f} ms"),
-    ("vanilla_step_ms", "step, vanilla", "{:.2f} ms"),
-    ("time_to_first_token_ms", "time to first token", "{:.1f} ms"),
-)
 _BAR_BLOCKS = ((1, "█"), (5, "▒"), (10, "░"))  # of an accuracy bar: up to which rank, drawn how
 _BESIDE_BAR = 47  # cells of the table without the bar
 
@@ -69,31 +58,6 @@ def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
                 view.add(step)
 
     return draw
-
-
-def show_bench(result: dict[str, Any]) -> None:
-    """The result of bench.bench as a table."""
-    modes = result["modes"]
-    title = (
-        f"{result['model']} on {result['device']}, {result['dtype']}; {result['prompts']} prompts x {result['rounds']}"
-    )
-    table = Table("", *modes, title=title, caption=f"tree {result['tree']}")
-    for key, name, form in _BENCH_ROWS:
-        table.add_row(name, *(form.format(mode[key]) if key in mode else "-" for mode in modes.values()))
-    heads = sorted({head for mode in modes.values() for head in mode["head_acceptance"]}, key=int)
-    for head in heads:
-        rates = (mode["head_acceptance"].get(head) for mode in modes.values())
-        table.add_row(
-            f"{head_name(int(head))} accepted when tested", *("-" if rate is None else f"{rate:.0%}" for rate in rates)
-        )
-    for name, peer in result["peers"].items():
-        table.add_section()
-        table.add_row(f"{name}, tokens/s, prefill included", f"{peer['tokens_per_second']:.1f}")
-        table.add_row(f"times {name}", *(f"{peer['ratio'][mode]:.2f}x" for mode in modes))
-        table.add_row(f"our vanilla, times {name}", f"{peer['vanilla_ratio']:.2f}x")
-    if "view" in result:
-        table.add_row("tokens/s kept with the live view", f"{result['view']['share_of_tokens_per_second']:.1%}")
-    Console().print(table)
 
 
 def show_checks(checks: Sequence[dict[str, Any]]) -> None:
