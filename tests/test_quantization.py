@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,29 @@ def test_training_heads_are_left_as_they_were() -> None:
     heads = MedusaHeads(2, 1, 64, 128)
     assert {name for name, _ in heads.named_parameters()} == {"weight", "bias", "lm_heads"}
     assert decoding_heads(heads, "none", CPU, torch.float32, None) is heads
+
+
+def test_the_cost_of_steps_is_told_for_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    place = Path(__file__).parent.parent / "benchmarks" / "step_cost.py"
+    spec = importlib.util.spec_from_file_location("step_cost", place)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setitem(script.SHAPES, "tiny", SHAPE)
+    monkeypatch.setattr("sys.argv", ["step_cost", "tiny", "nf4:int8", "none", "--rounds", "1", "--length", "20"])
+    script.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["model"], told["heads"], told["own_lm_heads"]) == ("tiny", 5, True)
+    for quant in ("nf4:int8", "none"):
+        assert list(told["step_ms"][quant]) == ["1", "4", "8", "16", "32", "64"]
+        assert all(value > 0 for value in told["step_ms"][quant].values())
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_no_weight_keeps_its_file_mapped(quant: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
+    model = load_model(ModelSpec("tiny", str(folder), quant=quant), "cpu").backbone.model
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(tensors) > 5
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
