@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from medusa_chat.config import Sampling, resolve_model
+from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, grow
 from medusa_chat.decoding.runner import Runner
@@ -31,6 +31,7 @@ from medusa_chat.model.loading import choose_device, choose_dtype, load_model
 from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.quantization import as_quant
 from medusa_chat.model.random_model import random_heads, random_model
+from medusa_chat.registry import resolve_model
 from medusa_chat.shapes import SHAPES
 
 ROWS = (1, 4, 8, 16, 32, 64)

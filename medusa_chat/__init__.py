@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import Sampling, UserError
@@ -18,8 +19,9 @@ __all__ = ["Sampling", "UserError", "load"]
 def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
-    probing: bool = True, measured: bool = True, copies: bool = True, template: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    models: Path | None = None, ignore_memory: bool = False, probing: bool = True, measured: bool = True,
+    copies: bool = True, template: str = "", progress: Callable[[str, int, int], None] | None = None,
+    eager: bool | None = None, fuse: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
 
@@ -30,34 +32,46 @@ def load(
         quant, quant_heads: none, nf4, nf4-double or int8 for the backbone and the heads; auto is what models.yaml
             says, else none.
         device: auto, cpu, cuda or mps; dtype: float32, bfloat16, float16, or None for what suits the device.
-        tree: auto, dynamic-N, static-N, chain-N, a released tree by name, or a JSON file.
+        tree: auto, retune (auto, with steps timed anew), dynamic-N, static-N, chain-N, a released tree by name, or a
+            JSON file.
         context: tokens that prompt and reply may hold together; None is what the model was made for.
+        models: the user's own list of models, in place of models.yaml in the folder for settings.
+        ignore_memory: load even where less memory is free than the model should need.
         probing: take a vanilla step now and then, so that Stats knows the speedup.
         copies: copy guesses from the conversation too.
         measured: choose and forecast trees by what `medusa-chat calibrate` measured, if it did.
         template: a conversation template of fastchat by name, in place of the model's own.
+        eager: take every step operation by operation; by default only where a step cannot be captured as CUDA graphs.
+        fuse: join matmuls that read the same rows; off only to measure what that brings.
         progress: is called while something is downloaded: repository, bytes there, bytes in all.
 
     Raises:
         UserError: whatever the user can put right, in one line.
     """
-    from medusa_chat.config import resolve_model
+    from platformdirs import user_cache_path
+
+    from medusa_chat.model import memory
+    from medusa_chat.model.devices import likely_device
     from medusa_chat.model.hub import fetch
     from medusa_chat.model.templates import named_template
+    from medusa_chat.registry import resolve_model
 
-    spec = resolve_model(model, heads, quant, quant_heads)
+    spec = resolve_model(model, heads, quant, quant_heads, models)
     spec = replace(spec, template=template or spec.template)
     if spec.template:
         named_template(spec.template)  # a slip is told before the download
+    if not ignore_memory and not Path(spec.backbone).exists():
+        memory.check(spec, memory.load_of(spec, likely_device(device), context))  # and so is what can't fit
     files = fetch(spec, progress)  # before torch is imported: it is seen at once how far it is, or why it fails
     from medusa_chat.decoding.accuracy import read_accuracy
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.loading import load_model
 
-    loaded = load_model(spec, device, dtype, files)
+    loaded = load_model(spec, device, dtype, files, context=context, ignore_memory=ignore_memory, fuse=fuse)
     engine = Engine(
         loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
         tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
+        costs=user_cache_path("medusa-chat") / "step-costs", eager=eager,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )  # fmt: skip
     engine.notices[:0] = loaded.notices

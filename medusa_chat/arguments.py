@@ -21,6 +21,7 @@ from medusa_chat.config import (
     make_recipe,
     parse_value,
 )
+from medusa_chat.shapes import SHAPES
 
 
 class _Template(argparse.Action):
@@ -65,11 +66,25 @@ def _chat(command: argparse.ArgumentParser) -> None:
 def _bench(command: argparse.ArgumentParser) -> None:
     _model_flags(command)
     _sampling_flags(command, max_new_tokens=128)
-    _prompt_flags(command, 50)
+    _prompt_flags(command, 50, required=False)
     command.add_argument("--modes", default="greedy,typical", help="modes to measure, with commas between")
     command.add_argument("--rounds", type=_count, default=3, help="times that all is measured; medians are told")
+    command.add_argument("--turns", type=_count, default=1, help="user turns to answer of each conversation")
     command.add_argument("--peer", choices=["transformers"], help="measure transformers' generate() too")
     command.add_argument("--view", action="store_true", help="measure what the live view costs too")
+    text = "random models of known shapes, NAME or NAME:QUANT with commas between: costs of steps without weights"
+    command.add_argument("--shape", metavar="NAME", help=f"{text}; {', '.join(SHAPES)}")
+    command.add_argument("--shape-heads", type=_count, default=5, metavar="N", help="Medusa heads of such a model")
+    text = "give them LM heads of their own, or share the backbone's (default)"
+    kinds = command.add_mutually_exclusive_group()
+    kinds.add_argument("--own-lm-heads", action="store_true", help=text)
+    kinds.add_argument("--shared-lm-heads", dest="own_lm_heads", action="store_false", help=argparse.SUPPRESS)
+    text = "cached positions behind which steps are timed (default: 256, of a --shape 512,2048)"
+    command.add_argument("--context", type=_counts, metavar="N,...", help=text)
+    text = "time the first token of a second turn behind conversations of so many tokens, such as 256,1024,4096"
+    command.add_argument("--history", type=_counts, metavar="N,...", default=(), help=text)
+    command.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the figures as PNG files; needs matplotlib")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the line of JSON into a file too")
 
 
 def _verify(command: argparse.ArgumentParser) -> None:
@@ -81,6 +96,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="name, folder or hub id of the backbone")
+    _models_flag(command)
     command.add_argument("--heads-from", metavar="HEADS", help="heads to start from: file, folder or hub id")
     command.add_argument(
         "--data", type=Path, metavar="FILE", nargs="+", required=True, help="messages or ShareGPT JSON, or plain text"
@@ -113,6 +129,7 @@ def _recipe_help(name: str) -> str:
 
 def _distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="name, folder or hub id of the backbone; not loaded with --server")
+    _models_flag(command)
     _prompt_flags(command, None)
     command.add_argument("--out", type=Path, required=True, help="JSONL file; a run that was cut off goes on in it")
     command.add_argument("--server", metavar="URL", help="let an OpenAI-compatible server answer; key: OPENAI_API_KEY")
@@ -137,6 +154,7 @@ def _calibrate(command: argparse.ArgumentParser) -> None:
 
 def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="name, folder or hub id; default: the bundled model")
+    _models_flag(command)
     command.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
     command.add_argument("--layout", choices=LAYOUTS, required=True, help="the program or version that will read it")
     command.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="new, or an earlier export")
@@ -147,8 +165,13 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--private", action="store_true", help="with --push: a new repository is private")
 
 
-def _no_flags(command: argparse.ArgumentParser) -> None:
-    """`models` takes none."""
+def _models(command: argparse.ArgumentParser) -> None:
+    _models_flag(command)
+    command.add_argument("--json", action="store_true", help="a list of objects")
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="a list of objects, a finding each")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -159,12 +182,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "distill": ("let the model answer prompts, as training data for its heads", _distill),
     "calibrate": ("measure each head's accuracy, for the tree tuner", _calibrate),
     "export": ("write the heads as other programs read them: TGI, vLLM, TensorRT-LLM, ...", _export),
-    "models": ("list the models that --model knows by name", _no_flags),
+    "models": ("list the models that --model knows by name, and which of them fit this machine", _models),
+    "doctor": ("tell versions, devices, memory and kernels, and what will be used here and why", _doctor),
 }
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="name (see `medusa-chat models`), folder or hub id; default: the bundled model")
+    _models_flag(parser)
     parser.add_argument("--heads", help="Medusa heads: file, folder or hub id; default: beside the backbone")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -175,9 +200,21 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
     text = "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N, a released tree, or a JSON file of paths"
     parser.add_argument("--tree", default="auto", help=text)
+    text = "--tree auto, with steps timed anew; what an earlier run measured is not used"
+    parser.add_argument("--retune", dest="tree", action="store_const", const="retune", help=text)
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU: run steps one operation at a time, not as graphs"
+    )
     text = "copy guesses from the conversation too (default: on)"
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
+    text = "load even where less memory is free than the model should need"
+    parser.add_argument("--ignore-memory", action="store_true", help=text)
+
+
+def _models_flag(parser: argparse.ArgumentParser) -> None:
+    text = "a models.yaml of your own, in place of the one in the folder for settings"
+    parser.add_argument("--models", type=Path, metavar="FILE", help=text)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -191,10 +228,10 @@ def _sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
             parser.add_argument(_flag(field.name), default=default, help=SAMPLING_HELP[field.name] + shown)
 
 
-def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None, *flags: str) -> None:
-    help = "MT-Bench, messages or text"
+def _prompt_flags(parser: argparse.ArgumentParser, limit: int | None, *flags: str, required: bool = True) -> None:
+    help = "MT-Bench, messages or text" + ("" if required else " (default: a few that come with medusa-chat)")
     parser.add_argument(
-        *(flags or ("--prompts",)), dest="prompts", metavar="FILE", type=Path, nargs="+", required=True, help=help
+        *(flags or ("--prompts",)), dest="prompts", metavar="FILE", type=Path, nargs="+", required=required, help=help
     )
     parser.add_argument("--limit", type=_count, default=limit, help="prompts to take, in turn from each file")
 
@@ -208,6 +245,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

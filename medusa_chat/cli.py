@@ -6,16 +6,20 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from medusa_chat.arguments import COMMANDS, parser, recipe_of, sampling_of
-from medusa_chat.config import Message, Sampling, UserError, read_registry
+from medusa_chat.config import Message, Sampling, UserError, out_of_memory
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
+
+NEEDS_LESS = "a smaller model, --quant nf4, --quant-heads nf4 or a shorter --max-context needs less"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.insert(0, "chat")
     try:
         options = parser().parse_args(words)
+        options.words = shlex.join(["medusa-chat", *words])
         status = _RUN[options.command](options)
         sys.stdout.flush()
         return status
@@ -36,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except MemoryError:
-        return _fail("out of memory; a smaller model or a shorter --max-context needs less")
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            return _fail(f"out of memory; {NEEDS_LESS}")
+        if not isinstance(error, OSError):
+            raise
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
 
 
@@ -59,7 +66,8 @@ def _load(
         return medusa_chat.load(
             options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
             dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
-            probing=probing, measured=measured, copies=options.copies, progress=shown,
+            models=options.models, ignore_memory=options.ignore_memory, probing=probing, measured=measured,
+            copies=options.copies, progress=shown, eager=options.eager or None,
         )  # fmt: skip
 
 
@@ -74,10 +82,10 @@ def _chat(options: argparse.Namespace) -> int:
         raise UserError("--json needs --prompt TEXT, or text piped to standard input")
     from platformdirs import user_state_path
 
-    from medusa_chat.config import resolve_model
+    from medusa_chat.registry import resolve_model
     from medusa_chat.terminal.repl import chat
 
-    name = resolve_model(options.model, options.heads).name
+    name = resolve_model(options.model, options.heads, models=options.models).name
     history = user_state_path("medusa-chat") / "history"
     return chat(
         lambda progress: _load(options, progress=progress), model=name, sampling=sampling, system=options.system,
@@ -114,19 +122,25 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from medusa_chat import bench
-    from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal import report
+    from medusa_chat.bench.command import measure
+    from medusa_chat.terminal import bench_charts, bench_report, report
 
     sampling = sampling_of(options)
-    modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
-    prompts = read_prompts(options.prompts, options.limit)
-    engine = _load(options, probing=False)
+    bench_report.check_file(options.json)
+    bench_charts.check_folder(options.plot)
     view = report.timed_view(sampling) if options.view else None
-    plan = bench.Plan(prompts, modes, sampling, options.rounds, options.peer is not None, view)
-    with report.progress("measuring") as progress:
-        result = bench.bench(engine, plan, progress)
-    report.show_bench(result)
+    try:
+        result = measure(options, sampling, lambda: _load(options, probing=False), report.progress, view)
+    except KeyboardInterrupt:
+        print("medusa-chat: bench was interrupted: nothing is told of a part of the measurements", file=sys.stderr)
+        return 130
+    bench_report.show_bench(result)
+    if options.plot:
+        for file in bench_charts.plot_bench(result, options.plot):
+            print(f"wrote {file}")
+    if options.json:
+        options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        print(f"wrote {options.json}")
     print(json.dumps(result))
     return 0
 
@@ -156,7 +170,7 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(f"training needs {error.name}: pip install 'medusa-chat[train]'") from None
     run = Run(
         options.model, tuple(options.data), options.out, recipe, options.heads_from, tuple(options.held_out),
-        options.resume,
+        options.resume, options.models,
     )  # fmt: skip
     with training() as (progress, say):
         wrote = train(run, progress, say)
@@ -178,7 +192,7 @@ def _distill(options: argparse.Namespace) -> int:
     with report.progress("answering") as progress:
         kept, total = distill(
             options.model, options.prompts, options.out, plan, limit=options.limit, server=options.server,
-            server_model=options.server_model, device=options.device, progress=progress,
+            server_model=options.server_model, device=options.device, models=options.models, progress=progress,
         )  # fmt: skip
     unanswered = f"; {total - kept} of {total} prompts got no answer that fits the context" if kept < total else ""
     print(f"wrote {options.out}: {kept} conversations{unanswered}")
@@ -186,18 +200,18 @@ def _distill(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from medusa_chat.config import resolve_model
     from medusa_chat.decoding.accuracy import grow, write_accuracy
     from medusa_chat.model.hub import accuracy_file
     from medusa_chat.prompts import read_prompts
+    from medusa_chat.registry import resolve_model
     from medusa_chat.terminal import charts, report
     from medusa_chat.training.calibrate import SIZES, calibrate, check_forecast, held_aside
 
     if options.plot:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
-    spec = resolve_model(options.model, options.heads)
-    options.tree = "chain-1" if options.tree == "auto" else options.tree  # nothing is timed here
+    spec = resolve_model(options.model, options.heads, models=options.models)
+    options.tree = "chain-1" if options.tree in ("auto", "retune") else options.tree  # nothing is timed here
     engine = _load(options, probing=False, measured=False)  # an old file of figures may be damaged: it goes
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with report.progress("calibrating") as progress:
@@ -220,36 +234,45 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from medusa_chat.config import resolve_model
     from medusa_chat.export.writing import Export, export
+    from medusa_chat.registry import resolve_model
 
     if options.private and not options.push:
         raise UserError("--private is for --push")
     job = Export(options.layout, options.out, options.dtype, options.push, options.private, options.overwrite)
-    for notice in export(resolve_model(options.model, options.heads), job):
+    for notice in export(resolve_model(options.model, options.heads, models=options.models), job):
         print(f"medusa-chat: {notice}", file=sys.stderr)
     print(f"wrote {options.out}" + (f" and uploaded it to {options.push}" if options.push else ""))
     return 0
 
 
 def _models(options: argparse.Namespace) -> int:
-    from medusa_chat.config import resolve_model
-    from medusa_chat.decoding.accuracy import read_accuracy
-    from medusa_chat.model.hub import accuracy_file
+    from medusa_chat.catalogue import catalogue
     from medusa_chat.terminal import report
 
-    specs, top1 = list(read_registry().values()), {}
-    for spec in specs:
-        accuracy = read_accuracy(accuracy_file(resolve_model(spec.name)))
-        if accuracy:
-            top1[spec.name] = [row[0] for row in accuracy.top]
-    report.show_models(specs, top1)
+    listed = [asdict(each) for each in catalogue(options.models)]
+    if options.json:
+        print(json.dumps(listed, indent=2))
+    else:
+        report.show_models(listed)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from medusa_chat.doctor import examine
+    from medusa_chat.terminal import report
+
+    findings = [asdict(finding) for finding in examine()]
+    if options.json:
+        print(json.dumps(findings, indent=2))
+    else:
+        report.show_findings(findings)
+    return 1 if any(finding["fault"] for finding in findings) else 0
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": _chat, "bench": _bench, "verify": _verify, "train": _train, "distill": _distill, "calibrate": _calibrate,
-    "export": _export, "models": _models,
+    "export": _export, "models": _models, "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -1,18 +1,17 @@
-"""Settings: frozen dataclasses whose defaults are written once, and the model registry. No torch here."""
+"""Settings: frozen dataclasses whose defaults are written once. No torch here."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-import yaml
-
 Mode = Literal["greedy", "typical", "exact", "vanilla"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
+MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
+MAX_NODES = 256  # of a candidate tree; the cache has rows for them behind the context
 COLD = 1e-5  # a temperature below this is 0: logits divided by it could overflow
 
 
@@ -22,6 +21,12 @@ LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
 
 class UserError(Exception):
     """Something the user can put right; its message is the one line that is shown, with exit status 2."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, torch's on a GPU, and torch's on the CPU."""
+    signs = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 class Message(TypedDict):
@@ -123,12 +128,15 @@ class ModelSpec:
     name: str
     backbone: str  # a folder or a hub id, which may end in @revision
     heads: str | None = None  # likewise, or a file; None: in the backbone's own folder
-    layout: str = ""  # of the heads' file, if another one would be a surprise
+    layout: str = ""  # of LAYOUTS, that the heads' files should have; their tensors decide
     template: str = ""  # a conversation template of fastchat; "": the tokenizer's own, else the one fastchat matches
     quant: str = "auto"  # auto, or a Quant: of the backbone
     quant_heads: str = "auto"  # auto, or a Quant: of the heads
     tree: str = "auto"
     system: str = ""
+    shape: str = ""  # of shapes.SHAPES: like the next two, for the plan of memory before any file is there
+    medusa_heads: int = 0
+    lm_heads: Literal["own", "shared"] = "own"
     licence: str = "unknown"
     description: str = ""
 
@@ -245,62 +253,6 @@ RECIPE_HELP = {
 
 BUNDLED = Path(__file__).parent / "bundled"
 ACCURACY_FILE = "head_accuracy.json"  # beside the heads: what `calibrate` measured
-
-
-def registry_path() -> Path:
-    """models.yaml: inside the package in a wheel, beside it in an editable install."""
-    packaged = Path(__file__).parent / "models.yaml"
-    return packaged if packaged.exists() else Path(__file__).parent.parent / "models.yaml"
-
-
-def read_registry(path: Path | None = None) -> dict[str, ModelSpec]:
-    """The models of models.yaml by name. Unknown keys and wrong types are errors that name entry and key."""
-    path = path or registry_path()
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the model list {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("models"), dict):
-        raise UserError(f"{path} must hold a mapping 'models' of name to entry")
-    return {str(name): _entry(path, name, entry) for name, entry in document["models"].items()}
-
-
-def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: entry {name!r} must be a mapping")
-    known = {field.name: field for field in fields(ModelSpec) if field.name != "name"}
-    for key, value in entry.items():
-        if key not in known:
-            raise UserError(f"{path}: entry {name!r} has an unknown key {key!r}; known are {', '.join(known)}")
-        if not isinstance(value, str):
-            raise UserError(f"{path}: entry {name!r}: {key} must be text, not {value!r}")
-    missing = [key for key, field in known.items() if field.default is MISSING and key not in entry]
-    if missing:
-        raise UserError(f"{path}: entry {name!r} lacks {', '.join(missing)}")
-    return ModelSpec(name=str(name), **entry)
-
-
-def resolve_model(
-    model: str | None, heads: str | None = None, quant: str = "auto", quant_heads: str = "auto"
-) -> ModelSpec:
-    """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model.
-
-    What is given besides takes the place of what the registry says.
-    """
-    registry = read_registry()
-    name = model or "bundled"
-    if name in registry:
-        spec = registry[name]
-        if spec.backbone == "bundled":
-            spec = replace(spec, backbone=str(BUNDLED))
-    elif Path(name).expanduser().is_dir():
-        spec = ModelSpec(name=Path(name).resolve().name, backbone=str(Path(name).expanduser()))
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        spec = ModelSpec(name=name.split("/")[1], backbone=name)
-    else:
-        raise UserError(f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)")
-    changes = {"quant": quant, "quant_heads": quant_heads, "heads": os.path.expanduser(heads) if heads else "auto"}
-    return replace(spec, **{key: value for key, value in changes.items() if value != "auto"})
 
 
 def size_text(count: float) -> str:

@@ -31,6 +31,26 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """Why a mode with heads decodes vanilla for now: they did not pay.
+
+    Attributes:
+        speedup: what was measured over the last `steps` tree steps.
+        retry_in: tokens until the heads are tried again.
+    """
+
+    speedup: float
+    steps: int
+    retry_in: int
+
+    def __str__(self) -> str:
+        return (
+            f"heads do not pay here: {self.speedup:.2f}x over the last {self.steps} steps; decoding vanilla,"
+            f" trying again in {self.retry_in} tokens"
+        )
+
+
+@dataclass(frozen=True)
 class Step:
     """One forward of the backbone and the tokens that it settled.
 
@@ -44,6 +64,7 @@ class Step:
         finish: why the reply ended with this step, else None.
         tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
             is in it once, COPIED once for every depth.
+        gated: set on a vanilla step that would have been a tree step if the heads paid.
     """
 
     tokens: tuple[Token, ...]
@@ -53,6 +74,7 @@ class Step:
     depth: int = 0
     finish: Finish | None = None
     tested: tuple[int, ...] = ()
+    gated: Gated | None = None
 
     @property
     def text(self) -> str:
@@ -126,14 +148,23 @@ class TrainStep:
 
 @dataclass
 class Stats:
-    """A fold of Steps: of one reply, of a conversation, of a benchmark."""
+    """A fold of Steps: of one reply, of a conversation, of a benchmark.
+
+    Steps that are gated count as vanilla steps but not in the comparison: speedup is what the heads bring where they
+    are used, and tokens_per_second what all steps together gave.
+
+    Attributes:
+        gated: of the last step: why the heads are not in use.
+    """
 
     new_tokens: int = 0
     seconds: float = 0.0
     tree_steps: int = 0
     tree_tokens: int = 0
     vanilla_steps: int = 0
+    gated_steps: int = 0
     finish: Finish | None = None
+    gated: Gated | None = None
     reached: Counter[int] = field(default_factory=Counter)  # head -> steps that put its guess to the test
     accepted: Counter[int] = field(default_factory=Counter)  # head -> its guesses that were accepted
     _tree_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
@@ -154,9 +185,13 @@ class Stats:
         self.finish = step.finish
         if not step.nodes:
             return
+        self.gated = step.gated
         before, self._before = self._before, None if step.finish else step
         if step.kind == "vanilla":
             self.vanilla_steps += 1
+            if step.gated:
+                self.gated_steps += 1
+                return
             self._vanilla_times.append(step.seconds)
             if before is not None and before.kind == "tree":
                 self._overheads.append(before.seconds / step.seconds)
@@ -233,6 +268,8 @@ class Stats:
             "overhead": self.overhead,
             "speedup": self.speedup,
             "head_acceptance": {str(head): rate for head, rate in self.head_acceptance().items()},
+            "gated_steps": self.gated_steps,
+            "gated": asdict(self.gated) if self.gated else None,
         }
         return {key: _rounded(value) for key, value in figures.items()} | {"finish": self.finish}
 
@@ -271,10 +308,13 @@ class ChatEngine(Protocol):
         """The tree of the last tree step, or None before the first."""
 
     def describe_tree(self) -> str:
-        """One line: nodes, depth, where the tree comes from, forecast acceptance length where known."""
+        """One line: kind, nodes, depth, where the accuracies come from, forecast and measured acceptance length."""
 
     def use_tree(self, name: str) -> None:
-        """Switch to `auto`, a tree by name, or a JSON file. Raises UserError."""
+        """Switch to `auto`, `retune` (auto, with steps timed anew), a tree by name, or a JSON file.
+
+        Raises UserError.
+        """
 
     def use_copies(self, on: bool) -> None:
         """Whether to copy guesses from the conversation from now on."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from medusa_chat.config import resolve_model
+from medusa_chat.config import ModelSpec
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.loading import load_pretrained
 from medusa_chat.model.packing import pack_linears
@@ -14,11 +12,11 @@ from medusa_chat.model.quantization import quant_of
 
 
 class TransformersPeer:
-    """transformers' own greedy generate(), with its default attention and cache."""
+    """transformers' own greedy generate(), with its default attention and cache, plain or with prompt lookup."""
 
     def __init__(self, engine: Engine) -> None:
         backbone = engine.backbone
-        spec = replace(resolve_model(None), name=engine.name, backbone=backbone.model.name_or_path)
+        spec = ModelSpec(engine.name, backbone.model.name_or_path)
         quant = quant_of(backbone.model.config)
         model, _ = load_pretrained(spec, backbone.dtype, quant or "none", backbone.device)
         self.model = model.eval()
@@ -27,10 +25,13 @@ class TransformersPeer:
             pack_linears(self.model)
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """Ids of the reply, the EOS included."""
+    def generate(self, prompt: list[int], max_new_tokens: int, lookup: int = 0) -> list[int]:
+        """Ids of the reply, the EOS included; `lookup` tokens at once are guessed from the text before, if above 0."""
         ids = torch.tensor([prompt], device=self.model.device)
         mask = torch.ones_like(ids)
-        output = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+        output = self.model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
+            prompt_lookup_num_tokens=lookup or None,
+        )  # fmt: skip
         reply: list[int] = output[0, len(prompt) :].tolist()
         return reply

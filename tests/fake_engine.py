@@ -14,7 +14,7 @@ from itertools import cycle
 from pathlib import Path
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.events import Candidates, Finish, Step, Token
+from medusa_chat.events import Candidates, Finish, Gated, Step, Token
 
 REPLY = (
     "Once upon a time a small fox lived under the old bridge. Every morning he counted the boats, "
@@ -34,14 +34,18 @@ def pieces(text: str) -> list[str]:
     return found
 
 
-def script(text: str, *, mode: str = "greedy", heads: int = 4, finish: Finish | None = "eos") -> Iterator[Step]:
-    """The steps that decode `text`; every fourth is a vanilla probe."""
+def script(
+    text: str, *, mode: str = "greedy", heads: int = 4, finish: Finish | None = "eos", rest_after: int | None = None
+) -> Iterator[Step]:
+    """The steps that decode `text`; every fourth is a vanilla probe. The heads rest after so many steps."""
     parts = pieces(text)
     depths = cycle(DEPTHS)
     number = 0
     while parts:
         number += 1
-        vanilla = mode == "vanilla" or number % VANILLA_EVERY == 0
+        resting = rest_after is not None and number > rest_after
+        gated = Gated(0.87, 60, 256 - number) if resting else None
+        vanilla = mode == "vanilla" or resting or number % VANILLA_EVERY == 0
         count = 1 if vanilla else min(next(depths), heads) + 1
         taken, parts = parts[:count], parts[count:]
         tokens = tuple(Token(id=7, text=part, head=index) for index, part in enumerate(taken))
@@ -53,6 +57,7 @@ def script(text: str, *, mode: str = "greedy", heads: int = 4, finish: Finish | 
             depth=0 if vanilla else heads,
             finish=None if parts else finish,
             tested=() if vanilla else tuple(range(1, min(heads, count) + 1)),
+            gated=gated,
         )
 
 
@@ -116,7 +121,7 @@ class FakeEngine:
         return Candidates(paths=tuple(paths), texts=texts, accepted=(0, 1, 5, 8))
 
     def describe_tree(self) -> str:
-        return f"{self._tree}: 9 nodes, depth 3, forecast acceptance length 2.6"
+        return f"{self._tree}: 9 nodes, depth 3; forecast 2.60 tokens a step"
 
     def use_tree(self, name: str) -> None:
         if name not in self.tree_names():

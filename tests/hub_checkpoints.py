@@ -144,7 +144,7 @@ REPOSITORIES: dict[str, Callable[[Path], Path]] = {
     },
     "FasterDecoding/medusa-1.0-vicuna-7b-v1.5": medusa_1("pytorch_model.bin"),
     "FasterDecoding/medusa-1.0-vicuna-13b-v1.5": medusa_1("pytorch_model.bin"),
-    "FasterDecoding/medusa-1.0-vicuna-33b": medusa_1("model.safetensors"),
+    "FasterDecoding/medusa-1.0-vicuna-33b-v1.3": medusa_1("model.safetensors"),
     "FasterDecoding/medusa-1.0-zephyr-7b-beta": medusa_1("pytorch_model.bin", "mistral-full", ZEPHYR),
     "mistralai/Mistral-7B-Instruct-v0.2": mistral,
     "text-generation-inference/Mistral-7B-Instruct-v0.2-medusa": lambda folder: heads_only(

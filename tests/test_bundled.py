@@ -13,7 +13,7 @@ import torch
 from tiny import ids_of
 
 import medusa_chat
-from medusa_chat.config import BUNDLED, Message, Sampling, resolve_model
+from medusa_chat.config import BUNDLED, Message, Sampling
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import chain, named_tree, paper_trees
 from medusa_chat.events import Stats
@@ -22,6 +22,7 @@ from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.loading import load_model
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import read_prompts
+from medusa_chat.registry import resolve_model
 from medusa_chat.verify import verify
 
 VALID = Path(__file__).parent.parent.parent / "shared" / "data" / "valid"

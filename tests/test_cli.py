@@ -38,7 +38,7 @@ def test_json_lines_are_the_steps_and_their_sum(folder: Path, capsys: pytest.Cap
     assert main(answer(folder, "--prompt", "Hi", "--json")) == 0
     *steps, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {step["type"] for step in steps} == {"step"}
-    assert set(steps[0]) == {"type", "tokens", "nodes", "seconds", "kind", "depth", "finish", "tested"}
+    assert set(steps[0]) == {"type", "tokens", "nodes", "seconds", "kind", "depth", "finish", "tested", "gated"}
     assert set(steps[0]["tokens"][0]) == {"id", "text", "head"}
     tokens = [token for step in steps for token in step["tokens"]]
     assert summary["type"] == "summary"

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from fake_engine import REPLY, FakeEngine
+from fake_engine import REPLY, FakeEngine, script
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
@@ -149,6 +149,16 @@ def test_undo_reset_and_regen(chat: Chat) -> None:
     list(chat.session.ask("two"))
     run(chat, "/reset")
     assert chat.session.messages == []
+
+
+def test_stats_tell_of_steps_whose_heads_rested(chat: Chat) -> None:
+    list(chat.session.ask("one"))
+    assert tables.RESTED not in run(chat, "/stats")
+    for step in script(REPLY, rest_after=3):
+        chat.session.conversation.add(step)
+    rested = chat.session.conversation.gated_steps
+    assert rested > 10
+    assert row(run(chat, "/stats"), tables.RESTED) == ["0", str(rested)]
 
 
 def test_stats_are_those_of_Stats(chat: Chat) -> None:

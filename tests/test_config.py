@@ -1,4 +1,4 @@
-"""Settings and the model registry: defaults, what is refused, and that the complaint names the entry."""
+"""Settings: defaults, what is refused, and that the complaint names the setting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_chat.config import BUNDLED, ModelSpec, Sampling, UserError, read_registry, resolve_model
+from medusa_chat.config import Sampling, UserError, out_of_memory
 
 
 def test_defaults_are_those_of_the_paper():
@@ -89,57 +89,16 @@ def test_any_text_is_a_value_or_a_user_error(name, text):
         assert name in str(error) or name == "stop"
 
 
-# ---- models.yaml ----
-
-
-def test_the_registry_that_ships():
-    registry = read_registry()
-    assert registry["bundled"].backbone == "bundled"
-    assert resolve_model(None) == resolve_model("bundled")
-    assert resolve_model(None).backbone == str(BUNDLED)
-    assert resolve_model(None, "~/heads").heads.endswith("/heads")
-    assert "~" not in resolve_model(None, "~/heads").heads
-
-
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("error", "memory"),
     [
-        ("", "must hold a mapping 'models'"), ("models: []", "must hold a mapping"), ("- a", "must hold a mapping"),
-        ("models: {a: b: c}", "cannot read the model list"), ("models: {a: text}", "entry 'a' must be a mapping"),
-        ("models: {a: {backbone: x, hedas: y}}", "entry 'a' has an unknown key 'hedas'; known are backbone, heads"),
-        ("models: {a: {backbone: 3}}", "entry 'a': backbone must be text, not 3"),
-        ("models: {a: {heads: x}}", "entry 'a' lacks backbone"), ("models: {a: {}}", "entry 'a' lacks backbone"),
-        ("models: {a: {backbone: x, name: y}}", "unknown key 'name'"),
+        (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (OSError(12, "Cannot allocate memory"), True), (RuntimeError("shape mismatch"), False),
+        (UserError("no"), False),
     ],
+    ids=str,
 )  # fmt: skip
-def test_a_broken_registry_names_the_entry(text, complaint, tmp_path):
-    file = tmp_path / "models.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=complaint) as refusal:
-        read_registry(file)
-    assert "\n" not in str(refusal.value)
-    assert str(file) in str(refusal.value)
-
-
-def test_a_registry_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="cannot read the model list"):
-        read_registry(tmp_path / "absent.yaml")
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00models")
-    with pytest.raises(UserError, match="cannot read the model list"):
-        read_registry(tmp_path / "binary.yaml")
-
-
-def test_a_registry_of_ones_own(tmp_path):
-    file = tmp_path / "models.yaml"
-    file.write_text("models: {7: {backbone: a/b, heads: c/d, tree: chain-3, system: Be brief., licence: MIT}}")
-    spec = ModelSpec("7", "a/b", "c/d", tree="chain-3", system="Be brief.", licence="MIT")
-    assert list(read_registry(file).values()) == [spec]
-    assert list(read_registry(file)) == ["7"]
-
-
-def test_what_a_user_may_name(tmp_path):
-    assert resolve_model(str(tmp_path)) == ModelSpec(tmp_path.name, str(tmp_path))
-    assert resolve_model("owner/name") == ModelSpec("name", "owner/name")
-    for wrong in ("nothing", "a/b/c", "./a/b", "../b", "/no/such", "~/no-such"):
-        with pytest.raises(UserError, match="unknown model"):
-            resolve_model(wrong)
+def test_what_says_that_memory_ran_out(error, memory):
+    assert out_of_memory(error) is memory

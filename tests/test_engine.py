@@ -23,7 +23,7 @@ from tiny import (
 )
 
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding import engine as engine_module
+from medusa_chat.decoding import policy
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.accuracy import Accuracy
 from medusa_chat.decoding.tree import Tree, chain, paper_trees
@@ -274,7 +274,7 @@ def test_probes_are_vanilla_steps_among_the_tree_steps(backbone, greedy_text):
     kinds = [step.kind for step in steps]
     probes = [index for index, kind in enumerate(kinds) if kind == "vanilla"]
     trees = [later - earlier - 1 for earlier, later in pairwise([-1, *probes])]
-    gaps = engine_module.PROBE_GAPS
+    gaps = policy.PROBE_GAPS
     assert trees == [gaps[min(probe, len(gaps) - 1)] for probe in range(len(probes))]
     assert len(probes) > 2
     assert all((step.nodes, step.depth) == ((1, 0) if step.kind == "vanilla" else (4, 3)) for step in steps)
@@ -286,7 +286,7 @@ def test_probes_are_counted_over_replies(backbone):
     first = decode(engine, PROMPT, max_new_tokens=3)
     second = decode(engine, PROMPT, max_new_tokens=3)
     kinds = [step.kind for step in first + second if step.nodes]
-    assert kinds.index("vanilla") == engine_module.PROBE_GAPS[0]
+    assert kinds.index("vanilla") == policy.PROBE_GAPS[0]
 
 
 def test_a_new_reply_ends_the_one_before(backbone, greedy_text):

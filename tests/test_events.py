@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from medusa_chat.events import COPIED, Stats, Step, Token
+from medusa_chat.events import COPIED, Gated, Stats, Step, Token
 
 
 def step(heads: list[int], seconds: float, *, nodes: int = 8, finish=None) -> Step:
@@ -70,6 +71,28 @@ def test_copied_guesses_count_by_themselves_at_every_depth():
     assert stats.head_acceptance() == {COPIED: 2 / 3, 1: 1.0, 2: 0.0}
     assert stats.acceptance_length == 3
     assert stats.as_json()["head_acceptance"] == {"-1": 0.66667, "1": 1.0, "2": 0.0}
+
+
+def test_steps_of_resting_heads_do_not_enter_the_comparison():
+    rest = Gated(0.9, 60, 128)
+    resting = [replace(step([0], seconds, nodes=1), gated=rest) for seconds in (0.001, 0.5, 0.002)]
+    stats = Stats.of([*REPLY[:4], *resting])
+    assert (stats.gated, stats.gated_steps, stats.vanilla_steps, stats.steps) == (rest, 3, 4, 7)
+    with_heads = Stats.of(REPLY[:4])
+    for name in ("speedup", "overhead", "acceptance_length", "vanilla_tokens_per_second", "reached", "accepted"):
+        assert getattr(stats, name) == getattr(with_heads, name)
+    assert stats.new_tokens == with_heads.new_tokens + 3
+    assert stats.tokens_per_second == pytest.approx(stats.new_tokens / (0.08 + 0.503))
+    stats.add(REPLY[4])
+    assert (stats.gated, stats.gated_steps) == (None, 3)
+    only = Stats.of(resting)
+    assert only.speedup is only.overhead is only.acceptance_length is None
+    line = json.loads(json.dumps(resting[0].as_json()))
+    assert line["gated"] == {"speedup": 0.9, "steps": 60, "retry_in": 128}
+    assert json.loads(json.dumps(only.as_json()))["gated"] == line["gated"]
+    assert str(rest) == (
+        "heads do not pay here: 0.90x over the last 60 steps; decoding vanilla, trying again in 128 tokens"
+    )
 
 
 def test_nothing_is_known_before_it_was_measured():

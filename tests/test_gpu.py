@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import random_model, save_model
 from tiny_runs import backbone_folder, do, tiny_run
 
 import medusa_chat
 from medusa_chat.config import Mode, Sampling
+from medusa_chat.decoding.captured import Captured
+from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED
@@ -26,6 +34,72 @@ def test_the_gpu_says_what_the_cpu_says(mode: Mode) -> None:
         steps = engine.generate([{"role": "user", "content": "Tell me a fairy tale."}], sampling)
         replies.append([token.id for step in steps for token in step.tokens])
     assert replies[0] == replies[1]
+
+
+def captured_graphs(engine: Engine) -> dict[Hashable, torch.cuda.CUDAGraph]:
+    static = engine.runner._static
+    assert static is not None
+    assert isinstance(static._run, Captured)
+    return static._run.graphs
+
+
+# Turns of one conversation after another, so that modes, trees and seeds change over the same graphs.
+TURNS = [
+    Sampling(), Sampling(mode="typical", seed=1), Sampling(mode="exact", seed=2), Sampling(mode="vanilla"),
+    Sampling(mode="exact", seed=3, top_p=0.9, temperature=1.2), Sampling(mode="typical", seed=4, top_k=20),
+    Sampling(mode="vanilla", sample=True, seed=5, min_p=0.02), Sampling(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tree", ["mc_sim_7b_63", "chain-3", "dynamic-16", "auto"])
+def test_captured_steps_say_what_eager_steps_say(tree: str) -> None:
+    """In float32, over replies long enough that the text outgrows a span of the cache."""
+    eager, captured = (
+        medusa_chat.load(device="cuda", dtype="float32", tree=tree, eager=how, probing=False) for how in (True, None)
+    )
+    if tree == "auto":
+        captured.use_tree(eager.tree)  # each has measured for itself
+    prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
+    for sampling in TURNS:
+        how = replace(sampling, max_new_tokens=300, ignore_eos=True)
+        said = [[token.id for step in engine.generate(prompt, how) for token in step.tokens]
+                for engine in (eager, captured)]  # fmt: skip
+        assert said[0] == said[1], sampling.mode
+    assert len({key[2] for key in captured_graphs(captured) if key[0] == "forward"}) > 1  # type: ignore[index]
+
+
+def test_other_settings_capture_nothing_and_a_reply_may_be_broken_off() -> None:
+    engine = medusa_chat.load(device="cuda", dtype="float32", tree="mc_sim_7b_63", probing=False)
+    prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
+
+    def say(sampling: Sampling, steps: int = 99) -> list[int]:
+        with closing(engine.generate(prompt, replace(sampling, max_new_tokens=60))) as reply:
+            return [token.id for step in islice(reply, steps) for token in step.tokens]
+
+    whole = say(TURNS[0])
+    for sampling in TURNS:
+        say(sampling, 3)
+    known = set(captured_graphs(engine))
+    for sampling in TURNS:
+        say(replace(sampling, seed=77, temperature=0.4, epsilon=0.2, delta=0.5))
+    assert set(captured_graphs(engine)) - known <= {key for key in captured_graphs(engine) if key[0] == "forward"}  # type: ignore[index]
+    assert say(TURNS[0]) == whole
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
+def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_path: Path) -> None:
+    """One forward has the same rows either way, so that only the span's masked columns could round otherwise."""
+    save_model(tmp_path, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
+    heads = tmp_path / "medusa_lm_head.safetensors"
+    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
+               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+    told = []
+    for eager in (True, None):
+        engine = medusa_chat.load(str(tmp_path), device="cuda", quant=quant, tree="chain-2", probing=False, eager=eager)
+        steps = engine.generate([1, 2, 3], Sampling(max_new_tokens=40, ignore_eos=True))
+        told.append([token.id for step in steps for token in step.tokens])
+    assert told[0][:8] == told[1][:8]  # near-ties may part them later
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

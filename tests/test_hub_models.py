@@ -13,13 +13,14 @@ import pytest
 from hub_checkpoints import serve
 from hub_server import HubServer, hub_server
 
-from medusa_chat.config import ModelSpec, read_registry
+from medusa_chat.config import ModelSpec
+from medusa_chat.registry import packaged_file, read_models
 
 ROOT = Path(__file__).parent.parent
-REGISTERED = [spec for spec in read_registry().values() if "/" in spec.backbone]
+REGISTERED = [spec for spec in read_models(packaged_file()).values() if "/" in spec.backbone]
 UNREGISTERED = [
     ModelSpec("by id", "FasterDecoding/medusa-1.0-zephyr-7b-beta"),
-    ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b"),
+    ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b-v1.3"),
     ModelSpec("by id", "lmsys/vicuna-13b-v1.3", heads="FasterDecoding/medusa-vicuna-13b-v1.3"),
     ModelSpec("by id", "lmsys/vicuna-7b-v1.3", heads="FasterDecoding/medusa-vicuna-7b-v1.3@refs/pr/1"),
     ModelSpec("by id", "mistralai/Mistral-7B-Instruct-v0.2",
@@ -36,6 +37,7 @@ SETTINGS = (
     "--prompt",
     "Hi",
     "--json",
+    "--ignore-memory",  # the list tells the real ones' sizes
 )
 # One process for all: to import torch takes longer than all else.
 CHAT = """

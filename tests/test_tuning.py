@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import OracleHeads, make_engine, prompt_ids, random_backbone, random_heads, reply
 
@@ -16,7 +18,7 @@ from medusa_chat.decoding import tuning
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, grow, read_accuracy, write_accuracy
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import Tree
-from medusa_chat.decoding.tuning import StepCost, fastest, measure
+from medusa_chat.decoding.tuning import Option, StepCost, fastest, measure, rising, static_options
 
 rows = st.lists(st.floats(0.0, 1.0, width=16), min_size=1, max_size=3).map(lambda row: tuple(sorted(row)))
 tops = st.lists(rows, min_size=1, max_size=2).map(tuple)
@@ -96,27 +98,145 @@ costs = st.builds(
 @given(accuracy=accuracies, by_nodes=costs)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_the_fastest_tree_has_the_most_tokens_per_second(accuracy, by_nodes):
-    assume(accuracy.top[0][-1] > 0)
-    cost = StepCost(1.0, by_nodes)
-    tree, length, speedup = fastest(accuracy, cost)
+    cost = StepCost(0.5, by_nodes)
+    options = static_options(accuracy, cost)
     whole, forecast = grow(accuracy, 16)
-    candidates = [forecast[n - 1] / cost.overhead(n) for n in range(2, len(whole) + 1)]
-    assert speedup == pytest.approx(max(candidates))
-    assert length == pytest.approx(forecast[len(tree) - 1])
-    assert speedup == pytest.approx(length / cost.overhead(len(tree)))
+    assert [option.nodes for option in options] == list(range(2, len(whole) + 1))
+    best = fastest(options)
+    assert best.rate == pytest.approx(max(forecast[n - 1] / cost.seconds(n) for n in range(2, len(whole) + 1)))
+    assert best.length == pytest.approx(accuracy.forecast(grow(accuracy, best.nodes)[0]))
+    assert best.seconds == pytest.approx(0.5 * cost.overhead(best.nodes))
 
 
 def test_a_steep_cost_makes_the_tree_small_and_a_flat_one_large():
     steep = StepCost(1.0, {2: 1.0, 4: 3.0, 64: 60.0})
     flat = StepCost(1.0, {2: 1.0, 4: 1.0, 64: 1.0})
-    assert len(fastest(PUBLISHED, steep)[0]) == 2
-    assert len(fastest(PUBLISHED, flat)[0]) == 64
+    assert fastest(static_options(PUBLISHED, steep)).nodes == 2
+    assert fastest(static_options(PUBLISHED, flat)).nodes == 64
+
+
+def test_the_fastest_of_several_kinds():
+    static = static_options(PUBLISHED, StepCost(1.0, {2: 1.0, 16: 1.3}))
+    best = fastest(static)
+    better = Option("dynamic", 8, 1.02 * best.length, best.seconds)
+    assert fastest([*static, better]) is better
+    assert fastest([*static, Option("dynamic", 8, 1.02 * best.length, 1.05 * best.seconds)]) == best
 
 
 def test_step_cost_is_interpolated_between_measured_counts():
-    cost = StepCost(0.5, {2: 1.0, 4: 2.0, 8: 2.0})
+    cost = StepCost(0.5, {4: 2.0, 2: 1.0, 8: 2.0})
     assert [cost.overhead(n) for n in (2, 3, 4, 6, 8)] == [2.0, 3.0, 4.0, 4.0, 4.0]
     assert StepCost(0.5, {2: 1.0}).overhead(2) == 2.0
+    assert StepCost(0.5, {8: 1.0, 32: 2.0}).overhead(3) == 2.0  # no cheaper than was measured
+    assert (cost.seconds(9), cost.most) == (2.0, 8)
+
+
+@given(values=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_rising_is_the_nearest_rising_sequence(values, data):
+    found = rising(values)
+    assert found == sorted(found)
+    other = sorted(data.draw(st.lists(st.floats(0.1, 10.0), min_size=len(values), max_size=len(values))))
+
+    def distance(candidate):
+        return sum((a - b) ** 2 for a, b in zip(candidate, values, strict=True))
+
+    assert distance(found) <= distance(other) + 1e-9
+    assert distance(found) <= distance(sorted(values)) + 1e-9
+
+
+# ---- measuring, with a clock of our own ----
+
+
+class ScriptedRunner:
+    """Steps that take what `law(nodes, number of steps of that kind before)` says, on its own clock."""
+
+    def __init__(self, law):
+        self.law, self.now, self.taken = law, 0.0, Counter()
+        self.backbone = SimpleNamespace(context=512)
+        self.cache = SimpleNamespace(capacity=1024, length=0, fill=self._to, rewind=self._to)
+
+    def _to(self, length: int) -> None:
+        self.cache.length = length
+
+    def clock(self) -> float:
+        return self.now
+
+    def prefill(self, tokens, rule) -> None:
+        self.cache.length += len(tokens)
+
+    def step(self, root, tree, rule, copied=None) -> None:
+        assert self.cache.length == tuning.TIMED_LENGTH
+        self.now += self.law(len(tree), self.taken[len(tree)])
+        self.taken[len(tree)] += 1
+        self.cache.length += 1
+
+    def measured(self, accuracy: Accuracy = PUBLISHED) -> StepCost:
+        return measure(self, accuracy, clock=self.clock)
+
+
+def staircase(nodes: int) -> float:
+    return 1.0 if nodes == 1 else 1.2 if nodes <= 8 else 1.5 if nodes <= 32 else 2.0
+
+
+def test_every_count_is_timed_in_turn():
+    runner = ScriptedRunner(lambda nodes, before: 0.001 * (1.2 + nodes / 2000 if nodes > 1 else 1))
+    cost = runner.measured(Accuracy(((0.5, 0.8, 0.9), (0.4, 0.7), (0.3, 0.6), (0.3, 0.5), (0.2, 0.4))))
+    assert cost.vanilla == pytest.approx(0.001)
+    assert cost.by_nodes == pytest.approx({n: 0.001 * (1.2 + n / 2000) for n in sorted(tuning.LADDER)})
+    assert [runner.taken[nodes] for nodes in (1, 64, 32)] == [tuning.REPEATS + 2] + [tuning.REPEATS + 1] * 2
+    assert runner.taken[2] - 1 < tuning.JUDGED  # at so flat a cost, the smallest cannot win
+    assert runner.cache.length == 0
+
+
+def test_preparation_is_no_part_of_the_cost():
+    """Half a second before each count's first step, as a captured graph takes, spends the budget at once."""
+    runner = ScriptedRunner(lambda nodes, before: 0.01 * staircase(nodes) + (0.5 if before == 0 else 0.0))
+    cost = runner.measured()
+    assert cost.by_nodes == pytest.approx({n: 0.01 * staircase(n) for n in sorted(tuning.LADDER)})
+    assert runner.now < 0.5 * 11 + 0.5
+
+
+def test_what_disturbs_the_machine_or_flatters_one_count_does_not_decide():
+    draw = random.Random(0)
+    runner = ScriptedRunner(
+        lambda nodes, before: 0.001 * staircase(nodes) * (3 if draw.random() < 0.3 else 1) * (0.2 if before == 5 else 1)
+    )
+    cost = runner.measured()
+    assert cost.vanilla == pytest.approx(0.001)
+    assert cost.by_nodes == pytest.approx({n: 0.001 * staircase(n) for n in sorted(tuning.LADDER)})
+
+
+def test_a_count_that_was_lucky_all_along_is_not_taken_at_its_word():
+    runner = ScriptedRunner(lambda nodes, before: 0.001 * staircase(nodes) * (0.7 if nodes == 12 else 1))
+    by_nodes = runner.measured().by_nodes
+    assert list(by_nodes.values()) == sorted(by_nodes.values())
+    assert by_nodes[12] > 0.0011
+    assert by_nodes[32] == pytest.approx(0.0015)
+
+
+@pytest.mark.parametrize(("vanilla", "counts", "limit"), [(0.1, 6, 1.9), (0.4, 2, 2.3), (10.0, 2, 50.0)])
+def test_a_slow_model_is_timed_at_fewer_counts(vanilla, counts, limit):
+    runner = ScriptedRunner(lambda nodes, before: vanilla * staircase(nodes))
+    cost = runner.measured()
+    assert len(cost.by_nodes) >= counts
+    assert runner.now <= limit
+    assert cost.by_nodes == pytest.approx({n: vanilla * staircase(n) for n in cost.by_nodes})
+    assert cost.vanilla == vanilla
+    assert fastest(static_options(PUBLISHED, cost)).nodes <= cost.most
+
+
+def test_counts_that_cannot_win_are_left_alone():
+    runner = ScriptedRunner(lambda nodes, before: 0.001 * (1.2 if nodes < 20 else 6.0))
+    cost = runner.measured()
+    assert max(runner.taken[nodes] for nodes in (24, 32, 48, 64)) == tuning.JUDGED
+    assert runner.taken[16] > 10
+    assert fastest(static_options(PUBLISHED, cost)).nodes <= 16
+
+
+def test_heads_that_fill_few_nodes_are_timed_at_those():
+    runner = ScriptedRunner(lambda nodes, before: 1.0)
+    assert set(runner.measured(Accuracy(((0.5, 0.6),))).by_nodes) == {2, 3}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +258,8 @@ def test_measurement_times_every_count_and_leaves_the_cache_empty(monkeypatch):
     runner = Runner(backbone, random_heads(backbone), 48 + 256)
     cost = measure(runner, PUBLISHED.pruned(4, 64))
     assert runner.cache.length == 0
-    assert tuple(cost.by_nodes) == tuning.LADDER
+    assert set(cost.by_nodes) <= set(tuning.LADDER)
+    assert len(cost.by_nodes) > 1
     assert cost.vanilla > 0
     assert min(cost.by_nodes.values()) > 0
 
@@ -231,6 +352,6 @@ def test_a_tree_by_name_is_forecast_where_the_heads_were_measured(monkeypatch):
     backbone = random_backbone()
     accuracy = Accuracy(((0.5, 0.8), (0.4, 0.5)), {(0,): 0.5, (0, 0): 0.4})
     engine = make_engine(backbone, random_heads(backbone, 2), "chain-2", accuracy=accuracy)
-    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2, forecast 1.90 tokens a step"
+    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2; forecast 1.90 tokens a step"
     engine.use_tree("auto")
     assert f"forecast {accuracy.forecast(engine.tree):.2f} tokens a step" in engine.describe_tree()

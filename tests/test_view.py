@@ -341,6 +341,30 @@ def test_the_panel_never_assumes_a_speedup() -> None:
     assert "baseline" in vanilla[1].plain and "acceptance" not in vanilla[0].plain
 
 
+@pytest.mark.parametrize("width", range(10, 130, 3))
+@pytest.mark.parametrize("rest_after", [0, 5])
+def test_the_panel_of_resting_heads_fits(width: int, rest_after: int) -> None:
+    stats = Stats.of(script(LONG, rest_after=rest_after))
+    assert all(row.cell_len <= width for row in panel(stats, Sampling(), width))
+    assert footer(stats, stats, Sampling(), width).cell_len <= width
+
+
+def test_the_panel_says_that_the_heads_rest_and_why() -> None:
+    stats = Stats.of(list(script(REPLY, rest_after=4))[:6])
+    headline, reason = (row.plain for row in panel(stats, Sampling(), 110))
+    assert "tokens/s" in headline and "accept" not in headline
+    assert reason == (
+        "heads do not pay here: 0.87× over the last 60 steps · decoding vanilla, trying again in 250 tokens"
+    )
+    narrower = panel(stats, Sampling(), 80)[1].plain
+    assert narrower == "heads do not pay here: 0.87× over the last 60 steps · vanilla for 250 tokens"
+    assert panel(stats, Sampling(), 30)[1].plain == "vanilla: 0.87×"
+    assert footer(stats, stats, Sampling(), 80).plain.endswith(" tokens/s · vanilla: heads do not pay here (0.87×)")
+    stats.add(next(script(REPLY)))
+    assert "speedup" in panel(stats, Sampling(), 80)[1].plain  # the heads are in use again
+    assert "acceptance length" in footer(stats, stats, Sampling(), 100).plain
+
+
 def test_the_footer() -> None:
     stats = Stats.of(script(REPLY, finish="context"))
     row = footer(stats, stats, Sampling(), 200).plain

@@ -1,14 +1,16 @@
 """Which candidates a step keeps, and which token follows them: greedy, typical, exact.
 
-Every rule is a pure function of tensors on one device, without a copy to the host. Shapes: n nodes, V tokens.
+Every rule is a pure function of tensors on one device, without a copy to the host (which indexing by a tensor of no
+dimensions would be) and with shapes that depend on nothing but the tree's. What is a number of the sampling, or the
+position, may be a tensor [] of the device. Shapes: n nodes, V tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,30 +58,44 @@ class Verdict:
     next: Tensor
 
 
-# A rule takes logits [n, V], candidates [n], the tree, and the root's position in the text.
-Rule = Callable[[Tensor, Tensor, TreeTensors, int], Verdict]
+Number = float | Tensor
+Warp = Callable[[Tensor], Tensor]
 
 
-def greedy(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
+@dataclass(frozen=True)
+class Rule:
+    """What a sampling accepts: takes logits [n, V], candidates [n], the tree, and the root's position in the text."""
+
+    kind: Literal["greedy", "typical", "exact"]
+    sampling: Sampling
+    decide: Callable[[Tensor, Tensor, TreeTensors, int], Verdict]
+
+    def __call__(self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
+        return self.decide(logits, candidates, tree, position)
+
+
+def greedy(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor) -> Verdict:
     """A candidate stays while it is the argmax after its parent: the output is that of greedy decoding."""
     return _matching(logits.argmax(-1), candidates, tree)
 
 
-def exact(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int, *, warp: Warp, seed: int) -> Verdict:
+def exact(
+    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor, *, warp: Warp, seed: int | Tensor,
+) -> Verdict:  # fmt: skip
     """Lossless sampling: after every node a token is drawn, and a child stays if it is that token.
 
     The noise is keyed by (seed, position, token), so a draw does not depend on the tree: the text is that of
     vanilla sampling with the same seed.
     """
     scores = warp(logits)
-    positions = torch.arange(position + 1, position + tree.depth + 2, device=scores.device)
+    positions = torch.arange(1, tree.depth + 2, device=scores.device) + position
     noise = gumbel(seed, positions, scores.shape[-1])[tree.depths]  # nodes of one depth share theirs
     return _matching((scores + noise).argmax(-1), candidates, tree)
 
 
 def typical(
-    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int, *,
-    warp: Warp, seed: int, epsilon: float, delta: float,
+    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor, *,
+    warp: Warp, seed: int | Tensor, epsilon: Number, delta: Number,
 ) -> Verdict:  # fmt: skip
     """Typical acceptance (paper, section 2.3.1): x stays if p(x) > min(epsilon, delta * exp(-H(p))).
 
@@ -88,37 +104,48 @@ def typical(
     """
     log_p = warp(logits).log_softmax(-1)
     p = log_p.exp()
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    entropy = -(p * log_p).masked_fill(p == 0, 0.0).sum(-1)
     threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)  # [n]
     candidate_log_p = log_p[tree.parents, candidates]
     kept = candidate_log_p.exp() > threshold[tree.parents]
     row = _deepest(kept, tree, candidate_log_p)
+    last = row[None]
+    p = p[last]  # [1, V]
     # The likeliest token always stays, so that a delta above 1 can't leave nothing to draw from.
-    allowed = (p[row] > threshold[row]) | (p[row] == p[row].max())
-    scores = log_p[row].masked_fill(~allowed, float("-inf"))
-    noise = gumbel(seed, tree.depths[row][None] + position + 1, scores.shape[-1])[0]
-    return Verdict(row, (scores + noise).argmax(-1))
+    allowed = (p > threshold[last]) | (p == p.max())
+    scores = log_p[last].masked_fill(~allowed, float("-inf"))
+    noise = gumbel(seed, tree.depths[last] + position + 1, scores.shape[-1])
+    return Verdict(row, (scores + noise).argmax())
 
 
 def _matching(chosen: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:
     """Keep the path on which every candidate is the token chosen after its parent. chosen: [n]"""
     row = _deepest(candidates == chosen[tree.parents], tree, None)
-    return Verdict(row, chosen[row])
+    return Verdict(row, chosen[row[None]][0])
 
 
 def _deepest(kept: Tensor, tree: TreeTensors, log_p: Tensor | None) -> Tensor:
     """The row of the deepest node whose whole path is kept; ties by summed log_p. kept: [n] -> []"""
-    off = ~kept
-    off[0] = False  # the root was chosen by the backbone itself
+    off = ~kept & (tree.depths > 0)  # the root was chosen by the backbone itself
     alive = ~(tree.ancestors & off).any(-1)
-    depth = torch.where(alive, tree.depths, -1)
+    depth = tree.depths.masked_fill(~alive, -1)
     if log_p is None:
         return depth.argmax()
-    likelihood = torch.where(tree.ancestors & (tree.depths > 0), log_p, 0.0).sum(-1)
-    return torch.where(depth == depth.max(), likelihood, float("-inf")).argmax()
+    likelihood = log_p.expand(len(depth), -1).masked_fill(~tree.ancestors | (tree.depths == 0), 0.0).sum(-1)
+    return likelihood.masked_fill(depth < depth.max(), float("-inf")).argmax()
 
 
-Warp = Callable[[Tensor], Tensor]
+def path_to(row: Tensor, tree: TreeTensors) -> Tensor:
+    """Rows from the root down to node `row`; the root again where the path is over.
+
+    Args:
+        row: [].
+
+    Returns:
+        [min(depth + 1, n)]
+    """
+    levels = torch.arange(min(tree.depth + 1, len(tree.depths)), device=row.device)
+    return (tree.ancestors[row[None]] & (tree.depths == levels[:, None])).int().argmax(-1)
 
 
 def make_warp(sampling: Sampling) -> Warp:
@@ -137,26 +164,27 @@ def make_warp(sampling: Sampling) -> Warp:
 def make_rule(sampling: Sampling) -> Rule:
     """The rule of a mode; at temperature 0 each is greedy."""
     if sampling.greedy:
-        return greedy
-    warp, seed = make_warp(sampling), sampling.seed
+        return Rule("greedy", sampling, greedy)
+    drawn: dict[str, Any] = {"warp": make_warp(sampling), "seed": sampling.seed}
     if sampling.mode == "typical":
-        return lambda *step: typical(*step, warp=warp, seed=seed, epsilon=sampling.epsilon, delta=sampling.delta)
-    return lambda *step: exact(*step, warp=warp, seed=seed)
+        drawn |= {"epsilon": sampling.epsilon, "delta": sampling.delta}
+        return Rule("typical", sampling, partial(typical, **drawn))
+    return Rule("exact", sampling, partial(exact, **drawn))
 
 
-def gumbel(seed: int, positions: Tensor, vocabulary: int) -> Tensor:
+def gumbel(seed: int | Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise that depends on (seed, position, token id) alone: [m] -> [m, V].
 
     The bits are splitmix64's finalizer of both keys; int64 arithmetic wraps as it needs.
     """
     keys = _mix((positions * _STRIDE + seed * 0x9E3779B1) & 0x7FFFFFFFFFFFFFFF)
-    bits = _mix(_token_keys(vocabulary, positions.device) ^ keys[:, None])
+    bits = _mix(token_keys(vocabulary, positions.device) ^ keys[:, None])
     uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
     return -(-uniform.log()).log().float()
 
 
 @lru_cache(maxsize=4)
-def _token_keys(vocabulary: int, device: torch.device) -> Tensor:
+def token_keys(vocabulary: int, device: torch.device) -> Tensor:
     return _mix(torch.arange(1, vocabulary + 1, device=device))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import Any
 
 from medusa_chat.config import UserError
 from medusa_chat.decoding.tree import AnyTree, DynamicTree, NodePath, Tree, named_tree
+from medusa_chat.files import write_whole
 
 MEANING = (
     "accuracy[k][i]: the model's own greedy token is among the likeliest i + 1 guesses of head k + 1; paths: every"
@@ -24,8 +25,33 @@ MEANING = (
 )
 
 
+class Frequencies(ABC):
+    """How often every guess along a path is right: what a tree is grown from."""
+
+    @property
+    @abstractmethod
+    def widths(self) -> list[int]:
+        """How many guesses of each head were ranked."""
+
+    @abstractmethod
+    def frequency(self, path: NodePath) -> float:
+        """Share of the steps in which every guess along a path is right; never more than that of its prefix."""
+
+    @abstractmethod
+    def forecast_dynamic(self, nodes: int) -> float | None:
+        """The acceptance length of the dynamic tree of `nodes`; None where nobody measured any."""
+
+    def forecast_static(self, tree: Tree) -> float:
+        """The acceptance length of a fixed tree: each node adds a token as often as its path is right."""
+        return sum(map(self.frequency, tree.paths))
+
+    def forecast(self, tree: AnyTree) -> float | None:
+        """The acceptance length that a tree should have without copies; None for a dynamic one that nobody measured."""
+        return self.forecast_static(tree) if isinstance(tree, Tree) else self.forecast_dynamic(len(tree))
+
+
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Frequencies):
     """How often the heads guess what the model's own greedy decoding says.
 
     Attributes:
@@ -44,7 +70,6 @@ class Accuracy:
 
     @property
     def widths(self) -> list[int]:
-        """How many guesses of each head were ranked."""
         return [len(row) for row in self.top]
 
     @cached_property
@@ -59,9 +84,7 @@ class Accuracy:
         return Accuracy(tuple(row[:width] for row in self.top[:heads]), kept, self.calibration[:heads], dynamic)
 
     def frequency(self, path: NodePath) -> float:
-        """Share of the steps in which every guess along a path is right; never more than that of its prefix.
-
-        Where it was not measured, it is the prefix's share times the chance of the last guess, as if heads were
+        """As measured. Where it was not, it is the prefix's share times the chance of the last guess, as if heads were
         independent (paper, section 2.3.3), but no more than the rarest path that was.
         """
         if not path:
@@ -81,15 +104,8 @@ class Accuracy:
         """Scale and shift of a head's log p."""
         return self.calibration[head - 1] if head <= len(self.calibration) else (1.0, 0.0)
 
-    def forecast(self, tree: AnyTree) -> float | None:
-        """The acceptance length that a tree should have, without copies; None for a dynamic one that nobody measured.
-
-        Each node of a fixed tree adds a token as often as its path is right.
-        """
-        return sum(map(self.frequency, tree.paths)) if isinstance(tree, Tree) else self.forecast_dynamic(len(tree))
-
     def forecast_dynamic(self, nodes: int) -> float | None:
-        """The acceptance length of the dynamic tree of `nodes`, between measured counts by their logarithms."""
+        """As measured; between measured counts by their logarithms."""
         if not self.dynamic:
             return None
         known = [(1, 1.0), *sorted(self.dynamic.items())]
@@ -128,7 +144,7 @@ def likeliest(
     return found
 
 
-def grow(accuracy: Accuracy, nodes: int) -> tuple[Tree, list[float]]:
+def grow(accuracy: Frequencies, nodes: int) -> tuple[Tree, list[float]]:
     """The best tree of up to `nodes` nodes (root included), grown greedily as in the paper (section 2.3.3).
 
     Returns:
@@ -142,7 +158,7 @@ def grow(accuracy: Accuracy, nodes: int) -> tuple[Tree, list[float]]:
 SUPERSET = 256  # paths that a dynamic tree is chosen from
 
 
-def dynamic_tree(accuracy: Accuracy, nodes: int) -> DynamicTree:
+def dynamic_tree(accuracy: Frequencies, nodes: int) -> DynamicTree:
     """The tree of `nodes` nodes that is chosen at each step from the SUPERSET most frequent paths, or of all it has."""
     superset = grow(accuracy, SUPERSET)[0]
     return DynamicTree(superset, min(nodes, len(superset)))
@@ -167,14 +183,7 @@ def write_accuracy(accuracy: Accuracy, file: Path, source: str) -> None:
     document = {"source": source, "meaning": MEANING, "accuracy": rows, "paths": paths}
     document |= {"calibration": [list(line) for line in accuracy.calibration]}
     document |= {"dynamic": [[nodes, round(length, 5)] for nodes, length in accuracy.dynamic.items()]}
-    temporary = file.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError:
-        if temporary.is_file():
-            temporary.unlink()
-        raise
+    write_whole(file, json.dumps(document) + "\n")
 
 
 def read_accuracy(file: Path) -> Accuracy | None:

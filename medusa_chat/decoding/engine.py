@@ -6,36 +6,34 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import MAX_CONTEXT, MAX_NODES, Message, Sampling, UserError
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, shaped_tree
 from medusa_chat.decoding.copying import CHAIN, Copied, Copies
+from medusa_chat.decoding.cost_cache import step_costs
 from medusa_chat.decoding.plans import Outcome
+from medusa_chat.decoding.policy import VANILLA, Policy
 from medusa_chat.decoding.reply import Reply
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree, paper_trees
+from medusa_chat.decoding.tree import AnyTree, DynamicTree, paper_trees
 from medusa_chat.events import Candidates, Step, proposer
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads
 from medusa_chat.model.templates import ChatTemplate
 
-VANILLA = Tree()
 COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
 WORTHWHILE = 1.5  # tokens that a step of copies alone has to promise, or it is taken as a vanilla one
-MAX_CONTEXT = 8192  # unless asked for more: the cache of a long-context model would fill the memory
-MAX_NODES = 256
-# Tree steps before each vanilla step that the speedup is measured by: few at first, then the last number again.
-PROBE_GAPS = (2, 2, 3, 4, 6, 8, 24)
 
 
 class Engine:
     """Decodes replies for one conversation at a time. Implements events.ChatEngine.
 
     Attributes:
-        probing: whether tree modes take a vanilla step now and then to measure the speedup (bench measures apart).
+        policy: what each step verifies.
         copies: whether guesses are copied from the conversation too; change it by `use_copies`.
     """
 
@@ -43,33 +41,43 @@ class Engine:
         self, backbone: Backbone, heads: Heads | None, tokenizer: Any, *, name: str = "model",
         tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
         system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | None = None, costs: Path | None = None, eager: bool | None = None,
     ) -> None:  # fmt: skip
+        """`probing`: tree modes take a vanilla step now and then, to measure the speedup (bench measures apart);
+        `costs`: folder that keeps what steps cost, from one run to the next."""
         self.template = template or ChatTemplate(tokenizer, name)
         self.name, self.system = name, system or self.template.system
         self.notices: list[str] = []
-        self.tokenizer, self.backbone, self.probing = tokenizer, backbone, probing
+        self.tokenizer, self.backbone = tokenizer, backbone
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
             raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
-        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED)
+        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager)
         self.prefilled, self.prefill_seconds = 0, 0.0
-        self._accuracy = accuracy
+        self._accuracy, self._costs, self._probing = accuracy, costs, probing
+        self.policy = self._new_policy()
         self._eos = eos_ids(backbone, tokenizer) | self.template.stop_ids if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
-        self._probes, self._since_probe = 0, 0
         self._last: Outcome | None = None
+        self._step_cost: dict[str, tuning.StepCost] = {}  # by kind of tree
         self._copies = Copies()
-        self._cost: tuning.StepCost | None = None
-        self._forecast = ""
         self.copies = copies
-        self.tree: AnyTree = VANILLA
         self.use_tree(tree)
 
     @property
     def heads(self) -> int:
         return self.runner.heads.heads if self.runner.heads else 0
+
+    @property
+    def tree(self) -> AnyTree:
+        """The tree in use."""
+        return self.policy.tree
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """What was measured of the heads, or None if nobody has."""
+        return self._accuracy
 
     @property
     def tokens_in_context(self) -> int:
@@ -113,23 +121,15 @@ class Engine:
             if reply.ends_at(root):
                 yield Step(tuple(reply.take([root], [0])), 0, 0.0, "vanilla", finish=reply.finish)
                 return
+            self.policy.begin(sampling)
             while not reply.finish:
-                tree = VANILLA if sampling.mode == "vanilla" or self._probe_due() else self.tree
-                step, root = self._step(root, tree, rule, reply)
+                step, root = self._step(root, rule, reply)
                 yield step
         finally:
             # What an interrupt left in the cache beyond the text is dropped, and the other way round.
             length = min(len(self._tokens), self.runner.cache.length)
             self.runner.cache.rewind(length)
             del self._tokens[length:]
-
-    def _probe_due(self) -> bool:
-        """Whether the next step is taken as a vanilla one. Counted over replies: short ones need no probe each."""
-        if not self.probing or self._since_probe < PROBE_GAPS[min(self._probes, len(PROBE_GAPS) - 1)]:
-            self._since_probe += 1
-            return False
-        self._probes, self._since_probe = self._probes + 1, 0
-        return True
 
     def _prefill(self, ids: list[int], rule: Rule) -> int:
         """Bring the cache to `ids`, running only what differs; returns the first token of the reply."""
@@ -146,9 +146,10 @@ class Engine:
         self.prefill_seconds = time.perf_counter() - started
         return root
 
-    def _step(self, root: int, tree: AnyTree, rule: Rule, reply: Reply) -> tuple[Step, int]:
+    def _step(self, root: int, rule: Rule, reply: Reply) -> tuple[Step, int]:
         """One forward: its Step, and the root of the next."""
         started = time.perf_counter()
+        tree, gated = self.policy.next()
         copied = self._copied(root) if self.copies and tree is not VANILLA else None
         if tree is COPIES_ALONE and (copied is None or copied.promise < WORTHWHILE):
             tree = VANILLA
@@ -163,16 +164,22 @@ class Engine:
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
         if tree is not VANILLA:
             self._last = outcome
+        self.policy.learn(ids[: len(tokens)], outcome.guesses)
         kind: Literal["tree", "vanilla"] = "vanilla" if tree is VANILLA else "tree"
         tested = outcome.tested(len(tokens) - bool(reply.finish)) if tree is not VANILLA else ()
-        seconds = time.perf_counter() - started
         depth = max(map(len, outcome.paths))
-        return Step(tuple(tokens), len(tree), seconds, kind, depth, reply.finish, tested), outcome.next
+        seconds = time.perf_counter() - started
+        step = Step(tuple(tokens), len(tree), seconds, kind, depth, reply.finish, tested, gated)
+        self.policy.record(step)
+        return step, outcome.next
 
     def _copied(self, root: int) -> Copied | None:
         """What the text copies of itself behind `root`."""
         self._copies.extend([*self._tokens[len(self._copies) :], root])
         return self._copies.propose()
+
+    def _new_policy(self) -> Policy:
+        return Policy(self._accuracy, self.heads, self.backbone.vocabulary, probing=self._probing)
 
     def forget(self) -> None:
         """Empty the cache: the next reply prefills its whole prompt."""
@@ -187,9 +194,11 @@ class Engine:
         return Candidates(self._last.paths, texts, self._last.rows)
 
     def use_accuracy(self, accuracy: Accuracy) -> None:
-        """Take other figures for how often the heads are right; trees chosen before stay."""
+        """Take other figures for how often the heads are right; the tree in use stays."""
         self._accuracy = accuracy
         self.runner.trust(accuracy)
+        tree, self.policy = self.tree, self._new_policy()
+        self.policy.fix(tree)
 
     def use_copies(self, on: bool) -> None:
         """Whether to copy guesses from the conversation from now on."""
@@ -198,17 +207,17 @@ class Engine:
             self.use_tree("auto")
 
     def use_tree(self, tree: str | AnyTree) -> None:
-        """Switch to `auto`, dynamic-N, static-N, chain-N, a released tree by name, a JSON file or a tree itself."""
+        """Switch to `auto`, `retune` (auto, with steps timed anew), dynamic-N, static-N, chain-N, a released tree by
+        name, a JSON file or a tree itself."""
         if self.runner.heads is None:
-            if tree != "auto":
+            if tree not in ("auto", "retune"):
                 raise UserError(f"{self.name} has no Medusa heads to fill a tree")
-            self.tree = COPIES_ALONE if self.copies else VANILLA
+            self.policy.fix(COPIES_ALONE if self.copies else VANILLA)
             return
-        if tree == "auto":
-            self.tree = self._auto_tree()
+        if tree in ("auto", "retune"):
+            self.policy.adapt(self._step_costs(anew=tree == "retune"))
             return
-        accuracy = (self._accuracy or PUBLISHED).pruned(self.heads, self.backbone.vocabulary)
-        wanted = shaped_tree(tree, accuracy) if isinstance(tree, str) else tree
+        wanted = shaped_tree(tree, self._known_accuracy()) if isinstance(tree, str) else tree
         fitting = wanted.pruned(self.heads, self.backbone.vocabulary)
         if len(fitting) < len(wanted):
             self.notices.append(
@@ -217,36 +226,33 @@ class Engine:
             )
         if not 1 < len(fitting) <= MAX_NODES:
             raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
-        self.tree = fitting
-        length = self._accuracy.forecast(fitting) if self._accuracy else None
-        self._forecast = "" if length is None else f", forecast {length:.2f} tokens a step"
+        self.policy.fix(fitting)
 
-    def _auto_tree(self) -> Tree:
-        accuracy = self._accuracy
-        if accuracy is None:
+    def _known_accuracy(self) -> Accuracy:
+        return (self._accuracy or PUBLISHED).pruned(self.heads, self.backbone.vocabulary)
+
+    def _step_costs(self, anew: bool) -> dict[str, tuning.StepCost]:
+        """What steps cost here, by the kind of tree: as known from an earlier run, or as measured now."""
+        if self._accuracy is None:
             self.notices.append("nobody has measured these heads: auto uses published accuracies; see calibrate")
-            accuracy = PUBLISHED
-        accuracy = accuracy.pruned(self.heads, self.backbone.vocabulary)
-        if self._cost is None:
+        if anew or not self._step_cost:
             self.forget()
-            self._cost = tuning.measure(self.runner, accuracy)
-        tree, length, speedup = tuning.fastest(accuracy, self._cost)
-        self._forecast = f", forecast {length:.2f} tokens a step, {speedup:.2f}x"
-        return tree
+            accuracy = self._known_accuracy()
+            self._step_cost = step_costs(self.runner, self.name, accuracy, self.copies, self._costs, anew=anew)
+        return self._step_cost
 
     def describe_tree(self) -> str:
         if self.tree is VANILLA:
             return "no tree: the model has no Medusa heads"
         if self.tree is COPIES_ALONE:
             return f"copies of the conversation alone, {CHAIN} tokens at once: the model has no Medusa heads"
-        copies = ", with copies" if self.copies else ""
-        return f"{self.tree.origin}: {len(self.tree)} nodes, depth {self.tree.depth}{copies}{self._forecast}"
+        return self.policy.describe() + ("; with copies" if self.copies else "")
 
     def tree_names(self) -> list[str]:
         if not self.heads:
             return ["auto"]
         shaped = [f"{kind}-{nodes}" for kind in ("dynamic", "static") for nodes in (8, 16, 32, 64)]
-        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *shaped, *paper_trees()]
+        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *shaped, *paper_trees(), "retune"]
 
 
 def eos_ids(backbone: Backbone, tokenizer: Any) -> frozenset[int]:

@@ -32,8 +32,7 @@ class Outcome:
         candidates: the token of every node.
         rows: rows of the accepted path, root first; their keys and values are committed.
         next: the token behind the path, root of the next step.
-        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first, as wide as the tree; empty where
-            no heads ran.
+        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first; empty where no heads ran.
     """
 
     paths: tuple[NodePath, ...]
@@ -64,30 +63,35 @@ class Nodes:
     told: tuple[Tensor, ...]
 
 
+def to_send(root: int, copied: Copied | None) -> list[float]:
+    """What the host sends to a step's plan: the root and the copies. As double, which holds every token id exactly."""
+    return [root, *copied.tokens, *copied.log_p] if copied else [root]
+
+
 class FixedPlan:
     """The same nodes at every step."""
 
     confident = False  # whether it needs to know how sure the heads are
 
     def __init__(self, tree: Tree, backbone: Backbone) -> None:
-        self.tree, self.depth, self.width, self._device = tree, tree.depth, tree.width, backbone.device
+        self.tree, self.size, self.depth, self.width, self.deepest = tree, len(tree), tree.depth, tree.width, tree.depth
         self.tensors = TreeTensors.of(tree, backbone.device)
         self._mask = attention.additive(self.tensors.ancestors, backbone.dtype) if len(tree) > 1 else None
         # Where in the root and the flattened guesses [1 + depth * width] each node's token stands.
         tokens = [0, *(1 + (len(path) - 1) * tree.width + path[-1] for path in tree.paths[1:])]
         self._tokens = torch.tensor(tokens, device=backbone.device)
 
-    def nodes(self, root: int, guesses: Tensor, log_p: Tensor | None, copied: Copied | None) -> Nodes:
-        """Lay the guesses [depth, width] out behind the root."""
-        flat = guesses.flatten()
-        known = torch.cat([torch.tensor([root], device=self._device), flat])
-        return Nodes(known[self._tokens], self.tensors, self._mask, (flat,))
+    def nodes(self, sent: Tensor, guesses: Tensor, log_p: Tensor | None) -> Nodes:
+        """Lay the guesses [heads, width or more] out behind the root, sent[0]."""
+        known = torch.cat([sent[:1].long(), guesses[: self.depth, : self.width].flatten()])
+        return Nodes(known[self._tokens], self.tensors, self._mask, ())
 
-    def outcome(self, settled: list[int]) -> Outcome:
-        """From the accepted row, the token behind it, the nodes' tokens, and what `nodes` tells."""
+    def outcome(self, settled: list[int], ranked: int) -> Outcome:
+        """From the accepted row, the token behind it, the nodes' tokens, what `nodes` tells, and `ranked` guesses of
+        each head."""
         row, following, *told = settled
         n = len(self.tree)
-        return Outcome(self.tree.paths, told[:n], self.tree.branches[row], following, _by_head(told[n:], self.width))
+        return Outcome(self.tree.paths, told[:n], self.tree.branches[row], following, _by_head(told[n:], ranked))
 
 
 class ChosenPlan:
@@ -95,37 +99,39 @@ class ChosenPlan:
 
     def __init__(self, tree: AnyTree, copied: bool, accuracy: Accuracy, backbone: Backbone) -> None:
         superset = tree.superset if isinstance(tree, DynamicTree) else tree
-        device = self._device = backbone.device
-        self.depth, self.width, self._dtype = superset.depth, superset.width, backbone.dtype
+        device = backbone.device
+        self.size, self.depth, self.width, self._dtype = len(tree), superset.depth, superset.width, backbone.dtype
         self.confident = isinstance(tree, DynamicTree)
         self.selector = Selector(superset, len(tree), CHAIN if copied else 0, device)
+        self.deepest = self.selector.deepest
         self._shares = None if self.confident else torch.tensor(_log_shares(superset, accuracy), device=device)
         fitted = [accuracy.calibration_of(head) for head in range(1, self.depth + 1)]
         self._scale, self._shift = torch.tensor(fitted, device=device).view(self.depth, 2, 1).unbind(1)  # [D, 1] each
 
-    def nodes(self, root: int, guesses: Tensor, log_p: Tensor | None, copied: Copied | None) -> Nodes:
-        """Choose among the guesses [depth, width], log_p the same, and the copies."""
-        chain = (*copied.tokens, *copied.log_p) if copied else ()
-        sent = torch.tensor([root, *chain], dtype=torch.float64, device=self._device)  # holds every token id exactly
-        tokens, chain_log_p = sent[: 1 + len(chain) // 2].long(), sent[1 + len(chain) // 2 :].float()
+    def nodes(self, sent: Tensor, guesses: Tensor, log_p: Tensor | None) -> Nodes:
+        """Choose among the guesses [heads, width or more], log_p the same, and the copies sent behind the root."""
+        guesses, behind = guesses[: self.depth, : self.width], 1 + self.selector.chain
+        tokens, chain_log_p = sent[:behind].long(), sent[behind : behind + self.selector.chain].float()
         chances = self._shares
         if chances is None:
-            calibrated = self._shift if log_p is None else (self._scale * log_p + self._shift).clamp(max=0)
+            own = None if log_p is None else log_p[: self.depth, : self.width]
+            calibrated = self._shift if own is None else (self._scale * own + self._shift).clamp(max=0)
             chances = self.selector.along_paths(calibrated)
         selection = self.selector.choose(tokens[:1], guesses, chances, tokens[1:], chain_log_p)
         mask = attention.additive(selection.tensors.ancestors, self._dtype)
-        told = (guesses.flatten(), selection.joint[None], selection.rows)
+        told = (selection.joint, selection.rows)
         return Nodes(selection.candidates, selection.tensors, mask, told)
 
-    def outcome(self, settled: list[int]) -> Outcome:
-        """From the accepted row, the token behind it, the nodes' tokens, and what `nodes` tells."""
+    def outcome(self, settled: list[int], ranked: int) -> Outcome:
+        """From the accepted row, the token behind it, the nodes' tokens, what `nodes` tells, and `ranked` guesses of
+        each head."""
         row, following, *told = settled
-        n, ranked = self.selector.nodes, self.depth * self.width
-        candidates, guesses, joint, rows = told[:n], told[n : n + ranked], told[n + ranked], told[n + ranked + 1 :]
+        n = self.selector.nodes
+        candidates, joint, rows, guesses = told[:n], told[n], told[n + 1 : 2 * n + 1], told[2 * n + 1 :]
         paths = self.selector.paths(rows, joint)
         where = {path: place for place, path in enumerate(paths)}
         branch = tuple(where[paths[row][:depth]] for depth in range(len(paths[row]) + 1))
-        return Outcome(paths, candidates, branch, following, _by_head(guesses, self.width))
+        return Outcome(paths, candidates, branch, following, _by_head(guesses, ranked))
 
 
 def _by_head(guesses: list[int], width: int) -> list[list[int]]:

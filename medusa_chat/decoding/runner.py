@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from medusa_chat.decoding.acceptance import Rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.captured import Captured, at_once, capturable
 from medusa_chat.decoding.copying import Copied
-from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome
+from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome, to_send
+from medusa_chat.decoding.static import Plan, StaticStep
 from medusa_chat.decoding.tree import AnyTree, Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
+RANKED = 10  # guesses of each head that a tree step tells, if the tree is not wider
 
 
 class Runner:
     """Runs steps over one text and keeps what the next step needs: the cache and the last hidden state.
 
-    `step` is the one door: today it runs the eager step, and a captured one has to give the same Outcome.
+    `step` is the one door: behind it is the eager step, or the static one, which on a GPU is captured.
+
+    Attributes:
+        mark: called with "begin" where an eager step begins, and with the name of each of its parts when it is over:
+            heads, forward, acceptance, commit. bench times them by it.
     """
 
-    def __init__(self, backbone: Backbone, heads: Heads | None, capacity: int, accuracy: Accuracy = PUBLISHED) -> None:
-        """`accuracy` tells how far dynamic trees may trust the heads, and how often guesses of a fixed one hold."""
+    def __init__(
+        self, backbone: Backbone, heads: Heads | None, capacity: int, accuracy: Accuracy = PUBLISHED,
+        eager: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Start with an empty text.
+
+        Args:
+            capacity: positions of the cache.
+            accuracy: tells how far dynamic trees may trust the heads, and how often guesses of a fixed one hold.
+            eager: take the plain step; by default wherever a step cannot be captured.
+        """
         self.backbone = backbone
         self.heads = heads
         self.cache = backbone.new_cache(capacity)
         self.accuracy = accuracy
-        self._hidden: Tensor | None = None  # [1, hidden] of the last committed row
+        # [1, hidden] of the last committed row
+        self._hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
         self._root = FixedPlan(Tree(), backbone)
-        self._plans: dict[tuple[AnyTree, bool], FixedPlan | ChosenPlan] = {}
+        self._plans: dict[tuple[AnyTree, bool], Plan] = {}
+        self.mark: Callable[[str], None] = _nobody_times
+        can_capture = capturable(backbone)
+        self._static: StaticStep | None = None
+        if not (not can_capture if eager is None else eager):
+            run = Captured() if can_capture else at_once
+            self._static = StaticStep(backbone, self.cache, self._hidden, self._guesses, run)
 
     def trust(self, accuracy: Accuracy) -> None:
         """Take other figures for how likely the heads' guesses are."""
@@ -45,7 +70,7 @@ class Runner:
             chunk = tokens[start : start + PREFILL_ROWS]
             hidden = self.backbone.hidden(*self._chain(chunk), self.cache)
             self.cache.commit(tuple(range(len(chunk))))
-        self._hidden = hidden[-1:]
+        self._hidden.copy_(hidden[-1:])
         last = torch.tensor(tokens[-1:], device=self.backbone.device)
         return int(rule(self.backbone.logits(self._hidden), last, self._root.tensors, self.cache.length - 1).next)
 
@@ -57,28 +82,50 @@ class Runner:
         compete with the heads' guesses for the tree's places.
         """
         plan = self._plan(tree, copied is not None)
-        nodes = plan.nodes(root, *self._guesses(plan), copied)
+        sent, ranked = to_send(root, copied), self._ranked(plan)
+        if self._static is not None:
+            outcome = plan.outcome(self._static.step(sent, plan, rule), ranked)
+            self.cache.commit(tuple(range(len(outcome.rows))))  # moved into their order already
+        else:
+            outcome = plan.outcome(self._eager_step(sent, plan, rule), ranked)
+            self.cache.commit(outcome.rows)
+            self.mark("commit")
+        return outcome
+
+    def _eager_step(self, sent: list[float], plan: Plan, rule: Rule) -> list[int]:
+        """The accepted row, the token behind it, the nodes' tokens, what the plan tells, and the heads' guesses."""
+        self.mark("begin")
+        guesses, log_p = self._guesses(plan)
+        nodes = plan.nodes(torch.tensor(sent, dtype=torch.float64, device=self.backbone.device), guesses, log_p)
+        self.mark("heads")
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
         hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
-        verdict = rule(self.backbone.logits(hidden), nodes.candidates, nodes.tensors, position)
-        settled = torch.cat([verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told]).tolist()
-        outcome = plan.outcome(settled)
-        self._hidden = hidden[settled[0]][None]
-        self.cache.commit(outcome.rows)
-        return outcome
+        logits = self.backbone.logits(hidden)
+        self.mark("forward")
+        verdict = rule(logits, nodes.candidates, nodes.tensors, position)
+        told = (verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told, guesses.flatten())
+        settled: list[int] = torch.cat(told).tolist()
+        self._hidden.copy_(hidden[settled[0]])
+        self.mark("acceptance")
+        return settled
 
-    def _guesses(self, plan: FixedPlan | ChosenPlan) -> tuple[Tensor, Tensor | None]:
-        """The likeliest tokens of each head that the tree uses, [depth, width], and how likely each head says they are.
+    def _ranked(self, plan: Plan) -> int:
+        """How many guesses of each head a step of the plan tells."""
+        no_heads = self.heads is None or plan.width == 0
+        return 0 if no_heads else max(plan.width, min(RANKED, self.backbone.vocabulary))
+
+    def _guesses(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """The likeliest tokens of each head, [heads, ranked], and how likely each head says they are; a tree may use
+        fewer.
 
         The natural logarithms of the heads' own probabilities, float32, or None where the plan does not ask for them.
         """
         if self.heads is None or plan.width == 0:
             return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
-        assert self._hidden is not None, "a step follows a prefill"
-        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[: plan.depth, 0]
-        likeliest = logits.topk(plan.width)
+        logits = self.heads.logits(self._hidden, self.backbone.lm_head)[:, 0]
+        likeliest = logits.topk(self._ranked(plan))
         if not plan.confident:
             return likeliest.indices, None
         log_p = likeliest.values.float() - logits.float().logsumexp(-1, keepdim=True)
@@ -93,7 +140,7 @@ class Runner:
             mask = attention.additive(torch.ones(n, n, dtype=torch.bool, device=device).tril(), self.backbone.dtype)
         return torch.tensor(tokens, device=device), positions, mask
 
-    def _plan(self, tree: AnyTree, copied: bool) -> FixedPlan | ChosenPlan:
+    def _plan(self, tree: AnyTree, copied: bool) -> Plan:
         key = (tree, copied)
         if key not in self._plans:
             if len(self._plans) > 64:
@@ -103,3 +150,7 @@ class Runner:
             else:
                 self._plans[key] = ChosenPlan(tree, copied, self.accuracy, self.backbone)
         return self._plans[key]
+
+
+def _nobody_times(part: str) -> None:
+    """What `Runner.mark` is while nobody times the parts of a step."""

@@ -24,7 +24,7 @@ class Selection:
         rows: [n], ascending: below S a path of the superset, else a token of the chain.
         candidates: [n], the token of each node.
         tensors: the topology of the n nodes.
-        joint: [], row of the superset's path that the chain leaves the superset from; 0 without a chain.
+        joint: [1], row of the superset's path that the chain leaves the superset from; 0 without a chain.
     """
 
     rows: Tensor
@@ -57,7 +57,8 @@ class Selector:
         self._ancestors = self._all_ancestors().to(device)
         self._zero = torch.zeros(1, device=device)
         self._no_token = torch.tensor([-1], device=device)
-        self._root = torch.zeros((), dtype=torch.long, device=device)
+        self._root = torch.zeros(1, dtype=torch.long, device=device)
+        self.deepest = max(depth, chain)
 
     def _all_ancestors(self) -> Tensor:
         """[E, E]; what a chain's tokens see of the superset is known at the step only."""
@@ -90,14 +91,14 @@ class Selector:
         scores = _summed([*torch.where(shared.bool(), surer, chances[:agreed]), *chances[agreed:]], self._zero)
         scores = scores.expand(len(self.superset))
         whole = shared.sum(0) == self._depths[: len(self.superset)]
-        joint = (whole * self._rows[: len(self.superset)]).amax()  # one path a depth agrees, and rows go by depth
+        joint = (whole * self._rows[: len(self.superset)]).amax()[None]  # one path a depth agrees; rows go by depth
         below = self._depths[len(self.superset) :] > self._depths[joint]
-        tail = torch.where(below, chain_log_p, 0.0).cumsum(0) + scores[joint]
-        tail = torch.where(below, tail.cummin(0).values, float("-inf"))  # rounding may not put a child first
+        tail = chain_log_p.masked_fill(~below, 0.0).cumsum(0) + scores[joint]
+        tail = tail.cummin(0).values.masked_fill(~below, float("-inf"))  # rounding may not put a child first
         return self._laid_out(tokens, torch.cat([scores, tail]), joint)
 
     def _laid_out(self, tokens: Tensor, scores: Tensor, joint: Tensor) -> Selection:
-        """The likeliest rows as a tree. tokens: [D * W + 2 + C]; scores: [E]; joint: []."""
+        """The likeliest rows as a tree. tokens: [D * W + 2 + C]; scores: [E]; joint: [1]."""
         size = len(self.superset)
         rows = scores.argsort(descending=True, stable=True)[: self.nodes].sort().values
         parents, ancestors = self._parents[rows], self._ancestors[rows]
@@ -105,8 +106,7 @@ class Selector:
             parents = torch.where(rows == size + self._depths[joint], joint, parents)
             ancestors = ancestors | ((rows >= size)[:, None] & self._ancestors[joint])
         tensors = TreeTensors(
-            torch.searchsorted(rows, parents), self._depths[rows], ancestors[:, rows],
-            max(self.superset.depth, self.chain),
+            torch.searchsorted(rows, parents), self._depths[rows], ancestors[:, rows], self.deepest
         )  # fmt: skip
         return Selection(rows, tokens[self._own[rows]], tensors, joint)
 

@@ -1,20 +1,29 @@
-"""Which tree is fastest here: measured cost of a step by its nodes, combined with measured head accuracies."""
+"""Which tree is fastest here: measured cost of a step by its nodes, combined with how often the heads are right."""
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from math import inf
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.accuracy import Accuracy, grow
+from medusa_chat.decoding.accuracy import Accuracy, Frequencies, dynamic_tree, grow, likeliest
+from medusa_chat.decoding.copying import Copied
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tree import Tree
+from medusa_chat.decoding.tree import AnyTree, Tree
 
-LADDER = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+LADDER = (8, 16, 4, 32, 64, 2, 24, 12, 48, 6)  # node counts to time, what a slow model needs most first
 TIMED_LENGTH = 256  # cached positions behind which steps are timed
 REPEATS = 12
+BUDGET = 1.5  # seconds after which no further step is timed
+ENOUGH = 2  # node counts that are timed whatever it takes
+JUDGED = 4  # times that a count is timed before it may be left alone
+HOPE = 1.15  # a count is timed on if it could be faster than the best so far with its cost this much overrated
 
 
 @dataclass(frozen=True)
@@ -24,44 +33,162 @@ class StepCost:
     vanilla: float
     by_nodes: dict[int, float]
 
-    def overhead(self, nodes: int) -> float:
-        """Cost of a tree step relative to a vanilla step, interpolated between measured node counts."""
-        if nodes in self.by_nodes:
-            return self.by_nodes[nodes] / self.vanilla
+    @property
+    def most(self) -> int:
+        """The largest node count whose cost is known."""
+        return max(self.by_nodes)
+
+    def seconds(self, nodes: int) -> float:
+        """Of a tree step: interpolated between measured node counts, below the smallest as much as that."""
         ladder = sorted(self.by_nodes)
-        place = min(max(bisect_left(ladder, nodes), 1), len(ladder) - 1)
-        low, high = ladder[place - 1], ladder[place]
-        share = (nodes - low) / (high - low)
-        return (self.by_nodes[low] * (1 - share) + self.by_nodes[high] * share) / self.vanilla
+        place = bisect_left(ladder, nodes)
+        high = ladder[min(place, len(ladder) - 1)]
+        low = ladder[place - 1] if 0 < place < len(ladder) else high
+        share = (nodes - low) / (high - low) if high > low else 1.0
+        return self.by_nodes[low] * (1 - share) + self.by_nodes[high] * share
+
+    def overhead(self, nodes: int) -> float:
+        """Cost of a tree step relative to a vanilla step."""
+        return self.seconds(nodes) / self.vanilla
 
 
-def measure(runner: Runner, accuracy: Accuracy) -> StepCost:
+@dataclass(frozen=True)
+class Option:
+    """A tree that could be used.
+
+    Attributes:
+        kind: how its nodes are chosen; static: by the heads' accuracies, the same nodes at every step.
+        length: forecast acceptance length; seconds: measured cost of a step.
+    """
+
+    kind: str
+    nodes: int
+    length: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Forecast tokens per second."""
+        return self.length / self.seconds
+
+
+def fastest(options: Iterable[Option]) -> Option:
+    """The option with the most tokens per second, of whatever kinds; of equals the first."""
+    return max(options, key=lambda option: option.rate)
+
+
+def static_options(accuracy: Frequencies, cost: StepCost) -> list[Option]:
+    """The best static tree of every node count from 2 up to what was measured and the heads can fill."""
+    found = likeliest(accuracy.frequency, accuracy.widths, cost.most - 1)
+    lengths = list(accumulate((frequency for _, frequency in found), initial=1.0))
+    return [Option("static", n, lengths[n - 1], cost.seconds(n)) for n in range(2, len(lengths) + 1)]
+
+
+def dynamic_options(accuracy: Frequencies, cost: StepCost) -> list[Option]:
+    """The dynamic trees likewise; none where nobody measured what such trees bring."""
+    lengths = {nodes: accuracy.forecast_dynamic(nodes) for nodes in range(2, cost.most + 1)}
+    return [Option("dynamic", n, length, cost.seconds(n)) for n, length in lengths.items() if length is not None]
+
+
+def kinds(accuracy: Accuracy) -> dict[str, Callable[[int], AnyTree]]:
+    """The kinds of trees worth timing, as what makes one of n nodes: dynamic ones where their acceptance is known."""
+    found: dict[str, Callable[[int], AnyTree]] = {"static": lambda nodes: grow(accuracy, nodes)[0]}
+    return found | {"dynamic": partial(dynamic_tree, accuracy)} if accuracy.dynamic else found
+
+
+def options(accuracy: Frequencies, costs: Mapping[str, StepCost]) -> list[Option]:
+    """All that there is to choose from, of every kind whose steps were timed."""
+    by_kind = {"static": static_options, "dynamic": dynamic_options}
+    return [option for kind, cost in costs.items() for option in by_kind[kind](accuracy, cost)]
+
+
+def measure(
+    runner: Runner, accuracy: Accuracy, *, tree_of: Callable[[int], AnyTree] | None = None,
+    copied: Copied | None = None, length: int = TIMED_LENGTH, budget: float = BUDGET,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepCost:  # fmt: skip
     """Time steps over a blank text; the runner's cache must be empty and is left so.
 
-    The rounds go over the whole ladder in turn, so that a slow moment of the machine does not fall on one count.
+    The rounds go over the whole ladder in turn, so that a slow moment of the machine does not fall on one count. A
+    slow model gets fewer rounds, a very slow one fewer counts, and a count that can't win for its cost is left alone.
+
+    Args:
+        tree_of: the tree that is timed at a node count; by default the best static one.
+        copied: what stands for the copies that seek a place among the guesses; None without copies.
+        length: cached positions behind which steps are timed, if there are as many.
+        budget: seconds; infinite for every count of the ladder, REPEATS times.
     """
-    length = min(TIMED_LENGTH, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
-    trees = [Tree(), *(grow(accuracy, nodes)[0] for nodes in LADDER)]
-    times: dict[Tree, list[float]] = {tree: [] for tree in trees}
+    forecast = grow(accuracy, max(LADDER))[1]
+    grown = tree_of or (lambda nodes: grow(accuracy, nodes)[0])
+    ladder = list(dict.fromkeys(min(nodes, len(forecast)) for nodes in LADDER))
+    times = _Times(forecast, {1: [], **{nodes: [] for nodes in ladder}})
+    trees: dict[int, AnyTree] = {1: Tree(), **{nodes: grown(nodes) for nodes in ladder}}
+    length = timed_length(runner, length)
     rule = make_rule(Sampling())
+    started = clock()
     try:
-        runner.prefill([0] * length, rule)
-        for _ in range(REPEATS + 1):
-            for tree, seconds in times.items():
-                runner.cache.rewind(length)
-                started = time.perf_counter()
-                runner.step(0, tree, rule)
-                seconds.append(time.perf_counter() - started)
+        runner.prefill([0], rule)
+        runner.cache.fill(length)
+        for turn in range(REPEATS + 1):
+            # The first vanilla step pays for more than itself, so a slow model takes two at once.
+            for nodes in (*([1] if turn == 0 else []), 1, *ladder):
+                if clock() - started > budget and times.enough(turn):
+                    return times.cost()
+                if budget == inf or times.hopeful(nodes):
+                    runner.cache.rewind(length)
+                    before = clock()
+                    runner.step(0, trees[nodes], rule, copied if nodes > 1 else None)
+                    times.seconds[nodes].append(clock() - before)
+        return times.cost()
     finally:
         runner.cache.rewind(0)
-    # The lower quartile: what else the machine does only ever adds to a step.
-    cost = {len(tree): sorted(seconds[1:])[(len(seconds) - 1) // 4] for tree, seconds in times.items()}
-    return StepCost(cost.pop(1), cost)
 
 
-def fastest(accuracy: Accuracy, cost: StepCost) -> tuple[Tree, float, float]:
-    """The tree with the most tokens per second; also its forecast acceptance length and speedup."""
-    whole, forecast = grow(accuracy, max(cost.by_nodes))
-    speedups = {nodes: forecast[nodes - 1] / cost.overhead(nodes) for nodes in range(2, len(whole) + 1)}
-    nodes = max(speedups, key=lambda n: speedups[n])
-    return grow(accuracy, nodes)[0], forecast[nodes - 1], speedups[nodes]
+def timed_length(runner: Runner, length: int = TIMED_LENGTH) -> int:
+    """Cached positions behind which `measure` times steps."""
+    return min(length, runner.backbone.context - 1, runner.cache.capacity - max(LADDER))
+
+
+@dataclass(frozen=True)
+class _Times:
+    """What was timed so far: seconds by nodes, 1 for vanilla; forecast[n - 1]: acceptance length with n nodes."""
+
+    forecast: list[float]
+    seconds: dict[int, list[float]]
+
+    def enough(self, turn: int) -> bool:
+        """Whether the budget may end it: after two rounds, and within them if the model is too slow for two."""
+        if 2 * len(self.seconds) * _typical(self.seconds[1]) < BUDGET:
+            return turn > 1  # what took so long was preparation, such as graphs that were captured
+        timed = sum(nodes > 1 and bool(seconds) for nodes, seconds in self.seconds.items())
+        return timed >= min(ENOUGH, len(self.seconds) - 1)
+
+    def hopeful(self, nodes: int) -> bool:
+        """Whether a tree of so many nodes may be the fastest: it costs at least as much as any smaller one."""
+        known = {n: _typical(timed) for n, timed in self.seconds.items() if n > 1 and len(timed) >= JUDGED}
+        floor = max((seconds for n, seconds in known.items() if n <= nodes), default=0.0)
+        best = max((self.forecast[n - 1] / seconds for n, seconds in known.items()), default=0.0)
+        return nodes == 1 or HOPE * self.forecast[nodes - 1] >= best * floor
+
+    def cost(self) -> StepCost:
+        timed = {nodes: _typical(seconds) for nodes, seconds in sorted(self.seconds.items()) if seconds}
+        vanilla = timed.pop(1)
+        return StepCost(vanilla, dict(zip(timed, rising(list(timed.values())), strict=True)))
+
+
+def _typical(seconds: list[float]) -> float:
+    """The lower quartile: a first step prepares, and what else the machine does only ever adds to one."""
+    return sorted(seconds)[(len(seconds) - 1) // 4]
+
+
+def rising(values: list[float]) -> list[float]:
+    """The rising sequence nearest to `values` (least squares, by pooling adjacent violators): a step of more nodes
+    costs no less, and one lucky timing does not decide."""
+    pools: list[tuple[float, int]] = []  # mean, members
+    for value in values:
+        mean, members = value, 1
+        while pools and pools[-1][0] > mean:
+            other, more = pools.pop()
+            mean, members = (mean * members + other * more) / (members + more), members + more
+        pools.append((mean, members))
+    return [mean for mean, members in pools for _ in range(members)]

@@ -75,6 +75,28 @@ def windowed(mask: Tensor, positions: Tensor, length: int, window: int) -> Tenso
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
 
 
+def fixed_mask(ancestors: Tensor, start: Tensor, span: int) -> Tensor:
+    """Which of `span` cached positions n rows see that are written from `start` on: all text, and their ancestors.
+
+    Args:
+        ancestors: bool [n, n]; start: [], on the device: the text's length.
+
+    Returns:
+        bool [n, span]
+    """
+    node = torch.arange(span, device=start.device) - start
+    behind = ancestors[:, node.clamp(0, len(ancestors) - 1)] & (node < len(ancestors))
+    return behind | (node < 0)
+
+
+def fixed_window(positions: Tensor, start: Tensor, span: int, window: int) -> Tensor:
+    """Which of those positions are less than `window` back. positions: [n] -> bool [n, span]"""
+    place = torch.arange(span, device=start.device)
+    node = (place - start).clamp(0, len(positions) - 1)
+    keys = torch.where(place < start, place, positions[node])
+    return keys > positions[:, None] - window
+
+
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as an additive one."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)

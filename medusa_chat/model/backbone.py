@@ -97,10 +97,31 @@ class Backbone:
             [n, hidden]: the last hidden states, after the final norm. Their keys and values stand in the cache,
             not yet committed.
         """
+        return self._forward(tokens, positions, self._masks(ancestors, positions, cache.length), cache)
+
+    def hidden_at(
+        self, tokens: Tensor, positions: Tensor, ancestors: Tensor, start: Tensor, span: int, cache: KVCache
+    ) -> Tensor:
+        """The same with shapes that do not depend on the text, whose length `start` [] is read on the device alone.
+
+        Args:
+            ancestors: bool [n, n]; span: positions of the cache that are read, start + n at least.
+        """
+        mask = attention.fixed_mask(ancestors, start, span)
+        near = mask
+        if self._window is not None and span > self._window:
+            near = mask & attention.fixed_window(positions, start, span, self._window)
+        full, sliding = (attention.additive(each, self.dtype)[None, None] for each in (mask, near))
+        masks = {"full_attention": full, "sliding_attention": sliding} if self._mixed else sliding
+        places = start + torch.arange(len(tokens), device=tokens.device)
+        with cache.at(places, span):
+            return self._forward(tokens, positions, masks, cache)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, masks: Any, cache: KVCache) -> Tensor:
         output = self.model.base_model(
             input_ids=tokens[None],
             position_ids=positions[None],
-            attention_mask=self._masks(ancestors, positions, cache.length),
+            attention_mask=masks,
             use_cache=True,
             **{self._cache_argument: cache},
         )

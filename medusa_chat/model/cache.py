@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +23,11 @@ class KVCache(Cache):
     def __init__(
         self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.buffer = torch.empty(2, layers, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        # Zeros: a step that reads a fixed span masks what is not text yet, which must be finite for that.
+        self.buffer = torch.zeros(2, layers, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.length = 0
+        self.places: Tensor | None = None  # [n], where a forward writes its rows if not behind `length`
+        self.span = capacity
         super().__init__(layers=[_Layer(self, layer) for layer in range(layers)])
 
     @property
@@ -36,6 +41,25 @@ class KVCache(Cache):
             kept = torch.tensor(rows, device=self.buffer.device) + start
             self.buffer[:, :, :, start:stop] = self.buffer.index_select(3, kept)
         self.length = stop
+
+    def fill(self, length: int) -> None:
+        """Commit zeros up to `length` positions: enough to time a step behind a text that nobody reads."""
+        self.buffer[:, :, :, self.length : length] = 0
+        self.length = length
+
+    @contextmanager
+    def at(self, places: Tensor, span: int) -> Iterator[None]:
+        """Inside, a forward writes its rows at `places` [n], a tensor of the device, and reads `span` positions."""
+        self.places, self.span = places, span
+        try:
+            yield
+        finally:
+            self.places = None
+
+    def move(self, start: Tensor, rows: Tensor) -> None:
+        """Put these rows [m] behind `start` [], in this order, from `start` on; `commit` has to count them still."""
+        places = start + torch.arange(len(rows), device=rows.device)
+        self.buffer.index_copy_(3, places, self.buffer.index_select(3, start + rows))
 
     def rewind(self, length: int) -> None:
         """Drop what lies behind the first `length` positions."""
@@ -59,6 +83,10 @@ class _Layer(CacheLayerMixin):
         """Write n rows behind the committed length; returns keys and values [1, kv_heads, length + n, head_dim]."""
         if key_states.shape[1::2] != self.keys.shape[1::2]:
             raise UserError("this backbone's layers differ in their key and value shapes, which one cache can't hold")
+        if self.cache.places is not None:
+            self.keys.index_copy_(2, self.cache.places, key_states)
+            self.values.index_copy_(2, self.cache.places, value_states)
+            return self.keys[:, :, : self.cache.span], self.values[:, :, : self.cache.span]
         stop = self.cache.length + key_states.shape[2]
         self.keys[:, :, self.cache.length : stop] = key_states
         self.values[:, :, self.cache.length : stop] = value_states

@@ -26,6 +26,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError, size_text
 from medusa_chat.model.download import PATIENCE, PAUSE, RETRIES, RemoteFile, bring
 from medusa_chat.model.file_names import HEAD_FILES, WEIGHTS
 from medusa_chat.model.hub_errors import disk_errors, reason
+from medusa_chat.registry import split_revision
 
 Kind = Literal["backbone", "heads"]
 Progress = Callable[[str, int, int], None]  # name of the repository, bytes there, bytes in all
@@ -96,12 +97,6 @@ def local(
 def is_hub_id(source: str) -> bool:
     """Whether `source` has the form owner/name or owner/name@revision."""
     return _HUB_ID.fullmatch(source) is not None
-
-
-def split_revision(source: str) -> tuple[str, str | None]:
-    """`owner/name@revision` in its two parts; None is the default branch."""
-    repository, _, revision = source.partition("@")
-    return repository, revision or None
 
 
 def accuracy_file(spec: ModelSpec) -> Path:

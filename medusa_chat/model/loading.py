@@ -17,8 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
-from medusa_chat.model import hub
+from medusa_chat.model import hub, memory
 from medusa_chat.model.backbone import Backbone, check_rewindable
+from medusa_chat.model.devices import frugal_heap
+from medusa_chat.model.fusing import fuse_linears
 from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
 from medusa_chat.model.packing import leave_files, pack_linears
@@ -55,12 +57,18 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None
-) -> Loaded:
+    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None, *,
+    context: int | None = None, ignore_memory: bool = False, fuse: bool = True,
+) -> Loaded:  # fmt: skip
     """Load a backbone, its heads and its tokenizer.
 
     Args:
         files: where they lie, if that is known already; otherwise they are fetched.
+        context: tokens that the engine's cache will hold, for the check that all fits into memory.
+        ignore_memory: load without that check.
+
+    Args:
+        fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
 
     Raises:
         UserError: for all that is the user's to put right.
@@ -69,18 +77,29 @@ def load_model(
     number = choose_dtype(chosen, dtype)
     files = files or hub.fetch(spec)
     here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
-    notices = list(files.notices)
-    model, tokenizer = load_pretrained(here, number, spec.quant, chosen, notices)
+    if not ignore_memory:
+        memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
+    with frugal_heap():
+        return _read(spec, here, chosen, number, list(files.notices), fuse)
+
+
+def _read(
+    spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.dtype, notices: list[str], fuse: bool
+) -> Loaded:
+    """What `spec` names, from the files that `here` names."""
+    model, tokenizer = load_pretrained(here, dtype, spec.quant, device, notices)
     template = resolve_template(tokenizer, spec)
+    if fuse and fuse_linears(model):
+        settle_4bit(model, device, dtype)
     backbone = Backbone(model)
     file, heads, accuracy = heads_file(here), None, None
     if file is not None:
         lm_head = getattr(backbone.lm_head, "weight", None)
         read = read_heads(
-            file, backbone.hidden_size, backbone.vocabulary, dtype=number, lm_head=lm_head, layout=spec.layout
+            file, backbone.hidden_size, backbone.vocabulary, dtype=dtype, lm_head=lm_head, layout=spec.layout
         )
         notices += read.notices
-        heads = decoding_heads(read.heads, as_quant(spec.quant_heads), chosen, number, backbone.lm_head)
+        heads = decoding_heads(read.heads, as_quant(spec.quant_heads), device, dtype, backbone.lm_head)
         accuracy = _known_accuracy(spec, file)
     pack_linears(backbone.model)  # after the heads: packed, the LM head could neither be compared nor quantized
     leave_files(backbone.model)

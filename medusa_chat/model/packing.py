@@ -8,8 +8,6 @@ layout of their own, which they would take at their first step; its 8-bit layers
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import Any
 
 import torch
@@ -93,7 +91,7 @@ def pack_linear(layer: Any) -> Any:
 
 
 def leave_files(model: nn.Module) -> None:
-    """Take what was not packed out of its files, and give back the memory that loading freed.
+    """Take a model's last weights out of their files.
 
     Embeddings, norms and biases are parts of mapped files as they were loaded, and keep whole shards in memory.
     """
@@ -101,8 +99,6 @@ def leave_files(model: nn.Module) -> None:
         for tensor in module.parameters(recurse=False):
             if tensor.device.type == "cpu" and (tensor.dim() == 1 or not isinstance(module, nn.Linear)):
                 tensor.data = tensor.data.clone()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # glibc keeps matrices of some MB on its heap
 
 
 def _pack_4bit(layer: Any) -> None:

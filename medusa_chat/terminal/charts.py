@@ -1,4 +1,4 @@
-"""The figure of `medusa-chat calibrate --plot`: what its tables say, drawn with matplotlib."""
+"""The figure of `medusa-chat calibrate --plot`, drawn with matplotlib, and the look of all our figures."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ INK, MIDDLE, SOFT = "#222222", "#8a8a8a", "#d8d8d8"
 
 def check_plot(file: Path) -> None:
     """Raise UserError if the figure could not be drawn in the end: to be called before the long work."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'medusa-chat[plots]'") from None
-    kinds = FigureCanvasAgg.get_supported_filetypes()
+    kinds = supported_kinds()
     if file.suffix.removeprefix(".").lower() not in kinds:
         raise UserError(f"--plot writes {', '.join(sorted(kinds))}; {file.name} is none of these")
     if not file.absolute().parent.is_dir():
         raise UserError(f"--plot {file}: there is no folder {file.parent}")
+
+
+def supported_kinds() -> dict[str, str]:
+    """Endings of files that matplotlib can write; raises UserError if it is not there."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'medusa-chat[plots]'") from None
+    kinds: dict[str, str] = FigureCanvasAgg.get_supported_filetypes()
+    return kinds
 
 
 def plot(
@@ -59,7 +65,7 @@ def _draw_heads(axes: Any, top: Sequence[Sequence[float]]) -> None:
     widest = max(len(row) for row in top)
     axes.set_xticks([1, *range(5, widest + 1, 5)])
     axes.set_ylim(0, 102)
-    _label(axes, "The true token is among a head's likeliest guesses", "guesses taken", "% of positions")
+    label(axes, "The true token is among a head's likeliest guesses", "guesses taken", "% of positions")
     _legend(axes)
 
 
@@ -76,7 +82,7 @@ def _draw_forecast(axes: Any, forecast: Sequence[float], checks: Sequence[dict[s
             )  # fmt: skip
     axes.set_xticks(sorted({1, *(check["nodes"] for check in checks)}))
     axes.set_ylim(bottom=0.9)
-    _label(axes, "Acceptance length of the best tree", "nodes of the tree", "tokens a step")
+    label(axes, "Acceptance length of the best tree", "nodes of the tree", "tokens a step")
     _legend(axes)
 
 
@@ -85,7 +91,8 @@ def _legend(axes: Any) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
 
 
-def _label(axes: Any, title: str, x: str, y: str) -> None:
+def label(axes: Any, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, grid and colours as all our figures have them."""
     axes.set_title(title, fontsize=10, color=INK)
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)

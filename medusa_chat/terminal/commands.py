@@ -191,9 +191,9 @@ def _stats(chat: Chat, argument: str) -> Result:
     return tables.stats_table(session.last, session.conversation, session.engine)
 
 
-@command("tree", "[auto|dynamic-N|NAME|FILE]", values=_tree_values, takes_path=True)
+@command("tree", "[auto|retune|dynamic-N|NAME|FILE]", values=_tree_values, takes_path=True)
 def _tree(chat: Chat, argument: str) -> Result:
-    """Draw the candidate tree of the last step, or choose another tree."""
+    """Draw the candidate tree of the last step, or choose another tree; retune times steps anew."""
     engine = chat.session.engine
     if argument:
         engine.use_tree(argument)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.text import Text
 
 from medusa_chat.config import Sampling
-from medusa_chat.events import COPIED, Stats
+from medusa_chat.events import COPIED, Gated, Stats
 from medusa_chat.terminal.theme import LABEL, STRONG, VALUE, head_style
 
 SEPARATOR = " · "
@@ -52,7 +52,7 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
     tokens = item("", str(stats.new_tokens), " tokens")
     rate = number(stats.tokens_per_second, 1)
     length = number(stats.acceptance_length)
-    if sampling.mode == "vanilla":
+    if sampling.mode == "vanilla" or stats.gated:
         return fit([[mode, tokens, item("", rate, " tokens/s")], [item("", rate, " tok/s")]], width)
     return fit(
         [
@@ -68,7 +68,23 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
 def _second_row(stats: Stats, sampling: Sampling, width: int) -> Text:
     if sampling.mode == "vanilla":
         return fit([[item("vanilla decoding is ", "", BASELINE)], [item("", "baseline")]], width)
+    if stats.gated:
+        return fit(_gated_rows(stats.gated), width)
     return fit(([part for part in parts if part] for parts in _measured_rows(stats)), width)
+
+
+def _gated_rows(gated: Gated) -> list[list[Text]]:
+    """Why a mode with heads decodes vanilla, from the widest to the narrowest."""
+    speedup, again = number(gated.speedup, 2, "×"), f"{gated.retry_in} tokens"
+    pay = item("heads do not pay here: ", speedup, f" over the last {gated.steps} steps")
+    short = item("heads do not pay: ", speedup)
+    return [
+        [pay, item("decoding vanilla, trying again in ", again)],
+        [pay, item("vanilla for ", again)],
+        [short, item("vanilla for ", again)],
+        [short, Text("vanilla")],
+        [item("vanilla: ", speedup)],
+    ]
 
 
 def _measured_rows(stats: Stats) -> Iterator[list[Text]]:
@@ -118,7 +134,14 @@ def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
     """What stays under a finished reply: one dim row."""
     rate = item("", number(last.tokens_per_second, 1), " tokens/s")
     finish = [Text(FINISHES[last.finish])] if last.finish in FINISHES else []
-    if last.acceptance_length is None:
+    if last.gated:
+        speedup = number(last.gated.speedup, 2, "×")
+        variants = [
+            [rate, Text(f"vanilla: heads do not pay here ({speedup})"), *finish],
+            [rate, Text("vanilla"), *finish],
+        ]
+        variants += [finish or [Text("vanilla")]]
+    elif last.acceptance_length is None:
         variants = [[Text(mode_label(sampling)), rate, *finish], [rate, *finish], finish or [rate]]
     else:
         length = item("acceptance length ", number(last.acceptance_length))

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import Sampling, UserError, out_of_memory
 from medusa_chat.events import ChatEngine, Step
 from medusa_chat.terminal.commands import dispatch, find, is_command
 from medusa_chat.terminal.keyboard import Interrupt, quiet_input
@@ -230,6 +230,6 @@ def _complaint(error: BaseException) -> str:
     first = (sanitize(str(error)).strip().splitlines() or [""])[0][:LONGEST_COMPLAINT]
     if isinstance(error, UserError):
         return first
-    if isinstance(error, MemoryError) or "out of memory" in first.lower():
+    if out_of_memory(error):
         return f"out of memory: {first}" if first else "out of memory"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -5,31 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from medusa_chat.config import ModelSpec, Sampling
+from medusa_chat.config import Sampling, size_text
 from medusa_chat.events import Stats, Step
-from medusa_chat.terminal.panel import panel
-from medusa_chat.terminal.theme import head_name, head_style
+from medusa_chat.terminal.panel import UNKNOWN, panel
+from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG, head_style
 from medusa_chat.terminal.view import ReplyView
 
-_BENCH_ROWS = (
-    ("acceptance_length", "acceptance length", "{:.2f} tokens/step"),
-    ("overhead", "overhead", "{:.2f} vanilla steps"),
-    ("speedup", "speedup over vanilla", "{:.2f}x"),
-    ("tokens_per_second", "tokens/s", "{:.1f}"),
-    ("vanilla_tokens_per_second", "tokens/s, vanilla", "{:.1f}"),
-    ("wall_tokens_per_second", "tokens/s, prefill included", "{:.1f}"),
-    ("step_ms", "step", "{:.2f} ms"),
-    ("vanilla_step_ms", "step, vanilla", "{:.2f} ms"),
-    ("time_to_first_token_ms", "time to first token", "{:.1f} ms"),
-)
 _BAR_BLOCKS = ((1, "█"), (5, "▒"), (10, "░"))  # of an accuracy bar: up to which rank, drawn how
 _BESIDE_BAR = 47  # cells of the table without the bar
 
@@ -65,31 +58,6 @@ def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
                 view.add(step)
 
     return draw
-
-
-def show_bench(result: dict[str, Any]) -> None:
-    """The result of bench.bench as a table."""
-    modes = result["modes"]
-    title = (
-        f"{result['model']} on {result['device']}, {result['dtype']}; {result['prompts']} prompts x {result['rounds']}"
-    )
-    table = Table("", *modes, title=title, caption=f"tree {result['tree']}")
-    for key, name, form in _BENCH_ROWS:
-        table.add_row(name, *(form.format(mode[key]) if key in mode else "-" for mode in modes.values()))
-    heads = sorted({head for mode in modes.values() for head in mode["head_acceptance"]}, key=int)
-    for head in heads:
-        rates = (mode["head_acceptance"].get(head) for mode in modes.values())
-        table.add_row(
-            f"{head_name(int(head))} accepted when tested", *("-" if rate is None else f"{rate:.0%}" for rate in rates)
-        )
-    for name, peer in result["peers"].items():
-        table.add_section()
-        table.add_row(f"{name}, tokens/s, prefill included", f"{peer['tokens_per_second']:.1f}")
-        table.add_row(f"times {name}", *(f"{peer['ratio'][mode]:.2f}x" for mode in modes))
-        table.add_row(f"our vanilla, times {name}", f"{peer['vanilla_ratio']:.2f}x")
-    if "view" in result:
-        table.add_row("tokens/s kept with the live view", f"{result['view']['share_of_tokens_per_second']:.1%}")
-    Console().print(table)
 
 
 def show_checks(checks: Sequence[dict[str, Any]]) -> None:
@@ -141,10 +109,58 @@ def _check_table(checks: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def show_models(specs: Sequence[ModelSpec], top1: Mapping[str, Sequence[float]]) -> None:
-    """The models that --model knows by name; top1: of each measured model the top-1 accuracy of its heads."""
-    table = Table("model", "backbone", "licence", "heads, top-1", "description")
-    for spec in specs:
-        rates = (Text(f"{rate:.0%}", head_style(head)) for head, rate in enumerate(top1.get(spec.name, ()), 1))
-        table.add_row(spec.name, spec.backbone, spec.licence, Text(" ").join(rates) or Text("–"), spec.description)
-    Console().print(table)
+def show_models(listed: Sequence[Mapping[str, Any]]) -> None:
+    """The models that --model knows by name (catalogue.Listed), each with a line that says what it is."""
+    rows = [_model_row(model) for model in listed]
+    device = listed[0]["device"]
+    names = ("model", "licence", "download", f"memory, {device}", "fits")
+    head = [Text(name, STRONG) for name in names]
+    widths = [max(row[column].cell_len for row in (head, *rows)) for column in range(len(names))]
+    console = Console(highlight=False)
+    console.print(_aligned(head, widths))
+    for model, row in zip(listed, rows, strict=True):
+        console.print(_aligned(row, widths))
+        console.print(Padding(Text(model["description"] or model["backbone"], LABEL), (0, 0, 0, 2)))
+        if model["top1"]:
+            rates = (Text(f"{rate:.0%}", head_style(head)) for head, rate in enumerate(model["top1"], 1))
+            console.print(
+                Text.assemble(("  first guesses of the heads that are right: ", LABEL), Text(" ").join(rates))
+            )
+    console.print(Text("memory: with heads and a full context; what fits depends on what is free now", LABEL))
+
+
+def _model_row(model: Mapping[str, Any]) -> list[Text]:
+    if model["short"] is None:
+        fits = Text(UNKNOWN)
+    elif model["short"] == 0:
+        fits = Text("yes")
+    else:
+        where = "" if model["short_of"] == model["device"] else f" on {model['short_of']}"
+        fits = Text(f"{size_text(model['short'])} short{where}", NOTICE)
+    quant = "" if model["quant"] == "none" else f"{model['quant']} "
+    needs = UNKNOWN if model["needs"] is None else quant + size_text(model["needs"])
+    download = {None: UNKNOWN, 0: "none"}.get(model["download"]) or size_text(model["download"])
+    return [Text(model["name"]), Text(model["licence"]), Text(download), Text(needs), fits]
+
+
+def _aligned(cells: Sequence[Text], widths: Sequence[int]) -> Text:
+    """Cells of a row in columns; sizes to the right."""
+    line = Text(no_wrap=True, overflow="ellipsis")
+    for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        gap = " " * (width - cell.cell_len)
+        line = Text.assemble(line, gap, cell, "  ") if column in (2, 3) else Text.assemble(line, cell, gap, "  ")
+    line.rstrip()
+    return line
+
+
+def show_findings(findings: Sequence[Mapping[str, Any]]) -> None:
+    """What doctor found (doctor.Finding), topic by topic; what is amiss is marked."""
+    console = Console(highlight=False)
+    width = max(cell_len(finding["name"]) for finding in findings)
+    for topic, found in groupby(findings, key=itemgetter("topic")):
+        console.print(Text(topic, STRONG))
+        table = Table.grid(Column(width=1), Column(width=width), Column(overflow="fold"), padding=(0, 1))
+        for finding in found:
+            mark = Text("✗", ERROR) if finding["fault"] else Text()
+            table.add_row(mark, Text(finding["name"], LABEL), Text(finding["text"], ERROR if finding["fault"] else ""))
+        console.print(table)

@@ -25,6 +25,7 @@ FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("overhead", lambda stats: number(stats.overhead, 2, "×")),
     ("speedup", lambda stats: number(stats.speedup, 2, "×")),
 )
+RESTED = "vanilla steps, as heads did not pay"
 
 
 def _table(*columns: str, right: Iterable[int] = ()) -> Table:
@@ -39,6 +40,8 @@ def stats_table(last: Stats, conversation: Stats, engine: ChatEngine) -> Table:
     table = _table("", "this reply", "conversation", right=(1, 2))
     for name, figure in FIGURES:
         table.add_row(name, figure(last), figure(conversation), style=STRONG if name == "speedup" else "")
+    if conversation.gated_steps:
+        table.add_row(RESTED, str(last.gated_steps), str(conversation.gated_steps))
     mine, all_of_them = last.head_acceptance(), conversation.head_acceptance()
     for head in all_of_them:
         label = Text(f"accepted of {head_name(head)}", head_style(head))

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medusa_chat.config import UserError
+from medusa_chat.config import UserError, out_of_memory
 
 SETTINGS_FILE = "training.json"
 _WRITE_FAILED = (
@@ -92,7 +91,7 @@ def one_line(run: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         whole = whole_checkpoints(run)
         kept = f"{whole[-1]} is whole, and --resume goes on from it" if whole else "there is no checkpoint yet"
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             remedy = "--batch-size, --length, --gradient-checkpointing and --quant nf4 need less"
             raise UserError(f"out of memory; {remedy}; {kept}") from None
         if not isinstance(error, OSError) and not any(sign in str(error).lower() for sign in _WRITE_FAILED):

@@ -11,8 +11,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from medusa_chat.config import COLD, Message, Sampling, UserError, resolve_model
+from medusa_chat.config import COLD, Message, ModelSpec, Sampling, UserError
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.registry import resolve_model
 from medusa_chat.training.server import Question, Reply, Server
 
 _BEGINNING = b'{"source": "self", "index": '  # of every line: what begins otherwise is not ours to cut off
@@ -101,7 +102,7 @@ def _encodable(text: str) -> str:
 def distill(
     model: str | None, prompts: list[Path], out: Path, plan: Plan, *, limit: int | None = None,
     server: str | None = None, server_model: str | None = None, device: str = "auto",
-    progress: Callable[[int, int], None],
+    models: Path | None = None, progress: Callable[[int, int], None],
 ) -> tuple[int, int]:  # fmt: skip
     """Write conversations with the user's turns of `prompts` and a model's own answers to `out`, a line each.
 
@@ -110,6 +111,7 @@ def distill(
 
     Args:
         model: name, folder or hub id; not loaded where a server answers.
+        models: the user's own list of models.
         server: address of an OpenAI-compatible server; `server_model` is its name for the model.
         progress: called with the prompts done and all prompts.
 
@@ -123,7 +125,7 @@ def distill(
         raise UserError("--server-model NAME needs --server URL")
     talks = [Talk.begin(i, prompt, plan.system) for i, prompt in enumerate(read_prompts(prompts, limit))]
     if server is None:
-        return _run(Local(model, plan, device), talks, out, plan, progress)
+        return _run(Local(resolve_model(model, models=models), plan, device), talks, out, plan, progress)
     remote = Server(
         server, server_model, batch=plan.batch, max_new_tokens=plan.max_new_tokens, temperature=plan.temperature,
         seed=plan.seed,
@@ -220,10 +222,8 @@ def _check(line: bytes, place: str, talks: list[Talk], before: list[int], settin
 class Local:
     """The model here, through transformers' generate(); loaded when it is first asked."""
 
-    def __init__(self, model: str | None, plan: Plan, device: str) -> None:
-        """Raises UserError for a model that is not known."""
-        self._spec = resolve_model(model)
-        self.name = self._spec.name
+    def __init__(self, spec: ModelSpec, plan: Plan, device: str) -> None:
+        self._spec, self.name = spec, spec.name
         self._plan, self._device = plan, device
         self._backbone: Any = None
 

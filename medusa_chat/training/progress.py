@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from medusa_chat.events import TrainStep
+from medusa_chat.model.devices import peak_memory
 from medusa_chat.training.schedules import heads_weight
 from medusa_chat.training.trainee import Trainee
 
@@ -51,12 +50,14 @@ class Report(TrainerCallback):
         means = self.trainee.meter.read()
         done, seconds = state.global_step - self.first, time.perf_counter() - self.started
         per_head = {name: tuple(means.get(name, ())) for name in ("head_loss", "top1", "top5")}
+        peaks = peak_memory()
         groups = optimizer.param_groups if optimizer is not None else ()
         return TrainStep(
             state.global_step, state.max_steps, loss, means.get("backbone_loss"), **per_head,
             heads_weight=heads_weight(self.trainee.recipe, state.global_step, state.max_steps),
             learning_rates=tuple(group["lr"] for group in groups), tokens_per_second=done * self.step_tokens / seconds,
-            seconds_left=(state.max_steps - state.global_step) * seconds / max(done, 1), memory=_peak_memory(),
+            seconds_left=(state.max_steps - state.global_step) * seconds / max(done, 1),
+            memory=peaks.get("device", peaks.get("host", 0)),
         )  # fmt: skip
 
 
@@ -71,13 +72,6 @@ def _cut_log(log: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # a line that was cut off
     log.write_text("".join(kept), encoding="utf-8")
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class Stopper(TrainerCallback):

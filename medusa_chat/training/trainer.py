@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from medusa_chat.config import ModelSpec, Recipe, UserError, resolve_model
+from medusa_chat.config import ModelSpec, Recipe, UserError
 from medusa_chat.events import TrainStep
 from medusa_chat.model.layouts import read_heads
 from medusa_chat.model.loading import choose_dtype, heads_file, load_pretrained
+from medusa_chat.registry import resolve_model
 from medusa_chat.training import schedules
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, one_line, write_json
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
@@ -36,6 +37,7 @@ class Run:
     Attributes:
         model: name, folder or hub id of the backbone; heads: to start from, in place of new ones.
         held_out: documents for the perplexity; without them, some of `data` are kept aside.
+        models: the user's own list of models.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Run:
     heads: str | None = None
     held_out: tuple[Path, ...] = ()
     resume: bool = False
+    models: Path | None = None
 
     def settings(self) -> dict[str, Any]:
         """What a run that resumes has to have in common with the one before."""
@@ -131,7 +134,7 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
         UserError: the model, the data or `out` cannot be used, the loss is not a number, the disk is full, memory
             does not suffice, or the user stopped the run.
     """
-    spec = resolve_model(run.model, run.heads)
+    spec = resolve_model(run.model, run.heads, models=run.models)
     recipe = replace(run.recipe, heads_first=0.0) if run.heads else run.recipe
     if recipe.joint and run.out.resolve() == Path(spec.backbone).resolve():
         raise UserError(f"{recipe.name} would overwrite the backbone in {run.out}: choose another --out")

@@ -1,0 +1,296 @@
+"""bench's measures of the machine: bytes of a step, the limit, random shapes, second turns, a fast step's twin."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import decode, make_engine, prompt_ids, random_backbone, random_heads
+from torch import nn
+
+from medusa_chat.bench import bandwidth, history, shapes, twin
+from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_bytes, step_bytes
+from medusa_chat.bench.plan import RandomModel, Tick
+from medusa_chat.bench.shapes import numbers, parse_shapes, random_engine
+from medusa_chat.bench.steps import measure_steps, reached
+from medusa_chat.cli import main
+from medusa_chat.config import Quant, UserError
+from medusa_chat.decoding import tuning
+from medusa_chat.decoding.runner import Outcome, Runner
+from medusa_chat.model.devices import free_memory, last_level_cache, peak_memory, reset_peak_memory
+from medusa_chat.model.heads import decoding_heads
+from medusa_chat.model.packing import PackedLinear, pack_linear
+from medusa_chat.model.quantization import quantize_linear
+from medusa_chat.shapes import SHAPES, Shape
+from medusa_chat.terminal import bench_report
+
+CPU = torch.device("cpu")
+TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
+
+
+def quiet(done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+@contextmanager
+def silent(phase: str) -> Iterator[Tick]:
+    yield quiet
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(bandwidth, "BUFFER", 2**20)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+
+
+# ---- bytes ----
+
+
+def test_bytes_are_counted_once_however_many_tensors_share_them() -> None:
+    first, second = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=True)
+    assert resident_bytes([first, second]) == 4 * (32 + 32 + 4)
+    second.weight = first.weight
+    assert resident_bytes([first, second]) == 4 * (32 + 4)
+    fused = torch.zeros(6, 8)
+    first.weight, second.weight = nn.Parameter(fused[:4]), nn.Parameter(fused[2:])  # views that overlap by two rows
+    assert resident_bytes([first, second]) == 4 * (48 + 4)
+
+
+@pytest.mark.parametrize(("quant", "per_weight"), [("nf4", 0.5 + 4 / 64), ("nf4-double", 0.5 + 1 / 64), ("int8", 1.0)])
+def test_bytes_of_quantized_layers_are_those_that_lie_in_memory(quant: Quant, per_weight: float) -> None:
+    plain = nn.Linear(512, 256, bias=False, dtype=torch.bfloat16)
+    layer = quantize_linear(plain, quant, CPU)
+    weights = 512 * 256
+    assert resident_bytes(layer.modules()) == pytest.approx(weights * per_weight, rel=0.02)
+    packed = pack_linear(layer)
+    assert resident_bytes(packed.modules()) == pytest.approx(weights * per_weight, rel=0.1)  # scales may be of 16 bits
+    packed(torch.ones(1, 512, dtype=torch.bfloat16))  # a first step may lay the weights out anew
+    assert resident_bytes(packed.modules()) == pytest.approx(weights * per_weight, rel=0.1)
+
+
+def test_bytes_of_packed_layers() -> None:
+    plain = nn.Linear(128, 64, bias=True, dtype=torch.bfloat16)
+    assert resident_bytes([PackedLinear(plain)]) == 2 * (128 * 64 + 64)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_a_forward_reads_all_weights_but_the_embedding(kind: str) -> None:
+    backbone = random_backbone(kind)
+    tied = backbone.lm_head.weight is backbone.model.get_input_embeddings().weight
+    expected = sum(p.nbytes for p in backbone.model.parameters()) - (
+        0 if tied else backbone.model.get_input_embeddings().weight.nbytes
+    )
+    rotary = sum(buffer.nbytes for buffer in backbone.model.buffers())
+    assert expected <= backbone_bytes(backbone) <= expected + 2 * rotary
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_tree_step_reads_the_heads_and_a_shared_lm_head_again(own: bool, quant: Quant) -> None:
+    backbone = random_backbone()
+    heads = random_heads(backbone, 3, own=own)
+    plain = sum(p.nbytes for p in heads.parameters())
+    runner = Runner(backbone, decoding_heads(heads, quant, CPU, torch.float32, backbone.lm_head), 64)
+    vanilla, tree = (step_bytes(runner, 10, tree=tree) for tree in (False, True))
+    # 2 of keys and values, 2 layers, 2 heads of 8 numbers of 4 bytes: 10 positions
+    assert vanilla - backbone_bytes(backbone) == 10 * 2 * 2 * 2 * 8 * 4
+    lm_head = 64 * 32 * 4
+    if quant == "none":
+        assert tree - vanilla == plain + (0 if own else lm_head)
+    elif own:
+        assert tree - vanilla < plain / 4
+    else:  # a quantized copy of the LM head, or it itself
+        assert tree - vanilla < plain / 4 + lm_head
+
+
+# ---- the limit ----
+
+
+def test_the_limit_is_the_caches_for_a_model_that_fits_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "last_level_cache", lambda device: 2**20)
+    monkeypatch.setattr(bandwidth, "read_limit", lambda device, size: 200e9 if size <= 2**20 else 50e9)
+    inside, outside = measure_limit(CPU, 2**19), measure_limit(CPU, 2**21)
+    assert (inside["in_cache"], inside["gb_per_second"], inside["memory_gb_per_second"]) == (True, 200.0, 50.0)
+    assert (outside["in_cache"], outside["gb_per_second"], outside["buffer_bytes"]) == (False, 50.0, 2**22)
+    assert "cached_gb_per_second" not in outside
+
+
+def test_the_buffer_leaves_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "BUFFER", 2**30)
+    monkeypatch.setattr(bandwidth, "free_memory", lambda device: 2**22)
+    monkeypatch.setattr(bandwidth, "last_level_cache", lambda device: 0)
+    assert measure_limit(CPU, 2**21)["buffer_bytes"] == 2**20
+
+
+def test_a_read_takes_time_and_the_machine_tells_about_itself() -> None:
+    assert bandwidth.read_limit(CPU, 2**16) > 0
+    assert last_level_cache(CPU) >= 0
+    assert free_memory("cpu") > 2**20
+    held = torch.ones(2**25)
+    peak = peak_memory()["host"]
+    assert peak > held.nbytes
+    del held
+    reset_peak_memory()
+    assert 0 < peak_memory()["host"] <= peak
+
+
+def test_the_share_of_the_limit_is_the_floor_over_the_time() -> None:
+    backbone = random_backbone()
+    engine = make_engine(backbone, random_heads(backbone))
+    step = {"context": 4, "vanilla_ms": 2.0, "tree": {"overhead": 1.5}}
+    found = reached(engine, step, {"gb_per_second": 0.05})
+    floor = step_bytes(engine.runner, 4, tree=False) / 0.05e9
+    assert found["vanilla"]["share_of_limit"] == pytest.approx(floor / 0.002, rel=1e-3)
+    assert found["tree"]["gb_per_second"] == pytest.approx(found["tree"]["bytes"] / 0.003 / 1e9, abs=1e-3)
+
+
+# ---- random shapes ----
+
+
+def test_shapes_are_named_with_their_quantization() -> None:
+    found = parse_shapes("tiny,vicuna-7b:nf4", "int8", heads=3, own=True)
+    assert found == [RandomModel("tiny", "int8", "none", 3, True), RandomModel("vicuna-7b", "nf4", "none", 3, True)]
+    assert [each.name for each in found] == ["tiny:int8", "vicuna-7b:nf4"]
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_random_shape_runs_behind_the_ordinary_engine(quant: Quant) -> None:
+    engine = random_engine(RandomModel("tiny", quant), 6000, CPU, torch.bfloat16)
+    assert (engine.heads, engine.context, engine.backbone.vocabulary) == (5, 6000, 512)  # longer than it was made for
+    steps = decode(engine, prompt_ids(9, 512), max_new_tokens=12)
+    assert "".join(step.text for step in steps).split() == [str(t.id) for step in steps for t in step.tokens]
+
+
+def test_every_id_is_a_token() -> None:
+    assert numbers(300).decode([0, 299, 17]).split() == ["0", "299", "17"]
+
+
+def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 8 * 2**30)
+    monkeypatch.setattr(shapes, "random_model", None)
+    with pytest.raises(UserError, match=r"vicuna-7b takes 1\d\.\d GiB, and 8\.0 GiB are free") as refusal:
+        random_engine(RandomModel("vicuna-7b"), 1024, CPU, torch.bfloat16)
+    assert "\n" not in str(refusal.value)
+    sizes = {q: shapes.needed_bytes(RandomModel("vicuna-7b", q), 1024, CPU, torch.bfloat16) for q in ("none", "nf4")}  # type: ignore[arg-type]
+    assert 13.5e9 < sizes["none"] < 16e9
+    assert 4.5e9 < sizes["nf4"] < 6.5e9
+    own = shapes.needed_bytes(RandomModel("vicuna-7b", own=True), 1024, CPU, torch.bfloat16)
+    assert own - sizes["none"] == pytest.approx(5 * 32000 * 4096 * 2)
+
+
+def test_figures_of_random_shapes_are_marked_as_simulated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts: list[str] = []
+    from matplotlib.figure import Figure
+
+    def written(self: Figure, *arguments: Any, **settings: Any) -> None:
+        texts.extend(text.get_text() for legend in self.legends for text in legend.get_texts())
+
+    monkeypatch.setattr(Figure, "savefig", written)
+    words = ["bench", "--shape", "tiny,tiny:nf4", "--context", "16,40", "--history", "20", "--rounds", "1"]
+    assert main([*words, "--modes", "greedy", "--device", "cpu", "--plot", str(tmp_path / "plots")]) == 0
+    *text, line = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert (told["modes"], told["peers"], told["prompts"]) == ({}, {}, 0)
+    assert list(told["shapes"]) == ["tiny", "tiny:nf4"]
+    for shape in told["shapes"].values():
+        for step in shape["steps"]:
+            assert "Vicuna-7B" in step["tree"]["simulated"]
+            assert step["tree"]["speedup"] == pytest.approx(
+                step["tree"]["acceptance_length"] / step["tree"]["overhead"], rel=1e-3
+            )
+        assert shape["history"][0]["history"] == 20
+        assert shape["parts"]["greedy"]["shares"]["heads"] > 0
+    tables = "\n".join(text)
+    for figure in ("acceptance length, ", "speedup, ", "tokens/s, "):
+        assert tables.count(figure) == 2
+    assert tables.count("SIMULATED") == 6
+    assert sum("SIMULATED" in text for text in texts) == 4  # a line for each shape and context
+
+
+def test_steps_behind_a_long_text_are_timed_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = random_backbone()
+    engine = make_engine(backbone, random_heads(backbone))
+    lengths = set()
+    step = Runner.step
+
+    def watched(self: Runner, *arguments: Any) -> Outcome:
+        lengths.add(self.cache.length)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Runner, "step", watched)
+    measure_steps(engine, (16, 100), quiet)
+    assert lengths == {16, 100}
+
+
+# ---- second turns ----
+
+
+def test_a_second_turn_prefills_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = random_backbone()
+    engine = make_engine(backbone, random_heads(backbone))
+    runs: list[int] = []
+    prefill = Runner.prefill
+
+    def watched(self: Runner, tokens: list[int], rule: Any) -> int:
+        runs.append(len(tokens))
+        return prefill(self, tokens, rule)
+
+    monkeypatch.setattr(Runner, "prefill", watched)
+    found = history.measure_history(engine, (50, 200), 1, quiet)
+    assert [row["prefilled"] for row in found] == [32, 32]
+    assert runs == [50, 32, 82, 200, 32, 232]
+    assert engine.tokens_in_context == 0
+
+
+# ---- a fast step and its slow twin ----
+
+
+class TwoStepped(Runner):
+    """A runner with a captured step, which here is the eager one, or a wrong one."""
+
+    lies = False
+
+    def __init__(self, *arguments: Any, eager: bool = False) -> None:
+        super().__init__(*arguments)
+        self.eager = eager
+
+    def step(self, *arguments: Any) -> Outcome:
+        outcome = super().step(*arguments)
+        return outcome if self.eager or not self.lies else replace(outcome, next=(outcome.next + 1) % 64)
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_a_captured_step_is_compared_with_the_eager_one(lies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twin, "Runner", TwoStepped)
+    monkeypatch.setattr(TwoStepped, "lies", lies)
+    backbone = random_backbone()
+    engine = make_engine(backbone, random_heads(backbone))
+    engine.runner = fast = TwoStepped(backbone, random_heads(backbone), 512)
+    found = twin.compare_with_eager(engine, [prompt_ids(9), prompt_ids(5)])
+    assert found is not None
+    assert set(found) == {"greedy", "typical", "exact", "vanilla"}
+    for check in found.values():
+        assert (check["replies"], check["equal"]) == (2, 0 if lies else 2)
+        assert check["tokens_per_second"] > 0
+    assert engine.runner is fast
+
+
+def test_the_check_of_the_captured_step_is_told() -> None:
+    check = {"replies": 4, "equal": 3, "tokens_per_second": 300.0, "eager_tokens_per_second": 100.0}
+    console = Console(width=100, file=io.StringIO())
+    figures = {"steps": [], "parts": {}, "eager": {"greedy": check}, "peak_memory_bytes": {"host": 2**30}}
+    bench_report._show_machine(console, figures)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "greedy: 3 of 4 replies equal" in told
+    assert "1.00 GiB on the host" in told

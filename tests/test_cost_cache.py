@@ -1,0 +1,147 @@
+"""Step costs on disk: measured once, anew where anything differs, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import OracleHeads, make_engine, random_backbone, random_heads, random_model, save_model
+
+import medusa_chat
+from medusa_chat.arguments import parser
+from medusa_chat.decoding import cost_cache
+from medusa_chat.decoding.accuracy import PUBLISHED
+from medusa_chat.decoding.cost_cache import cached, cost_key
+from medusa_chat.decoding.runner import Runner
+from medusa_chat.decoding.tuning import StepCost
+from medusa_chat.model.backbone import Backbone
+
+KEY = {"device": "abacus", "positions": 256}
+COST, OTHER = StepCost(1.0, {2: 1.5, 8: 2.5}), StepCost(3.0, {4: 4.0})
+
+
+def never() -> StepCost:
+    raise AssertionError("measured although it is known")
+
+
+def test_costs_are_kept_under_their_key(tmp_path):
+    folder = tmp_path / "made" / "when needed"
+    assert cached(folder, KEY, lambda: COST) == COST
+    assert cached(folder, KEY, never) == COST
+    assert cached(folder, KEY | {"positions": 12}, lambda: OTHER) == OTHER
+    assert cached(folder, KEY, never) == COST
+    assert cached(folder, KEY, lambda: OTHER, anew=True) == OTHER
+    assert cached(folder, KEY, never) == OTHER
+    assert len(list(folder.iterdir())) == 2
+    assert cached(None, KEY, lambda: COST) == COST
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "null", '{"vanilla": 1}', "[" * 10**5, "\x00", {"vanilla": 0}, {"vanilla": -1.0},
+     {"vanilla": "x"}, {"vanilla": float("nan")}, {"vanilla": None}, {"by_nodes": []}, {"by_nodes": [[1, 1.0]]},
+     {"by_nodes": [[2, 0.0]]}, {"by_nodes": [[2, 1.0], [4]]}, {"by_nodes": {"2": 1.0}}, {"by_nodes": 3},
+     {"by_nodes": [[2, float("inf")]]}, {"key": {"device": "another"}}],
+)  # fmt: skip
+def test_a_damaged_file_is_measured_anew_and_mended(damage, tmp_path):
+    cached(tmp_path, KEY, lambda: COST)
+    (file,) = tmp_path.iterdir()
+    whole = json.loads(file.read_text())
+    file.write_text(damage if isinstance(damage, str) else json.dumps(whole | damage))
+    assert cached(tmp_path, KEY, lambda: OTHER) == OTHER
+    assert cached(tmp_path, KEY, never) == OTHER
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert cached(blocked, KEY, lambda: COST) == COST
+    assert cached(blocked / "below", KEY, lambda: COST) == COST
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert cached(tmp_path / "full", KEY, lambda: COST) == COST
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_an_interrupt_while_measuring_keeps_nothing(tmp_path):
+    def interrupted() -> StepCost:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, KEY, interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_key_tells_what_the_cost_depends_on(monkeypatch):
+    backbone = random_backbone()
+    heads = random_heads(backbone)
+
+    def key(backbone: Backbone = backbone, heads: object = heads, capacity: int = 512, **settings) -> dict:
+        return cost_key(Runner(backbone, heads, capacity), **({"model": "m", "forecast": 2.34} | settings))
+
+    same = key()
+    assert same == key(random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3)  # weights do not matter
+    assert json.loads(json.dumps(same)) == same
+    others = [
+        key(model="n"), key(forecast=2.5), key(random_backbone(vocabulary=65)), key(random_backbone("qwen2")),
+        key(Backbone(random_model().bfloat16())), key(heads=random_heads(backbone, 3)), key(capacity=300),
+        key(heads=random_heads(backbone, own=False)), key(heads=OracleHeads(4, 64, [])),
+    ]  # fmt: skip
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    others.append(key())
+    monkeypatch.undo()
+    monkeypatch.setattr(cost_cache, "versions", lambda: {"torch": "0"})
+    others.append(key())
+    texts = [json.dumps(each, sort_keys=True) for each in (same, *others)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_second_engine_need_not_measure(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: calls.append(1) or StepCost(1.0, {2: 1.1, 8: 1.2}))
+    backbone = random_backbone()
+    for _ in range(2):
+        engine = make_engine(backbone, random_heads(backbone), "auto", accuracy=PUBLISHED, costs=tmp_path)
+        assert len(engine.tree) == 8
+        assert len(calls) == 1
+    engine.use_tree("chain-2")
+    engine.use_tree("auto")
+    assert len(calls) == 1
+    engine.use_tree("retune")
+    assert len(calls) == 2
+    assert "auto: static, 8 nodes" in engine.describe_tree()
+    make_engine(backbone, random_heads(backbone), "retune", accuracy=PUBLISHED, costs=tmp_path)
+    assert len(calls) == 3
+
+
+def test_load_keeps_costs_in_the_users_cache(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: StepCost(1.0, {2: 1.1, 8: 1.2}))
+    folder = save_model(tmp_path / "model", random_model(vocabulary=260))
+    weights = random_heads(random_backbone(vocabulary=260), 2)
+    tensors = {}
+    for head in range(2):
+        tensors[f"{head}.0.linear.weight"] = weights.weight[0, head].contiguous()
+        tensors[f"{head}.0.linear.bias"] = weights.bias[0, head].contiguous()
+        tensors[f"{head}.1.weight"] = weights.lm_heads[head].contiguous()
+    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    medusa_chat.load(str(folder))
+    (file,) = (tmp_path / "cache").rglob("*.json")
+    assert file.parent == Path(tmp_path / "cache" / "medusa-chat" / "step-costs")
+    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: never())
+    medusa_chat.load(str(folder))
+    with pytest.raises(AssertionError, match="although"):
+        medusa_chat.load(str(folder), tree="retune")
+
+
+def test_retune_is_a_flag_of_its_own():
+    assert parser().parse_args(["chat", "--retune"]).tree == "retune"
+    assert parser().parse_args(["bench", "--prompts", "x"]).tree == "auto"

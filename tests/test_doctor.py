@@ -1,0 +1,207 @@
+"""What doctor and models say of this machine; a check that fails is a line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import medusa_chat
+from medusa_chat import doctor
+from medusa_chat.cli import main
+from medusa_chat.config import size_text
+from medusa_chat.model import memory
+from medusa_chat.terminal import report
+
+TOPICS = ["versions", "devices", "4 bit", "hub", "models", "default"]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[str, str], doctor.Finding]:
+    return {(finding.topic, finding.name): finding for finding in doctor.examine()}
+
+
+def test_every_topic_has_its_findings(found: dict[tuple[str, str], doctor.Finding]) -> None:
+    assert list(dict.fromkeys(topic for topic, _ in found)) == TOPICS
+    assert not [finding for finding in found.values() if finding.fault]
+    assert found["versions", "medusa-chat"].text == medusa_chat.__version__
+    assert found["versions", "torch"].text == torch.__version__
+    assert "GB free" in found["devices", "cpu"].text
+    assert found["4 bit", "cpu"].text.startswith("an nf4 product in ")
+    assert found["models", "shipped"].text.startswith("9 in ")
+    assert found["models", "your own"].text.startswith("none: there is no /nonexistent/")
+    assert found["default", "device"].text.split(":")[0] in ("cuda", "mps", "cpu")
+
+
+def test_the_hub_and_its_flags_are_told() -> None:
+    code = "from medusa_chat.cli import main; main(['doctor', '--json'])"
+    settings = {
+        "PATH": "", "HF_HUB_CACHE": "/tmp/no-such-cache", "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://here.invalid",
+        "PYTHONPATH": ":".join(sys.path),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    told = {finding["name"]: finding["text"] for finding in json.loads(done.stdout) if finding["topic"] == "hub"}
+    assert told["cache"].startswith("/tmp/no-such-cache (not there yet); ")
+    assert told["mode"] == "offline: HF_HUB_OFFLINE is set, nothing is downloaded; http://here.invalid"
+
+
+def test_a_check_that_breaks_off_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*ignored: Any) -> Any:
+        raise RuntimeError("CUDA error: no kernel image\nand more")
+
+    monkeypatch.setattr(doctor, "_product", broken)
+    monkeypatch.setattr(doctor, "_describe", broken)
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "bitsandbytes" else "1.0")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert [line for line in lines if line[0] not in " ✗"] == TOPICS
+    faults = [line for line in lines if "✗" in line]
+    assert len(faults) == 3
+    assert "bitsandbytes" in faults[0] and "not installed: pip install bitsandbytes" in faults[0]
+    assert "failed" in faults[1] and "RuntimeError: CUDA error: no kernel image" in faults[1]
+    assert "an nf4 product fails: RuntimeError: CUDA error: no kernel image" in faults[2]
+    assert "and more" not in printed
+
+
+def test_a_wrong_product_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_product", lambda *ignored: (0.5, True))
+    assert [finding.fault for finding in doctor._quantization()] == [True] * len(doctor._names())
+
+
+def test_a_damaged_list_of_ones_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "models.yaml"
+    monkeypatch.setattr(doctor, "user_file", lambda: own)
+    own.write_text("models: {a: {backbone: b/c}}")
+    assert [finding.text for finding in doctor._models()][1] == f"1 in {own}"
+    own.write_text("models: {a: {backbone: 3}}")
+    fault = list(doctor._told("models", doctor._models))[-1]
+    assert fault.fault
+    assert "entry 'a': backbone must be text" in fault.text
+
+
+# ---- models ----
+
+
+def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    assert main(["models", "--json", *words]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_models_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("models: {mine: {backbone: nobody/nothing, licence: MIT}}")
+    by_name = {model["name"]: model for model in listed(capsys, "--models", str(own))}
+    assert len(by_name) == 10
+    assert (by_name["bundled"]["download"], by_name["bundled"]["short"], len(by_name["bundled"]["top1"])) == (0, 0, 5)
+    assert by_name["vicuna-33b-medusa2"]["download"] == pytest.approx(67.64e9, rel=1e-3)
+    assert (by_name["mine"]["download"], by_name["mine"]["needs"], by_name["mine"]["short"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_list_fits_a_terminal_and_says_why_not(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_chat.catalogue.free_memory", lambda device: 7 * 10**9)
+    monkeypatch.setattr("medusa_chat.catalogue.likely_device", lambda: "cpu")
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    for model in listed(capsys):
+        line = next(line for line in lines if line.startswith(f"{model['name']} "))
+        assert model["licence"] in line
+        short = model["needs"] - 7 * 10**9
+        assert line.endswith("yes" if short <= 0 else f"{size_text(short)} short")
+    assert sum(line.endswith("short") for line in lines) > 3
+
+
+def test_a_full_host_beside_a_gpu_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda": 80 * 10**9, "cpu": 10**9}
+    monkeypatch.setattr("medusa_chat.catalogue.free_memory", free.__getitem__)
+    monkeypatch.setattr("medusa_chat.catalogue.likely_device", lambda: "cuda")
+    model = next(model for model in listed(capsys) if model["name"] == "vicuna-7b")
+    assert model["short_of"] == "cpu"
+    report.show_models([model])
+    assert "GB short on cpu" in capsys.readouterr().out
+
+
+# ---- memory that runs out later ----
+
+
+class _Full:
+    """An engine whose reply finds no memory."""
+
+    system, notices = "", ()
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def generate(self, *ignored: Any) -> Any:
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"), MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_single_answer_without_memory_is_one_line(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("medusa_chat.cli._load", lambda options: _Full(error))
+    assert main(["--prompt", "hi"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("medusa-chat: error: out of memory; a smaller model, --quant nf4")
+    assert printed.err.count("\n") == 1
+
+
+def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medusa_chat.cli._load", lambda options: _Full(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["--prompt", "hi"])
+
+
+def test_an_engine_that_ran_out_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a reply that found no memory the same engine gives the reply that it gives otherwise."""
+    engine = medusa_chat.load(device="cpu", tree="chain-2", probing=False)
+    prompt: Any = [{"role": "user", "content": "Hello!"}]
+
+    def reply() -> list[int]:
+        steps = engine.generate(prompt, medusa_chat.Sampling(max_new_tokens=12))
+        return [token.id for step in steps for token in step.tokens]
+
+    whole, logits, calls = reply(), engine.backbone.logits, []
+
+    def full(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(len(hidden))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return logits(hidden)
+
+    monkeypatch.setattr(engine.backbone, "logits", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        reply()
+    monkeypatch.undo()
+    assert reply() == whole
+
+
+def test_a_plan_is_made_of_its_parts() -> None:
+    contents = memory.contents_of(memory.read_models(memory.packaged_file())["zephyr-7b-beta"])
+    assert contents is not None
+    made = memory.plan(contents, memory.Load("cpu", "nf4", "nf4"))
+    assert made.total == sum(made.parts().values())
+    assert set(made.parts()) == {"layers", "plain", "packed", "heads", "cache", "workspace", "process"}
