@@ -20,17 +20,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from medusa_chat.bench.plan import RandomModel
+from medusa_chat.bench.shapes import random_engine
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, grow
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.tree import Tree
-from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import decoding_heads
 from medusa_chat.model.loading import choose_device, choose_dtype, load_model
-from medusa_chat.model.packing import pack_linears
 from medusa_chat.model.quantization import as_quant
-from medusa_chat.model.random_model import random_heads, random_model
 from medusa_chat.registry import resolve_model
 from medusa_chat.shapes import SHAPES
 
@@ -75,13 +73,11 @@ def runner(options: argparse.Namespace, quant: str, quant_heads: str) -> Runner:
         spec = resolve_model(options.model, None, quant, quant_heads or "none")
         loaded = load_model(spec, options.device, options.dtype)
         return Runner(loaded.backbone, loaded.heads, capacity)
-    shape, device = SHAPES[options.model], choose_device(options.device)
+    device = choose_device(options.device)
     dtype = choose_dtype(device, options.dtype)
-    backbone = Backbone(random_model(shape, quant=as_quant(quant), dtype=dtype, device=device))
-    made = random_heads(shape, options.heads, not options.shared, dtype=dtype)
-    heads = decoding_heads(made, as_quant(quant_heads or "none"), device, dtype, backbone.lm_head)
-    pack_linears(backbone.model)
-    return Runner(backbone, heads, capacity)
+    heads = as_quant(quant_heads or "none")
+    wanted = RandomModel(options.model, as_quant(quant), heads, options.heads, not options.shared)
+    return random_engine(wanted, capacity, device, dtype).runner
 
 
 def owns(runner: Runner) -> bool:
