@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import medusa_chat
-from medusa_chat.bench import device_name
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.events import Stats
+from medusa_chat.model.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
 
 SIZES = (8, 16, 32, 64)
