@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -98,7 +101,7 @@ def test_shares_are_right_whatever_is_asked_for_and_nothing_is_kept() -> None:
     """A layer that reads other rows, as in cross-attention, gets its own product."""
     parts = [nn.Linear(4, width) for width in (6, 2, 2)]
     parent = nn.Module()
-    parent.q_proj, parent.k_proj, parent.v_proj = parts
+    parent.q_proj, parent.k_proj, parent.v_proj = copy.deepcopy(parts)
     assert fuse_linears(parent) == 1
     shares = [parent.q_proj, parent.k_proj, parent.v_proj]
     assert all(isinstance(share, Share) for share in shares)
@@ -110,3 +113,20 @@ def test_shares_are_right_whatever_is_asked_for_and_nothing_is_kept() -> None:
         shares[index](one)
     assert parent.q_proj.fused._rows is None
     assert not parent.q_proj.fused._shares
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_the_layers_that_were_joined_are_freed_at_once(quant: str) -> None:
+    """Weights of bitsandbytes and their layers refer to each other; waiting for a collection would double the model."""
+    from medusa_chat.model.quantization import quantize_linear
+
+    parent = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(parent, name, quantize_linear(nn.Linear(64, 64, dtype=torch.bfloat16), quant, torch.device("cpu")))
+    old = [weakref.ref(getattr(parent, name).weight) for name in ("q_proj", "k_proj", "v_proj")]
+    gc.disable()
+    try:
+        assert fuse_linears(parent) == 1
+        assert [each() for each in old] == [None] * 3
+    finally:
+        gc.enable()

@@ -247,13 +247,14 @@ def test_what_is_proposed_fits(
 def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> None:
     spec = SHIPPED["vicuna-7b"]
     sixteen, nf4 = Load("cpu"), Load("cpu", "nf4", "nf4")
-    need = plan(VICUNA, sixteen).total
+    long = replace(sixteen, context=4096)
+    need = plan(VICUNA, long).total
     free["cpu"] = need
-    memory.check(spec, sixteen)
+    memory.check(spec, long)
     free["cpu"] = need - GB // 2
-    line = refusal(spec, sixteen)
+    line = refusal(spec, long)
     assert line.startswith(f"vicuna-7b needs {need / GB:.1f} GB, {free['cpu'] / GB:.1f} GB free on cpu, 0.5 GB short; ")
-    assert "short; --quant nf4 or --max-context 1" in line
+    assert "short; --quant nf4 or --quant-heads nf4 or --max-context 3" in line
     assert line.endswith("--ignore-memory loads it all the same")
     free["cpu"] = plan(VICUNA, nf4).total + 10**6
     memory.check(spec, nf4)

@@ -74,7 +74,9 @@ def fuse_linears(model: nn.Module) -> int:
             fused = FusedLinear(whole.train(parent.training), [layer.out_features for layer in layers])
             for index, name in enumerate(names):
                 setattr(parent, name, Share(fused, index))
-            del layers
+            for layer in layers:
+                layer.weight = None  # bitsandbytes' weights refer to their layer: it would go with the next collection
+            del layers, layer
             if next(whole.parameters()).is_cuda:
                 torch.cuda.empty_cache()  # a wider matrix can't reuse the memory of the narrower ones
             joined += 1

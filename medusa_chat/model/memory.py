@@ -85,11 +85,13 @@ def plan(contents: Contents, load: Load) -> Plan:
     heads = _bytes(heads, load.quant_heads, width, kept)
     cache = shape.cache_bytes(context + MAX_NODES, width)
     # While weights are quantized, what comes later is not there yet: layers come first, heads next, then the cache.
-    read = contents.heads * width if kind == "cpu" and load.quant_heads != "none" else 0  # all heads, before that
+    # On a CPU all heads are read before they are quantized or, in bfloat16, laid out anew, one by one.
+    read = contents.heads * width if kind == "cpu" and (load.quant_heads != "none" or width == 2) else 0
+    one = 0 if load.quant_heads == "none" else _bytes(contents.largest_head, load.quant_heads, width, QUANTIZING)
     passing = max(
         _running(shape, context, width),
         _bytes(contents.largest, load.quant, width, QUANTIZING) - heads - cache,
-        _bytes(contents.largest_head, load.quant_heads, width, QUANTIZING) + read - cache,
+        one + read - cache,
     )
     return Plan(
         layers=_bytes(contents.layers, load.quant, width, kept),
