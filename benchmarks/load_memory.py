@@ -2,8 +2,9 @@
 
     python benchmarks/load_memory.py MODEL [QUANT [QUANT_HEADS [CONTEXT]]]
 
-Told is the most of anonymous memory, sampled while the model loads, answers a prompt and has its cache written full;
-pages of mapped checkpoints and libraries do not count, since the kernel takes them back at will. Linux, CPU only.
+Told is the most of anonymous memory, sampled while the model loads, answers a prompt and has its cache written full,
+and the pages of libraries, as they are when all is done. Pages of mapped checkpoints do not count, since the kernel
+takes them back at will. Linux, CPU only.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from medusa_chat.model import memory
 from medusa_chat.registry import resolve_model
 
 
-def anonymous() -> int:
-    """Bytes of this process's memory that is no file's."""
+def resident(kind: str) -> int:
+    """Bytes of this process's memory that is no file's (RssAnon), or a file's (RssFile)."""
     with open("/proc/self/status") as lines:
-        return 1024 * int(next(line for line in lines if line.startswith("RssAnon:")).split()[1])
+        return 1024 * int(next(line for line in lines if line.startswith(kind)).split()[1])
 
 
 class Peak(threading.Thread):
@@ -34,7 +35,7 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while not self.stopped:
-            self.most = max(self.most, anonymous())
+            self.most = max(self.most, resident("RssAnon"))
             time.sleep(0.02)
 
 
@@ -51,15 +52,17 @@ def main() -> None:
     engine = medusa_chat.load(
         model, device="cpu", quant=quant, quant_heads=quant_heads, context=int(context), tree="chain-4", probing=False
     )
-    loaded, seconds = peak.most, time.perf_counter() - started
+    while_loading, seconds = peak.most, time.perf_counter() - started
     engine.runner.cache.buffer.zero_()
     steps = list(engine.generate([{"role": "user", "content": "Hello"}], Sampling(max_new_tokens=16, ignore_eos=True)))
     peak.stopped = True
     peak.join()
+    most = peak.most + resident("RssFile")
     print(json.dumps({
         "model": engine.name, "quant": spec.quant, "quant_heads": spec.quant_heads, "context": int(context),
-        "foretold": foretold.total, "parts": foretold.parts(), "peak_while_loading": loaded, "peak": peak.most,
-        "ratio": round(peak.most / foretold.total, 4), "load_seconds": round(seconds, 1),
+        "foretold": foretold.total, "parts": foretold.parts(),
+        "anonymous_while_loading": while_loading, "anonymous": peak.most, "peak": most,
+        "ratio": round(most / foretold.total, 4), "load_seconds": round(seconds, 1),
         "tokens": sum(len(step.tokens) for step in steps),
         "median_step_seconds": sorted(step.seconds for step in steps)[len(steps) // 2],
     }))  # fmt: skip
