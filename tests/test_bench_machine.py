@@ -184,7 +184,8 @@ def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(monkeypatch: pyt
     assert 13.5e9 < sizes["none"] < 16e9
     assert 4.5e9 < sizes["nf4"] < 6.5e9
     own = shapes.needed_bytes(RandomModel("vicuna-7b", own=True), 1024, CPU, torch.bfloat16)
-    assert own - sizes["none"] == pytest.approx(5 * 32000 * 4096 * 2)
+    lm_heads = 5 * 32000 * 4096 * 2
+    assert lm_heads <= own - sizes["none"] <= 2 * lm_heads  # laid out one by one, beside all as they were read
 
 
 def test_figures_of_random_shapes_are_marked_as_simulated(
