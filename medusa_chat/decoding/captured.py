@@ -21,8 +21,10 @@ def capturable(backbone: Backbone, heads: Heads | None) -> bool:
     attempt, which ends in eager steps where it fails: longrope before transformers 5.24, experts that the host looks
     up, quantizations other than bitsandbytes'.
     """
+    if backbone.device.type != "cuda":
+        return False
     weights = [weight for module in _modules(backbone, heads) for weight in module.parameters(recurse=False)]
-    there = backbone.device.type == "cuda" and all(weight.device == backbone.device for weight in weights)
+    there = all(weight.device == backbone.device for weight in weights)
     return there and not reads_the_host(backbone, heads)
 
 
