@@ -63,7 +63,6 @@ class Selector:
         self._parents = torch.tensor(above, device=device)
         self._rows = torch.arange(rows, device=device)
         self._ancestors = self._all_ancestors().to(device)
-        self._zero = torch.zeros(1, device=device)
         self._ends = torch.tensor([0.0, float("-inf")], device=device)  # log p where the table has no token
         self._no_token = torch.tensor([-1, -1], device=device)
         self._root = torch.zeros(1, dtype=torch.long, device=device)
@@ -97,18 +96,17 @@ class Selector:
         """
         tokens = torch.cat([guesses.flatten(), self._no_token, root, chain])
         if not self.chain:
-            return self._laid_out(tokens, _summed(chances, self._zero), self._root)
+            return self._laid_out(tokens, _summed(chances), self._root)
         agreed = min(len(self._places), self.chain)
         same = tokens[self._places[:agreed]] == chain[:agreed, None]
         shared = same.cumprod(0, dtype=torch.uint8)  # along each path, whether it is the chain's beginning so far
         surer = torch.maximum(chances[:agreed], chain_log_p[:agreed, None])
-        scores = _summed([*torch.where(shared.bool(), surer, chances[:agreed]), *chances[agreed:]], self._zero)
-        scores = scores.expand(self.size)
+        scores = _summed(torch.cat([torch.where(shared.bool(), surer, chances[:agreed]), chances[agreed:]]))
         whole = shared.sum(0) == self._depths[: self.size]
         joint = (whole * self._rows[: self.size]).amax()[None]  # one path a depth agrees; rows go by depth
-        below = self._depths[self.size :] > self._depths[joint]
-        tail = chain_log_p.masked_fill(~below, 0.0).cumsum(0) + scores[joint]
-        tail = tail.cummin(0).values.masked_fill(~below, float("-inf"))  # rounding may not put a child first
+        shared_too = self._depths[self.size :] <= self._depths[joint]
+        tail = chain_log_p.masked_fill(shared_too, 0.0).cumsum(0) + scores[joint]
+        tail = tail.cummin(0).values.masked_fill(shared_too, float("-inf"))  # rounding may not put a child first
         return self._laid_out(tokens, torch.cat([scores, tail]), joint)
 
     def _laid_out(self, tokens: Tensor, scores: Tensor, joint: Tensor) -> Selection:
@@ -130,9 +128,9 @@ class Selector:
         return tuple(known[row] if row < self.size else stem + (COPIED,) * (row + copied) for row in rows)
 
 
-def _summed(chances: Tensor | list[Tensor], start: Tensor) -> Tensor:
-    """Log p of whole paths, added depth by depth: so no rounding makes a child likelier than its parent."""
-    total = start
-    for step in chances:
-        total = total + step
-    return total
+def _summed(chances: Tensor) -> Tensor:
+    """Log p of whole paths, added depth by depth: so no rounding makes a child likelier than its parent.
+
+    chances: [D, S] -> [S]
+    """
+    return chances.cumsum(0)[-1] if len(chances) else chances.sum(0)

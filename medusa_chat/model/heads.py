@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,42 +62,40 @@ class LinearHeads(nn.Module):
 
     Attributes:
         first: [hidden] -> [K * hidden], the first blocks of all heads, which read the same rows.
-        blocks: the further L - 1 layers, a linear layer for each head.
+        blocks: [hidden] -> [K * hidden], the further L - 1 layers, each of all heads in one matrix.
         lm_heads: one for each head, or none where `lm_head` or the backbone's own is shared.
         lm_head: a quantized copy of the backbone's LM head, for guesses alone; or None.
     """
 
     def __init__(
-        self, heads: int, first: nn.Module, blocks: list[list[nn.Module]], lm_heads: list[nn.Module],
+        self, heads: int, first: nn.Module, blocks: list[nn.Module], lm_heads: list[nn.Module],
         lm_head: nn.Module | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.layers = heads, 1 + len(blocks)
-        self.first, self.lm_heads, self.lm_head = first, nn.ModuleList(lm_heads), lm_head
-        self.blocks: Any = nn.ModuleList(nn.ModuleList(block) for block in blocks)
+        self.first, self.blocks = first, nn.ModuleList(blocks)
+        self.lm_heads, self.lm_head = nn.ModuleList(lm_heads), lm_head
 
     def features(self, hidden: Tensor) -> Tensor:
         """The blocks alone: [n, hidden] -> [K, n, hidden]."""
         x = hidden + functional.silu(self.first(hidden).unflatten(-1, (self.heads, -1)).transpose(0, 1))
         for block in self.blocks:
-            x = x + functional.silu(_each(block, x))
+            # Every head's rows meet every head's matrix: one matmul that reads each weight once, as K small ones
+            # would, and costs one call. [K, n, K * hidden] -> [n, hidden, K], head by head its own.
+            own = block(x).unflatten(-1, (self.heads, -1)).diagonal(dim1=0, dim2=2)
+            x = x + functional.silu(own.movedim(-1, 0))
         return x
 
     def logits(self, hidden: Tensor, lm_head: nn.Module) -> Tensor:
         """Guesses of every head: [n, hidden] -> [K, n, V]; `lm_head` is the backbone's."""
         x = self.features(hidden)
         if len(self.lm_heads):
-            return _each(self.lm_heads, x)
+            return torch.stack([linear(rows) for linear, rows in zip(self.lm_heads, x, strict=True)])
         shared: Tensor = (self.lm_head or lm_head)(x)
         return shared
 
 
 Heads = MedusaHeads | LinearHeads
-
-
-def _each(linears: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """Every head's rows through its own layer: [K, n, in] -> [K, n, out]."""
-    return torch.stack([linear(rows) for linear, rows in zip(linears, x, strict=True)])
 
 
 def decoding_heads(heads: MedusaHeads, quant: Quant, device: torch.device, dtype: torch.dtype, lm_head: Any) -> Heads:
@@ -124,8 +121,7 @@ def decoding_heads(heads: MedusaHeads, quant: Quant, device: torch.device, dtype
     count, weight, bias, own = heads.heads, heads.weight.data, heads.bias.data, heads.lm_heads
     del heads.weight, heads.bias
     heads.lm_heads = None
-    first = convert(weight[0].flatten(0, 1), bias[0].flatten())
-    blocks = [[convert(weight[i, k], bias[i, k]) for k in range(count)] for i in range(1, len(weight))]
+    first, *blocks = [convert(each.flatten(0, 1), its.flatten()) for each, its in zip(weight, bias, strict=True)]
     del weight
     if own is not None:
         return LinearHeads(count, first, blocks, [convert(own.data[k]) for k in range(count)], None)
