@@ -61,6 +61,35 @@ def show_bench(result: Figures, console: Console | None = None) -> None:
         console.print()
         console.print(Text(text, "bold"))
         _show_machine(console, shape)
+    for name, why in result.get("left_out_shapes", {}).items():
+        console.print(Text(f"{name} was left out: {why}", NOTICE))
+    if "float32" in result:
+        _show_float32(console, result["float32"])
+    console.print(f"all of it took {result['seconds']:.0f} s", highlight=False)
+
+
+def _show_float32(console: Console, figures: Figures) -> None:
+    """The bundled model in float32, where another device and recorded steps have to say the same."""
+    console.print()
+    console.print(Text(f"bundled model in float32, tree {figures['tree']}", "bold"))
+    for mode, check in figures["cpu"].items():
+        console.print(_agreement(f"this device against the CPU, {mode}", check))
+    _show_eager(console, figures["eager"])
+
+
+def _show_eager(console: Console, checks: Figures) -> None:
+    for mode, check in checks.items():
+        text = _agreement(f"captured step against eager, {mode}", check)
+        text.append(f"; {check['tokens_per_second']:.1f} against {check['eager_tokens_per_second']:.1f} tokens/s")
+        console.print(text)
+
+
+def _agreement(what: str, check: Figures) -> Text:
+    """How far two ways of decoding say the same; one that differs stands out."""
+    text = f"{what}: {check['equal']} of {check['replies']} replies equal"
+    if check["equal"] == check["replies"]:
+        return Text(text)
+    return Text(f"{text}, the same for {check['agreed']:.0%} of the tokens", NOTICE)
 
 
 def _modes_table(result: Figures) -> Table:
@@ -126,10 +155,14 @@ def _show_machine(console: Console, figures: Figures) -> None:
         console.print(_parts_table(figures["parts"]))
     if "history" in figures:
         console.print(_history_table(figures["history"]))
-    for mode, check in figures.get("eager", {}).items():
-        text = f"captured step against eager, {mode}: {check['equal']} of {check['replies']} replies equal; "
-        text += f"{check['tokens_per_second']:.1f} against {check['eager_tokens_per_second']:.1f} tokens/s"
-        console.print(Text(text, "" if check["equal"] == check["replies"] else NOTICE))
+    if "apart" in figures:
+        console.print(_apart_table(figures["steps"], figures["apart"]))
+    _show_eager(console, figures.get("eager", {}))
+    for mode, host in figures.get("host", {}).items():
+        text = f"between two replays the device waits for the host, {mode}: {host['median_ms']:.3f} ms"
+        console.print(Text(f"{text}, 90% below {host['p90_ms']:.3f} ms"))
+    for notice in figures.get("notices", ()):
+        console.print(Text(notice, NOTICE))
     peaks = ", ".join(f"{size / 2**30:.2f} GiB on the {place}" for place, size in figures["peak_memory_bytes"].items())
     note = ", with the other decoder's own copy of the weights" if figures.get("peers") else ""
     console.print(f"peak memory: {peaks or UNKNOWN}{note}", highlight=False)
@@ -158,6 +191,20 @@ def _steps_table(steps: Sequence[Figures]) -> Table:
     if simulated:
         table.caption = f"simulated from {steps[0]['tree']['simulated']}"
     return table
+
+
+def _apart_table(steps: Sequence[Figures], apart: Sequence[Figures]) -> Table:
+    """What joined matrices bring: cost of a step with them, and without them."""
+    table = Table("matrices joined, and apart", *(Column(str(s["context"]), justify="right") for s in steps))
+    pairs = list(zip(steps, apart, strict=True))
+    table.add_row("vanilla", *(_pair(a["vanilla_ms"], b["vanilla_ms"]) for a, b in pairs))
+    for nodes in steps[0]["nodes"]:
+        table.add_row(f"{nodes} nodes", *(_pair(a["nodes"][nodes]["ms"], b["nodes"][nodes]["ms"]) for a, b in pairs))
+    return table
+
+
+def _pair(joined: float, apart: float) -> str:
+    return f"{joined:.2f}, {apart:.2f} ms: {apart / joined:.2f}x"
 
 
 def _limit_text(figures: Figures) -> Text:
