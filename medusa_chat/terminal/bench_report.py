@@ -64,32 +64,27 @@ def show_bench(result: Figures, console: Console | None = None) -> None:
     for name, why in result.get("left_out_shapes", {}).items():
         console.print(Text(f"{name} was left out: {why}", NOTICE))
     if "float32" in result:
-        _show_float32(console, result["float32"])
-    console.print(f"all of it took {result['seconds']:.0f} s", highlight=False)
+        checks = result["float32"]
+        console.print()
+        console.print(Text(f"bundled model in float32, tree {checks['tree']}", "bold"))
+        same = {mode: _same(check) for mode, check in checks["cpu"].items()}
+        console.print(_captured_table(checks["eager"], "as on the CPU", same))
 
 
-def _show_float32(console: Console, figures: Figures) -> None:
-    """The bundled model in float32, where another device and recorded steps have to say the same."""
-    console.print()
-    console.print(Text(f"bundled model in float32, tree {figures['tree']}", "bold"))
-    for mode, check in figures["cpu"].items():
-        console.print(_agreement(f"this device against the CPU, {mode}", check))
-    _show_eager(console, figures["eager"])
-
-
-def _show_eager(console: Console, checks: Figures) -> None:
+def _captured_table(checks: Figures, extra: str, cells: Mapping[str, str | Text]) -> Table:
+    """Captured steps against eager ones, mode by mode, and one column more."""
+    names = ("as eager ones", "tokens/s", "eager", extra)
+    table = Table("captured steps", *(Column(name, justify="right") for name in names))
     for mode, check in checks.items():
-        text = _agreement(f"captured step against eager, {mode}", check)
-        text.append(f"; {check['tokens_per_second']:.1f} against {check['eager_tokens_per_second']:.1f} tokens/s")
-        console.print(text)
+        rates = (f"{check[key]:.1f}" for key in ("tokens_per_second", "eager_tokens_per_second"))
+        table.add_row(mode, _same(check), *rates, cells.get(mode, UNKNOWN))
+    return table
 
 
-def _agreement(what: str, check: Figures) -> Text:
-    """How far two ways of decoding say the same; one that differs stands out."""
-    text = f"{what}: {check['equal']} of {check['replies']} replies equal"
-    if check["equal"] == check["replies"]:
-        return Text(text)
-    return Text(f"{text}, the same for {check['agreed']:.0%} of the tokens", NOTICE)
+def _same(check: Figures) -> Text:
+    """How many replies are the same, and of how many; if not all, the share of tokens before the first difference."""
+    text = f"{check['equal']} of {check['replies']}"
+    return Text(text) if check["equal"] == check["replies"] else Text(f"{text}, {check['agreed']:.0%}", NOTICE)
 
 
 def _modes_table(result: Figures) -> Table:
@@ -157,10 +152,9 @@ def _show_machine(console: Console, figures: Figures) -> None:
         console.print(_history_table(figures["history"]))
     if "apart" in figures:
         console.print(_apart_table(figures["steps"], figures["apart"]))
-    _show_eager(console, figures.get("eager", {}))
-    for mode, host in figures.get("host", {}).items():
-        text = f"between two replays the device waits for the host, {mode}: {host['median_ms']:.3f} ms"
-        console.print(Text(f"{text}, 90% below {host['p90_ms']:.3f} ms"))
+    if "eager" in figures:
+        waits = {mode: f"{host['median_ms']:.3f} ms" for mode, host in figures.get("host", {}).items()}
+        console.print(_captured_table(figures["eager"], "wait for the host", waits))
     for notice in figures.get("notices", ()):
         console.print(Text(notice, NOTICE))
     peaks = ", ".join(f"{size / 2**30:.2f} GiB on the {place}" for place, size in figures["peak_memory_bytes"].items())
