@@ -44,8 +44,10 @@ class Tape(TorchDispatchMode):
 
 
 def _memory(values: Any) -> set[int]:
-    """Where the tensors among these lie; an empty one lies nowhere."""
-    tensors = [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+    """Where the tensors among these lie; empty ones lie nowhere, and packed weights tell no place."""
+    tensors = [
+        value for value in tree_flatten(values)[0] if isinstance(value, Tensor) and value.layout == torch.strided
+    ]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
