@@ -65,13 +65,12 @@ class Nodes:
     """The rows of a step's forward.
 
     Attributes:
-        candidates: [n], their tokens; mask: additive [n, n], or None for the root alone.
+        candidates: [n], their tokens.
         told: what the host learns of them beside their tokens, in the plan's own order.
     """
 
     candidates: Tensor
     tensors: TreeTensors
-    mask: Tensor | None
     told: tuple[Tensor, ...]
 
 
@@ -114,7 +113,11 @@ class FixedPlan:
     def nodes(self, sent: Tensor, guesses: Tensor, log_p: Tensor | None) -> Nodes:
         """Lay the guesses [heads, ranked] out behind the root, sent[0]."""
         known = torch.cat([sent[:1].long(), guesses.flatten()])
-        return Nodes(known[self._tokens], self.tensors, self._mask, ())
+        return Nodes(known[self._tokens], self.tensors, ())
+
+    def mask(self, nodes: Nodes) -> Tensor | None:
+        """Additive [n, n], or None for the root alone."""
+        return self._mask
 
     def outcome(self, settled: list[int]) -> Outcome:
         """From the accepted row, the token behind it, the nodes' tokens, what `nodes` tells, and `told_guesses`."""
@@ -173,9 +176,11 @@ class ChosenPlan:
             calibrated = self._shift if own is None else (self._scale * own + self._shift).clamp(max=0)
             chances = self.selector.along_paths(calibrated)
         selection = self.selector.choose(tokens[:1], guesses, chances, tokens[1:], chain_log_p)
-        mask = attention.additive(selection.tensors.ancestors, self._dtype)
-        told = (selection.joint, selection.rows)
-        return Nodes(selection.candidates, selection.tensors, mask, told)
+        return Nodes(selection.candidates, selection.tensors, (selection.joint, selection.rows))
+
+    def mask(self, nodes: Nodes) -> Tensor | None:
+        """Additive [n, n]."""
+        return attention.additive(nodes.tensors.ancestors, self._dtype)
 
     def outcome(self, settled: list[int]) -> Outcome:
         """From the accepted row, the token behind it, the nodes' tokens, what `nodes` tells, and `told_guesses`."""

@@ -115,7 +115,7 @@ class Runner:
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
-        hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
+        hidden = self.backbone.hidden(nodes.candidates, positions, plan.mask(nodes), self.cache)
         logits = self.backbone.logits(hidden)
         self.mark("forward")
         verdict = rule(logits, nodes.candidates, nodes.tensors, position)
