@@ -3,6 +3,7 @@ between the replays; what is recorded when, and what is kept; and steps that can
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from tiny import decode, ids_of, make_engine, prompt_ids, random_backbone, rando
 from torch import nn
 
 from medusa_chat.config import Sampling
-from medusa_chat.decoding import captured, static
+from medusa_chat.decoding import acceptance, captured, static
 from medusa_chat.decoding import runner as runner_module
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
@@ -201,6 +202,20 @@ def test_what_is_recorded_and_buffered_does_not_grow_with_a_chat(
     both[1].step(root, random_tree(1, 40, 4, 4, spine=4), rules[0])
     assert list(step._buffers) == [32, 64]
     assert {id(tensor) for tensor in vars(step._buffers[32]).values()} == before  # recorded, so they may not move
+
+
+def test_what_the_noise_is_made_of_is_held_though_its_cache_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "as_it_is", captured.as_it_is)
+    runner = runners(random_backbone("llama"))[1]
+    rule = make_rule(SAMPLINGS["exact"])
+    used = []
+    for tree in families()["fixed"][0], TREES["dynamic"]:
+        acceptance.token_keys.cache_clear()
+        runner.step(runner.prefill(PROMPT, rule), tree, rule)
+        used.append(weakref.ref(acceptance.token_keys(64, CPU)))
+    acceptance.token_keys.cache_clear()
+    assert [keys() is None for keys in used] == [False, False]
+    assert used[0]() is not used[1]()
 
 
 # ---- steps that cannot be recorded ----

@@ -107,11 +107,16 @@ def _replies_of(runner: Runner, engine: Engine, prompts: Ids, sampling: Sampling
 
 def _replies(engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, float]:
     """Ids of each reply, and tokens/s over all but the first, which warms up."""
-    ids, tokens, seconds = [], 0, 0.0
-    for number, prompt in enumerate([prompts[0], *prompts]):
-        engine.forget()
-        steps = list(engine.generate(prompt, sampling))
-        if number:
-            ids.append([token.id for step in steps for token in step.tokens])
-            tokens, seconds = tokens + len(ids[-1]), seconds + sum(step.seconds for step in steps)
+    ids, tokens, seconds, copies = [], 0, 0.0, engine.copies
+    # A typical reply depends on what is verified, and which copies are depends on replies before.
+    engine.copies = copies and sampling.mode != "typical"
+    try:
+        for number, prompt in enumerate([prompts[0], *prompts]):
+            engine.forget()
+            steps = list(engine.generate(prompt, sampling))
+            if number:
+                ids.append([token.id for step in steps for token in step.tokens])
+                tokens, seconds = tokens + len(ids[-1]), seconds + sum(step.seconds for step in steps)
+    finally:
+        engine.copies = copies
     return ids, round(tokens / seconds, 2) if seconds else 0.0

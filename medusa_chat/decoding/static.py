@@ -123,7 +123,7 @@ class StaticStep:
         self._buffers: dict[int, Buffers] = {}
         self._homes: dict[Hashable, Home] = {}
         self._programs: dict[Key, Program] = {}  # the last used stand last
-        self._token_keys = token_keys(backbone.vocabulary, device)  # recorded, so it may not be freed
+        self._token_keys: list[Tensor] = []  # recorded, so none may be freed when its cache lets go of it
         self.started = self.learned = 0.0
 
     def step(self, sent: list[float], plan: Plan, rule: Rule) -> list[int]:
@@ -174,6 +174,9 @@ class StaticStep:
         in use but the last hidden state.
         """
         last = self._hidden.clone()
+        keys = token_keys(self._backbone.vocabulary, self._hidden.device)
+        if not any(each is keys for each in self._token_keys):
+            self._token_keys.append(keys)
         try:
             for each in (self._root, plan):
                 self._buffers_of(each.size)  # made here, not where they would belong to a recording
