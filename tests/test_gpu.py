@@ -37,7 +37,7 @@ def test_the_gpu_says_what_the_cpu_says(mode: Mode) -> None:
     assert replies[0] == replies[1]
 
 
-def recorded(engine: Engine) -> set[Key]:
+def captured_graphs(engine: Engine) -> set[Key]:
     """What was recorded as graphs and is kept."""
     static = engine.runner.static
     assert static is not None
@@ -67,7 +67,7 @@ def test_captured_steps_say_what_eager_steps_say(tree: str) -> None:
         said = [[token.id for step in engine.generate(prompt, how) for token in step.tokens]
                 for engine in (eager, captured)]  # fmt: skip
         assert said[0] == said[1], sampling.mode
-    assert len({key[2] for key in recorded(captured) if key[0] == "forward"}) > 1
+    assert len({key[2] for key in captured_graphs(captured) if key[0] == "forward"}) > 1
 
 
 def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_off() -> None:
@@ -80,7 +80,7 @@ def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_o
             return [token.id for step in islice(reply, steps) for token in step.tokens]
 
     whole = say(TURNS[0])
-    known = recorded(engine)
+    known = captured_graphs(engine)
     usual, other = engine.tree, random_tree(5, 31, engine.heads, 6, spine=2)
     assert len(other) == len(usual)
     for sampling in TURNS:
@@ -88,7 +88,7 @@ def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_o
             engine.use_tree(tree)
             say(sampling, 3)
             say(replace(sampling, seed=77, temperature=0.4, epsilon=0.2, delta=0.5))
-    assert recorded(engine) == known
+    assert captured_graphs(engine) == known
     assert say(TURNS[0]) == whole
 
 
@@ -121,7 +121,7 @@ def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPa
         said = [[token.id for step in engine.generate(prompt, Sampling(max_new_tokens=30)) for token in step.tokens]
                 for engine in (eager, captured)]  # fmt: skip
         assert said[0] == said[1]
-    assert len(recorded(captured)) <= 3 + 2 + 12
+    assert len(captured_graphs(captured)) <= 3 + 2 + 12
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "nf4-double"])
