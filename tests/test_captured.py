@@ -100,5 +100,6 @@ def test_a_recording_that_fails_leaves_the_usual_stream(fails_at: int, error: Ba
     with pytest.raises(type(error)):
         captured(("nodes",), program)
     assert cuda.now is cuda.usual
+    assert cuda.usual.waited == [captured._stream]
     assert captured._first is None
     captured(("nodes",), cuda.program)()

@@ -85,6 +85,17 @@ def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any, tape: Recorder
     assert set(tape.made.values()) == {1}
 
 
+def test_copies_alone_without_heads(tape: Recorder) -> None:
+    backbone = random_backbone("llama")
+    eager, fixed = (make_engine(backbone, None, eager=how, copies=True) for how in (True, False))
+    for sampling in SAMPLINGS.values():
+        how = replace(sampling, max_new_tokens=30)
+        said = [list(engine.generate(PROMPT * 3, how)) for engine in (eager, fixed)]
+        assert ids_of(said[0]) == ids_of(said[1])
+        assert [step.nodes for step in said[0]] == [step.nodes for step in said[1]]
+    assert any(key[0] == "forward" and key[1] == 1 + CHAIN for key in tape.made)
+
+
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("how", SAMPLINGS)
 def test_an_outcome_is_that_of_the_eager_step(name: str, how: str) -> None:

@@ -63,10 +63,12 @@ class Captured:
         """Run a program WARM_UPS times, record it, and return what replays it on the current stream."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                program()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    program()
+        finally:
+            current.wait_stream(self._stream)  # what began there may still write, whether or not all of it did
         graph = torch.cuda.CUDAGraph()
         try:
             # In another thread of the process CUDA may be used meanwhile.
