@@ -35,8 +35,8 @@ class Notes:
         def replay(self) -> None:
             self.replayed += 1
 
-    def graph_pool_handle(self) -> object:
-        return (0, 1)
+        def pool(self) -> Any:
+            return self
 
     def current_stream(self, device: Any = None) -> Any:
         return self.now
@@ -69,7 +69,7 @@ class Notes:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Notes:
     notes = Notes()
-    for name in ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream", "set_stream", "stream", "graph"):
+    for name in ("Stream", "CUDAGraph", "current_stream", "set_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(notes, name))
     return notes
 
@@ -85,7 +85,8 @@ def test_a_program_is_warmed_up_on_the_stream_that_records_it(cuda: Notes) -> No
     captured(("forward",), cuda.program)
     assert captured._first is replay.__self__  # type: ignore[attr-defined]
     assert captured._first.replayed == 1  # type: ignore[union-attr]
-    assert cuda.pools == [captured._pool] * 2
+    captured(("settle",), cuda.program)
+    assert cuda.pools == [None, captured._first, captured._first]
 
 
 @pytest.mark.parametrize("fails_at", [0, WARM_UPS])

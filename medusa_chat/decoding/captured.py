@@ -54,10 +54,10 @@ class Captured:
     """Records programs as CUDA graphs, all in one pool of memory: none leaves anything in it that another one reads."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
         # Warm-ups run on the stream that records, or cuBLAS would take its workspace for that stream out of the pool.
         self._stream = torch.cuda.Stream(device)
-        self._first: torch.cuda.CUDAGraph | None = None  # a pool whose graphs are all gone can't be recorded into again
+        # Its pool is that of all. It is kept because a pool whose graphs are all gone can't be recorded into again.
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, key: Key, program: Program) -> Program:
         """Run a program WARM_UPS times, record it, and return what replays it on the current stream."""
@@ -69,10 +69,10 @@ class Captured:
                     program()
         finally:
             current.wait_stream(self._stream)  # what began there may still write, whether or not all of it did
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), self._first.pool() if self._first else None
         try:
             # In another thread of the process CUDA may be used meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 program()
         except BaseException:
             torch.cuda.set_stream(current)  # torch leaves its own in place if the recording does not end well
