@@ -52,7 +52,8 @@ def compare_in_float32(load: Callable[..., Engine], conversations: Sequence[Any]
     Returns:
         {"tree", "cpu": {mode: {"replies", "equal", "agreed"}}, "eager": as `compare_with_eager` has it}
     """
-    engine, on_cpu = load(dtype="float32", tree="chain-1"), load(dtype="float32", tree="chain-1", device="cpu")
+    plain = {"dtype": "float32", "quant": "none", "quant_heads": "none", "tree": "chain-1"}
+    engine, on_cpu = load(**plain), load(**plain, device="cpu")
     prompts = [engine.encode(conversation) for conversation in conversations]
     with same_tree(engine), same_tree(on_cpu):
         found = {

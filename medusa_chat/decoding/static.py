@@ -9,8 +9,9 @@ A step is three programs with buffers between them, so that each is recorded onc
 Everything else is a value in a buffer: position, root, copies, temperature, truncation, thresholds, seed, a tree's
 topology, how likely its guesses are. The first step of a number of nodes behind a span of text records all kinds of
 rule, and the vanilla step too; from then on another mode, temperature, truncation, seed or tree of as many nodes
-records nothing. A text that outgrows its span records two forwards; the first copies of a conversation, and trees
-wider than RANKED, record nodes of their own.
+records nothing. A text that outgrows its span records two forwards. What records nodes of its own besides: the first
+step with copies among the guesses (and its rules, as copies lie deeper), the first dynamic tree, trees that use more
+than RANKED guesses of a head, supersets of more than ROWS paths.
 """
 
 from __future__ import annotations
