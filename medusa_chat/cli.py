@@ -129,8 +129,12 @@ def _bench(options: argparse.Namespace) -> int:
     bench_report.check_file(options.json)
     bench_charts.check_folder(options.plot)
     view = report.timed_view(sampling) if options.view else None
+
+    def load(**changed: object) -> Engine:
+        return _load(argparse.Namespace(**{**vars(options), **changed}), probing=False)
+
     try:
-        result = measure(options, sampling, lambda: _load(options, probing=False), report.progress, view)
+        result = measure(options, sampling, load, report.progress, view)
     except KeyboardInterrupt:
         print("medusa-chat: bench was interrupted: nothing is told of a part of the measurements", file=sys.stderr)
         return 130

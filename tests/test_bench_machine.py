@@ -1,4 +1,5 @@
-"""bench's measures of the machine: bytes of a step, the limit, random shapes, second turns, a fast step's twin."""
+"""bench's measures of the machine: bytes of a step, the limit, random shapes, second turns, twins of a fast step, and
+the whole story of a GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +14,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import decode, make_engine, prompt_ids, random_backbone, random_heads
+from tiny import decode, ids_of, make_engine, prompt_ids, random_backbone, random_heads
 from torch import nn
 
-from medusa_chat.bench import bandwidth, history, shapes, twin
+from medusa_chat.bench import bandwidth, command, history, shapes, twin
 from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_bytes, step_bytes
+from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.plan import RandomModel, Tick
 from medusa_chat.bench.shapes import numbers, parse_shapes, random_engine
 from medusa_chat.bench.steps import measure_steps, reached
 from medusa_chat.cli import main
-from medusa_chat.config import Quant, UserError
+from medusa_chat.config import Quant, Sampling, UserError
+from medusa_chat.decoding import runner as runner_module
 from medusa_chat.decoding import tuning
+from medusa_chat.decoding.captured import as_it_is
 from medusa_chat.decoding.runner import Outcome, Runner
 from medusa_chat.model.devices import free_memory, last_level_cache, peak_memory, reset_peak_memory
 from medusa_chat.model.heads import decoding_heads
@@ -254,7 +258,7 @@ def test_a_second_turn_prefills_its_own_tokens_alone(monkeypatch: pytest.MonkeyP
     assert engine.tokens_in_context == 0
 
 
-# ---- a fast step and its slow twin ----
+# ---- a fast step and its slow twins ----
 
 
 class TwoStepped(Runner):
@@ -278,20 +282,120 @@ def test_a_captured_step_is_compared_with_the_eager_one(lies: bool, monkeypatch:
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone))
     engine.runner = fast = TwoStepped(backbone, random_heads(backbone), 512)
+    tree = engine.tree
     found = twin.compare_with_eager(engine, [prompt_ids(9), prompt_ids(5)])
-    assert found is not None
     assert set(found) == {"greedy", "typical", "exact", "vanilla"}
     for check in found.values():
         assert (check["replies"], check["equal"]) == (2, 0 if lies else 2)
+        assert (check["agreed"] == 1) is not lies
         assert check["tokens_per_second"] > 0
     assert engine.runner is fast
+    assert engine.tree is tree
+
+
+def test_agreement_ends_at_a_replys_first_difference() -> None:
+    ours, theirs = [[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]
+    assert twin.agreement(ours, theirs) == {"replies": 2, "equal": 1, "agreed": 0.6667}
+    assert twin.agreement([[1, 2]], [[1]]) == {"replies": 1, "equal": 0, "agreed": 0.5}
+
+
+def test_a_comparison_is_over_one_tree_that_no_clock_chose() -> None:
+    backbone = random_backbone()
+    engine = make_engine(backbone, random_heads(backbone), "chain-2")
+    policy, tree = engine.policy, engine.tree
+    with twin.same_tree(engine):
+        assert engine.tree.origin == twin.TREE
+        assert len(engine.tree) == 32
+    assert (engine.policy, engine.tree) == (policy, tree)
+
+
+def test_a_device_that_says_something_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(**changed: Any) -> Any:
+        asked.append(changed)
+        backbone = random_backbone(seed=2 if "device" in changed else wrong)
+        return make_engine(backbone, random_heads(backbone), changed["tree"])
+
+    monkeypatch.setattr(twin, "TOKENS", 12)
+    for wrong in (2, 3):
+        found = twin.compare_in_float32(load, [prompt_ids(9), prompt_ids(5)])
+        for mode in ("greedy", "typical", "exact", "vanilla"):
+            assert (found["cpu"][mode]["equal"] == 2) is (wrong == 2)
+            assert found["eager"][mode]["equal"] == 2
+    assert [each["dtype"] for each in asked] == ["float32"] * 4
+    assert [each.get("device") for each in asked] == [None, "cpu"] * 2
+
+
+def test_the_host_is_timed_between_static_steps_alone() -> None:
+    backbone = random_backbone()
+    heads = random_heads(backbone)
+    sampling = Sampling(max_new_tokens=20)
+    assert host_gaps(make_engine(backbone, heads, eager=True), prompt_ids(5), sampling) is None
+    engine = make_engine(backbone, heads, eager=False)
+    found = host_gaps(engine, prompt_ids(5), sampling)
+    steps = [step for step in decode(engine, prompt_ids(5), max_new_tokens=20) if step.nodes]
+    assert found is not None
+    assert found["steps"] == len(steps) - 1
+    assert 0 < found["median_ms"] <= found["p90_ms"]
+    assert host_gaps(engine, prompt_ids(5), replace(sampling, max_new_tokens=3, mode="vanilla")) is None
+
+
+def test_matrices_stay_apart_where_that_is_measured() -> None:
+    joined, apart = (
+        random_engine(RandomModel("tiny", fused=fused), 600, CPU, torch.float32) for fused in (True, False)
+    )
+    layers = [sum(isinstance(m, nn.Linear) for m in engine.backbone.model.modules()) for engine in (joined, apart)]
+    assert layers[1] - layers[0] == 3 * TINY.layers
+    said = [ids_of(decode(engine, prompt_ids(5, 512), max_new_tokens=8)) for engine in (joined, apart)]
+    assert said[0] == said[1]
+
+
+def test_one_call_tells_the_whole_story_of_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU as the GPU, its steps static: every section is there, in the line of JSON and in words."""
+    monkeypatch.setattr(command, "is_gpu", lambda device: True)
+    shapes_of_gpu = (RandomModel("tiny"), RandomModel("tiny", "nf4"), RandomModel("llama-70b"))
+    monkeypatch.setattr(command, "SHAPES_OF_GPU", shapes_of_gpu)
+    monkeypatch.setitem(SHAPES, "llama-70b", replace(SHAPES["vicuna-7b"], layers=800))
+    monkeypatch.setattr(runner_module, "capturable", lambda backbone, heads: True)
+    monkeypatch.setattr(runner_module, "Captured", lambda device: as_it_is)
+    monkeypatch.setattr(twin, "TOKENS", 6)
+    words = ["--limit", "2", "--rounds", "1", "--modes", "greedy", "--max-new-tokens", "6", "--context", "16"]
+    assert main(["bench", "--device", "cpu", "--tree", "chain-2", *words]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    told, text = json.loads(last), "\n".join(lines)
+    for mode in ("greedy", "typical", "exact", "vanilla"):
+        assert told["float32"]["cpu"][mode]["equal"] == 2
+        assert told["float32"]["eager"][mode]["equal"] == 2
+    for figures in (told, *told["shapes"].values()):
+        assert set(figures["host"]) == {"vanilla", "greedy"}
+        assert set(figures["eager"]) == {"greedy", "typical", "exact", "vanilla"}
+        assert figures["limit"]["gb_per_second"] > 0
+    assert list(told["shapes"]) == ["tiny", "tiny:nf4"]
+    (step,), (apart,) = (told["shapes"]["tiny:nf4"][key] for key in ("steps", "apart"))
+    assert set(step["nodes"]) == set(apart["nodes"]) >= {"4", "8", "16", "32", "64"}
+    assert "apart" not in told["shapes"]["tiny"]
+    assert "llama-70b takes" in told["left_out_shapes"]["llama-70b"]
+    assert "llama-70b was left out" in text
+    for part in ("as on the CPU", "as eager ones", "wait for the host", "joined, and apart"):
+        assert part in text
+    assert told["seconds"] > 0
 
 
 def test_the_check_of_the_captured_step_is_told() -> None:
-    check = {"replies": 4, "equal": 3, "tokens_per_second": 300.0, "eager_tokens_per_second": 100.0}
-    console = Console(width=100, file=io.StringIO())
-    figures = {"steps": [], "parts": {}, "eager": {"greedy": check}, "peak_memory_bytes": {"host": 2**30}}
+    rates = {"tokens_per_second": 300.0, "eager_tokens_per_second": 100.0}
+    check = {"replies": 4, "equal": 3, "agreed": 0.8} | rates
+    console = Console(width=80, file=io.StringIO())
+    host = {"greedy": {"steps": 9, "median_ms": 0.1234, "p90_ms": 0.2}}
+    figures = {
+        "steps": [], "parts": {}, "eager": {"greedy": check}, "host": host, "notices": ["steps cannot be recorded"],
+        "peak_memory_bytes": {"host": 2**30},
+    }  # fmt: skip
     bench_report._show_machine(console, figures)
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "greedy: 3 of 4 replies equal" in told
+    (row,) = (line for line in told.splitlines() if "greedy" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["greedy", "3 of 4, 80%", "300.0", "100.0", "0.123 ms"]
+    assert "steps cannot be recorded" in told
     assert "1.00 GiB on the host" in told

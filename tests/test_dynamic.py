@@ -107,6 +107,29 @@ def test_the_choice_is_that_of_a_heap(seed, ties, copies):
         assert set(zip(branches, paths, strict=True)) == {(branch, path) for _, branch, path in expected}
 
 
+@given(seed=st.integers(0, 10**6), ties=st.booleans(), copies=st.booleans(), more=st.tuples(*[st.integers(0, 9)] * 3))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_room_for_other_supersets_changes_no_choice(seed, ties, copies, more):
+    """More paths, depth and width than the superset has."""
+    superset, nodes, guesses, log_p, chain, chain_log_p = drawn(seed, ties)
+    chain, chain_log_p = (chain, chain_log_p) if copies else ([], [])
+    size, depth, width = (a + b for a, b in zip((len(superset), superset.depth, superset.width), more, strict=True))
+    tight = Selector(superset, nodes, len(chain), CPU)
+    roomy = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
+    wide = torch.full((depth, width), 11), torch.zeros(depth, width)  # guesses that no path may take
+    for table, values in zip(wide, (guesses, log_p), strict=True):
+        table[: superset.depth, : superset.width] = torch.tensor(values)
+    found = []
+    for selector, own in ((tight, (torch.tensor(guesses), torch.tensor(log_p))), (roomy, wide)):
+        chances = selector.along_paths(own[1])
+        drawn_chain = torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
+        chosen = selector.choose(torch.tensor([99]), own[0], chances, *drawn_chain)
+        tensors = [getattr(chosen.tensors, name).tolist() for name in ("parents", "depths", "ancestors")]
+        paths = selector.paths(chosen.rows.tolist(), int(chosen.joint))
+        found.append((chosen.candidates.tolist(), tensors, paths))
+    assert found[0] == found[1]
+
+
 def assert_is_a_tree(tensors, paths, tokens) -> list[tuple[int, ...]]:
     """Parents before children, and the topology that the paths say; returns each node's tokens from below the root."""
     where = {path: row for row, path in enumerate(paths)}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny import prompt_ids, random_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
-from medusa_chat.model.fusing import FusedLinear, Share, fuse_linears
+from medusa_chat.model.fusing import FusedLinear, Share, _plain_statistics, fuse_linears
 from medusa_chat.model.packing import PackedLinear, pack_linears
-from medusa_chat.model.quantization import quantization_config
+from medusa_chat.model.quantization import can_pack_4bit, quantization_config
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes takes blocks of 64, tiles of 32
 APART = ["llama", "llama-wide-heads", "mistral", "qwen2", "qwen2-mixed", "qwen3", "gemma2", "gemma3"]
@@ -77,11 +77,31 @@ def test_quantized_layers(kind: str, quant: str, used: bool, tmp_path: Any) -> N
         assert torch.equal(fresh(TEXT).logits, model(TEXT).logits)
 
 
-def test_nested_statistics_stay_apart(tmp_path: Any) -> None:
-    random_model("llama", **SHAPE).save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"})
-    assert fuse_linears(model) == 0
+@pytest.mark.parametrize("packs", [False, True])
+def test_nested_statistics_are_joined_where_packing_ends_them(
+    packs: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere they stay apart. Packed, joined layers give exactly what packed ones give apart."""
+    model, fresh = (quantized("llama", "nf4-double", tmp_path) for _ in range(2))
+    able = all(can_pack_4bit(module) for module in model.modules() if type(module).__name__ == "Linear4bit")
+    if not packs:
+        monkeypatch.setattr("medusa_chat.model.fusing.can_pack_4bit", lambda layer: False)
+    joined = fuse_linears(fresh)
+    assert joined == (4 if packs and able else 0)
+    for each in (model, fresh):
+        pack_linears(each)
+    with torch.inference_mode():
+        assert torch.equal(fresh(TEXT).logits, model(TEXT).logits)
+
+
+def test_scales_without_their_nesting_are_those_that_bitsandbytes_multiplies_by() -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, nested = quantize_4bit(torch.randn(64, 256), compress_statistics=True, quant_type="nf4")
+    assert nested.nested
+    plain = _plain_statistics(nested)
+    assert not plain.nested
+    assert torch.equal(dequantize_4bit(packed, plain), dequantize_4bit(packed, nested))
 
 
 @pytest.mark.parametrize("kind", ["phi3", "phi3-sliding"])

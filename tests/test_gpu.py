@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -11,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import random_model, save_model
+from tiny import random_model, random_tree, save_model
 from tiny_runs import backbone_folder, do, tiny_run
 
 import medusa_chat
-from medusa_chat.config import Mode, Sampling
+from medusa_chat.config import MODES, Mode, Sampling
+from medusa_chat.decoding import static
 from medusa_chat.decoding.captured import Captured
 from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.static import Key
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED
@@ -25,7 +26,7 @@ from medusa_chat.training.data import IGNORED
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "greedy", "exact"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_gpu_says_what_the_cpu_says(mode: Mode) -> None:
     replies = []
     for device in ("cpu", "cuda"):
@@ -36,11 +37,12 @@ def test_the_gpu_says_what_the_cpu_says(mode: Mode) -> None:
     assert replies[0] == replies[1]
 
 
-def captured_graphs(engine: Engine) -> dict[Hashable, torch.cuda.CUDAGraph]:
-    static = engine.runner._static
+def captured_graphs(engine: Engine) -> set[Key]:
+    """What was recorded as graphs and is kept."""
+    static = engine.runner.static
     assert static is not None
-    assert isinstance(static._run, Captured)
-    return static._run.graphs
+    assert isinstance(static._record, Captured)
+    return set(static._programs)
 
 
 # Turns of one conversation after another, so that modes, trees and seeds change over the same graphs.
@@ -65,11 +67,12 @@ def test_captured_steps_say_what_eager_steps_say(tree: str) -> None:
         said = [[token.id for step in engine.generate(prompt, how) for token in step.tokens]
                 for engine in (eager, captured)]  # fmt: skip
         assert said[0] == said[1], sampling.mode
-    assert len({key[2] for key in captured_graphs(captured) if key[0] == "forward"}) > 1  # type: ignore[index]
+    assert len({key[2] for key in captured_graphs(captured) if key[0] == "forward"}) > 1
 
 
-def test_other_settings_capture_nothing_and_a_reply_may_be_broken_off() -> None:
-    engine = medusa_chat.load(device="cuda", dtype="float32", tree="mc_sim_7b_63", probing=False)
+def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_off() -> None:
+    """Modes, temperature, truncation, seeds, trees of as many nodes."""
+    engine = medusa_chat.load(device="cuda", dtype="float32", tree="static-32", probing=False, copies=False)
     prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
 
     def say(sampling: Sampling, steps: int = 99) -> list[int]:
@@ -77,16 +80,51 @@ def test_other_settings_capture_nothing_and_a_reply_may_be_broken_off() -> None:
             return [token.id for step in islice(reply, steps) for token in step.tokens]
 
     whole = say(TURNS[0])
+    known = captured_graphs(engine)
+    usual, other = engine.tree, random_tree(5, 31, engine.heads, 6, spine=2)
+    assert len(other) == len(usual)
     for sampling in TURNS:
-        say(sampling, 3)
-    known = set(captured_graphs(engine))
-    for sampling in TURNS:
-        say(replace(sampling, seed=77, temperature=0.4, epsilon=0.2, delta=0.5))
-    assert set(captured_graphs(engine)) - known <= {key for key in captured_graphs(engine) if key[0] == "forward"}  # type: ignore[index]
+        for tree in (other, usual):
+            engine.use_tree(tree)
+            say(sampling, 3)
+            say(replace(sampling, seed=77, temperature=0.4, epsilon=0.2, delta=0.5))
+    assert captured_graphs(engine) == known
     assert say(TURNS[0]) == whole
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_step_that_cannot_be_recorded_is_taken_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that reads the host in the middle of a recording; afterwards the device is as it was."""
+    eager = medusa_chat.load(device="cuda", dtype="float32", tree="static-16", probing=False, eager=True)
+    broken = medusa_chat.load(device="cuda", dtype="float32", tree="static-16", probing=False)
+    logits = broken.backbone.logits
+    monkeypatch.setattr(broken.backbone, "logits", lambda hidden: logits(hidden) + 0 * logits(hidden).sum().item())
+    prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
+    stream = torch.cuda.current_stream()
+    said = [[token.id for step in engine.generate(prompt, Sampling(max_new_tokens=60)) for token in step.tokens]
+            for engine in (eager, broken)]  # fmt: skip
+    assert said[0] == said[1]
+    assert broken.runner.static is None
+    assert any("--eager" in notice for notice in broken.notices)
+    assert torch.cuda.current_stream() == stream
+
+
+def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "MOST", {"nodes": 3, "forward": 2, "settle": 12})
+    eager, captured = (
+        medusa_chat.load(device="cuda", dtype="float32", tree="chain-1", probing=False, eager=how)
+        for how in (True, None)
+    )
+    prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
+    for nodes in (4, 9, 17, 4, 30, 9):
+        for engine in (eager, captured):
+            engine.use_tree(f"static-{nodes}")
+        said = [[token.id for step in engine.generate(prompt, Sampling(max_new_tokens=30)) for token in step.tokens]
+                for engine in (eager, captured)]  # fmt: skip
+        assert said[0] == said[1]
+    assert len(captured_graphs(captured)) <= 3 + 2 + 12
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "nf4-double"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
 def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_path: Path) -> None:
     """One forward has the same rows either way, so that only the span's masked columns could round otherwise."""

@@ -156,10 +156,11 @@ def test_parts_of_vicuna_7b() -> None:
     assert sixteen["plain"] == pytest.approx(2 * 0.262 * GB, rel=0.01)
     assert sixteen["heads"] == pytest.approx(1.48 * GB, rel=0.01)
     assert sixteen["cache"] == 2 * 32 * 4096 * 4096 * 2
-    nf4 = told(SHIPPED["vicuna-7b"], Load("cuda", "nf4", "nf4"))
+    nf4 = told(SHIPPED["vicuna-7b"], Load("cuda", "nf4", "nf4", 4096 - MAX_NODES))
     assert nf4["layers"] == int(VICUNA.layers * 0.5625)
     assert nf4["heads"] == int(VICUNA.heads * 0.5625)
     assert nf4["plain"] == sixteen["plain"]
+    assert nf4["workspace"] - sixteen["workspace"] == 2 * (2 * 11008 * 4096) * 2  # gate and up in 16 bits, twice
     assert told(SHIPPED["vicuna-7b"], Load("cuda", "nf4-double"))["layers"] == pytest.approx(
         0.5159 * VICUNA.layers, rel=1e-3
     )

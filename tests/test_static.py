@@ -1,26 +1,36 @@
-"""The static step, run on the CPU, against the eager step: same text in every mode, and nothing read on the host."""
+"""The static step, recorded and replayed on the CPU, against the eager step: same text in every mode, whatever changes
+between the replays; what is recorded when, and what is kept; and steps that cannot be recorded."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import make_engine, prompt_ids, random_backbone, random_heads, random_tree, reply
-from torch.utils._python_dispatch import TorchDispatchMode
+from recording import Recorder
+from tiny import decode, ids_of, make_engine, prompt_ids, random_backbone, random_heads, random_tree, reply
+from torch import nn
 
 from medusa_chat.config import Sampling
+from medusa_chat.decoding import acceptance, captured, static
 from medusa_chat.decoding import runner as runner_module
-from medusa_chat.decoding import static
 from medusa_chat.decoding.acceptance import make_rule
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tree import DynamicTree, Tree
+from medusa_chat.decoding.static import Key, Program
+from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.heads import LinearHeads, decoding_heads
 
+CPU = torch.device("cpu")
 PROMPT = prompt_ids(20)
-TREES = {
+COPIED = Copied(tuple(prompt_ids(CHAIN)), (-0.5,) * CHAIN, 1)
+TREES: dict[str, AnyTree] = {
     "root": Tree(), "tree": random_tree(3, 20, 4, 4, spine=4), "wide": random_tree(4, 6, 2, 30, spine=2),
     "dynamic": DynamicTree(random_tree(5, 40, 4, 4, spine=4), 12),
 }  # fmt: skip
@@ -29,36 +39,17 @@ SAMPLINGS = {
     "typical cut": Sampling(mode="typical", top_p=0.8, seed=5),
     "exact cut": Sampling(mode="exact", top_k=7, min_p=0.05, temperature=1.3, seed=6),
 }  # fmt: skip
-
-
-class NoHostReads(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot record: a tensor's value or a shape that depends on it, or data of the host."""
-
-    refused = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "item", "equal")
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.name().split("::")[1].split(".")[0]
-        assert name not in self.refused, f"{name} reads or needs the host"
-        return function(*args, **(kwargs or {}))
-
-
-def recorded(key: Any, program: static.Program) -> None:
-    """A program as it stands the first time, then as a recording could run it."""
-    with NoHostReads() if key in SEEN else torch.inference_mode():
-        program()
-    SEEN.add(key)
-
-
-SEEN: set[Any] = set()
+CHANGES: tuple[dict[str, Any], ...] = ({}, {"seed": 9}, {"temperature": 0.3}, {"epsilon": 0.2, "delta": 0.6})
 
 
 @pytest.fixture(autouse=True)
-def _recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Steps are static ones that may not look, with spans short enough that texts outgrow several."""
-    SEEN.clear()
-    monkeypatch.setattr(runner_module, "at_once", recorded)
+def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Steps that are not eager are recordings, with spans short enough that texts outgrow several."""
+    recorder = Recorder()
+    monkeypatch.setattr(runner_module, "as_it_is", recorder)
     monkeypatch.setattr(static, "SHORTEST_SPAN", 16)
-    yield
+    monkeypatch.setattr(static, "ROWS", 32)
+    yield recorder
 
 
 def pair(kind: str, **settings: Any) -> tuple[Engine, Engine]:
@@ -68,60 +59,278 @@ def pair(kind: str, **settings: Any) -> tuple[Engine, Engine]:
     return tuple(make_engine(backbone, heads, eager=eager, **settings) for eager in (True, False))  # type: ignore
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "qwen3-mixed", "gemma2", "gemma3", "phi3-sliding"])
-@pytest.mark.parametrize("tree", [TREES["tree"], TREES["dynamic"]], ids=["tree", "dynamic"])
-def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any) -> None:
+def runners(backbone: Backbone, capacity: int = 512, **settings: Any) -> list[Runner]:
+    heads = random_heads(backbone)
+    return [Runner(backbone, heads, capacity, eager=eager, **settings) for eager in (True, False)]
+
+
+# ---- the same text ----
+
+
+KINDS = ["llama", "qwen2", "mistral", "qwen3-mixed", "gemma2", "gemma3", "phi3-sliding"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tree"),
+    [*((kind, TREES["tree"]) for kind in KINDS), ("llama", TREES["dynamic"]), ("gemma3", TREES["dynamic"])],
+)
+def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any, tape: Recorder) -> None:
     """One engine each for all modes, with copies and rewinds between them."""
     eager, fixed = pair(kind, tree=tree, copies=True)
     for sampling in (*SAMPLINGS.values(), Sampling(mode="vanilla"), Sampling()):
         settings = {"mode": sampling.mode, "seed": sampling.seed, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        expected = reply(eager, PROMPT * 2, max_new_tokens=40, **settings)
-        assert reply(fixed, PROMPT * 2, max_new_tokens=40, **settings) == expected
-    assert any(key[0] == "nodes" and getattr(key[1], "selector", None) and key[1].selector.chain for key in SEEN)
+        expected = reply(eager, PROMPT * 2, max_new_tokens=30, **settings)
+        assert reply(fixed, PROMPT * 2, max_new_tokens=30, **settings) == expected
+    assert any(key[0] == "nodes" and CHAIN in key[1] for key in tape.made)  # type: ignore[operator]
+    assert set(tape.made.values()) == {1}
+
+
+def test_copies_alone_without_heads(tape: Recorder) -> None:
+    backbone = random_backbone("llama")
+    eager, fixed = (make_engine(backbone, None, eager=how, copies=True) for how in (True, False))
+    for sampling in SAMPLINGS.values():
+        how = replace(sampling, max_new_tokens=30)
+        said = [list(engine.generate(PROMPT * 3, how)) for engine in (eager, fixed)]
+        assert ids_of(said[0]) == ids_of(said[1])
+        assert [step.nodes for step in said[0]] == [step.nodes for step in said[1]]
+    assert any(key[0] == "forward" and key[1] == 1 + CHAIN for key in tape.made)
 
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("how", SAMPLINGS)
 def test_an_outcome_is_that_of_the_eager_step(name: str, how: str) -> None:
     """Step by step, down to the buffers; the static step goes through every span on the way."""
-    backbone = random_backbone("gemma2")
-    heads = random_heads(backbone)
     rule = make_rule(SAMPLINGS[how])
-    runners = [Runner(backbone, heads, 512, eager=eager) for eager in (True, False)]
-    roots = {runner.prefill(PROMPT, rule) for runner in runners}
+    both = runners(random_backbone("gemma2"))
+    roots = {runner.prefill(PROMPT, rule) for runner in both}
     root = roots.pop()
     assert not roots
-    for _ in range(30):
-        eager, fixed = (runner.step(root, TREES[name], rule) for runner in runners)
-        assert eager == fixed
-        root, length = eager.next, runners[0].cache.length
-        assert runners[1].cache.length == length
-        buffers = [runner.cache.buffer[:, :, :, :length] for runner in runners]
+    for _ in range(20):
+        root = same_step(both, root, TREES[name], rule)
+        length = both[0].cache.length
+        buffers = [runner.cache.buffer[:, :, :, :length] for runner in both]
         torch.testing.assert_close(*buffers, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(runners[0]._hidden, runners[1]._hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(both[0]._hidden, both[1]._hidden, rtol=1e-4, atol=1e-4)
 
 
-def test_other_samplings_and_trees_run_no_forward_of_their_own() -> None:
-    """The forward is keyed by nodes and span alone, the settling by what differs in its operations."""
-    backbone = random_backbone("llama")
-    runner = Runner(backbone, random_heads(backbone), 512, eager=False)
-    trees = [random_tree(seed, 11, 4, 4, spine=4) for seed in (1, 2)]
-    assert len({len(tree) for tree in trees}) == 1
-    for sampling in SAMPLINGS.values():
-        for change in ({}, {"seed": 9}, {"temperature": 0.3}, {"epsilon": 0.2, "delta": 0.6}):
-            rule = make_rule(replace(sampling, **change))
-            for tree in trees:
-                runner.cache.rewind(0)
-                runner.step(runner.prefill([1, 2, 3], rule), tree, rule)
-    kinds = [key[0] for key in SEEN]
-    assert (kinds.count("nodes"), kinds.count("forward"), kinds.count("settle")) == (2, 1, 5)
+def same_step(both: list[Runner], root: int, tree: AnyTree, rule: Any, copied: Copied | None = None) -> int:
+    """Take a step twice and compare; returns the next root."""
+    eager, fixed = (runner.step(root, tree, rule, copied) for runner in both)
+    assert eager == fixed
+    assert both[0].cache.length == both[1].cache.length
+    return eager.next
 
 
 def test_a_step_up_to_the_end_of_the_cache() -> None:
-    backbone = random_backbone("llama")
     rule, tree = make_rule(Sampling()), TREES["tree"]
-    runner = Runner(backbone, random_heads(backbone), 30 + len(tree), eager=False)
-    root = runner.prefill(prompt_ids(30), rule)
-    plain = Runner(backbone, runner.heads, 512, eager=True)
-    assert plain.prefill(prompt_ids(30), rule) == root
-    assert runner.step(root, tree, rule) == plain.step(root, tree, rule)
+    both = runners(random_backbone("llama"), 30 + len(tree))
+    (root,) = {runner.prefill(prompt_ids(30), rule) for runner in both}
+    same_step(both, root, tree, rule)
+
+
+# ---- what is recorded ----
+
+
+def families() -> dict[str, list[AnyTree]]:
+    """Trees of as many nodes, of different depths, widths and supersets."""
+    fixed: list[AnyTree] = [random_tree(seed, 11, depth, 4, spine=depth) for seed, depth in ((1, 4), (2, 2), (3, 3))]
+    supersets = [random_tree(seed, size, depth, 5, spine=depth) for seed, size, depth in ((4, 40, 4), (5, 25, 3))]
+    return {"fixed": fixed, "dynamic": [DynamicTree(superset, 12) for superset in supersets]}
+
+
+@pytest.mark.parametrize("copied", [None, COPIED], ids=["heads", "copies"])
+@pytest.mark.parametrize("family", ["fixed", "dynamic"])
+def test_after_one_step_no_setting_and_no_tree_records_anything(family: str, copied: Any, tape: Recorder) -> None:
+    """Modes (vanilla among them), numbers, seeds, trees of as many nodes, and other accuracies; to and fro."""
+    trees = families()[family]
+    assert {len(tree) for tree in trees} == {12}
+    both = runners(random_backbone("llama"))
+    rule = make_rule(Sampling())
+    for runner in both:
+        runner.step(runner.prefill(PROMPT, rule), trees[0], rule, copied)
+    first = dict(tape.made)
+    assert tape.kinds() == {"nodes": 2, "forward": 2, "settle": 10}
+    for number, sampling in enumerate(SAMPLINGS.values()):
+        for change in CHANGES:
+            rule = make_rule(replace(sampling, **change))
+            for runner in both:
+                runner.trust(replace(PUBLISHED, calibration=((1.2 - number / 10, 0.1),) * 4))
+                runner.cache.rewind(0)
+            (root,) = {runner.prefill(PROMPT, rule) for runner in both}
+            for tree in (*trees, trees[0]):
+                root = same_step(both, root, tree, rule, copied)
+                root = same_step(both, root, Tree(), rule)
+    assert dict(tape.made) == first
+
+
+def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> None:
+    eager, fixed = pair("llama", tree=families()["fixed"][0])
+    decode(fixed, PROMPT, max_new_tokens=5)
+    first = tape.made.total()
+    for tree in families()["fixed"]:
+        for engine in (eager, fixed):
+            engine.use_tree(tree)
+        for sampling in (*SAMPLINGS.values(), Sampling(mode="vanilla"), Sampling(mode="vanilla", sample=True)):
+            said = [
+                ids_of(list(engine.generate(PROMPT, replace(sampling, max_new_tokens=8)))) for engine in (eager, fixed)
+            ]
+            assert said[0] == said[1]
+    assert tape.made.total() == first
+    decode(fixed, PROMPT, max_new_tokens=60)  # the text outgrows its span
+    assert tape.kinds()["forward"] == 4
+    assert tape.made.total() == first + 2
+    fixed.use_tree("chain-2")
+    decode(fixed, PROMPT, max_new_tokens=5)
+    assert tape.made.total() == first + 2 + 7
+
+
+# ---- what is kept ----
+
+
+def test_what_is_recorded_and_buffered_does_not_grow_with_a_chat(
+    tape: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static, "MOST", {"nodes": 5, "forward": 4, "settle": 25})
+    both = runners(random_backbone("llama"), accuracy=Accuracy(PUBLISHED.top))
+    rules = [make_rule(sampling) for sampling in SAMPLINGS.values()]
+    step = both[1].static
+    assert step is not None
+    (root,) = {runner.prefill(PROMPT, rules[0]) for runner in both}
+    sizes = set()
+    for number in range(60):
+        superset = random_tree(number, 20 + number, 4, 4, spine=4)
+        tree = (
+            DynamicTree(superset, 5 + number % 9) if number % 2 else random_tree(number, 3 + number % 13, 4, 4, spine=3)
+        )
+        root = same_step(both, root, tree, rules[number % 5], COPIED if number % 3 else None)
+        sizes.add(len(tree))
+        assert len(step._programs) == len(tape.alive) <= 5 + 4 + 25
+        assert set(step._homes) == {key[1] for key in step._programs if key[0] == "nodes"}
+    assert len(sizes) > 12
+    assert max(tape.made.values()) > 1  # some were let go, and recorded again
+    assert list(step._buffers) == [32]
+    before = {id(tensor) for tensor in vars(step._buffers[32]).values()}
+    both[1].step(root, random_tree(1, 40, 4, 4, spine=4), rules[0])
+    assert list(step._buffers) == [32, 64]
+    assert {id(tensor) for tensor in vars(step._buffers[32]).values()} == before  # recorded, so they may not move
+
+
+def test_what_the_noise_is_made_of_is_held_though_its_cache_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "as_it_is", captured.as_it_is)
+    runner = runners(random_backbone("llama"))[1]
+    rule = make_rule(SAMPLINGS["exact"])
+    used = []
+    for tree in families()["fixed"][0], TREES["dynamic"]:
+        acceptance.token_keys.cache_clear()
+        runner.step(runner.prefill(PROMPT, rule), tree, rule)
+        used.append(weakref.ref(acceptance.token_keys(64, CPU)))
+    acceptance.token_keys.cache_clear()
+    assert [keys() is None for keys in used] == [False, False]
+    assert used[0]() is not used[1]()
+
+
+# ---- steps that cannot be recorded ----
+
+
+class Failing(Recorder):
+    """Cannot record one sort of program, or only so many programs."""
+
+    def __init__(self, sort: str, fine: int = 0, error: Exception | None = None) -> None:
+        super().__init__()
+        self.sort, self.fine = sort, fine
+        self.error = error or RuntimeError("operation not permitted when stream is capturing\nCompile with `...`")
+
+    def __call__(self, key: Key, program: Program) -> Program:
+        if key[0] == self.sort and self.made.total() >= self.fine:
+            program()  # what a warm-up leaves behind may not be seen
+            raise type(self.error)(*self.error.args)  # a kept one would keep what its traceback saw
+        return super().__call__(key, program)
+
+
+@pytest.mark.parametrize("sort", ["nodes", "forward", "settle"])
+@pytest.mark.parametrize("fine", [0, 14], ids=["at once", "when the text grows"])
+def test_a_step_that_cannot_be_recorded_is_taken_eagerly(sort: str, fine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Failing(sort, fine)
+    monkeypatch.setattr(runner_module, "as_it_is", recorder)
+    eager, fixed = pair("llama", tree=families()["fixed"][0])
+    for number, sampling in enumerate(SAMPLINGS.values()):
+        how = replace(sampling, max_new_tokens=60 if number == 0 else 10)
+        said = [list(engine.generate(PROMPT, how)) for engine in (eager, fixed)]
+        assert ids_of(said[0]) == ids_of(said[1])
+        assert [len(step.tokens) for step in said[0]] == [len(step.tokens) for step in said[1]]
+        fixed.use_tree(families()["fixed"][number % 3])
+        eager.use_tree(families()["fixed"][number % 3])
+    fails = fine == 0 or sort == "forward"
+    assert (fixed.runner.static is None) is fails
+    assert len(fixed.notices) == fails
+    if fails:
+        notice = fixed.notices[0]
+        assert "operation not permitted when stream is capturing)" in notice
+        assert "--eager" in notice
+        assert "\n" not in notice
+        assert not recorder.alive
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), NotImplementedError(), KeyError("x")]
+)
+def test_whatever_it_is_that_cannot_be_recorded(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "as_it_is", Failing("settle", 9, error))
+    both = runners(random_backbone("llama"))
+    rule = make_rule(Sampling())
+    (root,) = {runner.prefill(PROMPT, rule) for runner in both}
+    for _ in range(5):
+        root = same_step(both, root, TREES["tree"], rule)
+    assert len(both[1].notices) == 1
+    assert type(error).__name__ in both[1].notices[0] or str(error) in both[1].notices[0]
+
+
+def test_an_interrupt_while_recording_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "as_it_is", Failing("settle", 3, KeyboardInterrupt()))  # type: ignore[arg-type]
+    eager, fixed = pair("llama", tree=TREES["tree"])
+    with pytest.raises(KeyboardInterrupt):
+        decode(fixed, PROMPT, max_new_tokens=20)
+    assert fixed.runner.static is not None
+    monkeypatch.setattr(fixed.runner.static, "_record", Recorder())
+    assert reply(fixed, PROMPT, max_new_tokens=20) == reply(eager, PROMPT, max_new_tokens=20)
+
+
+# ---- what is known to read values on the host ----
+
+
+def test_int8_in_backbone_or_heads_and_dynamic_rope_cannot_be_recorded() -> None:
+    backbone = random_backbone("llama")
+
+    def heads(quant: Any) -> Any:
+        return decoding_heads(random_heads(backbone, own=True), quant, CPU, torch.float32, backbone.lm_head)
+
+    assert not captured.reads_the_host(backbone, None)
+    for quant in ("none", "nf4", "nf4-double"):
+        assert not captured.reads_the_host(backbone, heads(quant))
+    int8 = LinearHeads(1, Linear8bitLt(), [], [], None)
+    assert captured.reads_the_host(backbone, int8)
+    backbone.model.extra = Linear8bitLt()
+    assert captured.reads_the_host(backbone, None)
+
+
+class Linear8bitLt(nn.Module):
+    """As bitsandbytes' is called, which on a CPU is laid out anew as another kind of layer."""
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "reads"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, False), ({"rope_type": "linear", **ROPE}, False),
+        ({"rope_type": "dynamic", **ROPE}, True),
+        ({"full_attention": {"rope_type": "dynamic", **ROPE}, "sliding_attention": {"rope_type": "default"}}, True),
+        ({"full_attention": {"rope_type": "linear", **ROPE}, "sliding_attention": {"rope_type": "default"}}, False),
+    ],
+)  # fmt: skip
+def test_rope_that_compares_the_position_cannot_be_recorded(rope: Any, reads: bool) -> None:
+    backbone = random_backbone("llama")
+    backbone.config.rope_parameters = rope
+    assert captured.reads_the_host(backbone, None) is reads
+    assert not captured.capturable(backbone, None)  # no CUDA here

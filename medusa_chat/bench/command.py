@@ -14,42 +14,78 @@ import torch
 
 from medusa_chat.bench.plan import Consume, Plan, Progress, RandomModel
 from medusa_chat.bench.run import bench, bench_steps, header
-from medusa_chat.bench.shapes import SHAPE_CONTEXTS, SHAPES_OF_GPU, fits, parse_shapes, random_engine
-from medusa_chat.bench.steps import room_for
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.bench.shapes import SHAPE_CONTEXTS, SHAPES_OF_GPU, parse_shapes, random_engine
+from medusa_chat.bench.steps import measure_steps, room_for
+from medusa_chat.bench.twin import compare_in_float32
+from medusa_chat.config import Sampling, UserError, out_of_memory
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.devices import reset_peak_memory
 from medusa_chat.model.loading import choose_device, choose_dtype
 from medusa_chat.model.quantization import as_quant
 from medusa_chat.prompts import read_prompts
 
+FLOAT32_PROMPTS = 4  # that the CPU answers too
 OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 
 def measure(
-    options: Namespace, sampling: Sampling, load: Callable[[], Engine], progress: Progress, view: Consume | None = None
+    options: Namespace, sampling: Sampling, load: Callable[..., Engine], progress: Progress, view: Consume | None = None
 ) -> dict[str, Any]:
     """Measure the model that the flags name on its prompts, and the random ones.
 
-    Without a word of either it is the bundled model; on CUDA the shapes that our speeds are told of are measured too,
-    as far as they fit.
+    Without a word of either it is the bundled model, and on CUDA the whole story of the GPU: the bundled model in
+    float32 against the CPU and against eager steps too, and the shapes that our speeds are told of, as far as they fit,
+    those in nf4 with their matrices apart as well.
+
+    Args:
+        load: gives the model; what it is given takes the place of flags.
 
     Returns:
-        the result: `header`, the figures of the model as `bench` gives them, and `shapes`: {name: `bench_steps`}.
+        the result: `header`, the figures of the model as `bench` gives them, `shapes`: {name: `bench_steps`}, what
+        `whole_story` tells, and the seconds that all of it took.
     """
+    started = time.perf_counter()
     device = choose_device(options.device)
-    dtype = choose_dtype(device, options.dtype)
     named = any((options.model, options.heads, options.prompts))
     if options.shape and not named and (options.peer or options.view):
         raise UserError("--peer and --view compare replies, which random weights have not: name --model or --prompts")
     plan, shapes = _plan(options, sampling, view), _shapes(options)
-    if device.type == "cuda" and not named and not options.shape:
-        shapes = [each for each in SHAPES_OF_GPU if fits(each, room_for(SHAPE_CONTEXTS, plan.histories), device, dtype)]
     result = header(device, options.words) | {"model": "", "prompts": 0, "modes": {}, "peers": {}}
     if named or not options.shape:
         result |= _loaded(load, plan, progress)
-    measured = {each.name: _shape(each, options, plan, device, dtype, progress) for each in shapes}
-    return result | ({"shapes": measured} if measured else {})
+    if is_gpu(device) and not named and not options.shape:
+        result |= whole_story(options, plan, load, device, progress)
+    elif shapes:
+        result["shapes"] = {each.name: _shape(each, options, plan, device, progress) for each in shapes}
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether steps are captured on such a device."""
+    return device.type == "cuda"
+
+
+def whole_story(
+    options: Namespace, plan: Plan, load: Callable[..., Engine], device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    """What is told of a GPU besides the bundled model's figures there: `float32`, `shapes` and `left_out_shapes`.
+
+    A shape that the memory does not hold is left out: {its name: why}.
+    """
+    with progress("float32") as tick:
+        opening = [prompt.opening() for prompt in plan.prompts[:FLOAT32_PROMPTS]]
+        told: dict[str, Any] = {"float32": compare_in_float32(load, opening), "shapes": {}, "left_out_shapes": {}}
+        tick(1, 1)
+    for each in SHAPES_OF_GPU:
+        try:
+            told["shapes"][each.name] = _shape(each, options, plan, device, progress)
+            if each.quant == "nf4":
+                told["shapes"][each.name]["apart"] = _apart(each, options, plan, device, progress)
+        except (UserError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, UserError) and not out_of_memory(error):
+                raise
+            told["left_out_shapes"][each.name] = str(error).splitlines()[0]
+    return told
 
 
 def _plan(options: Namespace, sampling: Sampling, view: Consume | None) -> Plan:
@@ -78,16 +114,35 @@ def _loaded(load: Callable[[], Engine], plan: Plan, progress: Progress) -> dict[
 
 
 def _shape(
-    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, dtype: torch.dtype, progress: Progress
+    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
-    gc.collect()  # a model before this one may still be held by a cycle
-    reset_peak_memory()
-    plan = replace(plan, contexts=options.context or SHAPE_CONTEXTS)
+    """The steps of a random model."""
     started = time.perf_counter()
-    with progress(wanted.name) as tick:
-        engine = random_engine(wanted, room_for(plan.contexts, plan.histories), device, dtype)
-        tick(1, 1)
+    engine, plan = _random(wanted, options, plan, device, progress)
     seconds = round(time.perf_counter() - started, 3)
     return bench_steps(engine, plan, progress) | {
         "load_seconds": seconds, "quant": wanted.quant, "quant_heads": wanted.quant_heads, "own": wanted.own,
     }  # fmt: skip
+
+
+def _apart(
+    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, progress: Progress
+) -> list[dict[str, Any]]:
+    """The cost of steps where matrices that read the same rows are not joined."""
+    engine, plan = _random(replace(wanted, fused=False), options, plan, device, progress)
+    with progress("matrices apart") as tick:
+        return measure_steps(engine, plan.contexts, tick)
+
+
+def _random(
+    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, progress: Progress
+) -> tuple[Engine, Plan]:
+    """A random model, and the plan with the contexts that its steps are timed behind."""
+    gc.collect()  # a model before this one may still be held by a cycle
+    reset_peak_memory()
+    plan = replace(plan, contexts=options.context or SHAPE_CONTEXTS)
+    with progress(wanted.name) as tick:
+        dtype = choose_dtype(device, options.dtype)
+        engine = random_engine(wanted, room_for(plan.contexts, plan.histories), device, dtype)
+        tick(1, 1)
+    return engine, plan

@@ -45,6 +45,7 @@ class RandomModel:
 
     Attributes:
         shape: a name of medusa_chat.shapes.SHAPES; own: LM heads of the heads' own.
+        fused: with the matrices that read the same rows joined, as a loaded model has them.
     """
 
     shape: str
@@ -52,6 +53,7 @@ class RandomModel:
     quant_heads: Quant = "none"
     heads: int = 5
     own: bool = False
+    fused: bool = True
 
     @property
     def name(self) -> str:

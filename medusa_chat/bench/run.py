@@ -12,6 +12,7 @@ import torch
 from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_bytes
 from medusa_chat.bench.figures import mode_figures, peer_figures, wall_ratio
 from medusa_chat.bench.history import check_histories, measure_history
+from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.parts import step_parts
 from medusa_chat.bench.plan import Plan, Progress
 from medusa_chat.bench.replies import baseline_name, fitting, measure_replies
@@ -80,8 +81,8 @@ def bench_steps(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any
 
 
 def _captured_check(engine: Engine, prompts: list[list[int]]) -> dict[str, Any] | None:
-    """The captured step against the eager one, where there is a GPU to capture it."""
-    return compare_with_eager(engine, prompts) if engine.backbone.device.type == "cuda" else None
+    """The captured step against the eager one, where steps are captured."""
+    return compare_with_eager(engine, prompts) if engine.runner.static is not None else None
 
 
 def _about(engine: Engine) -> dict[str, Any]:
@@ -100,11 +101,14 @@ def _machine(engine: Engine, plan: Plan, prompts: list[list[int]], progress: Pro
     with progress("steps") as tick:
         steps = measure_steps(engine, plan.contexts, tick) if engine.heads else []
     with progress("parts") as tick:
-        parts = {}
+        parts, host = {}, {}
         for done, sampling in enumerate(samplings := _sampled(engine, plan), 1):
             parts[sampling.mode] = step_parts(engine, prompts, sampling)
+            host[sampling.mode] = host_gaps(engine, prompts[0], sampling)
             tick(done, len(samplings))
     result: dict[str, Any] = {"parts": {mode: found for mode, found in parts.items() if found}}
+    if any(host.values()):
+        result["host"] = {mode: found for mode, found in host.items() if found}
     if plan.histories:
         with progress("second turns") as tick:
             result["history"] = measure_history(engine, plan.histories, plan.rounds, tick)
@@ -115,6 +119,7 @@ def _machine(engine: Engine, plan: Plan, prompts: list[list[int]], progress: Pro
     return result | {
         "limit": limit,
         "steps": [step | {"bandwidth": reached(engine, step, limit)} for step in steps],
+        "notices": list(engine.notices),
     }
 
 

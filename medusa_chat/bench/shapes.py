@@ -57,7 +57,8 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
         )
     try:
         model = random_model(shape, quant=wanted.quant, dtype=dtype, device=device)
-        fuse_linears(model)
+        if wanted.fused:
+            fuse_linears(model)
         backbone = Backbone(model)
         drawn = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=device)
         heads = decoding_heads(drawn, wanted.quant_heads, device, dtype, backbone.lm_head)
@@ -80,11 +81,6 @@ def needed_bytes(wanted: RandomModel, positions: int, device: torch.device, dtyp
     assert contents is not None
     load = memory.Load(str(device), wanted.quant, wanted.quant_heads, positions, dtype.itemsize)
     return memory.plan(contents, load).total
-
-
-def fits(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether such a model fits into the memory that is free now."""
-    return needed_bytes(wanted, positions, device, dtype) <= free_memory(str(device))
 
 
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:

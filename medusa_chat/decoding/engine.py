@@ -47,12 +47,12 @@ class Engine:
         `costs`: folder that keeps what steps cost, from one run to the next."""
         self.template = template or ChatTemplate(tokenizer, name)
         self.name, self.system = name, system or self.template.system
-        self.notices: list[str] = []
         self.tokenizer, self.backbone = tokenizer, backbone
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
             raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
         self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager)
+        self.notices = self.runner.notices
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy, self._costs, self._probing = accuracy, costs, probing
         self.policy = self._new_policy()

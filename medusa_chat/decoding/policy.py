@@ -8,7 +8,7 @@ from medusa_chat.config import Sampling
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, dynamic_tree, grow
 from medusa_chat.decoding.gate import Evidence, Gate
 from medusa_chat.decoding.online import Listener, OnlineAccuracy
-from medusa_chat.decoding.runner import RANKED
+from medusa_chat.decoding.plans import RANKED
 from medusa_chat.decoding.tree import AnyTree, Tree
 from medusa_chat.decoding.tuning import Option, StepCost, fastest, options
 from medusa_chat.events import Gated, Step

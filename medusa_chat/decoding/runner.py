@@ -9,17 +9,16 @@ from torch import Tensor
 
 from medusa_chat.decoding.acceptance import Rule
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
-from medusa_chat.decoding.captured import Captured, at_once, capturable
+from medusa_chat.decoding.captured import Captured, as_it_is, capturable
 from medusa_chat.decoding.copying import Copied
-from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome, to_send
-from medusa_chat.decoding.static import Plan, StaticStep
+from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome, to_send, told_guesses
+from medusa_chat.decoding.static import Plan, StaticStep, Unrecordable
 from medusa_chat.decoding.tree import AnyTree, Tree
 from medusa_chat.model import attention
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
-RANKED = 10  # guesses of each head that a tree step tells, if the tree is not wider
 
 
 class Runner:
@@ -30,6 +29,8 @@ class Runner:
     Attributes:
         mark: called with "begin" where an eager step begins, and with the name of each of its parts when it is over:
             heads, forward, acceptance, commit. bench times them by it.
+        static: the static step; None where steps are eager.
+        notices: what the user should know, a line each.
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class Runner:
         self.accuracy = accuracy
         # [1, hidden] of the last committed row
         self._hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
-        self._root = FixedPlan(Tree(), backbone)
+        self._count = heads.heads if heads else 0
+        self._root = FixedPlan(Tree(), self._count, backbone)
         self._plans: dict[tuple[AnyTree, bool], Plan] = {}
         self.mark: Callable[[str], None] = _nobody_times
-        can_capture = capturable(backbone)
-        self._static: StaticStep | None = None
+        self.notices: list[str] = []
+        can_capture = capturable(backbone, heads)
+        self.static: StaticStep | None = None
         if not (not can_capture if eager is None else eager):
-            run = Captured() if can_capture else at_once
-            self._static = StaticStep(backbone, self.cache, self._hidden, self._guesses, run)
+            record = Captured(backbone.device) if can_capture else as_it_is
+            self.static = StaticStep(backbone, self._count, self.cache, self._hidden, self._guesses, record)
 
     def trust(self, accuracy: Accuracy) -> None:
         """Take other figures for how likely the heads' guesses are."""
@@ -81,16 +84,27 @@ class Runner:
         The tree of the root alone is a vanilla step: no heads run, one row is verified. With `copied` the copies
         compete with the heads' guesses for the tree's places.
         """
-        plan = self._plan(tree, copied is not None)
-        sent, ranked = to_send(root, copied), self._ranked(plan)
-        if self._static is not None:
-            outcome = plan.outcome(self._static.step(sent, plan, rule), ranked)
-            self.cache.commit(tuple(range(len(outcome.rows))))  # moved into their order already
-        else:
-            outcome = plan.outcome(self._eager_step(sent, plan, rule), ranked)
-            self.cache.commit(outcome.rows)
-            self.mark("commit")
+        plan, sent = self._plan(tree, copied is not None), to_send(root, copied)
+        if self.static is not None:
+            try:
+                outcome = plan.outcome(self.static.step(sent, plan, rule))
+                self.cache.commit(tuple(range(len(outcome.rows))))  # moved into their order already
+                return outcome
+            except Unrecordable as error:
+                self._step_eagerly_from_now_on(error)
+        outcome = plan.outcome(self._eager_step(sent, plan, rule))
+        self.cache.commit(outcome.rows)
+        self.mark("commit")
         return outcome
+
+    def _step_eagerly_from_now_on(self, error: Unrecordable) -> None:
+        """Let go of what was recorded: where one step can't be, the memory is better used for the next."""
+        self.static = None
+        self._plans.clear()
+        self.notices.append(
+            f"steps cannot be recorded as CUDA graphs here ({error}), so that each operation is started by itself:"
+            " that is slower, the text is the same; --eager does so from the start"
+        )
 
     def _eager_step(self, sent: list[float], plan: Plan, rule: Rule) -> list[int]:
         """The accepted row, the token behind it, the nodes' tokens, what the plan tells, and the heads' guesses."""
@@ -101,20 +115,15 @@ class Runner:
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
         positions = (nodes.tensors.depths + position).clamp(max=self.backbone.context - 1)
-        hidden = self.backbone.hidden(nodes.candidates, positions, nodes.mask, self.cache)
+        hidden = self.backbone.hidden(nodes.candidates, positions, plan.mask(nodes), self.cache)
         logits = self.backbone.logits(hidden)
         self.mark("forward")
         verdict = rule(logits, nodes.candidates, nodes.tensors, position)
-        told = (verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told, guesses.flatten())
+        told = (verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told, told_guesses(guesses))
         settled: list[int] = torch.cat(told).tolist()
         self._hidden.copy_(hidden[settled[0]])
         self.mark("acceptance")
         return settled
-
-    def _ranked(self, plan: Plan) -> int:
-        """How many guesses of each head a step of the plan tells."""
-        no_heads = self.heads is None or plan.width == 0
-        return 0 if no_heads else max(plan.width, min(RANKED, self.backbone.vocabulary))
 
     def _guesses(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """The likeliest tokens of each head, [heads, ranked], and how likely each head says they are; a tree may use
@@ -122,10 +131,10 @@ class Runner:
 
         The natural logarithms of the heads' own probabilities, float32, or None where the plan does not ask for them.
         """
-        if self.heads is None or plan.width == 0:
+        if self.heads is None or plan.ranked == 0:
             return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
         logits = self.heads.logits(self._hidden, self.backbone.lm_head)[:, 0]
-        likeliest = logits.topk(self._ranked(plan))
+        likeliest = logits.topk(plan.ranked)
         if not plan.confident:
             return likeliest.indices, None
         log_p = likeliest.values.float() - logits.float().logsumexp(-1, keepdim=True)
@@ -146,9 +155,11 @@ class Runner:
             if len(self._plans) > 64:
                 self._plans.clear()
             if isinstance(tree, Tree) and not copied:
-                self._plans[key] = FixedPlan(tree, self.backbone)
+                self._plans[key] = FixedPlan(tree, self._count, self.backbone)
             else:
-                self._plans[key] = ChosenPlan(tree, copied, self.accuracy, self.backbone)
+                self._plans[key] = ChosenPlan(
+                    tree, copied, self._count, self.accuracy, self.backbone, roomy=self.static is not None
+                )
         return self._plans[key]
 
 

@@ -88,8 +88,11 @@ def plan(contents: Contents, load: Load) -> Plan:
     # On a CPU all heads are read before they are quantized or, in bfloat16, laid out anew, one by one.
     read = contents.heads * width if kind == "cpu" and (load.quant_heads != "none" or width == 2) else 0
     one = 0 if load.quant_heads == "none" else _bytes(contents.largest_head, load.quant_heads, width, QUANTIZING)
+    # Where its kernel takes no more rows, bitsandbytes lays gate and up out in 16 bits: once for prompts, once in the
+    # memory that recorded steps share.
+    unpacked = 2 * 2 * contents.largest * width if kind == "cuda" and load.quant.startswith("nf4") else 0
     passing = max(
-        _running(shape, context, width),
+        _running(shape, context, width) + unpacked,
         _bytes(contents.largest, load.quant, width, QUANTIZING) - heads - cache,
         one + read - cache,
     )

@@ -61,6 +61,30 @@ def show_bench(result: Figures, console: Console | None = None) -> None:
         console.print()
         console.print(Text(text, "bold"))
         _show_machine(console, shape)
+    for name, why in result.get("left_out_shapes", {}).items():
+        console.print(Text(f"{name} was left out: {why}", NOTICE))
+    if "float32" in result:
+        checks = result["float32"]
+        console.print()
+        console.print(Text(f"bundled model in float32, tree {checks['tree']}", "bold"))
+        same = {mode: _same(check) for mode, check in checks["cpu"].items()}
+        console.print(_captured_table(checks["eager"], "as on the CPU", same))
+
+
+def _captured_table(checks: Figures, extra: str, cells: Mapping[str, str | Text]) -> Table:
+    """Captured steps against eager ones, mode by mode, and one column more."""
+    names = ("as eager ones", "tokens/s", "eager", extra)
+    table = Table("captured steps", *(Column(name, justify="right") for name in names))
+    for mode, check in checks.items():
+        rates = (f"{check[key]:.1f}" for key in ("tokens_per_second", "eager_tokens_per_second"))
+        table.add_row(mode, _same(check), *rates, cells.get(mode, UNKNOWN))
+    return table
+
+
+def _same(check: Figures) -> Text:
+    """How many replies are the same, and of how many; if not all, the share of tokens before the first difference."""
+    text = f"{check['equal']} of {check['replies']}"
+    return Text(text) if check["equal"] == check["replies"] else Text(f"{text}, {check['agreed']:.0%}", NOTICE)
 
 
 def _modes_table(result: Figures) -> Table:
@@ -126,10 +150,13 @@ def _show_machine(console: Console, figures: Figures) -> None:
         console.print(_parts_table(figures["parts"]))
     if "history" in figures:
         console.print(_history_table(figures["history"]))
-    for mode, check in figures.get("eager", {}).items():
-        text = f"captured step against eager, {mode}: {check['equal']} of {check['replies']} replies equal; "
-        text += f"{check['tokens_per_second']:.1f} against {check['eager_tokens_per_second']:.1f} tokens/s"
-        console.print(Text(text, "" if check["equal"] == check["replies"] else NOTICE))
+    if "apart" in figures:
+        console.print(_apart_table(figures["steps"], figures["apart"]))
+    if "eager" in figures:
+        waits = {mode: f"{host['median_ms']:.3f} ms" for mode, host in figures.get("host", {}).items()}
+        console.print(_captured_table(figures["eager"], "wait for the host", waits))
+    for notice in figures.get("notices", ()):
+        console.print(Text(notice, NOTICE))
     peaks = ", ".join(f"{size / 2**30:.2f} GiB on the {place}" for place, size in figures["peak_memory_bytes"].items())
     note = ", with the other decoder's own copy of the weights" if figures.get("peers") else ""
     console.print(f"peak memory: {peaks or UNKNOWN}{note}", highlight=False)
@@ -158,6 +185,20 @@ def _steps_table(steps: Sequence[Figures]) -> Table:
     if simulated:
         table.caption = f"simulated from {steps[0]['tree']['simulated']}"
     return table
+
+
+def _apart_table(steps: Sequence[Figures], apart: Sequence[Figures]) -> Table:
+    """What joined matrices bring: cost of a step with them, and without them."""
+    table = Table("matrices joined, and apart", *(Column(str(s["context"]), justify="right") for s in steps))
+    pairs = list(zip(steps, apart, strict=True))
+    table.add_row("vanilla", *(_pair(a["vanilla_ms"], b["vanilla_ms"]) for a, b in pairs))
+    for nodes in steps[0]["nodes"]:
+        table.add_row(f"{nodes} nodes", *(_pair(a["nodes"][nodes]["ms"], b["nodes"][nodes]["ms"]) for a, b in pairs))
+    return table
+
+
+def _pair(joined: float, apart: float) -> str:
+    return f"{joined:.2f}, {apart:.2f} ms: {apart / joined:.2f}x"
 
 
 def _limit_text(figures: Figures) -> Text:
