@@ -15,7 +15,6 @@ from medusa_chat.model.attention import Attend, TreeMask, plain
 from medusa_chat.model.devices import last_level_cache
 
 TORCH = "torch"
-_WARPS_AND_STAGES = ((1, 8, 2), (2, 4, 2), (2, 4, 3))  # programs for each multiprocessor, warps, stages
 _LEAST = (8, 0)  # compute capability: before Ampere Triton has no matrix products in hardware
 _TIMED_MS = 3.0
 _TOLERANCE = {torch.float32: 1e-4}  # between two kernels, relative to the largest number
@@ -75,7 +74,7 @@ def choose(
     query, key, value = (torch.empty_like(each).normal_(generator=random) for each in (query, key, value))
     behind = mask.behind(max(mask.span * 3 // 4 - query.shape[2], 0))
     try:
-        ways = launches(device) | {TORCH: plain}
+        ways = kernels(device) | {TORCH: plain}
     except Exception as error:  # whatever a missing or foreign Triton raises
         return Choice(TORCH, plain, failures={"triton": _line(error)})
     calls = {name: partial(attend, query, key, value, behind, scaling, softcap) for name, attend in ways.items()}
@@ -93,19 +92,14 @@ def choose(
     return Choice(best, ways[best], milliseconds, failures)
 
 
-def launches(device: torch.device) -> dict[str, Attend]:
-    """The kernel in the launches worth timing. Raises whatever says that there is none."""
+def kernels(device: torch.device) -> dict[str, Attend]:
+    """The kernel in the launches worth timing. Raises whatever says that it cannot be had."""
     if torch.cuda.get_device_capability(device) < _LEAST:
         raise NotImplementedError("Triton multiplies matrices from compute capability 8.0 on")
-    from medusa_chat.model.tree_kernel import Launch, attend
+    from medusa_chat.model.tree_kernel import attend, launches
 
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return {
-        f"{programs * count} programs, {warps} warps, {stages} stages": partial(
-            attend, launch=Launch(programs * count, warps, stages)
-        )
-        for programs, warps, stages in _WARPS_AND_STAGES
-    }
+    found = launches(torch.cuda.get_device_properties(device).multi_processor_count)
+    return {f"triton {launch}": partial(attend, launch=launch) for launch in found}
 
 
 def _check(ours: Tensor, theirs: Tensor) -> None:

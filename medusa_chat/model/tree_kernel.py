@@ -36,6 +36,14 @@ class Launch:
     warps: int = 4
     stages: int = 2
 
+    def __str__(self) -> str:
+        return f"{self.programs} programs, {self.warps} warps, {self.stages} stages"
+
+
+def launches(multiprocessors: int) -> tuple[Launch, ...]:
+    """Those worth timing on a GPU. Tiles of LARGEST_BLOCK rows and wide heads spill registers with fewer warps."""
+    return Launch(multiprocessors, 8, 2), Launch(2 * multiprocessors, 4, 2), Launch(2 * multiprocessors, 4, 3)
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scaling: float, softcap: float | None = None,
