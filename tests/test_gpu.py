@@ -89,14 +89,19 @@ def test_other_settings_capture_nothing_and_a_reply_may_be_broken_off() -> None:
     assert say(TURNS[0]) == whole
 
 
+def save_with_heads(folder: Path, kind: str) -> None:
+    """A random model and two heads of one block."""
+    save_model(folder, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
+    heads = folder / "medusa_lm_head.safetensors"
+    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
+               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+
+
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
 def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_path: Path) -> None:
     """One forward has the same rows either way, so that only the span's masked columns could round otherwise."""
-    save_model(tmp_path, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
-    heads = tmp_path / "medusa_lm_head.safetensors"
-    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
-               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+    save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):
         engine = medusa_chat.load(str(tmp_path), device="cuda", quant=quant, tree="chain-2", probing=False, eager=eager)
@@ -167,10 +172,7 @@ def test_a_step_with_the_kernel_is_captured_and_says_what_the_eager_one_says(kin
     pytest.importorskip("triton")
     from medusa_chat.model.tree_kernel import attend
 
-    save_model(tmp_path, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
-    heads = tmp_path / "medusa_lm_head.safetensors"
-    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
-               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+    save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):
         engine = medusa_chat.load(str(tmp_path), device="cuda", dtype="float32", tree="chain-2", probing=False,

@@ -60,7 +60,7 @@ class FasterAttention:
         """What was measured and chosen, shape by shape."""
         return [
             {"rows": rows, "span": span, "window": windowed, "taken": choice.name,
-             "ms": dict(choice.milliseconds), "failures": dict(choice.failures)}
+             "ms": {name: round(ms, 5) for name, ms in choice.milliseconds.items()}, "failures": dict(choice.failures)}
             for (rows, span, windowed), choice in self.choices.items()
         ]  # fmt: skip
 
@@ -75,10 +75,10 @@ def choose(
     behind = mask.behind(max(mask.span * 3 // 4 - query.shape[2], 0))
     try:
         ways = kernels(device) | {TORCH: plain}
-    except Exception as error:  # whatever a missing or foreign Triton raises
+        calls = {name: partial(attend, query, key, value, behind, scaling, softcap) for name, attend in ways.items()}
+        expected, empty = calls[TORCH](), _milliseconds(lambda: None, device)
+    except Exception as error:  # whatever a missing or foreign Triton raises, or a GPU without the memory
         return Choice(TORCH, plain, failures={"triton": _line(error)})
-    calls = {name: partial(attend, query, key, value, behind, scaling, softcap) for name, attend in ways.items()}
-    expected, empty = calls[TORCH](), _milliseconds(lambda: None, device)
     milliseconds, failures = {}, {}
     for name, call in calls.items():
         try:
@@ -86,7 +86,7 @@ def choose(
                 warnings.simplefilter("ignore")
                 _check(call(), expected)
                 milliseconds[name] = _milliseconds(call, device) - empty
-        except Exception as error:  # whatever a compiler, a driver or a GPU without the memory raises
+        except Exception as error:  # whatever a compiler or a driver raises
             failures[name] = _line(error)
     best = min(milliseconds, key=milliseconds.__getitem__, default=TORCH)
     return Choice(best, ways[best], milliseconds, failures)
