@@ -100,7 +100,7 @@ def save_with_heads(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
 def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_path: Path) -> None:
-    """One forward has the same rows either way, so that only the span's masked columns could round otherwise."""
+    """One forward has the same rows either way, so that only attention over a fixed span could round otherwise."""
     save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):

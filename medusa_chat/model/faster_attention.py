@@ -71,9 +71,9 @@ def choose(
     """Time attention over random numbers of these shapes behind a text of three quarters of the span."""
     device = query.device
     random = torch.Generator(device).manual_seed(0)
-    query, key, value = (torch.empty_like(each).normal_(generator=random) for each in (query, key, value))
-    behind = mask.behind(max(mask.span * 3 // 4 - query.shape[2], 0))
     try:
+        query, key, value = (torch.empty_like(each).normal_(generator=random) for each in (query, key, value))
+        behind = mask.behind(max(mask.span * 3 // 4 - query.shape[2], 0))
         ways = kernels(device) | {TORCH: plain}
         calls = {name: partial(attend, query, key, value, behind, scaling, softcap) for name, attend in ways.items()}
         expected, empty = calls[TORCH](), _milliseconds(lambda: None, device)
