@@ -29,6 +29,7 @@ REQUIRED = (
 OPTIONAL = {
     "peft": "for train --recipe medusa2 and distilled", "matplotlib": "for calibrate --plot",
     "fschat": "for templates of models whose tokenizer has none",
+    "triton": "for faster attention on an NVIDIA GPU, where it comes with PyTorch",
 }  # fmt: skip
 TOLERANCE = 0.02  # of a 4-bit product, relative to the one with the weights made 16-bit first
 

@@ -16,9 +16,12 @@ from tiny_runs import backbone_folder, do, tiny_run
 import medusa_chat
 from medusa_chat.config import MODES, Mode, Sampling
 from medusa_chat.decoding import static
+from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.captured import Captured
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.static import Key
+from medusa_chat.model.attention import TreeMask, plain
+from medusa_chat.model.faster_attention import TORCH, FasterAttention, kernels
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED
@@ -124,20 +127,99 @@ def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPa
     assert len(captured_graphs(captured)) <= 3 + 2 + 12
 
 
+def save_with_heads(folder: Path, kind: str) -> None:
+    """A random model and two heads of one block."""
+    save_model(folder, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
+    heads = folder / "medusa_lm_head.safetensors"
+    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
+               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+
+
 @pytest.mark.parametrize("quant", ["none", "nf4", "nf4-double"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
 def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_path: Path) -> None:
-    """One forward has the same rows either way, so that only the span's masked columns could round otherwise."""
-    save_model(tmp_path, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
-    heads = tmp_path / "medusa_lm_head.safetensors"
-    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
-               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+    """One forward has the same rows either way, so that only attention over a fixed span could round otherwise."""
+    save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):
         engine = medusa_chat.load(str(tmp_path), device="cuda", quant=quant, tree="chain-2", probing=False, eager=eager)
         steps = engine.generate([1, 2, 3], Sampling(max_new_tokens=40, ignore_eos=True))
         told.append([token.id for step in steps for token in step.tokens])
     assert told[0][:8] == told[1][:8]  # near-ties may part them later
+
+
+def tree_behind(nodes: int, length: int, span: int, number: torch.dtype, window: int | None = None) -> TreeMask:
+    tensors = TreeTensors.of(random_tree(nodes, nodes - 1, 8, 6), torch.device("cuda"))
+    start = torch.tensor(length, device="cuda")
+    return TreeMask.of(tensors.ancestors, tensors.depths + length, start, span, number, window=window)
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8), (28, 4), (8, 1)], ids=str)
+def test_the_kernel_is_its_twin_in_every_launch(heads: tuple[int, int], size: int, number: torch.dtype) -> None:
+    """What lies behind the text is not a number. Both are held against the twin in float32."""
+    pytest.importorskip("triton")
+    ways = kernels(torch.device("cuda"))
+    tolerance = {"atol": 2e-5, "rtol": 2e-5} if number == torch.float32 else {"atol": 5e-3, "rtol": 2e-2}
+    for nodes, length, span, window, softcap in (
+        (1, 0, 256, None, None), (1, 2000, 2048, None, None), (16, 900, 1024, 512, None), (64, 1984, 2048, None, None),
+        (64, 1500, 2048, 4, 30.0), (128, 128, 256, None, 50.0), (33, 5000, 8192, 4096, None),
+    ):  # fmt: skip
+        mask = tree_behind(nodes, length, span, torch.float32, window)
+        rows = len(mask.ancestors)
+        query = torch.randn(1, rows, heads[0], size, device="cuda", dtype=number).transpose(1, 2)
+        cache = torch.randn(2, 1, heads[1], span, size, device="cuda", dtype=number)
+        expected = plain(query.float(), *cache.float(), mask, size**-0.5, softcap)
+        cache[:, :, :, length + rows :] = torch.nan
+        for attend in ways.values():
+            ours = attend(query, cache[0], cache[1], mask, size**-0.5, softcap)
+            torch.testing.assert_close(ours.float(), expected, **tolerance)
+
+
+def test_the_kernel_reads_caches_of_more_than_2_to_the_31_numbers() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB")
+    cache = torch.empty(1, 3, 9 * 2**20, 128, device="cuda", dtype=torch.bfloat16)[:, :, :512]
+    cache.normal_()
+    mask, query = tree_behind(8, 500, 512, torch.bfloat16), torch.randn(1, 6, 8, 128, device="cuda").bfloat16()
+    for attend in kernels(torch.device("cuda")).values():
+        ours, theirs = attend(query, cache, cache, mask, 0.1, None), plain(query, cache, cache, mask, 0.1)
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=5e-3)
+
+
+def test_attention_is_chosen_by_time_and_every_kernel_runs() -> None:
+    pytest.importorskip("triton")
+    faster = FasterAttention()
+    for nodes, span in ((1, 512), (64, 2048)):
+        mask = tree_behind(nodes, 300, span, torch.bfloat16)
+        query = torch.randn(1, 32, nodes, 128, device="cuda").bfloat16()
+        key, value = torch.randn(2, 1, 32, span, 128, device="cuda").bfloat16()
+        ours = faster(query, key, value, mask, 0.1)
+        torch.testing.assert_close(ours, plain(query, key, value, mask, 0.1), rtol=0.02, atol=5e-3)
+    assert len(faster.told()) == 2
+    for told in faster.told():
+        assert not told["failures"]
+        assert told["taken"] == min(told["ms"], key=told["ms"].get)
+        assert TORCH in told["ms"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3-mixed", "gemma2"])
+def test_a_step_with_the_kernel_is_captured_and_says_what_the_eager_one_says(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from medusa_chat.model.tree_kernel import attend
+
+    save_with_heads(tmp_path, kind)
+    told = []
+    for eager in (True, None):
+        engine = medusa_chat.load(str(tmp_path), device="cuda", dtype="float32", tree="chain-2", probing=False,
+                                  eager=eager)  # fmt: skip
+        engine.backbone.attend = attend
+        steps = engine.generate([1, 2, 3], Sampling(max_new_tokens=300, ignore_eos=True))
+        told.append([token.id for step in steps for token in step.tokens])
+    assert told[0] == told[1]
+    assert len({key[2] for key in captured_graphs(engine) if key[0] == "forward"}) > 1
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

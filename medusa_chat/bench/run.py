@@ -21,6 +21,7 @@ from medusa_chat.bench.twin import compare_with_eager
 from medusa_chat.config import Mode, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.devices import device_name, peak_memory, versions
+from medusa_chat.model.faster_attention import FasterAttention
 
 PARTS_PROMPTS = 8  # that are decoded once more to time the parts of their steps
 PARTS_TOKENS = 32
@@ -112,6 +113,8 @@ def _machine(engine: Engine, plan: Plan, prompts: list[list[int]], progress: Pro
     if plan.histories:
         with progress("second turns") as tick:
             result["history"] = measure_history(engine, plan.histories, plan.rounds, tick)
+    if isinstance(engine.backbone.attend, FasterAttention):
+        result["attention"] = engine.backbone.attend.told()
     result["peak_memory_bytes"] = peak_memory()  # before the buffers that the limit takes
     with progress("memory") as tick:
         limit = measure_limit(engine.backbone.device, backbone_bytes(engine.backbone))

@@ -6,7 +6,9 @@ tree that is a chain. Masks are additive, in the backbone's dtype, so that nothi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def tree_attention(
 
     Args:
         query: [batch, heads, n, head_dim]; key, value: [batch, kv_heads, T, head_dim].
-        attention_mask: additive [batch or 1, 1, n, T], or None where every row sees everything.
+        attention_mask: additive [batch or 1, 1, n, T], or None where every row sees everything; or a TreeMask.
         s_aux: attention sinks, which some models add to the softmax; not supported.
 
     Returns:
@@ -33,6 +35,15 @@ def tree_attention(
     """
     if s_aux is not None:
         raise ValueError("attention sinks are not supported")
+    if isinstance(attention_mask, TreeMask):
+        return attention_mask.attend(query, key, value, attention_mask, scaling, softcap), None
+    return masked_attention(query, key, value, attention_mask, scaling, softcap), None
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """The same for an additive mask or none."""
     batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
     if groups > 1:
@@ -45,7 +56,69 @@ def tree_attention(
         scores = softcap * torch.tanh(query @ key.mT * scaling / softcap)
         scores = scores if attention_mask is None else scores + attention_mask
         mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return mixed.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous(), None
+    return mixed.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous()
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """The same for a tree's rows over a fixed span of the cache: [1, heads, n, head_dim] -> [1, n, heads, head_dim]."""
+    return masked_attention(query, key, value, mask.additive, scaling, softcap)
+
+
+# How a TreeMask is attended by: `plain`, `tree_kernel.attend` or a FasterAttention.
+Attend = Callable[[Tensor, Tensor, Tensor, "TreeMask", float, float | None], Tensor]
+
+
+class TreeMask(Tensor):
+    """Which of `span` cached positions n rows see that are written from `start` on: all text, and their ancestors.
+
+    transformers hands any 4-D tensor on to the layers as it is. This one is [1, 1, n, n] and carries what a kernel
+    needs to do without the mask over the whole span.
+
+    Attributes:
+        ancestors: bool [n, n]; positions: [n]; start: [], on the device: the text's length.
+        window: positions that a row sees back from itself, or None for all.
+    """
+
+    ancestors: Tensor
+    positions: Tensor
+    start: Tensor
+    span: int
+    window: int | None
+    attend: Attend
+    _number: torch.dtype
+
+    @classmethod
+    def of(
+        cls, ancestors: Tensor, positions: Tensor, start: Tensor, span: int, number: torch.dtype,
+        attend: Attend = plain, window: int | None = None,
+    ) -> Self:  # fmt: skip
+        """`number`: the dtype of the additive mask, which is the queries'."""
+        mask = ancestors[None, None].as_subclass(cls)
+        mask.ancestors, mask.positions, mask.start, mask.span = ancestors, positions, start, span
+        mask.window, mask.attend, mask._number = window, attend, number
+        return mask
+
+    def within(self, window: int) -> TreeMask:
+        """The same for a layer that sees less than `window` positions back; the whole text may be shorter."""
+        if self.span <= window:
+            return self
+        return TreeMask.of(self.ancestors, self.positions, self.start, self.span, self._number, self.attend, window)
+
+    def behind(self, length: int) -> TreeMask:
+        """The same rows behind a text of another length."""
+        start = torch.full_like(self.start, length)
+        positions = self.positions - self.start + start
+        return TreeMask.of(self.ancestors, positions, start, self.span, self._number, self.attend, self.window)
+
+    @cached_property
+    def additive(self) -> Tensor:
+        """[1, 1, n, span]"""
+        allowed = fixed_mask(self.ancestors, self.start, self.span)
+        if self.window is not None:
+            allowed &= fixed_window(self.positions, self.start, self.span, self.window)
+        return additive(allowed, self._number)[None, None]
 
 
 def register() -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from medusa_chat.config import UserError
 from medusa_chat.model import attention
 from medusa_chat.model.cache import KVCache
+from medusa_chat.model.faster_attention import FasterAttention
 
 _REWINDABLE = {"full_attention", "sliding_attention"}
 
@@ -31,6 +32,7 @@ class Backbone:
 
     Attributes:
         model: the transformers model, in eval mode, loaded with the attention function of model/attention.py.
+        attend: how `hidden_at` attends.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,6 +46,7 @@ class Backbone:
             self._window = None
         self._mixed = len(set(kinds)) > 1
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.attend: attention.Attend = FasterAttention() if self.device.type == "cuda" else attention.plain
         takes = inspect.signature(model.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
         self._set_attention()
@@ -107,12 +110,9 @@ class Backbone:
         Args:
             ancestors: bool [n, n]; span: positions of the cache that are read, start + n at least.
         """
-        mask = attention.fixed_mask(ancestors, start, span)
-        near = mask
-        if self._window is not None and span > self._window:
-            near = mask & attention.fixed_window(positions, start, span, self._window)
-        full, sliding = (attention.additive(each, self.dtype)[None, None] for each in (mask, near))
-        masks = {"full_attention": full, "sliding_attention": sliding} if self._mixed else sliding
+        mask = attention.TreeMask.of(ancestors, positions, start, span, self.dtype, self.attend)
+        near = mask if self._window is None else mask.within(self._window)
+        masks = {"full_attention": mask, "sliding_attention": near} if self._mixed else near
         places = start + torch.arange(len(tokens), device=tokens.device)
         with cache.at(places, span):
             return self._forward(tokens, positions, masks, cache)
