@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from medusa_chat import registry
 from medusa_chat.cli import main
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, UserError
-from medusa_chat.registry import packaged_file, read_models, read_registry, resolve_model, split_revision
+from medusa_chat.registry import is_hub_id, packaged_file, read_models, read_registry, resolve_model, split_revision
 from medusa_chat.shapes import SHAPES
 
 NAMES = [
@@ -190,6 +190,16 @@ def test_ids_that_the_hub_cannot_have(place: str, complaint: str) -> None:
     assert complaint in refusal(place)
     if "unknown" not in complaint:
         assert complaint in refusal(None, place)
+
+
+@pytest.mark.parametrize("place", ["a/b", "a/b@c", "a/b@refs/pr/1", "a.b/c", "a/b@", "a/b c"])
+def test_places_that_are_meant_as_hub_ids(place: str) -> None:
+    assert is_hub_id(place)
+
+
+@pytest.mark.parametrize("place", ["", "a", "a@b", "a@b/c", "a/", "/a", "./a", "../a", "~/a", "a/b/c", "/a/b"])
+def test_places_that_are_not(place: str) -> None:
+    assert not is_hub_id(place)
 
 
 def test_a_revision_apart_from_its_id() -> None:
