@@ -95,7 +95,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -> int:
     """Answer one prompt on standard output: its text, or with --json a line per step and a summary."""
-    from medusa_chat.events import Stats
+    from medusa_chat.stats import Stats
     from medusa_chat.terminal.wrapping import sanitize
 
     if not prompt:

@@ -28,9 +28,10 @@ from medusa_chat.decoding import tuning
 from medusa_chat.decoding.accuracy import Accuracy
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.events import Stats, Step, Token
+from medusa_chat.events import Step, Token
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.stats import Stats
 from medusa_chat.terminal import bench_charts, bench_report, report
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]

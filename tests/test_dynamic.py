@@ -29,8 +29,9 @@ from medusa_chat.decoding.accuracy import PUBLISHED, SUPERSET, Accuracy, dynamic
 from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.selection import Selector
 from medusa_chat.decoding.tree import DynamicTree, Tree
-from medusa_chat.events import COPIED, Stats, proposer
+from medusa_chat.events import COPIED, proposer
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.stats import Stats
 from medusa_chat.training.calibrate import guess_reply, joint_ranks
 from medusa_chat.training.confidence import Guessed, dynamic_length, fit
 

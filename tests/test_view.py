@@ -16,7 +16,8 @@ from rich.style import Style
 from rich.text import Text
 
 from medusa_chat.config import Sampling
-from medusa_chat.events import COPIED, Stats, Step, Token
+from medusa_chat.events import COPIED, Step, Token
+from medusa_chat.stats import Stats
 from medusa_chat.terminal.panel import footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
 from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
