@@ -28,6 +28,7 @@ from medusa_chat.decoding.tree import Tree
 from medusa_chat.events import Step
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.loading import attention_settings
 
 torch.set_num_threads(1)
 
@@ -78,7 +79,8 @@ def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **cha
     """A transformers model with random weights, in float32."""
     config_class, own = ARCHITECTURES[kind]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes)))
+    config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
+    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
     model.generation_config.eos_token_id = None
     return model.float().eval()
 

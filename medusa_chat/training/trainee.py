@@ -152,6 +152,13 @@ def adapt(backbone: Any, recipe: Recipe) -> Any:
         return get_peft_model(backbone, config)
 
 
+def checkpoint_activations(backbone: Any) -> None:
+    """Have a backbone compute its activations anew for the gradient, so that they take no memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.10 has no other name for it yet
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def new_heads(backbone: Any, recipe: Recipe) -> MedusaHeads:
     """Untrained heads, whose guesses are the LM head's (paper, section 2.1.1): blocks at zero, its copy or itself."""
     lm_head = backbone.get_output_embeddings()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, one_line, wri
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
 from medusa_chat.training.export import export_backbone, export_heads, perplexity_of
 from medusa_chat.training.progress import LOG_FILE, Report, Stopper
-from medusa_chat.training.trainee import Trainee, adapt, describe, heads_shape, new_heads
+from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations, describe, heads_shape, new_heads
 
 HELD_OUT = 0.02  # share of the documents that perplexity is measured on, where no others are given
 
@@ -191,9 +190,7 @@ def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device)
     backbone.requires_grad_(whole)
     adapter = adapt(backbone, recipe) if recipe.joint and not whole else None
     if recipe.gradient_checkpointing and recipe.joint:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.10 has no other name for it yet
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(backbone)
     return Trainee(backbone, heads, recipe, adapter), tokenizer
 
 
