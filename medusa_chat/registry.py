@@ -92,7 +92,7 @@ def _beside(path: Path, value: str) -> str:
 
 def resolve_model(
     model: str | None, heads: str | None = None, quant: str = "auto", quant_heads: str = "auto",
-    models: Path | None = None,
+    models: Path | None = None, template: str = "",
 ) -> ModelSpec:  # fmt: skip
     """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model.
 
@@ -110,6 +110,8 @@ def resolve_model(
             raise UserError(f"{key} is one of {', '.join(_QUANTS)}, not {value!r}")
         if value != "auto":
             spec = replace(spec, **{key: value})  # type: ignore[arg-type]
+    if template:
+        spec = replace(spec, template=template)
     for place in (spec.backbone, spec.heads):
         if place and not Path(place).exists() and is_hub_id(place):
             check_hub_id(place)

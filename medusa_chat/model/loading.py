@@ -66,8 +66,6 @@ def load_model(
         files: where they lie, if that is known already; otherwise they are fetched.
         context: tokens that the engine's cache will hold, for the check that all fits into memory.
         ignore_memory: load without that check.
-
-    Args:
         fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
 
     Raises:
