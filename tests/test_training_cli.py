@@ -10,21 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from complaints import complaint
 from tiny_runs import backbone_folder, do, log_of, products, tiny_run, write_talks
 
 from medusa_chat.cli import main
 from medusa_chat.config import ACCURACY_FILE
 from medusa_chat.model.layouts import HEADS_FILE
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("medusa-chat: error: ")
-    assert told.err.count("\n") == 1
-    return told.err
 
 
 @pytest.fixture

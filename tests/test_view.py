@@ -9,7 +9,7 @@ from typing import Any
 
 import pyte
 import pytest
-from fake_engine import REPLY, script
+from fake_engine import REPLY, coloured, script
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
@@ -93,17 +93,6 @@ def show(screen: Screen, steps: Iterable[Step], **options: Any) -> None:
     with ReplyView(console(screen, **options), two_rows, marks=marks, clock=itertools.count().__next__) as view:
         for step in steps:
             view.add(step)
-
-
-def coloured(steps: Iterable[Step]) -> list[tuple[str, str]]:
-    """Each visible character of the steps with the colour of its token's head."""
-    found = []
-    for step in steps:
-        for token in step.tokens:
-            colour = head_style(token.head).color
-            name = colour.get_truecolor().hex[1:] if colour else "default"
-            found += [(char, name) for char in token.text if not char.isspace()]
-    return found
 
 
 @pytest.mark.parametrize("width", WIDTHS)
