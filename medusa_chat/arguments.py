@@ -105,6 +105,7 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--held-out", type=Path, metavar="FILE", nargs="+", default=(), help=text)
     text = "folder for heads, model, log and checkpoints"
     command.add_argument("--out", type=Path, metavar="FOLDER", required=True, help=text)
+    _memory_flag(command)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     for field in fields(Recipe):
         flag = "--recipe" if field.name == "name" else _flag(field.name)
@@ -141,6 +142,7 @@ def _distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=0.3)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    _memory_flag(command)
 
 
 def _calibrate(command: argparse.ArgumentParser) -> None:
@@ -208,6 +210,10 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     text = "copy guesses from the conversation too (default: on)"
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
+    _memory_flag(parser)
+
+
+def _memory_flag(parser: argparse.ArgumentParser) -> None:
     text = "load even where less memory is free than the model should need"
     parser.add_argument("--ignore-memory", action="store_true", help=text)
 

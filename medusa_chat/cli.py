@@ -170,7 +170,7 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(f"training needs {error.name}: pip install 'medusa-chat[train]'") from None
     run = Run(
         options.model, tuple(options.data), options.out, recipe, options.heads_from, tuple(options.held_out),
-        options.resume, options.models,
+        options.resume, options.models, options.ignore_memory,
     )  # fmt: skip
     with training() as (progress, say):
         wrote = train(run, progress, say)
@@ -192,7 +192,8 @@ def _distill(options: argparse.Namespace) -> int:
     with report.progress("answering") as progress:
         kept, total = distill(
             options.model, options.prompts, options.out, plan, limit=options.limit, server=options.server,
-            server_model=options.server_model, device=options.device, models=options.models, progress=progress,
+            server_model=options.server_model, device=options.device, models=options.models,
+            ignore_memory=options.ignore_memory, progress=progress,
         )  # fmt: skip
     unanswered = f"; {total - kept} of {total} prompts got no answer that fits the context" if kept < total else ""
     print(f"wrote {options.out}: {kept} conversations{unanswered}")

@@ -23,6 +23,7 @@ from medusa_chat.training import schedules
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, one_line, write_json
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
 from medusa_chat.training.export import export_backbone, export_heads, perplexity_of
+from medusa_chat.training.memory import check_training
 from medusa_chat.training.progress import LOG_FILE, Report, Stopper
 from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations, describe, heads_shape, new_heads
 
@@ -37,6 +38,7 @@ class Run:
         model: name, folder or hub id of the backbone; heads: to start from, in place of new ones.
         held_out: documents for the perplexity; without them, some of `data` are kept aside.
         models: the user's own list of models.
+        ignore_memory: begin even where less memory is free than the run should need.
     """
 
     model: str
@@ -47,6 +49,7 @@ class Run:
     held_out: tuple[Path, ...] = ()
     resume: bool = False
     models: Path | None = None
+    ignore_memory: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What a run that resumes has to have in common with the one before."""
@@ -143,6 +146,9 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
     say = say if first else (lambda line: None)
     with arguments.main_process_first(local=False):
         checkpoint = begin(run.out, run.settings(), run.resume, writes=first)
+        if not run.ignore_memory:
+            width = _dtype(recipe, arguments.device).itemsize
+            check_training(spec, recipe, str(arguments.device), width, bool(run.heads))
     torch.manual_seed(recipe.seed)
     trainee, tokenizer = _trainee(spec, recipe, bool(run.heads), arguments.device)
     rows = _packed(tokenizer, documents, recipe)
@@ -179,19 +185,22 @@ def _fit(
 
 def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device) -> tuple[Trainee, Any]:
     """Backbone and heads as the recipe wants them, and the tokenizer; `given`: the spec's heads are where to start."""
-    whole = recipe.joint and not recipe.lora_rank
-    dtype = torch.float32 if whole else choose_dtype(device, None)
-    backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant.replace("none", "auto"), device)
+    backbone, tokenizer = load_pretrained(spec, _dtype(recipe, device), recipe.quant.replace("none", "auto"), device)
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {spec.name} has no chat template to train with")
     heads = new_heads(backbone, recipe)
     if given and (file := heads_file(spec)):
         heads = read_heads(file, *heads_shape(backbone)).heads.float()
-    backbone.requires_grad_(whole)
-    adapter = adapt(backbone, recipe) if recipe.joint and not whole else None
+    backbone.requires_grad_(recipe.whole)
+    adapter = adapt(backbone, recipe) if recipe.joint and not recipe.whole else None
     if recipe.gradient_checkpointing and recipe.joint:
         checkpoint_activations(backbone)
     return Trainee(backbone, heads, recipe, adapter), tokenizer
+
+
+def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of the backbone's weights."""
+    return torch.float32 if recipe.whole else choose_dtype(device, None)
 
 
 def _documents(run: Run) -> tuple[list[Document], list[Document]]:
