@@ -160,6 +160,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from medusa_chat.registry import resolve_model
     from medusa_chat.terminal.training_view import training
 
     recipe = recipe_of(options)
@@ -170,13 +171,15 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(f"training needs {error.name}: pip install 'medusa-chat[train]'") from None
     run = Run(
         options.model, tuple(options.data), options.out, recipe, options.heads_from, tuple(options.held_out),
-        options.resume, options.models, options.ignore_memory,
+        options.resume, options.models, options.ignore_memory, options.template,
     )  # fmt: skip
     with training() as (progress, say):
         wrote = train(run, progress, say)
     if not wrote:
         return 0
     made = f"--model {options.out}" if recipe.joint else f"--model {options.model} --heads {options.out}"
+    if template := resolve_model(options.model, models=options.models, template=options.template).template:
+        made += f" --template {template}"
     print(f"wrote {options.out}; next: medusa-chat calibrate {made} --data FILE, then medusa-chat {made}")
     return 0
 
@@ -187,7 +190,7 @@ def _distill(options: argparse.Namespace) -> int:
 
     plan = Plan(
         turns=options.turns, batch=options.batch, max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature, seed=options.seed, system=options.system,
+        temperature=options.temperature, seed=options.seed, system=options.system, template=options.template,
     )  # fmt: skip
     with report.progress("answering") as progress:
         kept, total = distill(

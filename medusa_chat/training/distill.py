@@ -29,6 +29,7 @@ class Plan:
         turns: user turns to answer of each conversation.
         batch: conversations that are answered at once.
         system: put in front of conversations that have no system message; "" for none.
+        template: a conversation template of fastchat, in place of the model's own here.
     """
 
     turns: int
@@ -37,6 +38,7 @@ class Plan:
     temperature: float
     seed: int
     system: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         Sampling(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)  # checks them
@@ -127,7 +129,7 @@ def distill(
         raise UserError("--server-model NAME needs --server URL")
     talks = [Talk.begin(i, prompt, plan.system) for i, prompt in enumerate(read_prompts(prompts, limit))]
     if server is None:
-        local = Local(resolve_model(model, models=models), plan, device, ignore_memory)
+        local = Local(resolve_model(model, models=models, template=plan.template), plan, device, ignore_memory)
         return _run(local, talks, out, plan, progress)
     remote = Server(
         server, server_model, batch=plan.batch, max_new_tokens=plan.max_new_tokens, temperature=plan.temperature,
@@ -142,6 +144,8 @@ def _run(
 ) -> tuple[int, int]:
     settings = {"model": answerer.name} | asdict(plan)
     del settings["system"]  # the messages tell
+    if not plan.template or isinstance(answerer, Server):
+        del settings["template"]
     if isinstance(answerer, Server):
         del settings["batch"]  # each reply has its own seed there
     done, kept = _resume(out, talks, plan.batch, settings)
@@ -254,8 +258,10 @@ class Local:
 
     def _load(self) -> None:
         from medusa_chat.model.loading import choose_device, load_pretrained
-        from medusa_chat.model.templates import resolve_template
+        from medusa_chat.model.templates import named_template, resolve_template
 
+        if self._spec.template:
+            named_template(self._spec.template)  # a slip is told before the model is loaded
         device = choose_device(self._device)
         if not self._ignore_memory:
             check_answers(self._spec, str(device), self._plan.batch, self._plan.max_new_tokens)
