@@ -87,7 +87,8 @@ class ChatTemplate:
         """
         if self.conversation is None:
             return len(text)
-        said = max(text.find(reply, start) + len(reply), start)
+        said = text.find(reply.strip(), start)  # templates may strip it
+        said = start if said < 0 else said + len(reply.strip())
         marks = (*self.stop, *self.tokenizer.convert_ids_to_tokens([*self.stop_ids]), self.tokenizer.eos_token)
         places = ((text.find(mark, said), mark) for mark in marks if mark)
         return min((place + len(mark) for place, mark in places if place >= 0), default=len(text))
