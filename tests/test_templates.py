@@ -96,7 +96,7 @@ def test_where_a_reply_ends(reply: str) -> None:
     text = "USER: A</s> ASSISTANT: Yo</s><s>"
     start = text.index(" Yo")
     assert text[start : template().reply_end(text, start, reply)] == " Yo</s>"
-    assert text[start : template("qwen-7b-chat").reply_end(text, start, reply)] == " Yo</s>"  # whose ids are others' tokens
+    assert text[start : template("qwen-7b-chat").reply_end(text, start, reply)] == " Yo</s>"
     assert ChatTemplate(llama_tokenizer(ZEPHYR), "m").reply_end(text, start, reply) == len(text)
 
 
