@@ -19,8 +19,8 @@ import medusa_chat
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.accuracy import Accuracy, grow
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.events import Stats
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.stats import Stats
 from medusa_chat.training.calibrate import SIZES, Ranks, acceptance_length, answers, calibrate, joint_ranks, rank_reply
 
 TYPICAL = (16, 64)  # nodes

@@ -34,9 +34,9 @@ from medusa_chat.config import Sampling
 from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.events import Stats
 from medusa_chat.model.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.stats import Stats
 
 SIZES = (8, 16, 32, 64)
 WAYS = [(f"{kind}-{nodes}", copies) for nodes in SIZES for kind in ("static", "dynamic") for copies in (False, True)]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import ModelSpec, Sampling, UserError
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.model.hub import Files, Progress
 
 __version__ = "0.1.0"
 __all__ = ["Sampling", "UserError", "load"]
@@ -20,7 +19,7 @@ def load(
     model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
     quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
     models: Path | None = None, ignore_memory: bool = False, probing: bool = True, measured: bool = True,
-    copies: bool = True, template: str = "", progress: Callable[[str, int, int], None] | None = None,
+    copies: bool = True, template: str = "", progress: Progress | None = None,
     eager: bool | None = None, fuse: bool = True,
 ) -> Engine:  # fmt: skip
     """Load a model with its Medusa heads.
@@ -50,19 +49,10 @@ def load(
     """
     from platformdirs import user_cache_path
 
-    from medusa_chat.model import memory
-    from medusa_chat.model.devices import likely_device
-    from medusa_chat.model.hub import fetch
-    from medusa_chat.model.templates import named_template
     from medusa_chat.registry import resolve_model
 
-    spec = resolve_model(model, heads, quant, quant_heads, models)
-    spec = replace(spec, template=template or spec.template)
-    if spec.template:
-        named_template(spec.template)  # a slip is told before the download
-    if not ignore_memory and not Path(spec.backbone).exists():
-        memory.check(spec, memory.load_of(spec, likely_device(device), context))  # and so is what can't fit
-    files = fetch(spec, progress)  # before torch is imported: it is seen at once how far it is, or why it fails
+    spec = resolve_model(model, heads, quant, quant_heads, models, template)
+    files = _fetch(spec, device, context, ignore_memory, progress)  # before torch is imported: it is seen at once
     from medusa_chat.decoding.accuracy import read_accuracy
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.loading import load_model
@@ -76,3 +66,17 @@ def load(
     )  # fmt: skip
     engine.notices[:0] = loaded.notices
     return engine
+
+
+def _fetch(spec: ModelSpec, device: str, context: int | None, ignore_memory: bool, progress: Progress | None) -> Files:
+    """Have a spec's files here; a slip of the template's name and what can't fit are told before the download."""
+    from medusa_chat.model import memory
+    from medusa_chat.model.devices import likely_device
+    from medusa_chat.model.hub import fetch
+    from medusa_chat.model.templates import named_template
+
+    if spec.template:
+        named_template(spec.template)
+    if not ignore_memory and not Path(spec.backbone).exists():
+        memory.check(spec, memory.load_of(spec, likely_device(device), context))
+    return fetch(spec, progress)

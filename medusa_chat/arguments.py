@@ -105,6 +105,8 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--held-out", type=Path, metavar="FILE", nargs="+", default=(), help=text)
     text = "folder for heads, model, log and checkpoints"
     command.add_argument("--out", type=Path, metavar="FOLDER", required=True, help=text)
+    _template_flag(command)
+    _memory_flag(command)
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     for field in fields(Recipe):
         flag = "--recipe" if field.name == "name" else _flag(field.name)
@@ -141,6 +143,8 @@ def _distill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=0.3)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    _template_flag(command)
+    _memory_flag(command)
 
 
 def _calibrate(command: argparse.ArgumentParser) -> None:
@@ -196,8 +200,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     quants = ["auto", *get_args(Quant)]
     parser.add_argument("--quant", choices=quants, default="auto", help="of the backbone's weights (bitsandbytes)")
     parser.add_argument("--quant-heads", choices=quants, default="auto", help="of the heads' weights")
-    text = "a conversation template of fastchat, in place of the model's own; `list` prints their names"
-    parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
+    _template_flag(parser)
     text = "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N, a released tree, or a JSON file of paths"
     parser.add_argument("--tree", default="auto", help=text)
     text = "--tree auto, with steps timed anew; what an earlier run measured is not used"
@@ -208,6 +211,15 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     text = "copy guesses from the conversation too (default: on)"
     parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help=text)
     parser.add_argument("--max-context", type=_count, help="tokens that prompt and reply may hold together")
+    _memory_flag(parser)
+
+
+def _template_flag(parser: argparse.ArgumentParser) -> None:
+    text = "a conversation template of fastchat, in place of the model's own; `list` prints their names"
+    parser.add_argument("--template", metavar="NAME", action=_Template, default="", help=text)
+
+
+def _memory_flag(parser: argparse.ArgumentParser) -> None:
     text = "load even where less memory is free than the model should need"
     parser.add_argument("--ignore-memory", action="store_true", help=text)
 

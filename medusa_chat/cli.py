@@ -95,7 +95,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -> int:
     """Answer one prompt on standard output: its text, or with --json a line per step and a summary."""
-    from medusa_chat.events import Stats
+    from medusa_chat.stats import Stats
     from medusa_chat.terminal.wrapping import sanitize
 
     if not prompt:
@@ -164,6 +164,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from medusa_chat.registry import resolve_model
     from medusa_chat.terminal.training_view import training
 
     recipe = recipe_of(options)
@@ -174,13 +175,15 @@ def _train(options: argparse.Namespace) -> int:
         raise UserError(f"training needs {error.name}: pip install 'medusa-chat[train]'") from None
     run = Run(
         options.model, tuple(options.data), options.out, recipe, options.heads_from, tuple(options.held_out),
-        options.resume, options.models,
+        options.resume, options.models, options.ignore_memory, options.template,
     )  # fmt: skip
     with training() as (progress, say):
         wrote = train(run, progress, say)
     if not wrote:
         return 0
     made = f"--model {options.out}" if recipe.joint else f"--model {options.model} --heads {options.out}"
+    if template := resolve_model(options.model, models=options.models, template=options.template).template:
+        made += f" --template {template}"
     print(f"wrote {options.out}; next: medusa-chat calibrate {made} --data FILE, then medusa-chat {made}")
     return 0
 
@@ -191,12 +194,13 @@ def _distill(options: argparse.Namespace) -> int:
 
     plan = Plan(
         turns=options.turns, batch=options.batch, max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature, seed=options.seed, system=options.system,
+        temperature=options.temperature, seed=options.seed, system=options.system, template=options.template,
     )  # fmt: skip
     with report.progress("answering") as progress:
         kept, total = distill(
             options.model, options.prompts, options.out, plan, limit=options.limit, server=options.server,
-            server_model=options.server_model, device=options.device, models=options.models, progress=progress,
+            server_model=options.server_model, device=options.device, models=options.models,
+            ignore_memory=options.ignore_memory, progress=progress,
         )  # fmt: skip
     unanswered = f"; {total - kept} of {total} prompts got no answer that fits the context" if kept < total else ""
     print(f"wrote {options.out}: {kept} conversations{unanswered}")

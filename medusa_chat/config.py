@@ -141,6 +141,9 @@ class ModelSpec:
     description: str = ""
 
 
+OWN_SHARE = 0.12  # `auto` gives heads LM heads of their own up to this share of the backbone's parameters
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is given Medusa heads (paper, section 2.2). Each field is also a `--flag` of `train`.
@@ -180,7 +183,6 @@ class Recipe:
             "learning_rate", "lora_alpha",
         )  # fmt: skip
         amounts = ("warmup_steps", "backbone_learning_rate", "lambda_0")
-        whole = self.joint and self.lora_rank == 0
         checks = (
             (self.name in RECIPES, f"unknown recipe {self.name!r}; there are {', '.join(RECIPES)}"),
             *((0 < getattr(self, n) < inf, f"{n} must be above 0, not {getattr(self, n)}") for n in counts),
@@ -193,8 +195,8 @@ class Recipe:
             (0 <= self.seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {self.seed}"),
             (0 <= self.lora_dropout < 1, f"lora_dropout must be from 0 to below 1, not {self.lora_dropout:g}"),
             (self.lora_rank >= 0, f"lora_rank must be 0 (train the whole backbone) or more, not {self.lora_rank}"),
-            (not whole or self.name != "distilled", "distilled needs an adapter to switch off: lora_rank above 0"),
-            (not whole or self.quant == "none", f"a backbone in {self.quant} needs an adapter: lora_rank above 0"),
+            (not self.whole or self.name != "distilled", "distilled needs an adapter to switch off: lora_rank above 0"),
+            (not self.whole or self.quant == "none", f"a backbone in {self.quant} needs an adapter: lora_rank above 0"),
         )  # fmt: skip
         for holds, complaint in checks:
             if not holds:
@@ -204,6 +206,15 @@ class Recipe:
     def joint(self) -> bool:
         """Whether the backbone is trained with the heads."""
         return self.name != "medusa1"
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights of the backbone are trained, and not those of an adapter."""
+        return self.joint and not self.lora_rank
+
+    def owns_lm_heads(self, lm_head: int, backbone: int) -> bool:
+        """Whether new heads get LM heads of their own, for a backbone and its LM head of so many parameters."""
+        return self.lm_heads == "own" or (self.lm_heads == "auto" and self.heads * lm_head <= OWN_SHARE * backbone)
 
 
 # The released recipes' settings (ctlllll/axolotl, examples/medusa); rows and batches are for one small machine.

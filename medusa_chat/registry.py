@@ -92,7 +92,7 @@ def _beside(path: Path, value: str) -> str:
 
 def resolve_model(
     model: str | None, heads: str | None = None, quant: str = "auto", quant_heads: str = "auto",
-    models: Path | None = None,
+    models: Path | None = None, template: str = "",
 ) -> ModelSpec:  # fmt: skip
     """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model.
 
@@ -110,8 +110,10 @@ def resolve_model(
             raise UserError(f"{key} is one of {', '.join(_QUANTS)}, not {value!r}")
         if value != "auto":
             spec = replace(spec, **{key: value})  # type: ignore[arg-type]
+    if template:
+        spec = replace(spec, template=template)
     for place in (spec.backbone, spec.heads):
-        if place and not Path(place).exists() and looks_like_hub_id(place):
+        if place and not Path(place).exists() and is_hub_id(place):
             check_hub_id(place)
     return spec
 
@@ -122,10 +124,10 @@ def _named(name: str, registry: Mapping[str, ModelSpec]) -> ModelSpec:
         return replace(spec, backbone=str(BUNDLED)) if spec.backbone == "bundled" else spec
     if Path(name).expanduser().is_dir():
         return ModelSpec(name=Path(name).expanduser().resolve().name, backbone=str(Path(name).expanduser()))
-    if looks_like_hub_id(name):
+    if is_hub_id(name):
         return ModelSpec(name=split_revision(name)[0].split("/")[1], backbone=name)
     base, revision = split_revision(name)
-    if revision and base in registry and looks_like_hub_id(registry[base].backbone):
+    if revision and base in registry and is_hub_id(registry[base].backbone):
         return replace(registry[base], backbone=f"{split_revision(registry[base].backbone)[0]}@{revision}")
     raise UserError(f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)")
 
@@ -136,9 +138,10 @@ def split_revision(place: str) -> tuple[str, str | None]:
     return identity, revision or None
 
 
-def looks_like_hub_id(place: str) -> bool:
+def is_hub_id(place: str) -> bool:
     """Whether a place that is no file or folder here is meant as owner/name, perhaps with a revision."""
-    return split_revision(place)[0].count("/") == 1 and not place.startswith((".", "/", "~"))
+    parts = split_revision(place)[0].split("/")
+    return len(parts) == 2 and all(parts) and not place.startswith((".", "~"))
 
 
 def check_hub_id(place: str) -> None:

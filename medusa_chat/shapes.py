@@ -63,6 +63,12 @@ class Shape:
         norms = self.hidden * (2 * self.layers + 1)
         return self.linear_parameters + self.embedding_parameters * (1 if self.tied else 2) + norms
 
+    def adapter_parameters(self, rank: int) -> int:
+        """Weights of a LoRA adapter of all linear layers, the LM head's too where it is not tied."""
+        heads = self.head_dim * (self.heads + self.kv_heads)
+        layer = 4 * self.hidden + 2 * heads + 3 * (self.hidden + self.intermediate)
+        return rank * (self.layers * layer + (0 if self.tied else self.hidden + self.vocabulary))
+
     def cache_bytes(self, positions: int, width: int = 2) -> int:
         """Bytes of keys and values of `positions` tokens, at `width` bytes a number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * positions * width

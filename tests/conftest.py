@@ -6,6 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,3 +16,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-chat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # no models.yaml of whoever runs the tests
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Any:
+    """A tiny Llama with random weights."""
+    from tiny import random_backbone
+
+    return random_backbone()
+
+
+@pytest.fixture(scope="module")
+def greedy_text(backbone: Any) -> list[int]:
+    """The tests' prompt and its vanilla greedy continuation."""
+    from tiny import NEW, PROMPT, make_engine, reply
+
+    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)

@@ -9,12 +9,13 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.events import Candidates, Finish, Gated, Step, Token
+from medusa_chat.terminal.theme import head_style
 
 REPLY = (
     "Once upon a time a small fox lived under the old bridge. Every morning he counted the boats, "
@@ -23,6 +24,17 @@ REPLY = (
 DEPTHS = (3, 1, 4, 0, 2, 1)  # accepted guesses of the tree steps, in turn
 VANILLA_EVERY = 4
 TREE_SECONDS, VANILLA_SECONDS = 0.012, 0.010
+
+
+def coloured(steps: Iterable[Step]) -> list[tuple[str, str]]:
+    """Each visible character of the steps with the colour of its token's head."""
+    found = []
+    for step in steps:
+        for token in step.tokens:
+            colour = head_style(token.head).color
+            name = colour.get_truecolor().hex[1:] if colour else "default"
+            found += [(char, name) for char in token.text if not char.isspace()]
+    return found
 
 
 def pieces(text: str) -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pexpect
 import pyte
+from fake_engine import coloured
 
 from medusa_chat.events import Step
-from medusa_chat.terminal.theme import head_style
 
 ROOT = Path(__file__).parent.parent
 ENTER, NEW_LINE, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
@@ -88,12 +88,7 @@ class Chat:
 
 def assert_colours(terminal: Chat, row: int, steps: Iterable[Step]) -> None:
     """Every character of the reply that begins in `row` has the colour of the head that its step names."""
-    expected = []
-    for step in steps:
-        for token in step.tokens:
-            colour = head_style(token.head).color
-            name = colour.get_truecolor().hex[1:] if colour else "default"
-            expected += [(char, name) for char in token.text if not char.isspace()]
+    expected = coloured(steps)
     lines = range(row, terminal.screen.lines)
     cells = [terminal.screen.buffer[line][column] for line in lines for column in range(terminal.screen.columns)]
     shown = [(cell.data, cell.fg) for cell in cells if cell.data != " "]

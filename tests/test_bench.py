@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from complaints import complaint
+from quiet import quiet, silent
 from rich.console import Console
-from tiny import END, make_engine, random_backbone, random_heads, random_model, save_model
+from tiny import make_engine, save_with_heads
 
 import medusa_chat
 from medusa_chat import verify
 from medusa_chat.bench.command import OWN_PROMPTS
 from medusa_chat.bench.figures import mode_figures, peer_figures
 from medusa_chat.bench.parts import Stopwatch, step_parts, watching
-from medusa_chat.bench.plan import Plan, Tick
+from medusa_chat.bench.plan import Plan
 from medusa_chat.bench.replies import PEERS, Run, Turn, converse, fitting, ways_of
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
@@ -28,9 +29,9 @@ from medusa_chat.decoding import tuning
 from medusa_chat.decoding.accuracy import Accuracy
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.events import Stats, Step, Token
-from medusa_chat.model.layouts import write_heads
+from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.stats import Stats
 from medusa_chat.terminal import bench_charts, bench_report, report
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
@@ -41,21 +42,9 @@ MODE_KEYS = {
 }  # fmt: skip
 
 
-def quiet(done: int, total: int) -> None:
-    assert 0 < done <= total
-
-
-@contextmanager
-def silent(phase: str) -> Iterator[Tick]:
-    assert phase
-    yield quiet
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = save_model(tmp_path_factory.mktemp("model"), random_model("llama", 320, pad_token_id=0, eos_token_id=END))
-    write_heads(random_heads(random_backbone("llama", 320), own=False), place)
-    return place
+    return save_with_heads(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -288,7 +277,7 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("words", "expected"),
     [
         (["--json", "/nonesuch/out.json"], "there is no folder /nonesuch"),
         (["--plot", "/nonesuch/plots"], "there is no folder /nonesuch"),
@@ -303,13 +292,9 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_measured(
-    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", *words]) == 2
-    told = capsys.readouterr()
-    assert complaint in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    assert expected in complaint(capsys, "bench", *words)
 
 
 def test_without_matplotlib_plot_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

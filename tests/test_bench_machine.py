@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quiet import quiet
 from rich.console import Console
 from tiny import decode, ids_of, make_engine, prompt_ids, random_backbone, random_heads
 from torch import nn
@@ -20,7 +19,7 @@ from torch import nn
 from medusa_chat.bench import bandwidth, command, history, shapes, twin
 from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_bytes, step_bytes
 from medusa_chat.bench.host import host_gaps
-from medusa_chat.bench.plan import RandomModel, Tick
+from medusa_chat.bench.plan import RandomModel
 from medusa_chat.bench.shapes import numbers, parse_shapes, random_engine
 from medusa_chat.bench.steps import measure_steps, reached
 from medusa_chat.cli import main
@@ -29,24 +28,17 @@ from medusa_chat.decoding import runner as runner_module
 from medusa_chat.decoding import tuning
 from medusa_chat.decoding.captured import as_it_is
 from medusa_chat.decoding.runner import Outcome, Runner
+from medusa_chat.model import memory
 from medusa_chat.model.devices import free_memory, last_level_cache, peak_memory, reset_peak_memory
 from medusa_chat.model.heads import decoding_heads
 from medusa_chat.model.packing import PackedLinear, pack_linear
 from medusa_chat.model.quantization import quantize_linear
+from medusa_chat.registry import packaged_file, read_models
 from medusa_chat.shapes import SHAPES, Shape
 from medusa_chat.terminal import bench_report
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
-
-
-def quiet(done: int, total: int) -> None:
-    assert 0 < done <= total
-
-
-@contextmanager
-def silent(phase: str) -> Iterator[Tick]:
-    yield quiet
 
 
 @pytest.fixture(autouse=True)
@@ -184,12 +176,19 @@ def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(monkeypatch: pyt
     with pytest.raises(UserError, match=r"vicuna-7b takes 1\d\.\d GiB, and 8\.0 GiB are free") as refusal:
         random_engine(RandomModel("vicuna-7b"), 1024, CPU, torch.bfloat16)
     assert "\n" not in str(refusal.value)
-    sizes = {q: shapes.needed_bytes(RandomModel("vicuna-7b", q), 1024, CPU, torch.bfloat16) for q in ("none", "nf4")}  # type: ignore[arg-type]
-    assert 13.5e9 < sizes["none"] < 16e9
-    assert 4.5e9 < sizes["nf4"] < 6.5e9
-    own = shapes.needed_bytes(RandomModel("vicuna-7b", own=True), 1024, CPU, torch.bfloat16)
-    lm_heads = 5 * 32000 * 4096 * 2
-    assert lm_heads <= own - sizes["none"] <= 2 * lm_heads  # laid out one by one, beside all as they were read
+
+
+def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
+    def planned(quant: Quant = "none", own: bool = False) -> memory.Plan:
+        return shapes.memory_plan(RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16)
+
+    assert 13.5e9 < planned().total < 16e9
+    assert 4.5e9 < planned("nf4").total < 6.5e9
+    assert planned().parts()["heads"] == 5 * 4096 * 4097 * 2
+    assert planned(own=True).parts()["heads"] == 5 * 4096 * (4097 + 32000) * 2
+    real = memory.contents_of(read_models(packaged_file())["vicuna-7b"])  # with the heads that were published for it
+    assert real is not None
+    assert planned(own=True) == memory.plan(real, memory.Load("cpu", context=1024))
 
 
 def test_figures_of_random_shapes_are_marked_as_simulated(

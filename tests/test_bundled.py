@@ -16,13 +16,13 @@ import medusa_chat
 from medusa_chat.config import BUNDLED, Message, Sampling
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import chain, named_tree, paper_trees
-from medusa_chat.events import Stats
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.loading import load_model
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import read_prompts
 from medusa_chat.registry import resolve_model
+from medusa_chat.stats import Stats
 from medusa_chat.verify import verify
 
 VALID = Path(__file__).parent.parent.parent / "shared" / "data" / "valid"

@@ -16,9 +16,9 @@ from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.accuracy import Accuracy, grow
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import Tree, chain, named_tree
-from medusa_chat.events import Stats
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.prompts import Prompt
+from medusa_chat.stats import Stats
 from medusa_chat.training import calibrate as calibration
 from medusa_chat.training.calibrate import (
     Ranks,

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from complaints import complaint
 from rich.console import Console
-from tiny import END, random_backbone, random_heads, random_model, save_model
+from tiny import save_with_heads
 
 from medusa_chat.cli import main
 from medusa_chat.decoding.accuracy import Accuracy, write_accuracy
-from medusa_chat.model.layouts import write_heads
 from medusa_chat.terminal import report
 from medusa_chat.training.calibrate import STORED
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = save_model(tmp_path_factory.mktemp("model"), random_model("llama", 320, pad_token_id=0, eos_token_id=END))
-    write_heads(random_heads(random_backbone("llama", 320), own=False), place)
+    place = save_with_heads(tmp_path_factory.mktemp("model"))
     (place / "prompts.txt").write_text("".join(f"Say {number}\n" for number in range(10)))
     return place
 
@@ -64,14 +63,6 @@ def test_without_a_check_all_prompts_are_counted(folder: Path, capsys: pytest.Ca
     assert "forecast" not in printed
     assert main(words(folder, "--limit", "3")) == 0
     assert "the forecast was not checked: that takes 5 prompts" in capsys.readouterr().out
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(list(arguments)) == 2
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1
-    assert printed.out == ""
-    return printed.err
 
 
 def test_mistakes_are_one_line_and_write_nothing(

@@ -11,7 +11,8 @@ from pseudo_terminal import CTRL_C, Chat, assert_colours
 
 import medusa_chat
 from medusa_chat.config import Sampling
-from medusa_chat.events import Stats, Step
+from medusa_chat.events import Step
+from medusa_chat.stats import Stats
 
 SETTINGS = ("--dtype", "float32", "--tree", "mc_sim_7b_63")
 QUESTION = "Tell me a fairy tale."

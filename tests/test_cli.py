@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import END, random_backbone, random_heads, random_model, save_model
+from complaints import complaint
+from tiny import save_with_heads
 
 from medusa_chat.cli import main
-from medusa_chat.model.layouts import HEADS_FILE, write_heads
+from medusa_chat.model.layouts import HEADS_FILE
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = save_model(tmp_path_factory.mktemp("model"), random_model("llama", 320, pad_token_id=0, eos_token_id=END))
-    write_heads(random_heads(random_backbone("llama", 320), own=False), place)
-    return place
+    return save_with_heads(tmp_path_factory.mktemp("model"))
 
 
 def run(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -89,38 +88,26 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words, complaint = BAD[case]
-    assert main(words) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert complaint in printed.err
-    assert printed.err.startswith("medusa-chat: error: ")
-
-
-def complaint_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(words) == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    return printed
+    words, expected = BAD[case]
+    assert expected in complaint(capsys, *words)
 
 
 def test_damaged_files_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     orphan = tmp_path / "tree.json"
     orphan.write_text("[[0], [1, 0]]")
-    assert "node [1, 0] is an orphan" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", str(orphan)))
+    assert "node [1, 0] is an orphan" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", str(orphan)))
     missing = str(tmp_path / "no.json")
-    assert "unknown tree" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
+    assert "unknown tree" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
     heads = tmp_path / HEADS_FILE
     heads.write_bytes((folder / HEADS_FILE).read_bytes()[:-100])
-    assert "damaged" in complaint_of(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
+    assert "damaged" in complaint(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in folder.iterdir():
         content = file.read_bytes()
         (damaged / file.name).write_bytes(content[: len(content) // 2] if file.name == "model.safetensors" else content)
-    assert "cannot load the model" in complaint_of(capsys, *answer(damaged, "--prompt", "hi"))
-    long = complaint_of(capsys, *answer(folder, "--prompt", "word " * 200))
+    assert "cannot load the model" in complaint(capsys, *answer(damaged, "--prompt", "hi"))
+    long = complaint(capsys, *answer(folder, "--prompt", "word " * 200))
     assert "the prompt has" in long
     assert "holds 512" in long
 

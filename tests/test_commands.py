@@ -14,7 +14,8 @@ from rich.console import Console
 
 from medusa_chat import config
 from medusa_chat.config import MODES, Sampling, UserError
-from medusa_chat.events import COPIED, Candidates, Stats, Step, Token
+from medusa_chat.events import COPIED, Candidates, Step, Token
+from medusa_chat.stats import Stats
 from medusa_chat.terminal import tables, tree_view
 from medusa_chat.terminal.commands import GREEDY_REPEATS, dispatch, find, is_command
 from medusa_chat.terminal.completion import CommandCompleter

@@ -12,8 +12,9 @@ from tiny import OracleHeads, decode, ids_of, make_engine, prompt_ids, random_ba
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.acceptance import greedy
 from medusa_chat.decoding.copying import CHAIN, GRAMS, LONGEST, PRIOR, Copied, Copies
-from medusa_chat.events import COPIED, Stats
+from medusa_chat.events import COPIED
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.stats import Stats
 
 NEW = 60
 LOOP = [5, 9, 3, 7, 11, 2, 8]

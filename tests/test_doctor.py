@@ -30,7 +30,7 @@ def test_every_topic_has_its_findings(found: dict[tuple[str, str], doctor.Findin
     assert list(dict.fromkeys(topic for topic, _ in found)) == TOPICS
     assert not [finding for finding in found.values() if finding.fault]
     assert found["versions", "medusa-chat"].text == medusa_chat.__version__
-    assert found["versions", "torch"].text == torch.__version__
+    assert torch.__version__.startswith(found["versions", "torch"].text)  # a build from PyPI adds +cu130
     assert "GB free" in found["devices", "cpu"].text
     assert found["4 bit", "cpu"].text.startswith("an nf4 product in ")
     assert found["models", "shipped"].text.startswith("9 in ")

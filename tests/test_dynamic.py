@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import (
+    NEW,
+    PROMPT,
     OracleHeads,
     decode,
     ids_of,
     make_engine,
-    prompt_ids,
-    random_backbone,
     random_heads,
     random_tree,
     reply,
@@ -29,25 +29,13 @@ from medusa_chat.decoding.accuracy import PUBLISHED, SUPERSET, Accuracy, dynamic
 from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.selection import Selector
 from medusa_chat.decoding.tree import DynamicTree, Tree
-from medusa_chat.events import COPIED, Stats, proposer
-from medusa_chat.model.backbone import Backbone
+from medusa_chat.events import COPIED, proposer
+from medusa_chat.stats import Stats
 from medusa_chat.training.calibrate import guess_reply, joint_ranks
 from medusa_chat.training.confidence import Guessed, dynamic_length, fit
 
-NEW = 40
-PROMPT = prompt_ids(12)
 CPU = torch.device("cpu")
 NEVER = float("-inf")
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return random_backbone()
-
-
-@pytest.fixture(scope="module")
-def greedy_text(backbone) -> list[int]:
-    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
 
 
 # ---- the choice against a twin with a heap ----

@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import (
+    NEW,
+    PROMPT,
     OracleHeads,
     decode,
     ids_of,
@@ -28,20 +30,6 @@ from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.accuracy import Accuracy
 from medusa_chat.decoding.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
-
-NEW = 48
-PROMPT = prompt_ids(12)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return random_backbone()
-
-
-@pytest.fixture(scope="module")
-def greedy_text(backbone) -> list[int]:
-    """The prompt and its vanilla greedy continuation."""
-    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
 
 
 def oracle(backbone: Backbone, text: list[int], ranks=(0, 0, 1, -1), heads: int = 4, seed: int = 0) -> OracleHeads:

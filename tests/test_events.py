@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from medusa_chat.events import COPIED, Gated, Stats, Step, Token
+from medusa_chat.events import COPIED, Gated, Step, Token
+from medusa_chat.stats import Stats
 
 
 def step(heads: list[int], seconds: float, *, nodes: int = 8, finish=None) -> Step:

@@ -259,6 +259,8 @@ def test_local_paths_need_no_hub(tmp_path: Path) -> None:
     for spec, words in (
         (ModelSpec("m", "absent"), "there is no model at absent: no such file or folder"),
         (ModelSpec("m", str(tmp_path), heads="./a/b"), "there are no Medusa heads at ./a/b"),
+        (ModelSpec("m", str(tmp_path), heads="absent/"), "there are no Medusa heads at absent/"),
+        (ModelSpec("m", str(tmp_path), heads="a b/c"), "'a b/c' is no hub id"),
     ):
         with pytest.raises(UserError, match=words):
             hub.fetch(spec)
@@ -273,11 +275,3 @@ def test_where_measured_accuracies_are_kept(tmp_path: Path, monkeypatch: pytest.
     )]  # fmt: skip
     ours = tmp_path / "data" / "medusa-chat" / "accuracy"
     assert [file.parent for file in kept] == [ours / "o--n@v1", ours / "o--heads", tmp_path, tmp_path]
-
-
-def test_revisions_are_split_off() -> None:
-    assert hub.split_revision("owner/name") == ("owner/name", None)
-    assert hub.split_revision("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
-    assert [hub.is_hub_id(text) for text in ("a/b", "a/b@c", "a/b@refs/pr/1", "a", "./a", "a/b/c", "/a/b", "~/a")] == [
-        True, True, True, False, False, False, False, False,
-    ]  # fmt: skip

@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import random_backbone, random_heads
+from tiny import random_heads
 
 from medusa_chat.config import UserError
-from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import read_heads, write_heads
 
 HIDDEN, VOCABULARY = 32, 64
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return random_backbone()
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+from complaints import refusal
 from safetensors.torch import load_file, save_file
 from tiny import random_backbone, random_heads, random_model, reply, save_model
 from transformers import BertConfig, T5Config
 
 import medusa_chat
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import ModelSpec
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.loading import choose_device, choose_dtype, load_model
 
@@ -32,13 +33,6 @@ def folder(whole, tmp_path):
     for file in whole.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
-
-
-def refusal(call, *arguments, **named) -> str:
-    with pytest.raises(UserError) as raised:
-        call(*arguments, **named)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def load(folder, heads=None) -> str:

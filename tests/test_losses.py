@@ -16,7 +16,7 @@ from medusa_chat.config import Recipe, make_recipe
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED, Example, PackedRows
-from medusa_chat.training.trainee import Trainee, adapt
+from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations
 
 VOCABULARY, HEADS, BLOCKS = 64, 3, 2
 SMALL = {
@@ -229,7 +229,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         for on in (False, True):
             trainee = setting(RECIPES[name], "llama", own=False).trainee
             if on:
-                trainee.backbone.activation_checkpointing_enable({"use_reentrant": False})
+                checkpoint_activations(trainee.backbone)
             calls: list[int] = []
             trainee.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
             trainee(**batch())[0].backward()

@@ -20,7 +20,8 @@ from medusa_chat.decoding.online import MISSED, Listener, OnlineAccuracy
 from medusa_chat.decoding.policy import VANILLA, Policy
 from medusa_chat.decoding.tree import Tree, chain
 from medusa_chat.decoding.tuning import StepCost
-from medusa_chat.events import Stats, Step, Token
+from medusa_chat.events import Step, Token
+from medusa_chat.stats import Stats
 
 FLAT = StepCost(1.0, {2: 1.2, 16: 1.2, 64: 3.0})  # 16 nodes cost as much as 2
 PROMPT = prompt_ids(12)

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from complaints import refusal
 from huggingface_hub.utils import validate_repo_id
 
 from medusa_chat import registry
 from medusa_chat.cli import main
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, UserError
-from medusa_chat.registry import packaged_file, read_models, read_registry, resolve_model, split_revision
+from medusa_chat.registry import is_hub_id, packaged_file, read_models, read_registry, resolve_model, split_revision
 from medusa_chat.shapes import SHAPES
 
 NAMES = [
@@ -29,11 +30,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "settings" / "models.yaml"
 
 
-def refusal(*arguments: object, **named: object) -> str:
-    with pytest.raises(UserError) as raised:
-        resolve_model(*arguments, **named)  # type: ignore[arg-type]
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+def refused(*arguments: object, **named: object) -> str:
+    return refusal(resolve_model, *arguments, **named)
 
 
 def test_the_list_that_ships() -> None:
@@ -120,7 +118,7 @@ def test_ones_own_list_adds_and_overrides(own: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("models: {theirs: {backbone: a/b}}")
     assert list(read_registry(other)) == [*NAMES, "theirs"]
-    assert "unknown model 'mine'" in refusal("mine", models=other)
+    assert "unknown model 'mine'" in refused("mine", models=other)
 
 
 def test_folders_in_ones_own_list_are_meant_from_there(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +157,7 @@ def test_what_a_user_may_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert resolve_model(None, "~/heads").heads == str(tmp_path.parent / "heads")
     monkeypatch.chdir(tmp_path)
     for wrong in ("nothing", "a/b/c", "./a/b", "../b", "/no/such", "~/no-such", "bundled@main", "nothing@main"):
-        assert "unknown model" in refusal(wrong)
+        assert "unknown model" in refused(wrong)
 
 
 def test_a_revision_of_a_listed_model() -> None:
@@ -175,7 +173,7 @@ def test_other_heads_than_the_listed_ones() -> None:
 def test_quantization_named_and_not() -> None:
     assert resolve_model("vicuna-7b", quant="none", quant_heads="int8").quant == "none"
     assert resolve_model("vicuna-7b", quant="none", quant_heads="int8").quant_heads == "int8"
-    assert "quant_heads is one of auto, none, nf4" in refusal("vicuna-7b", quant_heads="nf5")
+    assert "quant_heads is one of auto, none, nf4" in refused("vicuna-7b", quant_heads="nf5")
 
 
 @pytest.mark.parametrize(
@@ -187,9 +185,19 @@ def test_quantization_named_and_not() -> None:
     ],
 )  # fmt: skip
 def test_ids_that_the_hub_cannot_have(place: str, complaint: str) -> None:
-    assert complaint in refusal(place)
+    assert complaint in refused(place)
     if "unknown" not in complaint:
-        assert complaint in refusal(None, place)
+        assert complaint in refused(None, place)
+
+
+@pytest.mark.parametrize("place", ["a/b", "a/b@c", "a/b@refs/pr/1", "a.b/c", "a/b@", "a/b c"])
+def test_places_that_are_meant_as_hub_ids(place: str) -> None:
+    assert is_hub_id(place)
+
+
+@pytest.mark.parametrize("place", ["", "a", "a@b", "a@b/c", "a/", "/a", "./a", "../a", "~/a", "a/b/c", "/a/b"])
+def test_places_that_are_not(place: str) -> None:
+    assert not is_hub_id(place)
 
 
 def test_a_revision_apart_from_its_id() -> None:

@@ -11,7 +11,8 @@ import pytest
 from fake_engine import REPLY, FakeEngine
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.events import Stats, Step
+from medusa_chat.events import Step
+from medusa_chat.stats import Stats
 from medusa_chat.terminal.session import Session, read_conversation
 
 

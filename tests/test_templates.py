@@ -91,6 +91,15 @@ def test_there_is_one_bos_where_the_template_wants_one(own: str) -> None:
     assert ChatTemplate(llama_tokenizer(), "m", written).encode(talk("Hi"))[:2].count(bos) == 1
 
 
+@pytest.mark.parametrize("reply", ["Yo", " Yo\n", "written otherwise by the template"])
+def test_where_a_reply_ends(reply: str) -> None:
+    text = "USER: A</s> ASSISTANT: Yo</s><s>"
+    start = text.index(" Yo")
+    assert text[start : template().reply_end(text, start, reply)] == " Yo</s>"
+    assert text[start : template("qwen-7b-chat").reply_end(text, start, reply)] == " Yo</s>"
+    assert ChatTemplate(llama_tokenizer(ZEPHYR), "m").reply_end(text, start, reply) == len(text)
+
+
 def test_a_tokenizers_own_template_takes_no_empty_system_message() -> None:
     own = ChatTemplate(llama_tokenizer(ZEPHYR), "m")
     assert own.render(talk("Hi", system="")) == own.render(talk("Hi")) == "<|user|>\nHi</s>\n<|assistant|>\n"

@@ -13,7 +13,7 @@ from fake_engine import REPLY, script
 from pseudo_terminal import CTRL_C, CTRL_D, ENTER, NEW_LINE, ROOT, UP, Chat, assert_colours
 
 from medusa_chat.config import UserError
-from medusa_chat.events import Stats
+from medusa_chat.stats import Stats
 from medusa_chat.terminal.repl import chat
 
 FAKE_CHAT = str(ROOT / "tests" / "fake_engine.py")

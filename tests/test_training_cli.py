@@ -10,21 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from complaints import complaint
 from tiny_runs import backbone_folder, do, log_of, products, tiny_run, write_talks
 
 from medusa_chat.cli import main
 from medusa_chat.config import ACCURACY_FILE
 from medusa_chat.model.layouts import HEADS_FILE
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("medusa-chat: error: ")
-    assert told.err.count("\n") == 1
-    return told.err
 
 
 @pytest.fixture
@@ -105,6 +96,37 @@ def test_each_command_writes_what_the_next_one_needs(
         assert {step["type"] for step in steps} == {"step"}
         replies.append(summary["ids"])
     assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize("recipe", ["medusa1", "medusa2"])
+def test_a_model_without_a_template_of_its_own_takes_its_entrys(
+    recipe: str, asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Distilled, trained, calibrated and chatted with in one of fastchat's."""
+    (tmp_path / "backbone" / "chat_template.jinja").unlink()
+    models, prompts, own = tmp_path / "models.yaml", tmp_path / "prompts.txt", tmp_path / "own.jsonl"
+    models.write_text("models: {mine: {backbone: ./backbone, template: vicuna_v1.1}}")
+    prompts.write_text("Say it\nAgain\n")
+    assert "--template NAME" in complaint(capsys, *asked)
+    assert "no chat template 'vicuna'; close are" in complaint(capsys, *asked, "--template", "vicuna")
+    mine = ["--model", "mine", "--models", str(models)]
+    answer = ["distill", *mine, "--prompts", str(prompts), "--out", str(own), "--max-new-tokens", "12"]
+    assert main(answer) == 0
+    words = [str(word) for word in (*asked, "--recipe", recipe, *mine)]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "--template vicuna_v1.1" in told
+    shared = [*mine, "--heads", str(tmp_path / "out")]
+    if recipe == "medusa2":
+        shared = ["--model", str(tmp_path / "out"), "--template", "vicuna_v1.1"]
+    assert main(["calibrate", *shared, "--data", str(prompts), "--max-new-tokens", "12"]) == 0
+    assert main(["chat", *shared, "--prompt", "Hi", "--max-new-tokens", "4"]) == 0
+
+
+def test_a_named_template_makes_another_run(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(word) for word in asked]) == 0
+    line = complaint(capsys, *asked, "--template", "vicuna_v1.1", "--resume")
+    assert "had template None, not 'vicuna_v1.1'" in line
 
 
 @pytest.mark.slow

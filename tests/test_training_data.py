@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastchat.conversation import get_conv_template
+from hub_checkpoints import llama_tokenizer, vicuna_tokenizer
 from tiny import CHAT_TEMPLATE, END, prompt_ids, random_model, tokenizer
+from transformers import AutoTokenizer
 
-from medusa_chat.config import UserError, make_recipe
+from medusa_chat.config import BUNDLED, UserError, make_recipe
+from medusa_chat.model.loading import _tokenizer_settings
+from medusa_chat.model.templates import ChatTemplate, named_template
 from medusa_chat.training.data import IGNORED, Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.trainee import Trainee, new_heads
 
@@ -36,7 +41,7 @@ def examples(document: Document, template: str = CHAT_TEMPLATE) -> list[tuple[st
     """Per example all its text, and the text of its targets."""
     tok = tokenizer(template)
     made = []
-    for example in encode(tok, document):
+    for example in encode(ChatTemplate(tok, "m"), document):
         targets = [i for i, on in zip(example.ids, example.trained, strict=True) if on]
         made.append((tok.decode(example.ids), tok.decode(targets)))
     return made
@@ -68,7 +73,7 @@ def test_a_reply_that_repeats_the_question_is_told_from_it() -> None:
 
 
 def test_everything_is_a_target_for_a_backbone_from_scratch() -> None:
-    (example,) = encode(tokenizer(), Document(talk("Hi", "Hello!", system="x")), everything=True)
+    (example,) = encode(ChatTemplate(tokenizer(), "m"), Document(talk("Hi", "Hello!", system="x")), everything=True)
     assert all(example.trained)
 
 
@@ -100,6 +105,73 @@ def test_a_reply_that_was_cut_off_does_not_teach_its_end(
     assert text.endswith(targets[-2:])
 
 
+# ---- with fastchat's templates ----
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "targets"),
+    [
+        ("vicuna_v1.1", None, " Hello!</s> So long.</s>"), ("vicuna_v1.1", "Be brief.", " Hello!</s> So long.</s>"),
+        ("llama-2", "Be brief.", " Hello! </s> So long. </s>"),  # and not <s>, which begins the next turn
+        ("mistral", None, " Hello!</s> So long.</s>"), ("zephyr", "Be brief.", "Hello!</s>So long.</s>"),
+        ("one_shot", None, " Hello!\n### So long.\n###"), ("qwen-7b-chat", None, "Hello!<|im_end|>So long.<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_fastchats_prompt_is_trained_on_and_the_replies_are_its_targets(
+    name: str, system: str | None, targets: str
+) -> None:
+    conversation, tok = get_conv_template(name), llama_tokenizer()
+    if name == "qwen-7b-chat":
+        tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        conversation.stop_token_ids = [tok.convert_tokens_to_ids("<|im_end|>")]
+    template = ChatTemplate(tok, "m", conversation.copy())
+    messages = talk("Hi", "Hello!", "Hello!", "So long.", system=system or "")
+    if system is not None:
+        conversation.set_system_message(system)
+    for place, message in enumerate(messages[bool(system) :]):
+        conversation.append_message(conversation.roles[place % 2], message["content"])
+    (example,) = encode(template, Document(messages))
+    assert example.ids == tok(conversation.get_prompt().removeprefix("<s>"))["input_ids"]
+    assert tok.decode([i for i, on in zip(example.ids, example.trained, strict=True) if on]) == targets
+
+
+def test_a_reply_is_read_behind_the_very_ids_that_the_chat_prefills(tmp_path: Path) -> None:
+    """With Vicuna's own kind of tokenizer, whose words begin with their space."""
+    vicuna_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tok = AutoTokenizer.from_pretrained(tmp_path, **_tokenizer_settings(tmp_path))
+    template = ChatTemplate(tok, "m", named_template("vicuna_v1.1"))
+    messages = talk("Hi", "Hello, you!", "And now?", "Two\nlines.")
+    (example,) = encode(template, Document(messages))
+    expected = [False] * len(example.ids)
+    for before in (1, 3):
+        prompt = template.encode(messages[:before])
+        assert example.ids[: len(prompt)] == prompt
+        end = example.ids.index(tok.eos_token_id, len(prompt)) + 1
+        assert tok.decode(example.ids[len(prompt) : end]).strip() == messages[before]["content"] + "</s>"
+        expected[len(prompt) : end] = [True] * (end - len(prompt))
+    assert example.trained == expected
+
+
+def test_with_fastchat_a_reply_that_was_cut_off_does_not_teach_its_end() -> None:
+    template = ChatTemplate(llama_tokenizer(), "m", named_template("vicuna_v1.1"))
+    (example,) = encode(template, Document(talk("Hi", "Hello, "), cut=True))
+    targets = [i for i, on in zip(example.ids, example.trained, strict=True) if on]
+    assert template.tokenizer.decode(targets) == " Hello,"
+
+
+def test_the_bundled_models_ids_are_those_of_its_own_template() -> None:
+    tok = AutoTokenizer.from_pretrained(BUNDLED)
+    messages = talk("Hi there", "Hello!", "Bye", "So long.", system="Be brief.")
+    (example,) = encode(ChatTemplate(tok, "bundled"), Document(messages))
+    assert example.ids == tok.apply_chat_template(list(messages), return_dict=True)["input_ids"]
+    targets = [i for i, on in zip(example.ids, example.trained, strict=True) if on]
+    assert tok.decode(targets) == "Hello!<|end|>So long.<|end|>"
+
+
+# ---- texts ----
+
+
 def test_plain_text_is_all_targets_and_ends_once(tmp_path: Path) -> None:
     tok = tokenizer()
     (tmp_path / "book.txt").write_text("Once upon\na time.")
@@ -107,10 +179,10 @@ def test_plain_text_is_all_targets_and_ends_once(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "d.jsonl", {"text": "One"}, {"text": "  "}, {"text": "Two<|end|>"})
     documents = [document, *read_documents(lines)]
     assert [d.text for d in documents] == ["Once upon\na time.", "One", "Two<|end|>"]
-    (book,) = encode(tok, document)
+    (book,) = encode(ChatTemplate(tok, "m"), document)
     assert (tok.decode(book.ids), all(book.trained)) == ("Once upon\na time.", True)
     tok.eos_token = "<|end|>"
-    ids = [next(encode(tok, d)).ids for d in documents]
+    ids = [next(encode(ChatTemplate(tok, "m"), d)).ids for d in documents]
     assert [i.count(END) for i in ids] == [1, 1, 1]
     assert all(i[-1] == END for i in ids)
 
@@ -172,7 +244,7 @@ def test_a_template_that_refuses_is_told_with_the_line() -> None:
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}" + CHAT_TEMPLATE
     )
     document = Document(talk("Hi", "Yo", system="x"), place="d.jsonl, line 7")
-    with pytest.raises(UserError, match=r"d\.jsonl, line 7: the chat template refuses .*: no system prompts"):
+    with pytest.raises(UserError, match=r"d\.jsonl, line 7: the chat template of m refuses .*: no system prompts"):
         examples(document, strict + CHAT_TEMPLATE)
 
 

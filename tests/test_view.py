@@ -9,14 +9,15 @@ from typing import Any
 
 import pyte
 import pytest
-from fake_engine import REPLY, script
+from fake_engine import REPLY, coloured, script
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
 from medusa_chat.config import Sampling
-from medusa_chat.events import COPIED, Stats, Step, Token
+from medusa_chat.events import COPIED, Step, Token
+from medusa_chat.stats import Stats
 from medusa_chat.terminal.panel import footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
 from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
@@ -92,17 +93,6 @@ def show(screen: Screen, steps: Iterable[Step], **options: Any) -> None:
     with ReplyView(console(screen, **options), two_rows, marks=marks, clock=itertools.count().__next__) as view:
         for step in steps:
             view.add(step)
-
-
-def coloured(steps: Iterable[Step]) -> list[tuple[str, str]]:
-    """Each visible character of the steps with the colour of its token's head."""
-    found = []
-    for step in steps:
-        for token in step.tokens:
-            colour = head_style(token.head).color
-            name = colour.get_truecolor().hex[1:] if colour else "default"
-            found += [(char, name) for char in token.text if not char.isspace()]
-    return found
 
 
 @pytest.mark.parametrize("width", WIDTHS)

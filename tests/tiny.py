@@ -28,6 +28,8 @@ from medusa_chat.decoding.tree import Tree
 from medusa_chat.events import Step
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.layouts import write_heads
+from medusa_chat.model.loading import attention_settings
 
 torch.set_num_threads(1)
 
@@ -78,7 +80,8 @@ def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **cha
     """A transformers model with random weights, in float32."""
     config_class, own = ARCHITECTURES[kind]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes)))
+    config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
+    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
     model.generation_config.eos_token_id = None
     return model.float().eval()
 
@@ -160,6 +163,9 @@ def prompt_ids(length: int, vocabulary: int = 64, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocabulary), k=length)
 
 
+PROMPT, NEW = prompt_ids(12), 48  # of the fixture `greedy_text`, and tokens of its reply
+
+
 def random_tree(seed: int, nodes: int, depth: int, width: int, spine: int = 0) -> Tree:
     """A random prefix-closed set of paths, with the likeliest guesses of the first `spine` heads among them."""
     chance = random.Random(seed)
@@ -170,6 +176,13 @@ def random_tree(seed: int, nodes: int, depth: int, width: int, spine: int = 0) -
         parent = chance.choice(sorted(path for path in paths if len(path) < depth))
         paths.add((*parent, chance.randrange(width)))
     return Tree.of(paths - {()}, f"random {seed}")
+
+
+def save_with_heads(folder: Path) -> Path:
+    """The folder of a model that answers in bytes and ends at an EOS, with four heads."""
+    save_model(folder, random_model("llama", 320, pad_token_id=0, eos_token_id=END))
+    write_heads(random_heads(random_backbone("llama", 320), own=False), folder)
+    return folder
 
 
 def save_model(folder: Path, model: Any, chat_template: str | None = CHAT_TEMPLATE) -> Path:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from medusa_chat.bench.plan import Consume, Plan, Tick
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.events import Stats, Step
+from medusa_chat.events import Step
 from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import Prompt
+from medusa_chat.stats import Stats
 
 PEERS = {"transformers": 0, "transformers-lookup": 10}  # -> tokens copied at once (prompt_lookup_num_tokens)
 WARM_UPS = 2

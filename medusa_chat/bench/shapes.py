@@ -49,7 +49,7 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
     """
     shape = SHAPES[wanted.shape]
     shape = replace(shape, context=max(positions, shape.context))
-    needed, free = needed_bytes(wanted, positions, device, dtype), free_memory(str(device))
+    needed, free = memory_plan(wanted, positions, device, dtype).total, free_memory(str(device))
     if needed > free:  # a system without the memory may end the process instead of raising
         raise UserError(
             f"a model of shape {wanted.name} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free;"
@@ -71,8 +71,8 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
         raise UserError(f"a model of shape {wanted.name} does not fit into the memory of {device}") from None
 
 
-def needed_bytes(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Memory for such a model, as memory.plan foretells it of a real one."""
+def memory_plan(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> memory.Plan:
+    """What such a model needs, as memory.plan foretells it of a real one."""
     spec = ModelSpec(
         wanted.name, wanted.name, shape=wanted.shape, medusa_heads=wanted.heads,
         lm_heads="own" if wanted.own else "shared",
@@ -80,7 +80,7 @@ def needed_bytes(wanted: RandomModel, positions: int, device: torch.device, dtyp
     contents = memory.contents_of(spec)
     assert contents is not None
     load = memory.Load(str(device), wanted.quant, wanted.quant_heads, positions, dtype.itemsize)
-    return memory.plan(contents, load).total
+    return memory.plan(contents, load)
 
 
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:

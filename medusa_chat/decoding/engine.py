@@ -30,7 +30,7 @@ WORTHWHILE = 1.5  # tokens that a step of copies alone has to promise, or it is 
 
 
 class Engine:
-    """Decodes replies for one conversation at a time. Implements events.ChatEngine.
+    """Decodes replies for one conversation at a time. Implements terminal.engine.ChatEngine.
 
     Attributes:
         policy: what each step verifies.

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 from platformdirs import user_data_path
 
@@ -26,7 +20,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError, size_text
 from medusa_chat.model.download import PATIENCE, PAUSE, RETRIES, RemoteFile, bring
 from medusa_chat.model.file_names import HEAD_FILES, WEIGHTS
 from medusa_chat.model.hub_errors import disk_errors, reason
-from medusa_chat.registry import split_revision
+from medusa_chat.registry import check_hub_id, is_hub_id, split_revision
 
 Kind = Literal["backbone", "heads"]
 Progress = Callable[[str, int, int], None]  # name of the repository, bytes there, bytes in all
@@ -36,7 +30,6 @@ _TEXT = re.compile(
     r"|(readme|licen[cs]e|notice|use_policy|copying)[^/]*",
     re.IGNORECASE,
 )
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[^@]+)?")
 _BUSY = (429, 500, 502, 503, 504)
 
 
@@ -80,23 +73,19 @@ def local(
     if not is_hub_id(source):
         what = "are no Medusa heads" if kind == "heads" else "is no model"
         raise UserError(f"there {what} at {source}: no such file or folder, and no hub id (owner/name)")
+    check_hub_id(source)
     hub_logging.set_verbosity_error()  # its warnings of what it tries again would break the line that tells progress
     repository, revision = split_revision(source)
     with disk_errors(repository):
         try:
             return _Repository(repository, revision, kind).bring(progress)
-        except (HTTPError, OfflineModeIsEnabled, HFValidationError, LocalEntryNotFoundError) as error:
+        except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
             cached = _cached(repository, revision, kind)
             if cached is None:
                 raise UserError(reason(error, repository, revision)) from None
             if notices is not None and not isinstance(error, OfflineModeIsEnabled):
                 notices.append(f"started from the cache: {reason(error, repository, revision)}")
             return cached
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name or owner/name@revision."""
-    return _HUB_ID.fullmatch(source) is not None
 
 
 def accuracy_file(spec: ModelSpec) -> Path:

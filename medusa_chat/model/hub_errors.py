@@ -10,7 +10,6 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -61,6 +60,4 @@ def reason(error: Exception, name: str, revision: str | None) -> str:
             return f"{hub} wants a pause (429, too many requests): try {name} later; `hf auth login` raises the limit"
         return f"{hub} answered {status} for {name}: try again later"
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if isinstance(error, HFValidationError):
-        return f"{name} is no hub id: {first}"
     return f"cannot reach {hub} for {name} ({first}): check the network, or name a local folder"

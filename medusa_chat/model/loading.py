@@ -66,8 +66,6 @@ def load_model(
         files: where they lie, if that is known already; otherwise they are fetched.
         context: tokens that the engine's cache will hold, for the check that all fits into memory.
         ignore_memory: load without that check.
-
-    Args:
         fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
 
     Raises:
@@ -131,10 +129,10 @@ def load_pretrained(
         check_rewindable(model_class, config.get_text_config())
         own = check_quantization(spec.name, config, quant)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_tokenizer_settings(Path(folder)))
-        asked: dict[str, Any] = {}  # not even None may be said of weights that are quantized already
+        asked = attention_settings(config)  # not even None may be said of weights that are quantized already
         if not own and as_quant(quant) != "none":
             asked["quantization_config"] = quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
-        quantized = bool(own or asked)
+        quantized = own is not None or "quantization_config" in asked
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -152,6 +150,15 @@ def load_pretrained(
     if unknown and notices is not None:
         notices.append(unknown)
     return model, tokenizer
+
+
+def attention_settings(config: Any) -> dict[str, Any]:
+    """How to load a model so that its own attention is the one it was trained with.
+
+    Of soft-capped scores sdpa leaves the cap out, which transformers 5.17 passes over in silence.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def choose_device(device: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -82,22 +82,22 @@ def plan(contents: Contents, load: Load) -> Plan:
     heads = contents.heads
     if load.quant_heads != "none" and heads and contents.largest_head < shape.embedding_parameters:
         heads += shape.embedding_parameters  # a copy of the LM head for the guesses of heads that share it
-    heads = _bytes(heads, load.quant_heads, width, kept)
+    heads = weight_bytes(heads, load.quant_heads, width, kept)
     cache = shape.cache_bytes(context + MAX_NODES, width)
     # While weights are quantized, what comes later is not there yet: layers come first, heads next, then the cache.
     # On a CPU all heads are read before they are quantized or, in bfloat16, laid out anew, one by one.
     read = contents.heads * width if kind == "cpu" and (load.quant_heads != "none" or width == 2) else 0
-    one = 0 if load.quant_heads == "none" else _bytes(contents.largest_head, load.quant_heads, width, QUANTIZING)
+    one = 0 if load.quant_heads == "none" else weight_bytes(contents.largest_head, load.quant_heads, width, QUANTIZING)
     # Where its kernel takes no more rows, bitsandbytes lays gate and up out in 16 bits: once for prompts, once in the
     # memory that recorded steps share.
     unpacked = 2 * 2 * contents.largest * width if kind == "cuda" and load.quant.startswith("nf4") else 0
     passing = max(
         _running(shape, context, width) + unpacked,
-        _bytes(contents.largest, load.quant, width, QUANTIZING) - heads - cache,
+        weight_bytes(contents.largest, load.quant, width, QUANTIZING) - heads - cache,
         one + read - cache,
     )
     return Plan(
-        layers=_bytes(contents.layers, load.quant, width, kept),
+        layers=weight_bytes(contents.layers, load.quant, width, kept),
         plain=plain * width,
         packed=contents.packed,
         heads=heads,
@@ -113,8 +113,8 @@ def host_plan(contents: Contents, load: Load) -> Plan:
     return Plan(workspace=max(staging, contents.heads * load.width), process=PROCESS[load.device.split(":")[0]])
 
 
-def _bytes(weights: int, quant: str, width: int, each: Mapping[str, float]) -> int:
-    """Bytes of weights in a quantization that takes `each` bytes for one."""
+def weight_bytes(weights: int, quant: str, width: int, each: Mapping[str, float] = BYTES) -> int:
+    """Bytes of weights in a quantization that takes `each` bytes for one, or unquantized at `width` bytes."""
     return weights * width if quant == "none" else int(weights * each[quant])
 
 
@@ -134,8 +134,37 @@ def shortage(contents: Contents, load: Load, free: Mapping[str, int]) -> tuple[s
     needs = {load.device: plan(contents, load).total}
     if load.device != "cpu":
         needs["cpu"] = host_plan(contents, load).total
+    return lacking(needs, free)
+
+
+def lacking(needs: Mapping[str, int], free: Mapping[str, int]) -> tuple[str, int, int]:
+    """Of the bytes needed on each device: where most is lacking, what is needed there, and how much is missing."""
     device = max(needs, key=lambda name: needs[name] - free[name])
     return device, needs[device], needs[device] - free[device]
+
+
+def free_on(device: str) -> dict[str, int]:
+    """Bytes free on a device and on the host."""
+    return {name: free_memory(name) for name in {device, "cpu"}}
+
+
+def complaint(what: str, short: tuple[str, int, int], advice: Sequence[str], counted: str = "") -> UserError:
+    """The line for what does not fit.
+
+    Args:
+        short: device, bytes needed and bytes missing, as `lacking` gives them.
+        advice: what would make it fit, each on its own.
+        counted: what the bytes are needed for, where that is not all that runs will take.
+    """
+    device, needed, missing = short
+    sizes = f"{gigabytes(needed)}{counted}, {gigabytes(needed - missing)} free on {device}, {gigabytes(missing)} short"
+    remedy = " or ".join(advice) or "nothing that medusa-chat can change"
+    return UserError(f"{what} needs {sizes}; {remedy} would make it fit; --ignore-memory goes on all the same")
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as the line tells them."""
+    return f"{size / GB:.1f} GB"
 
 
 def check(spec: ModelSpec, load: Load) -> None:
@@ -146,14 +175,10 @@ def check(spec: ModelSpec, load: Load) -> None:
     contents = contents_of(spec)
     if contents is None:
         return
-    free = {name: free_memory(name) for name in {load.device, "cpu"}}
-    device, needed, short = shortage(contents, load, free)
-    if short <= 0:
-        return
-    found = remedies(contents, load, free)
-    advice = f"{' or '.join(found)} would make it fit" if found else "nothing that medusa-chat can change makes it fit"
-    sizes = f"{needed / GB:.1f} GB, {free[device] / GB:.1f} GB free on {device}, {short / GB:.1f} GB short"
-    raise UserError(f"{spec.name} needs {sizes}; {advice}; --ignore-memory loads it all the same")
+    free = free_on(load.device)
+    short = shortage(contents, load, free)
+    if short[2] > 0:
+        raise complaint(spec.name, short, remedies(contents, load, free))
 
 
 def remedies(contents: Contents, load: Load, free: Mapping[str, int]) -> list[str]:

@@ -53,11 +53,15 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the reply begins, with one BOS if the model has any."""
-        text = self.render(messages)
+        return self.tokens(self.render(messages))["input_ids"]
+
+    def tokens(self, text: str, **asked: bool) -> dict[str, list[Any]]:
+        """`input_ids` of a conversation's text, and what else the tokenizer is asked for, an item a token."""
         # The tokenizer's own template brings its special tokens; fastchat's leave BOS to the tokenizer, most of them.
-        ids: list[int] = self.tokenizer(text, add_special_tokens=self.conversation is not None)["input_ids"]
+        found = self.tokenizer(text, add_special_tokens=self.conversation is not None, **asked)
         bos = self.tokenizer.bos_token_id
-        return ids[1:] if self.conversation and bos is not None and ids[:2] == [bos, bos] else ids
+        twice = self.conversation is not None and bos is not None and found["input_ids"][:2] == [bos, bos]
+        return {name: items[twice:] for name, items in found.items()}
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation up to where the reply begins.
@@ -69,19 +73,37 @@ class ChatTemplate:
         """
         if messages and messages[-1]["role"] == "assistant":
             raise UserError("the conversation ends with a reply, which cannot be continued: the user speaks next")
-        return self._by_fastchat(messages) if self.conversation else self._by_tokenizer(messages)
+        return self.text(messages, replying=True)
 
-    def _by_tokenizer(self, messages: Sequence[Message]) -> str:
+    def text(self, messages: Sequence[Message], replying: bool = False) -> str:
+        """The text of a conversation as it stands or, `replying`, up to where a reply begins. Raises as `render`."""
+        by = self._by_fastchat if self.conversation else self._by_tokenizer
+        return by(messages, replying)
+
+    def reply_end(self, text: str, start: int, reply: str) -> int:
+        """Where `reply`, which begins at `start` and is the last of `text`, has ended, with what the model ends it by.
+
+        What fastchat has behind that opens the next turn. Of the tokenizer's own template all belongs to the reply.
+        """
+        if self.conversation is None:
+            return len(text)
+        said = text.find(reply.strip(), start)  # templates may strip it
+        said = start if said < 0 else said + len(reply.strip())
+        marks = (*self.stop, *self.tokenizer.convert_ids_to_tokens([*self.stop_ids]), self.tokenizer.eos_token)
+        places = ((text.find(mark, said), mark) for mark in marks if mark)
+        return min((place + len(mark) for place, mark in places if place >= 0), default=len(text))
+
+    def _by_tokenizer(self, messages: Sequence[Message], replying: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
         said = [message for message in messages if message["role"] != "system" or message["content"]]
         try:
-            text: str = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            text: str = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=replying)
         except TemplateError as error:
             raise UserError(f"the chat template of {self.model} refuses this conversation: {error}") from None
         return text
 
-    def _by_fastchat(self, messages: Sequence[Message]) -> str:
+    def _by_fastchat(self, messages: Sequence[Message], replying: bool) -> str:
         assert self.conversation is not None
         conversation = self.conversation.copy()
         turns = list(messages)
@@ -96,7 +118,8 @@ class ChatTemplate:
                     f" in turn, and message {place + 1} is {found}"
                 )
             conversation.append_message(conversation.roles[place % 2], turn["content"])
-        conversation.append_message(conversation.roles[1], None)
+        if replying:
+            conversation.append_message(conversation.roles[1], None)
         text: str = conversation.get_prompt()
         return text
 

@@ -11,8 +11,8 @@ from contextlib import redirect_stderr
 from threading import Thread
 from typing import TextIO
 
-from medusa_chat.events import ChatEngine
 from medusa_chat.terminal.downloads import Download
+from medusa_chat.terminal.engine import ChatEngine
 
 Progress = Callable[[str, int, int], None]  # what is downloaded, bytes there, bytes in all
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.text import Text
 
 from medusa_chat.config import Sampling
-from medusa_chat.events import COPIED, Gated, Stats
+from medusa_chat.events import COPIED, Gated
+from medusa_chat.stats import Stats
 from medusa_chat.terminal.theme import LABEL, STRONG, VALUE, head_style
 
 SEPARATOR = " · "

@@ -13,8 +13,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError, out_of_memory
-from medusa_chat.events import ChatEngine, Step
+from medusa_chat.events import Step
 from medusa_chat.terminal.commands import dispatch, find, is_command
+from medusa_chat.terminal.engine import ChatEngine
 from medusa_chat.terminal.keyboard import Interrupt, quiet_input
 from medusa_chat.terminal.loading import LoadFailed, Loading, Progress
 from medusa_chat.terminal.panel import footer, mode_label, panel

@@ -18,7 +18,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from medusa_chat.config import Sampling, size_text
-from medusa_chat.events import Stats, Step
+from medusa_chat.events import Step
+from medusa_chat.stats import Stats
 from medusa_chat.terminal.panel import UNKNOWN, panel
 from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG, head_style
 from medusa_chat.terminal.view import ReplyView

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.events import ChatEngine, Stats, Step
+from medusa_chat.events import Step
+from medusa_chat.stats import Stats
+from medusa_chat.terminal.engine import ChatEngine
 
 SEEDS = 2**32
 

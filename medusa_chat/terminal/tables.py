@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_chat.config import SAMPLING_HELP, Sampling
-from medusa_chat.events import ChatEngine, Stats
+from medusa_chat.stats import Stats
+from medusa_chat.terminal.engine import ChatEngine
 from medusa_chat.terminal.panel import UNKNOWN, bar, number
 from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
 

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from medusa_chat.config import Message
+from medusa_chat.model.templates import ChatTemplate
 from medusa_chat.training.data import Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.stories import story_conversation
 
@@ -105,8 +106,9 @@ def chained(conversations: list[list[Message]], seed: int) -> Iterator[list[Mess
 
 def encoded(tokenizer: Any, conversations: list[list[Message]], everything: bool = False) -> Iterator[Example]:
     """The conversations as examples."""
+    template = ChatTemplate(tokenizer, "bundled")
     for conversation in conversations:
-        yield from encode(tokenizer, Document(tuple(conversation)), everything)
+        yield from encode(template, Document(tuple(conversation)), everything)
 
 
 def new_backbone(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int) -> LlamaForCausalLM:

@@ -15,8 +15,9 @@ from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.accuracy import Accuracy, dynamic_tree, grow, likeliest
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import AnyTree, NodePath, Tree
-from medusa_chat.events import Stats, Step
+from medusa_chat.events import Step
 from medusa_chat.prompts import Prompt
+from medusa_chat.stats import Stats
 from medusa_chat.training.confidence import Guessed, calibrated
 
 WIDTH = 20  # guesses of a head that are ranked

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
 from medusa_chat.config import Message, UserError
+from medusa_chat.model.templates import ChatTemplate
 
 _MARK = "\ufdd0"  # a code point that no text holds
 IGNORED = -100  # the label that carries no loss, as torch's cross entropy has it
@@ -114,8 +114,8 @@ def _message(turn: Any, place: str) -> Message:
     return {"role": role, "content": content}
 
 
-def encode(tokenizer: Any, document: Document, everything: bool = False) -> Iterator[Example]:
-    """Tokenize a document; a conversation with the model's own chat template, its assistant's tokens as targets.
+def encode(template: ChatTemplate, document: Document, everything: bool = False) -> Iterator[Example]:
+    """Tokenize a document; a conversation as the model is talked to, its assistant's tokens as targets.
 
     Most conversations make one example. Where the template rewrites earlier turns (it drops what a model thought),
     each reply is an example of its own, because a model sees it like that.
@@ -126,6 +126,7 @@ def encode(tokenizer: Any, document: Document, everything: bool = False) -> Iter
     Raises:
         UserError: the template refuses the conversation.
     """
+    tokenizer = template.tokenizer
     if document.text:
         ids = tokenizer(document.text)["input_ids"]
         ids = ids if tokenizer.eos_token_id in (None, *ids[-1:]) else [*ids, tokenizer.eos_token_id]
@@ -133,41 +134,39 @@ def encode(tokenizer: Any, document: Document, everything: bool = False) -> Iter
         return
     messages = list(document.messages)
     try:
-        renderings = _renderings(tokenizer, messages)
-    except TemplateError as error:
-        raise UserError(f"{document.place}: the chat template refuses this conversation: {error}") from None
+        renderings = _renderings(template, messages)
+    except UserError as error:
+        raise UserError(f"{document.place}: {error}") from None
     for text, spans in renderings:
         if document.cut and text is renderings[-1][0]:
-            text = _without_end(tokenizer, messages)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            text = _without_end(template, messages)
+        encoded = template.tokens(text, return_offsets_mapping=True)
         wanted = [(0, len(text))] if everything else spans
         offsets = encoded["offset_mapping"]
         trained = [any(a <= start < stop <= b for a, b in wanted) for start, stop in offsets]
         yield Example(encoded["input_ids"], trained, document.place)
 
 
-def _renderings(tokenizer: Any, messages: list[Message]) -> list[tuple[str, list[tuple[int, int]]]]:
+def _renderings(template: ChatTemplate, messages: list[Message]) -> list[tuple[str, list[tuple[int, int]]]]:
     """Texts, each with the character spans of the assistant's turns in it, end markers included."""
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = template.text(messages)
     replies = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before, after = template.text(messages[:i], replying=True), template.text(messages[: i + 1])
             differing = (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
             start = len(before) if after.startswith(before) else next(differing, len(after))
-            replies.append((after, (start, len(after))))
+            replies.append((after, (start, template.reply_end(after, start, message["content"]))))
     if all(whole.startswith(after) for after, _ in replies):
         return [(whole, [span for _, span in replies])]
     return [(after, [span]) for after, span in replies]
 
 
-def _without_end(tokenizer: Any, messages: list[Message]) -> str:
+def _without_end(template: ChatTemplate, messages: list[Message]) -> str:
     """The conversation up to where its last reply was cut off: templates may rewrite a reply, but keep a mark in it."""
     *before, last = messages
     marked: Message = {"role": last["role"], "content": last["content"].rstrip() + _MARK}
-    text: str = tokenizer.apply_chat_template([*before, marked], tokenize=False)
-    return text.partition(_MARK)[0]
+    return template.text([*before, marked]).partition(_MARK)[0]
 
 
 class PackedRows(Dataset):

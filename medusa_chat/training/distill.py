@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 from medusa_chat.config import COLD, Message, ModelSpec, Sampling, UserError
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.registry import resolve_model
+from medusa_chat.training.memory import check_answers
 from medusa_chat.training.server import Question, Reply, Server
 
 _BEGINNING = b'{"source": "self", "index": '  # of every line: what begins otherwise is not ours to cut off
@@ -28,6 +29,7 @@ class Plan:
         turns: user turns to answer of each conversation.
         batch: conversations that are answered at once.
         system: put in front of conversations that have no system message; "" for none.
+        template: a conversation template of fastchat, in place of the model's own here.
     """
 
     turns: int
@@ -36,6 +38,7 @@ class Plan:
     temperature: float
     seed: int
     system: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         Sampling(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=self.seed)  # checks them
@@ -102,7 +105,7 @@ def _encodable(text: str) -> str:
 def distill(
     model: str | None, prompts: list[Path], out: Path, plan: Plan, *, limit: int | None = None,
     server: str | None = None, server_model: str | None = None, device: str = "auto",
-    models: Path | None = None, progress: Callable[[int, int], None],
+    models: Path | None = None, ignore_memory: bool = False, progress: Callable[[int, int], None],
 ) -> tuple[int, int]:  # fmt: skip
     """Write conversations with the user's turns of `prompts` and a model's own answers to `out`, a line each.
 
@@ -112,6 +115,7 @@ def distill(
     Args:
         model: name, folder or hub id; not loaded where a server answers.
         models: the user's own list of models.
+        ignore_memory: load the model even where less memory is free than it should need.
         server: address of an OpenAI-compatible server; `server_model` is its name for the model.
         progress: called with the prompts done and all prompts.
 
@@ -125,7 +129,8 @@ def distill(
         raise UserError("--server-model NAME needs --server URL")
     talks = [Talk.begin(i, prompt, plan.system) for i, prompt in enumerate(read_prompts(prompts, limit))]
     if server is None:
-        return _run(Local(resolve_model(model, models=models), plan, device), talks, out, plan, progress)
+        local = Local(resolve_model(model, models=models, template=plan.template), plan, device, ignore_memory)
+        return _run(local, talks, out, plan, progress)
     remote = Server(
         server, server_model, batch=plan.batch, max_new_tokens=plan.max_new_tokens, temperature=plan.temperature,
         seed=plan.seed,
@@ -139,6 +144,8 @@ def _run(
 ) -> tuple[int, int]:
     settings = {"model": answerer.name} | asdict(plan)
     del settings["system"]  # the messages tell
+    if not plan.template or isinstance(answerer, Server):
+        del settings["template"]
     if isinstance(answerer, Server):
         del settings["batch"]  # each reply has its own seed there
     done, kept = _resume(out, talks, plan.batch, settings)
@@ -222,9 +229,9 @@ def _check(line: bytes, place: str, talks: list[Talk], before: list[int], settin
 class Local:
     """The model here, through transformers' generate(); loaded when it is first asked."""
 
-    def __init__(self, spec: ModelSpec, plan: Plan, device: str) -> None:
+    def __init__(self, spec: ModelSpec, plan: Plan, device: str, ignore_memory: bool = False) -> None:
         self._spec, self.name = spec, spec.name
-        self._plan, self._device = plan, device
+        self._plan, self._device, self._ignore_memory = plan, device, ignore_memory
         self._backbone: Any = None
 
     def answer(self, asked: Sequence[Question]) -> list[Reply | None]:
@@ -251,8 +258,13 @@ class Local:
 
     def _load(self) -> None:
         from medusa_chat.model.loading import choose_device, load_pretrained
-        from medusa_chat.model.templates import resolve_template
+        from medusa_chat.model.templates import named_template, resolve_template
 
+        if self._spec.template:
+            named_template(self._spec.template)  # a slip is told before the model is loaded
+        device = choose_device(self._device)
+        if not self._ignore_memory:
+            check_answers(self._spec, str(device), self._plan.batch, self._plan.max_new_tokens)
         backbone, self._tokenizer = load_pretrained(self._spec, None)
         self._template = resolve_template(self._tokenizer, self._spec)
         config = backbone.config.get_text_config()
@@ -263,7 +275,7 @@ class Local:
         listed = configured if isinstance(configured, list) else [configured]
         ends = {token for token in (*listed, self._tokenizer.eos_token_id) if token is not None}
         self._ends = sorted(ends | self._template.stop_ids)
-        self._backbone = backbone.to(choose_device(self._device)).eval()
+        self._backbone = backbone.to(device).eval()
 
     def _generate(self, rows: list[list[int]]) -> list[Reply]:
         import torch

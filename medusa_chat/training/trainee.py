@@ -26,8 +26,6 @@ from medusa_chat.training.losses import (
 )
 from medusa_chat.training.schedules import heads_weight, joint_from
 
-OWN_SHARE = 0.12  # `auto` gives the heads LM heads of their own up to this share of the backbone's parameters
-
 
 @dataclass
 class Meter:
@@ -152,12 +150,17 @@ def adapt(backbone: Any, recipe: Recipe) -> Any:
         return get_peft_model(backbone, config)
 
 
+def checkpoint_activations(backbone: Any) -> None:
+    """Have a backbone compute its activations anew for the gradient, so that they take no memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.10 has no other name for it yet
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def new_heads(backbone: Any, recipe: Recipe) -> MedusaHeads:
     """Untrained heads, whose guesses are the LM head's (paper, section 2.1.1): blocks at zero, its copy or itself."""
     lm_head = backbone.get_output_embeddings()
-    own = recipe.lm_heads == "own"
-    if recipe.lm_heads == "auto":
-        own = recipe.heads * lm_head.weight.numel() <= OWN_SHARE * backbone.num_parameters()
+    own = recipe.owns_lm_heads(lm_head.weight.numel(), backbone.num_parameters())
     heads = MedusaHeads(recipe.heads, recipe.layers, lm_head.in_features, lm_head.out_features if own else None)
     if heads.lm_heads is not None:
         with torch.no_grad():

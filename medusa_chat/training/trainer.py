@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,13 +18,15 @@ from medusa_chat.config import ModelSpec, Recipe, UserError
 from medusa_chat.events import TrainStep
 from medusa_chat.model.layouts import read_heads
 from medusa_chat.model.loading import choose_dtype, heads_file, load_pretrained
+from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
 from medusa_chat.registry import resolve_model
 from medusa_chat.training import schedules
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, one_line, write_json
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
 from medusa_chat.training.export import export_backbone, export_heads, perplexity_of
+from medusa_chat.training.memory import check_training
 from medusa_chat.training.progress import LOG_FILE, Report, Stopper
-from medusa_chat.training.trainee import Trainee, adapt, describe, heads_shape, new_heads
+from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations, describe, heads_shape, new_heads
 
 HELD_OUT = 0.02  # share of the documents that perplexity is measured on, where no others are given
 
@@ -38,6 +39,8 @@ class Run:
         model: name, folder or hub id of the backbone; heads: to start from, in place of new ones.
         held_out: documents for the perplexity; without them, some of `data` are kept aside.
         models: the user's own list of models.
+        template: a conversation template of fastchat, in place of the model's own.
+        ignore_memory: begin even where less memory is free than the run should need.
     """
 
     model: str
@@ -48,12 +51,15 @@ class Run:
     held_out: tuple[Path, ...] = ()
     resume: bool = False
     models: Path | None = None
+    ignore_memory: bool = False
+    template: str = ""
 
     def settings(self) -> dict[str, Any]:
         """What a run that resumes has to have in common with the one before."""
         data, held_out = [str(path) for path in self.data], [str(path) for path in self.held_out]
         recipe = asdict(self.recipe)
         about = {"model": self.model, "heads_from": self.heads, "data": data, "held_out": held_out}
+        about |= {"template": self.template or None}  # as a run that could not choose one
         return about | {"recipe": recipe.pop("name"), **recipe}
 
 
@@ -134,7 +140,9 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
         UserError: the model, the data or `out` cannot be used, the loss is not a number, the disk is full, memory
             does not suffice, or the user stopped the run.
     """
-    spec = resolve_model(run.model, run.heads, models=run.models)
+    spec = resolve_model(run.model, run.heads, models=run.models, template=run.template)
+    if spec.template:
+        named_template(spec.template)  # a slip is told before the model is loaded
     recipe = replace(run.recipe, heads_first=0.0) if run.heads else run.recipe
     if recipe.joint and run.out.resolve() == Path(spec.backbone).resolve():
         raise UserError(f"{recipe.name} would overwrite the backbone in {run.out}: choose another --out")
@@ -144,10 +152,13 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
     say = say if first else (lambda line: None)
     with arguments.main_process_first(local=False):
         checkpoint = begin(run.out, run.settings(), run.resume, writes=first)
+        if not run.ignore_memory:
+            width = _dtype(recipe, arguments.device).itemsize
+            check_training(spec, recipe, str(arguments.device), width, bool(run.heads))
     torch.manual_seed(recipe.seed)
-    trainee, tokenizer = _trainee(spec, recipe, bool(run.heads), arguments.device)
-    rows = _packed(tokenizer, documents, recipe)
-    unseen = _packed(tokenizer, held_out, recipe) if recipe.joint else None
+    trainee, template = _trainee(spec, recipe, bool(run.heads), arguments.device)
+    rows = _packed(template, documents, recipe)
+    unseen = _packed(template, held_out, recipe) if recipe.joint else None
     say(f"{len(rows) * recipe.length:,} tokens in {len(rows):,} rows; {describe(trainee)}")
     with one_line(run.out / "checkpoints"):
         report = Report(trainee, progress, run.out / LOG_FILE, _step_tokens(arguments, recipe))
@@ -178,23 +189,26 @@ def _fit(
                 export_backbone(state, spec, recipe, out)
 
 
-def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device) -> tuple[Trainee, Any]:
-    """Backbone and heads as the recipe wants them, and the tokenizer; `given`: the spec's heads are where to start."""
-    whole = recipe.joint and not recipe.lora_rank
-    dtype = torch.float32 if whole else choose_dtype(device, None)
-    backbone, tokenizer = load_pretrained(spec, dtype, recipe.quant.replace("none", "auto"), device)
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {spec.name} has no chat template to train with")
+def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device) -> tuple[Trainee, ChatTemplate]:
+    """Backbone and heads as the recipe wants them, and how the model is talked to.
+
+    given: the spec's heads are where to start.
+    """
+    backbone, tokenizer = load_pretrained(spec, _dtype(recipe, device), recipe.quant.replace("none", "auto"), device)
+    template = resolve_template(tokenizer, spec)
     heads = new_heads(backbone, recipe)
     if given and (file := heads_file(spec)):
         heads = read_heads(file, *heads_shape(backbone)).heads.float()
-    backbone.requires_grad_(whole)
-    adapter = adapt(backbone, recipe) if recipe.joint and not whole else None
+    backbone.requires_grad_(recipe.whole)
+    adapter = adapt(backbone, recipe) if recipe.joint and not recipe.whole else None
     if recipe.gradient_checkpointing and recipe.joint:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.10 has no other name for it yet
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Trainee(backbone, heads, recipe, adapter), tokenizer
+        checkpoint_activations(backbone)
+    return Trainee(backbone, heads, recipe, adapter), template
+
+
+def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of the backbone's weights."""
+    return torch.float32 if recipe.whole else choose_dtype(device, None)
 
 
 def _documents(run: Run) -> tuple[list[Document], list[Document]]:
@@ -209,8 +223,8 @@ def _documents(run: Run) -> tuple[list[Document], list[Document]]:
     return [document for i, document in enumerate(documents) if i % every] or documents, kept
 
 
-def _packed(tokenizer: Any, documents: Iterable[Document], recipe: Recipe) -> PackedRows:
-    return PackedRows((example for d in documents for example in encode(tokenizer, d)), recipe.length)
+def _packed(template: ChatTemplate, documents: Iterable[Document], recipe: Recipe) -> PackedRows:
+    return PackedRows((example for d in documents for example in encode(template, d)), recipe.length)
 
 
 def _step_tokens(arguments: TrainingArguments, recipe: Recipe) -> int:

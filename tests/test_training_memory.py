@@ -1,0 +1,172 @@
+"""What training and answering are said to take, against what they do take; what does not fit is told before a load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from complaints import complaint, refusal
+from tiny import random_model, save_model
+from tiny_runs import backbone_folder, do, tiny_run
+
+from medusa_chat.config import ModelSpec, Recipe, make_recipe
+from medusa_chat.model import memory
+from medusa_chat.model.contents import contents_of
+from medusa_chat.registry import packaged_file, read_models
+from medusa_chat.training import distill, trainer
+from medusa_chat.training.memory import Needs, answer_needs, check_answers, check_training, training_needs
+
+GB = 10**9
+SHIPPED = read_models(packaged_file())
+VICUNA = contents_of(SHIPPED["vicuna-7b"])
+assert VICUNA is not None
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What devices are said to have free; change it."""
+    found = {"cpu": 10**15, "cuda": 10**15}
+    monkeypatch.setattr(memory, "free_memory", lambda device: found[device])
+    return found
+
+
+def told(spec: ModelSpec, recipe: Recipe, device: str = "cpu", width: int = 2, heads: int | None = None) -> Needs:
+    contents = contents_of(spec)
+    assert contents is not None
+    return training_needs(contents, recipe, device, width, heads)
+
+
+def held(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ---- what is counted ----
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "llama-wide-heads"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("medusa1", {"lm_heads": "own"}), ("medusa1", {"lm_heads": "shared", "layers": 2}), ("medusa1", {}),
+        ("medusa2", {}), ("distilled", {"lora_rank": 5}), ("medusa2", {"lora_rank": 0, "lm_heads": "own"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_run_holds_is_what_was_told(
+    kind: str, name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[trainer.MedusaTrainer] = []
+    plain = trainer.MedusaTrainer.train
+    monkeypatch.setattr(trainer.MedusaTrainer, "train", lambda self, **how: [seen.append(self), plain(self, **how)])
+    width = trainer.choose_dtype(torch.device("cpu"), None).itemsize
+    folder = backbone_folder(tmp_path / "backbone", kind)
+    run = tiny_run(tmp_path, "out", name, max_steps=2, heads_first=0.0, **changes)
+    do(run)
+    parameters = list(seen[0].model.parameters())
+    moments = [state[key] for state in seen[0].optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    parts = told(ModelSpec("tiny", str(folder)), run.recipe, width=width)["cpu"]
+    assert parts["weights"] == held(parameters)
+    assert parts["Adam's moments"] == held(moments)
+    if "gradients" in parts:
+        assert parts["gradients"] == held(parameter for parameter in parameters if parameter.requires_grad)
+    else:
+        assert parts["the copy that is written"] == 4 * sum(p.numel() for p in random_model(kind, 320).parameters())
+
+
+def test_quantized_backbones_and_heads_that_are_given() -> None:
+    spec, recipe = SHIPPED["vicuna-7b"], make_recipe("medusa1", quant="nf4", lm_heads="own", heads=5)
+    assert VICUNA is not None
+    new = told(spec, recipe)["cpu"]
+    assert new["weights"] == int(VICUNA.layers * 0.5625) + 2 * VICUNA.plain + 4 * VICUNA.heads
+    assert new["Adam's moments"] == 8 * VICUNA.heads
+    assert told(spec, make_recipe("medusa1"), heads=7)["cpu"]["gradients"] == 28
+    assert told(spec, replace(recipe, quant="int8"))["cpu"]["weights"] - new["weights"] == VICUNA.layers - int(
+        VICUNA.layers * 0.5625
+    )
+
+
+def test_a_gpu_leaves_the_copy_to_the_host() -> None:
+    needs = told(SHIPPED["vicuna-7b"], make_recipe("medusa2"), "cuda")
+    assert "the copy that is written" not in needs["cuda"]
+    assert needs["cpu"]["the copy that is written"] == pytest.approx(4 * 6.74e9, rel=0.01)
+    frozen = told(SHIPPED["vicuna-7b"], make_recipe("medusa1"), "cuda")
+    assert sum(frozen["cpu"].values()) < 6 * GB
+
+
+# ---- what is told ----
+
+
+def test_the_line_tells_what_was_counted_and_what_helps(free: dict[str, int]) -> None:
+    spec, recipe = SHIPPED["vicuna-7b"], make_recipe("medusa1", lm_heads="own")
+    needs = told(spec, recipe, "cuda")
+    free["cuda"] = sum(needs["cuda"].values()) - GB // 2
+
+    def line(**changes: Any) -> str:
+        return refusal(check_training, spec, replace(recipe, **changes), "cuda", 2, False)
+
+    assert line().startswith(
+        "vicuna-7b with recipe medusa1 needs 23.3 GB (15.8 GB for weights, 4.7 GB for Adam's moments, 2.4 GB for"
+        " gradients, 0.4 GB for libraries, activations aside), 22.8 GB free on cuda, 0.5 GB short; --quant nf4 or"
+        " --lm-heads shared would make it fit; --ignore-memory"
+    )
+    free["cuda"] = 6 * GB
+    assert "short; --quant nf4 with --lm-heads shared would make it fit" in line()
+    free["cuda"] = GB
+    assert "short; nothing that medusa-chat can change would make it fit" in line()
+    free["cuda"] = 80 * GB
+    assert "short; --lora-rank 32 would make it fit" in line(name="medusa2", lora_rank=0)
+    free |= {"cuda": 80 * GB, "cpu": 20 * GB}
+    assert "27.0 GB for the copy that is written" in line(name="medusa2")
+
+
+def test_a_smaller_batch_of_answers_may_fit(free: dict[str, int]) -> None:
+    assert VICUNA is not None
+    free["cpu"] = sum(answer_needs(VICUNA, "cpu", 20 * 160)["cpu"].values())
+    line = refusal(check_answers, SHIPPED["vicuna-7b"], "cpu", 64, 160)
+    assert line.startswith("vicuna-7b with 64 replies at once needs 19.3 GB (13.5 GB for weights, ")
+    assert "5.4 GB for cache" in line
+    assert "short; --batch 16 would make it fit" in line
+    free["cpu"] = GB
+    assert "short; nothing" in refusal(check_answers, SHIPPED["vicuna-7b"], "cpu", 64, 160)
+
+
+# ---- before a load ----
+
+
+def test_nothing_is_loaded_or_written_where_it_does_not_fit(
+    tmp_path: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path, "out")
+    (tmp_path / "prompts.txt").write_text("Say it\n")
+    train = ["train", "--model", run.model, "--data", run.data[0], "--out", run.out, "--max-steps", 2, "--length", 32]
+    answer = ["distill", "--model", run.model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "own.jsonl"]
+    free["cpu"] = 10**6
+    with monkeypatch.context() as patch:
+        patch.setattr("medusa_chat.model.loading.load_pretrained", None)
+        patch.setattr(trainer, "load_pretrained", None)
+        assert "backbone with recipe medusa1 needs 0.5 GB (0.0 GB for weights" in complaint(capsys, *train)
+        assert "backbone with 64 replies at once needs 0.5 GB" in complaint(capsys, *answer)
+    assert [file.name for file in run.out.iterdir()] == ["training.json"]  # which the next run replaces
+    assert (tmp_path / "own.jsonl").read_text() == ""
+    do(replace(run, ignore_memory=True))
+    distill.distill(run.model, [tmp_path / "prompts.txt"], tmp_path / "own.jsonl", distill.Plan(1, 1, 8, 0, 0),
+                    ignore_memory=True, progress=lambda *_: None)  # fmt: skip
+
+
+def test_what_cannot_fit_is_told_before_a_download(free: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medusa_chat.model.hub.fetch", None)
+    free["cpu"] = GB
+    assert "vicuna-7b with recipe" in refusal(
+        check_training, SHIPPED["vicuna-7b"], make_recipe("medusa1"), "cpu", 2, False
+    )
+
+
+def test_sizes_that_nobody_knows_stop_nothing(tmp_path: Path, free: dict[str, int]) -> None:
+    free["cpu"] = 0
+    save_model(tmp_path, random_model())
+    (tmp_path / "config.json").write_text("{}")
+    check_training(ModelSpec("a", str(tmp_path)), make_recipe("medusa1"), "cpu", 2, False)
+    check_answers(ModelSpec("a", str(tmp_path)), "cpu", 1, 8)
