@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-chat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # no models.yaml of whoever runs the tests
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts a job behind `&`, and so all that the job starts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job behind `&`: what it starts would be deaf too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
