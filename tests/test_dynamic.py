@@ -24,8 +24,10 @@ from tiny import (
 
 import medusa_chat
 from medusa_chat.config import Sampling, UserError
+from medusa_chat.decoding import copy_gain
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.accuracy import PUBLISHED, SUPERSET, Accuracy, dynamic_tree, grow, shaped_tree
+from medusa_chat.decoding.copy_gain import CopyGain
 from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.selection import Selector
 from medusa_chat.decoding.tree import DynamicTree, Tree
@@ -116,6 +118,43 @@ def test_room_for_other_supersets_changes_no_choice(seed, ties, copies, more):
         paths = selector.paths(chosen.rows.tolist(), int(chosen.joint))
         found.append((chosen.candidates.tolist(), tensors, paths))
     assert found[0] == found[1]
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed):
+    superset, _, guesses, log_p, chain, chain_log_p = drawn(seed, ties=False)
+    draw = random.Random(seed)
+    agreed = draw.randint(0, CHAIN)
+    beside = [draw.choice(row) for row in guesses] + [12] * (CHAIN - len(guesses))
+    followed = (chain[:agreed] + beside[agreed:])[:CHAIN]
+    likely = {path: exp(sum(log_p[depth][rank] for depth, rank in enumerate(path))) for path in superset.paths[1:]}
+    gain = CopyGain()
+    gain.know(sorted(likely.items(), key=lambda known: -known[1]))
+    gain.add(guesses, Copied(tuple(chain), tuple(chain_log_p), 1), followed)
+    for nodes in range(1, len(superset) + CHAIN + 1):
+        with_copies, without = (
+            {branch for _, branch, _ in chosen_by_heap(superset, nodes, guesses, log_p, *copies)}
+            for copies in ((chain, chain_log_p), ([], []))
+        )
+        lengths = [sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1)) for kept in (with_copies, without)]
+        assert gain.of(nodes) == pytest.approx((lengths[0] - lengths[1]) / (1 + copy_gain.PRIOR))
+
+
+def test_what_copies_add_fades(monkeypatch):
+    monkeypatch.setattr(copy_gain, "MEMORY", 4)
+    gain, copied = CopyGain(), Copied(tuple(range(CHAIN)), (-0.1,) * CHAIN, 8)
+    gain.add([[99]], copied, copied.tokens)
+    assert gain.of(CHAIN + 2) == 0  # nothing was known of the heads
+    gain.know([((0,), 0.5)])
+    for _ in range(400):  # enough for counts in units of now to be taken anew
+        gain.add([[99]], copied, copied.tokens)
+    held = 4  # steps that count
+    assert gain.of(CHAIN + 2) == pytest.approx(CHAIN * held / (held + copy_gain.PRIOR))
+    assert gain.of(4) == pytest.approx(3 * held / (held + copy_gain.PRIOR))
+    for _ in range(40):
+        gain.add([[99]], None, [])
+    assert 0 < gain.of(CHAIN + 2) < 1e-3
 
 
 def assert_is_a_tree(tensors, paths, tokens) -> list[tuple[int, ...]]:

@@ -34,8 +34,9 @@ ALLOWED = {
 }
 NO_TORCH = ("config", "shapes", "registry", "events", "stats", "files", "prompts", "arguments", "terminal",
             "decoding/tree", "decoding/reply", "decoding/accuracy", "decoding/online", "decoding/gate",
-            "decoding/copying", "training/server", "training/schedules", "training/memory", "catalogue", "model/hub",
-            "model/hub_errors", "model/download", "model/contents", "model/memory")  # fmt: skip
+            "decoding/copying", "decoding/copy_gain", "training/server", "training/schedules", "training/memory",
+            "catalogue", "model/hub", "model/hub_errors", "model/download", "model/contents",
+            "model/memory")  # fmt: skip
 
 
 def imports(file: Path, *, everywhere: bool = True) -> set[str]:

@@ -14,6 +14,7 @@ from tiny import OracleHeads, decode, ids_of, make_engine, prompt_ids, random_ba
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import cost_cache, gate, online, policy
 from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.gate import Evidence, Gate
 from medusa_chat.decoding.online import MISSED, Listener, OnlineAccuracy
@@ -207,7 +208,7 @@ def test_a_named_tree_is_obeyed_but_learned_from():
     used = adapting()
     used.fix(chain(3))
     for _ in range(100):
-        used.learn([1, 2], [[3], [4], [5], [6]])
+        used.learn([1, 2], [[3], [4], [5], [6]], None)
     taken = drive(used, 200, lambda draw: 0)
     assert used.tree == chain(3)
     assert not any(each.gated for each in taken)
@@ -233,6 +234,18 @@ def test_the_node_count_changes_when_the_forecast_does_and_only_then():
     assert changes == sorted(changes)
     assert start + 8 <= changes[-1]
     assert len(changes) <= 12
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_copies_that_hold_call_for_nodes_to_hold_them(copies):
+    """Heads that are never right, and copies that always are."""
+    used = adapting(StepCost(1.0, {n: 1.0 + n / 40 for n in range(2, 65)}))
+    assert len(used.tree) <= CHAIN
+    for place in range(0, 400, 2):
+        copied = Copied(tuple(range(place + 1, place + 1 + CHAIN)), (-0.1,) * CHAIN, 8)
+        used.learn([place, place + 1], [[-9]] * 4, copied if copies else None)
+        drive(used, 1, lambda draw: 3)
+    assert (len(used.tree) > CHAIN) is copies
 
 
 # ---- heads that do not pay ----

@@ -164,7 +164,7 @@ class Engine:
             tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
         if tree is not VANILLA:
             self._last = outcome
-        self.policy.learn(ids[: len(tokens)], outcome.guesses)
+        self.policy.learn(ids[: len(tokens)], outcome.guesses, copied)
         kind: Literal["tree", "vanilla"] = "vanilla" if tree is VANILLA else "tree"
         tested = outcome.tested(len(tokens) - bool(reply.finish)) if tree is not VANILLA else ()
         depth = max(map(len, outcome.paths))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 from medusa_chat.decoding.accuracy import Accuracy, Frequencies, grow
+from medusa_chat.decoding.copy_gain import CopyGain
+from medusa_chat.decoding.copying import CHAIN, Copied
 from medusa_chat.decoding.tree import NodePath, Tree
 
 PRIOR = 200  # steps that the accuracies from before count for
@@ -94,32 +96,48 @@ def _faded(counts: dict[Any, float], unit: float) -> dict[Any, float]:
     return defaultdict(float, {key: count / unit for key, count in counts.items() if count > 1e-3 * unit})
 
 
+Guesses = Sequence[Sequence[int]]  # of each head, likeliest first
+_Heard = tuple[Guesses, Copied | None, list[int]]  # what a step guessed and copied, and what followed so far
+
+
 class Listener:
     """Compares the guesses of each step with the tokens that followed, as soon as these are known.
 
-    A step counts once every head's token is known, and only if all of them belong to the same reply: what the
-    user says next is not what the heads guess.
+    A step counts once every token that was guessed is known, and only if all of them belong to the same reply: what
+    the user says next is not what the heads guess.
+
+    Attributes:
+        accuracy, gain: what it teaches.
     """
 
     def __init__(self, accuracy: OnlineAccuracy) -> None:
-        self.accuracy = accuracy
+        self.accuracy, self.gain = accuracy, CopyGain()
         self._heads = len(accuracy.widths)
-        self._open: deque[tuple[Sequence[Sequence[int]], list[int]]] = deque()
+        # Steps that wait for as many tokens as heads or copies guessed, and what is then done with them.
+        self._waiting: tuple[tuple[deque[_Heard], int, Callable[..., None]], ...] = (
+            (deque(), self._heads, self._count), (deque(), CHAIN, self.gain.add),
+        )  # fmt: skip
 
     def begin(self) -> None:
         """A new reply: guesses of the one before stay unanswered."""
-        self._open.clear()
+        for steps, *_ in self._waiting:
+            steps.clear()
 
-    def hear(self, tokens: Sequence[int], guesses: Sequence[Sequence[int]]) -> None:
+    def hear(
+        self, tokens: Sequence[int], guesses: Guesses, copied: Copied | None = None
+    ) -> None:  # fmt: skip
         """Take in a step: the tokens that stay in the text, its root first, and each head's guesses behind the root
-        (none for a vanilla step)."""
-        for _, followed in self._open:
-            followed += tokens
-        if tokens and guesses and len(guesses) == self._heads:
-            self._open.append((guesses, list(tokens[1:])))
-        while self._open and len(self._open[0][1]) >= self._heads:
-            guesses, followed = self._open.popleft()
-            self.accuracy.add([_rank(row, token) for row, token in zip(guesses, followed, strict=False)])
+        (none for a vanilla step), and what was copied behind it."""
+        for steps, enough, take in self._waiting:
+            for *_, followed in steps:
+                followed += tokens
+            if tokens and guesses and len(guesses) == self._heads:
+                steps.append((guesses, copied, list(tokens[1:])))
+            while steps and len(steps[0][2]) >= enough:
+                take(*steps.popleft())
+
+    def _count(self, guesses: Guesses, copied: Copied | None, followed: Sequence[int]) -> None:
+        self.accuracy.add([_rank(row, token) for row, token in zip(guesses, followed, strict=False)])
 
 
 def _rank(guesses: Sequence[int], token: int) -> int:

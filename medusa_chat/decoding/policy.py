@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, dynamic_tree, grow
+from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, dynamic_tree, grow, likeliest
+from medusa_chat.decoding.copying import Copied
 from medusa_chat.decoding.gate import Evidence, Gate
 from medusa_chat.decoding.online import Listener, OnlineAccuracy
 from medusa_chat.decoding.plans import RANKED
@@ -50,7 +51,7 @@ class Policy:
     def adapt(self, costs: Mapping[str, StepCost]) -> None:
         """Use the fastest tree of any of these kinds by what is known now, and go on choosing."""
         self._costs = costs
-        self._use(fastest(options(self.accuracy, costs)))
+        self._use(fastest(self._options()))
 
     def begin(self, sampling: Sampling) -> None:
         """A reply begins. Another way of decoding accepts more or less, so what was measured does not hold for it."""
@@ -71,9 +72,9 @@ class Policy:
             self._look()
         return self.tree, None
 
-    def learn(self, tokens: Sequence[int], guesses: Sequence[Sequence[int]]) -> None:
-        """Take in what a step kept and what the heads had guessed; see Listener.hear."""
-        self._listener.hear(tokens, guesses)
+    def learn(self, tokens: Sequence[int], guesses: Sequence[Sequence[int]], copied: Copied | None) -> None:
+        """Take in what a step kept, what the heads had guessed and what was copied; see Listener.hear."""
+        self._listener.hear(tokens, guesses, copied)
 
     def record(self, step: Step) -> None:
         """Take in the time and the tokens of a step that `next` chose."""
@@ -99,7 +100,7 @@ class Policy:
     def _look(self) -> None:
         """Exchange the tree for a better one: of as many nodes, or of another kind or number if that is much faster."""
         self._since_look = 0
-        known = options(self.accuracy, self._costs)
+        known = self._options()
         best = fastest(known)
         current = next((option for option in known if self._in_use(option)), best)
         if best.rate > CONVINCING * current.rate:
@@ -110,6 +111,10 @@ class Policy:
             tree = grow(self.accuracy, current.nodes)[0]
             if self.accuracy.forecast_static(tree) > WORTHWHILE * self.accuracy.forecast_static(self.tree):
                 self.tree = tree
+
+    def _options(self) -> list[Option]:
+        """What there is to choose from, by what is known now."""
+        return options(self.accuracy, self._costs, self._listener.gain.of)
 
     def _grown(self, option: Option) -> AnyTree:
         """The tree of an option."""
@@ -124,6 +129,8 @@ class Policy:
         if not self._in_use(option):
             self._measure_anew()
         self._option, self.tree = option, self._grown(option)
+        most = max(cost.most for cost in self._costs.values())
+        self._listener.gain.know(likeliest(self.accuracy.frequency, self.accuracy.widths, most - 1))
 
     def _measure_anew(self) -> None:
         """The step costs something else now, or brings something else: what it did before is no evidence."""

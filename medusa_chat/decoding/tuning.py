@@ -77,17 +77,28 @@ def fastest(options: Iterable[Option]) -> Option:
     return max(options, key=lambda option: option.rate)
 
 
-def static_options(accuracy: Frequencies, cost: StepCost) -> list[Option]:
+def no_gain(nodes: int) -> float:
+    """What copies add to the acceptance length of a tree of so many nodes, where nobody knows of any."""
+    return 0.0
+
+
+def static_options(
+    accuracy: Frequencies, cost: StepCost, gain: Callable[[int], float] = no_gain
+) -> list[Option]:  # fmt: skip
     """The best static tree of every node count from 2 up to what was measured and the heads can fill."""
     found = likeliest(accuracy.frequency, accuracy.widths, cost.most - 1)
     lengths = list(accumulate((frequency for _, frequency in found), initial=1.0))
-    return [Option("static", n, lengths[n - 1], cost.seconds(n)) for n in range(2, len(lengths) + 1)]
+    return [Option("static", n, lengths[n - 1] + gain(n), cost.seconds(n)) for n in range(2, len(lengths) + 1)]
 
 
-def dynamic_options(accuracy: Frequencies, cost: StepCost) -> list[Option]:
+def dynamic_options(
+    accuracy: Frequencies, cost: StepCost, gain: Callable[[int], float] = no_gain
+) -> list[Option]:  # fmt: skip
     """The dynamic trees likewise; none where nobody measured what such trees bring."""
     lengths = {nodes: accuracy.forecast_dynamic(nodes) for nodes in range(2, cost.most + 1)}
-    return [Option("dynamic", n, length, cost.seconds(n)) for n, length in lengths.items() if length is not None]
+    return [
+        Option("dynamic", n, length + gain(n), cost.seconds(n)) for n, length in lengths.items() if length is not None
+    ]
 
 
 def kinds(accuracy: Accuracy) -> dict[str, Callable[[int], AnyTree]]:
@@ -96,10 +107,12 @@ def kinds(accuracy: Accuracy) -> dict[str, Callable[[int], AnyTree]]:
     return found | {"dynamic": partial(dynamic_tree, accuracy)} if accuracy.dynamic else found
 
 
-def options(accuracy: Frequencies, costs: Mapping[str, StepCost]) -> list[Option]:
+def options(
+    accuracy: Frequencies, costs: Mapping[str, StepCost], gain: Callable[[int], float] = no_gain
+) -> list[Option]:  # fmt: skip
     """All that there is to choose from, of every kind whose steps were timed."""
     by_kind = {"static": static_options, "dynamic": dynamic_options}
-    return [option for kind, cost in costs.items() for option in by_kind[kind](accuracy, cost)]
+    return [option for kind, cost in costs.items() for option in by_kind[kind](accuracy, cost, gain)]
 
 
 def measure(
