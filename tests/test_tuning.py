@@ -184,9 +184,21 @@ def test_every_count_is_timed_in_turn():
     cost = runner.measured(Accuracy(((0.5, 0.8, 0.9), (0.4, 0.7), (0.3, 0.6), (0.3, 0.5), (0.2, 0.4))))
     assert cost.vanilla == pytest.approx(0.001)
     assert cost.by_nodes == pytest.approx({n: 0.001 * (1.2 + n / 2000) for n in sorted(tuning.LADDER)})
-    assert [runner.taken[nodes] for nodes in (1, 64, 32)] == [tuning.REPEATS + 2] + [tuning.REPEATS + 1] * 2
-    assert runner.taken[2] - 1 < tuning.JUDGED  # at so flat a cost, the smallest cannot win
+    # Each time in twos.
+    assert [runner.taken[nodes] for nodes in (1, 64, 32)] == [2 * (tuning.REPEATS + 2)] + [2 * (tuning.REPEATS + 1)] * 2
+    assert runner.taken[2] // 2 - 1 < tuning.JUDGED  # at so flat a cost, the smallest cannot win
     assert runner.cache.length == 0
+
+
+def test_quick_steps_are_timed_behind_steps_of_as_many_nodes():
+    """The first of two takes more, as it does where caches hold what a step of another number left."""
+    runner = ScriptedRunner(lambda nodes, before: 0.001 * staircase(nodes) * (1.25 if before % 2 == 0 else 1))
+    cost = runner.measured()
+    assert cost.vanilla == pytest.approx(0.001)
+    assert cost.by_nodes == pytest.approx({n: 0.001 * staircase(n) for n in sorted(tuning.LADDER)})
+    slow = ScriptedRunner(lambda nodes, before: tuning.QUICK * staircase(nodes))
+    slow.measured()
+    assert slow.taken[1] <= tuning.REPEATS + 2
 
 
 def test_preparation_is_no_part_of_the_cost():
@@ -199,9 +211,11 @@ def test_preparation_is_no_part_of_the_cost():
 
 def test_what_disturbs_the_machine_or_flatters_one_count_does_not_decide():
     draw = random.Random(0)
-    runner = ScriptedRunner(
-        lambda nodes, before: 0.001 * staircase(nodes) * (3 if draw.random() < 0.3 else 1) * (0.2 if before == 5 else 1)
-    )
+
+    def law(nodes: int, before: int) -> float:
+        return 0.001 * staircase(nodes) * (3 if draw.random() < 0.3 else 1) * (0.2 if before == 13 else 1)
+
+    runner = ScriptedRunner(law)
     cost = runner.measured()
     assert cost.vanilla == pytest.approx(0.001)
     assert cost.by_nodes == pytest.approx({n: 0.001 * staircase(n) for n in sorted(tuning.LADDER)})
@@ -229,7 +243,7 @@ def test_a_slow_model_is_timed_at_fewer_counts(vanilla, counts, limit):
 def test_counts_that_cannot_win_are_left_alone():
     runner = ScriptedRunner(lambda nodes, before: 0.001 * (1.2 if nodes < 20 else 6.0))
     cost = runner.measured()
-    assert max(runner.taken[nodes] for nodes in (24, 32, 48, 64)) == tuning.JUDGED
+    assert max(runner.taken[nodes] for nodes in (24, 32, 48, 64)) == 2 * tuning.JUDGED
     assert runner.taken[16] > 10
     assert fastest(static_options(PUBLISHED, cost)).nodes <= 16
 

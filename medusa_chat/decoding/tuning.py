@@ -22,6 +22,9 @@ TIMED_LENGTH = 256  # cached positions behind which steps are timed
 REPEATS = 12
 BUDGET = 1.5  # seconds after which no further step is timed
 ENOUGH = 2  # node counts that are timed whatever it takes
+# Seconds: quicker steps are taken twice, and the second counts. In a reply a step follows one of as many nodes, whose
+# buffers and code are still in the caches; behind one of another number it may take a fourth more.
+QUICK = 0.015
 JUDGED = 4  # times that a count is timed before it may be left alone
 HOPE = 1.15  # a count is timed on if it could be faster than the best so far with its cost this much overrated
 
@@ -138,6 +141,13 @@ def measure(
     trees: dict[int, AnyTree] = {1: Tree(), **{nodes: grown(nodes) for nodes in ladder}}
     length = timed_length(runner, length)
     rule = make_rule(Sampling())
+
+    def step_seconds(nodes: int) -> float:
+        runner.cache.rewind(length)
+        before = clock()
+        runner.step(0, trees[nodes], rule, copied if nodes > 1 else None)
+        return clock() - before
+
     started = clock()
     try:
         runner.prefill([0], rule)
@@ -148,10 +158,8 @@ def measure(
                 if clock() - started > budget and times.enough(turn):
                     return times.cost()
                 if budget == inf or times.hopeful(nodes):
-                    runner.cache.rewind(length)
-                    before = clock()
-                    runner.step(0, trees[nodes], rule, copied if nodes > 1 else None)
-                    times.seconds[nodes].append(clock() - before)
+                    seconds = step_seconds(nodes)
+                    times.seconds[nodes].append(step_seconds(nodes) if seconds < QUICK else seconds)
         return times.cost()
     finally:
         runner.cache.rewind(0)
