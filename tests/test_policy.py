@@ -246,6 +246,9 @@ def test_copies_that_hold_call_for_nodes_to_hold_them(copies):
         used.learn([place, place + 1], [[-9]] * 4, copied if copies else None)
         drive(used, 1, lambda draw: 3)
     assert (len(used.tree) > CHAIN) is copies
+    used.forget_copies()
+    drive(used, 2 * policy.RESHAPE, lambda draw: 1)
+    assert len(used.tree) <= CHAIN
 
 
 # ---- heads that do not pay ----

@@ -64,6 +64,11 @@ class CopyGain:
             copies = sum(each > score + ROUNDING for each in tail)
             self._more[2 + self._above(score, path, lifts) + copies] += self._unit
 
+    def forget(self) -> None:
+        """There are no copies from now on."""
+        self._more.clear()
+        self._steps = 0.0
+
     def of(self, nodes: int) -> float:
         """Tokens a step that copies add to a tree of so many nodes; the root counts as one."""
         more = sum(value for needed, value in self._more.items() if needed <= nodes)

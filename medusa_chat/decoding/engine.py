@@ -203,6 +203,8 @@ class Engine:
     def use_copies(self, on: bool) -> None:
         """Whether to copy guesses from the conversation from now on."""
         self.copies = on
+        if not on:
+            self.policy.forget_copies()
         if self.runner.heads is None:
             self.use_tree("auto")
 

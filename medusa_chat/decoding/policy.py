@@ -76,6 +76,10 @@ class Policy:
         """Take in what a step kept, what the heads had guessed and what was copied; see Listener.hear."""
         self._listener.hear(tokens, guesses, copied)
 
+    def forget_copies(self) -> None:
+        """Nothing is copied from now on: what copies brought counts no more."""
+        self._listener.gain.forget()
+
     def record(self, step: Step) -> None:
         """Take in the time and the tokens of a step that `next` chose."""
         if self._vanilla:
