@@ -14,7 +14,7 @@ from medusa_chat.decoding.acceptance import gumbel, make_warp
 from medusa_chat.decoding.accuracy import dynamic_tree
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.tree import AnyTree, Tree, chain, named_tree, paper_trees
-from medusa_chat.model.attention import additive
+from medusa_chat.model.attention import chain_mask
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.quantization import quant_of
 from medusa_chat.peers import TransformersPeer
@@ -153,8 +153,8 @@ def _row_noise(backbone: Backbone, text: list[int]) -> float:
     together = backbone.logits(backbone.hidden_of_text(tokens)[start:]).float()
     cache = backbone.new_cache(len(text))
     if start:
-        chain_mask = additive(torch.ones(start, start, dtype=torch.bool, device=backbone.device).tril(), backbone.dtype)
-        backbone.hidden(tokens[:start], positions[:start], chain_mask, cache)
+        mask = chain_mask(start, backbone.dtype, backbone.device)
+        backbone.hidden(tokens[:start], positions[:start], mask, cache)
         cache.commit(tuple(range(start)))
     noise = 0.0
     for i in range(start, len(text)):

@@ -144,9 +144,7 @@ class Runner:
         """Tokens, positions and mask of rows that follow one another."""
         device, n = self.backbone.device, len(tokens)
         positions = torch.arange(n, device=device) + self.cache.length
-        mask = None
-        if n > 1:
-            mask = attention.additive(torch.ones(n, n, dtype=torch.bool, device=device).tril(), self.backbone.dtype)
+        mask = attention.chain_mask(n, self.backbone.dtype, device) if n > 1 else None
         return torch.tensor(tokens, device=device), positions, mask
 
     def _plan(self, tree: AnyTree, copied: bool) -> Plan:

@@ -129,6 +129,11 @@ def register() -> str:
     return NAME
 
 
+def chain_mask(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The additive mask of rows that follow one another: [n, n]."""
+    return additive(torch.ones(rows, rows, dtype=torch.bool, device=device).tril(), dtype)
+
+
 def full_mask(ancestors: Tensor, length: int) -> Tensor:
     """The additive mask of n rows behind `length` cached positions.
 

@@ -131,7 +131,7 @@ class Backbone:
     def hidden_of_text(self, tokens: Tensor) -> Tensor:
         """Last hidden states of a whole text, apart from any conversation: [n] -> [n, hidden]."""
         n, device = len(tokens), self.device
-        chain = attention.additive(torch.ones(n, n, dtype=torch.bool, device=device).tril(), self.dtype)
+        chain = attention.chain_mask(n, self.dtype, device)
         return self.hidden(tokens, torch.arange(n, device=device), chain, self.new_cache(n))
 
     def logits(self, hidden: Tensor) -> Tensor:
