@@ -151,13 +151,13 @@ def test_every_eos_id_ends_a_reply_and_none_when_ignored():
 def test_eos_ids_are_those_of_the_generation_config_and_the_tokenizer():
     backbone = random_backbone()
     named = tokenizer()
-    assert eos_ids(backbone, named) == frozenset()
+    assert eos_ids(backbone.model, named) == frozenset()
     backbone.model.generation_config.eos_token_id = [3, 7]
-    assert eos_ids(backbone, named) == {3, 7}
+    assert eos_ids(backbone.model, named) == {3, 7}
     named.eos_token = "<|end|>"
-    assert eos_ids(backbone, named) == {3, 7, END}
+    assert eos_ids(backbone.model, named) == {3, 7, END}
     backbone.model.generation_config.eos_token_id = 0
-    assert eos_ids(backbone, named) == {0, END}
+    assert eos_ids(backbone.model, named) == {0, END}
 
 
 def test_tokens_behind_the_end_are_not_taken():

@@ -56,7 +56,7 @@ class Engine:
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy, self._costs, self._probing = accuracy, costs, probing
         self.policy = self._new_policy()
-        self._eos = eos_ids(backbone, tokenizer) | self.template.stop_ids if eos is None else eos
+        self._eos = eos_ids(backbone.model, tokenizer) | self.template.stop_ids if eos is None else eos
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
         self._last: Outcome | None = None
@@ -257,8 +257,8 @@ class Engine:
         return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *shaped, *paper_trees(), "retune"]
 
 
-def eos_ids(backbone: Backbone, tokenizer: Any) -> frozenset[int]:
-    """Every EOS id of the generation config and the tokenizer's own."""
-    configured = getattr(backbone.model.generation_config, "eos_token_id", None)
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every EOS id of a transformers model's generation config and the tokenizer's own."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

@@ -257,6 +257,7 @@ class Local:
         return [next(replies) if fit else None for fit in fits]
 
     def _load(self) -> None:
+        from medusa_chat.decoding.engine import eos_ids
         from medusa_chat.model.loading import choose_device, load_pretrained
         from medusa_chat.model.templates import named_template, resolve_template
 
@@ -271,10 +272,7 @@ class Local:
         self._context: int | None = getattr(config, "max_position_embeddings", None)
         if self._context is not None and self._context <= self._plan.max_new_tokens:
             raise UserError(f"--max-new-tokens must be below the {self._context} of the context of {self.name}")
-        configured = getattr(backbone.generation_config, "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [configured]
-        ends = {token for token in (*listed, self._tokenizer.eos_token_id) if token is not None}
-        self._ends = sorted(ends | self._template.stop_ids)
+        self._ends = sorted(eos_ids(backbone, self._tokenizer) | self._template.stop_ids)
         self._backbone = backbone.to(device).eval()
 
     def _generate(self, rows: list[list[int]]) -> list[Reply]:
