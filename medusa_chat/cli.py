@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.arguments import COMMANDS, parser, recipe_of, sampling_of
 from medusa_chat.config import Message, Sampling, UserError, out_of_memory
+from medusa_chat.files import write_whole
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
@@ -143,7 +144,7 @@ def _bench(options: argparse.Namespace) -> int:
         for file in bench_charts.plot_bench(result, options.plot):
             print(f"wrote {file}")
     if options.json:
-        options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result) + "\n")
         print(f"wrote {options.json}")
     print(json.dumps(result))
     return 0

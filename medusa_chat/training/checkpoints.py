@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import UserError, out_of_memory
+from medusa_chat.files import write_whole
 
 SETTINGS_FILE = "training.json"
 _WRITE_FAILED = (
@@ -40,9 +41,7 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True) -> Path | None:
