@@ -17,11 +17,15 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     Returns:
         {"steps", "median_ms", "p90_ms"}; None where steps are eager, or fewer than three were taken.
     """
+    if engine.runner.static is None:
+        return None
     list(engine.generate(prompt, sampling))  # what is not recorded yet is recorded now
     static = engine.runner.static
+    if static is None:  # it could not be
+        return None
     gaps, learned = [], 0.0
     for step in engine.generate(prompt, sampling):
-        if static is None or not step.nodes:
+        if not step.nodes:
             continue
         if learned:
             gaps.append(static.started - learned)

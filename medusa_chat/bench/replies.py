@@ -63,9 +63,8 @@ def ways_of(engine: Engine, plan: Plan) -> dict[str, Answer]:
 
 
 def measure_replies(engine: Engine, plan: Plan, tick: Tick) -> list[Round]:
-    """Every prompt in every way, one way after the other, round by round."""
-    ways = ways_of(engine, plan)
-    prompts = fitting(engine, plan.prompts)
+    """Every prompt of a plan whose prompts fit, in every way, one way after the other, round by round."""
+    ways, prompts = ways_of(engine, plan), plan.prompts
     for prompt in prompts[:WARM_UPS]:  # first calls allocate and choose kernels
         for answer in ways.values():
             converse(engine, prompt, plan.turns, answer)

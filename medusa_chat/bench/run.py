@@ -49,14 +49,15 @@ def bench(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
     check_contexts(engine, plan.contexts)
     check_histories(engine, plan.histories)
     tree = engine.describe_tree()  # before the timing of steps changes what auto knows
-    ids = [engine.encode(prompt.opening()) for prompt in fitting(engine, plan.prompts)]
-    eager = _captured_check(engine, ids[:PARTS_PROMPTS])
+    prompts = fitting(engine, plan.prompts)
+    ids = [engine.encode(prompt.opening()) for prompt in prompts[:PARTS_PROMPTS]]
+    eager = _captured_check(engine, ids)
     with progress("replies") as tick:
-        rounds = measure_replies(engine, plan, tick)
+        rounds = measure_replies(engine, replace(plan, prompts=prompts), tick)
     modes = {mode: mode_figures(rounds, mode, baseline_name(replace(plan.sampling, mode=mode))) for mode in plan.modes}
     result: dict[str, Any] = _about(engine) | {
-        "prompts": len(ids),
-        "left_out": len(plan.prompts) - len(ids),
+        "prompts": len(prompts),
+        "left_out": len(plan.prompts) - len(prompts),
         "turns": plan.turns,
         "rounds": plan.rounds,
         "max_new_tokens": plan.sampling.max_new_tokens,
@@ -68,7 +69,7 @@ def bench(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
     if plan.view:
         first = plan.modes[0]
         result["view"] = {"mode": first, "share_of_tokens_per_second": wall_ratio(rounds, "view", first)}
-    return result | _machine(engine, plan, ids[:PARTS_PROMPTS], progress) | ({"eager": eager} if eager else {})
+    return result | _machine(engine, plan, ids, progress) | ({"eager": eager} if eager else {})
 
 
 def bench_steps(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def measure(
         budget: seconds; infinite for every count of the ladder, REPEATS times.
     """
     forecast = grow(accuracy, max(LADDER))[1]
-    grown = tree_of or (lambda nodes: grow(accuracy, nodes)[0])
+    grown = tree_of or kinds(accuracy)["static"]
     ladder = list(dict.fromkeys(min(nodes, len(forecast)) for nodes in LADDER))
     times = _Times(forecast, {1: [], **{nodes: [] for nodes in ladder}})
     trees: dict[int, AnyTree] = {1: Tree(), **{nodes: grown(nodes) for nodes in ladder}}
