@@ -14,40 +14,73 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import medusa_chat
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.accuracy import Accuracy, grow
-from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.trees.accuracy import Accuracy, grow
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
-from medusa_chat.training.calibrate import SIZES, Ranks, acceptance_length, answers, calibrate, joint_ranks, rank_reply
+from medusa_chat.training.calibration import (
+    SIZES,
+    Ranks,
+    acceptance_length,
+    answers,
+    calibrate,
+    joint_ranks,
+    rank_reply,
+)
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.engine import Engine
 
 TYPICAL = (16, 64)  # nodes
 
 
 def main() -> None:
     options = parse()
-    count, prompts = read_prompts(options.count, options.count_limit), read_prompts(options.prompts, options.limit)
+    count, prompts = (
+        read_prompts(options.count, options.count_limit),
+        read_prompts(options.prompts, options.limit),
+    )
     for named in options.models:
         name, _, place = named.partition("=")
         model, _, heads = place.partition(":")
-        engine = medusa_chat.load(model, heads or None, tree="chain-3", probing=False, measured=False, copies=False)
-        print(json.dumps({"name": name, **measure(engine, count, prompts, options.max_new_tokens)}), flush=True)
+        engine = medusa_chat.load(
+            model, heads or None, tree="chain-3", probing=False, measured=False, copies=False
+        )
+        print(
+            json.dumps({"name": name, **measure(engine, count, prompts, options.max_new_tokens)}),
+            flush=True,
+        )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL[:HEADS]")
-    parser.add_argument("--count", type=Path, nargs="+", required=True, help="prompts that accuracies are counted on")
+    parser.add_argument(
+        "--count",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="prompts that accuracies are counted on",
+    )
     parser.add_argument("--count-limit", type=int, default=120)
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="prompts that lengths are measured on")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="prompts that lengths are measured on",
+    )
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     return parser.parse_args()
 
 
-def measure(engine: Engine, count: list[Prompt], prompts: list[Prompt], max_new_tokens: int) -> dict[str, object]:
+def measure(
+    engine: Engine, count: list[Prompt], prompts: list[Prompt], max_new_tokens: int
+) -> dict[str, object]:
     """Accuracy on `count`, acceptance lengths on `prompts`."""
     accuracy = calibrate(engine, count, max_new_tokens)
     replies = ranked(engine, prompts, max_new_tokens)
@@ -55,7 +88,9 @@ def measure(engine: Engine, count: list[Prompt], prompts: list[Prompt], max_new_
         "top1": [round(row[0], 3) for row in accuracy.top],
         "greedy": {nodes: length(accuracy, nodes, replies) for nodes in SIZES},
         "heads": [length(accuracy.pruned(k, 20), 16, replies) for k in range(1, engine.heads + 1)],
-        "typical": {nodes: typical(engine, accuracy, nodes, prompts, max_new_tokens) for nodes in TYPICAL},
+        "typical": {
+            nodes: typical(engine, accuracy, nodes, prompts, max_new_tokens) for nodes in TYPICAL
+        },
     }
 
 
@@ -64,7 +99,11 @@ def ranked(engine: Engine, prompts: list[Prompt], max_new_tokens: int) -> list[R
     found = []
     for prompt in prompts:
         for ids, steps in answers(engine, prompt, Sampling(max_new_tokens=max_new_tokens)):
-            found.append(joint_ranks(rank_reply(engine, ids, [token.id for step in steps for token in step.tokens])))
+            found.append(
+                joint_ranks(
+                    rank_reply(engine, ids, [token.id for step in steps for token in step.tokens])
+                )
+            )
     return found
 
 
@@ -74,10 +113,17 @@ def length(accuracy: Accuracy, nodes: int, replies: list[Ranks]) -> float:
     return round(found, 3)
 
 
-def typical(engine: Engine, accuracy: Accuracy, nodes: int, prompts: list[Prompt], max_new_tokens: int) -> float:
+def typical(
+    engine: Engine, accuracy: Accuracy, nodes: int, prompts: list[Prompt], max_new_tokens: int
+) -> float:
     engine.use_tree(grow(accuracy, nodes)[0])
     sampling = Sampling(mode="typical", temperature=0.7, max_new_tokens=max_new_tokens)
-    stats = Stats.of(step for prompt in prompts for _, steps in answers(engine, prompt, sampling) for step in steps)
+    stats = Stats.of(
+        step
+        for prompt in prompts
+        for _, steps in answers(engine, prompt, sampling)
+        for step in steps
+    )
     return round(stats.tree_tokens / stats.tree_steps, 3)
 
 

@@ -1,4 +1,4 @@
-"""What a load really takes, beside what medusa_chat.model.memory foretold.
+"""What a load really takes, beside what medusa_chat.machine.memory foretold.
 
     python benchmarks/load_memory.py MODEL [QUANT [QUANT_HEADS [CONTEXT]]]
 
@@ -16,8 +16,8 @@ import time
 
 import medusa_chat
 from medusa_chat.config import Sampling
-from medusa_chat.model import memory
-from medusa_chat.registry import resolve_model
+from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.machine import memory
 
 
 def resident(kind: str) -> int:
@@ -50,22 +50,43 @@ def main() -> None:
     peak.start()
     started = time.perf_counter()
     engine = medusa_chat.load(
-        model, device="cpu", quant=quant, quant_heads=quant_heads, context=int(context), tree="chain-4", probing=False
+        model,
+        device="cpu",
+        quant=quant,
+        quant_heads=quant_heads,
+        context=int(context),
+        tree="chain-4",
+        probing=False,
     )
     while_loading, seconds = peak.most, time.perf_counter() - started
     engine.runner.cache.buffer.zero_()
-    steps = list(engine.generate([{"role": "user", "content": "Hello"}], Sampling(max_new_tokens=16, ignore_eos=True)))
+    steps = list(
+        engine.generate(
+            [{"role": "user", "content": "Hello"}], Sampling(max_new_tokens=16, ignore_eos=True)
+        )
+    )
     peak.stopped = True
     peak.join()
     most = peak.most + resident("RssFile")
-    print(json.dumps({
-        "model": engine.name, "quant": spec.quant, "quant_heads": spec.quant_heads, "context": int(context),
-        "foretold": foretold.total, "parts": foretold.parts(),
-        "anonymous_while_loading": while_loading, "anonymous": peak.most, "peak": most,
-        "ratio": round(most / foretold.total, 4), "load_seconds": round(seconds, 1),
-        "tokens": sum(len(step.tokens) for step in steps),
-        "median_step_seconds": sorted(step.seconds for step in steps)[len(steps) // 2],
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "model": engine.name,
+                "quant": spec.quant,
+                "quant_heads": spec.quant_heads,
+                "context": int(context),
+                "foretold": foretold.total,
+                "parts": foretold.parts(),
+                "anonymous_while_loading": while_loading,
+                "anonymous": peak.most,
+                "peak": most,
+                "ratio": round(most / foretold.total, 4),
+                "load_seconds": round(seconds, 1),
+                "tokens": sum(len(step.tokens) for step in steps),
+                "median_step_seconds": sorted(step.seconds for step in steps)[len(steps) // 2],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

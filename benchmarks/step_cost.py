@@ -24,12 +24,12 @@ from medusa_chat.bench.plan import RandomModel
 from medusa_chat.bench.shapes import random_engine
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.accuracy import PUBLISHED, grow
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tree import Tree
+from medusa_chat.decoding.trees.accuracy import PUBLISHED, grow
+from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.model.linear.quantization import as_quant
 from medusa_chat.model.loading import choose_device, choose_dtype, load_model
-from medusa_chat.model.quantization import as_quant
-from medusa_chat.registry import resolve_model
 from medusa_chat.shapes import SHAPES
 
 ROWS = (1, 4, 8, 16, 32, 64)
@@ -42,23 +42,41 @@ def main() -> None:
     table = Table("quantization", *(f"{rows} rows" for rows in ROWS))
     result = {}
     for quant, by_rows in times.items():
-        result[quant] = {rows: round(statistics.median(seconds) * 1e3, 3) for rows, seconds in by_rows.items()}
+        result[quant] = {
+            rows: round(statistics.median(seconds) * 1e3, 3) for rows, seconds in by_rows.items()
+        }
         table.add_row(quant, *(f"{result[quant][rows]:.2f} ms" for rows in ROWS))
     Console(file=sys.stderr).print(table)
     each = next(iter(runners.values()))
-    print(json.dumps({
-        "model": options.model, "device": str(each.backbone.device), "dtype": str(each.backbone.dtype)[6:],
-        "threads": torch.get_num_threads(), "length": options.length, "rounds": options.rounds,
-        "heads": each.heads.heads if each.heads else 0, "own_lm_heads": owns(each), "step_ms": result,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "model": options.model,
+                "device": str(each.backbone.device),
+                "dtype": str(each.backbone.dtype)[6:],
+                "threads": torch.get_num_threads(),
+                "length": options.length,
+                "rounds": options.rounds,
+                "heads": each.heads.heads if each.heads else 0,
+                "own_lm_heads": owns(each),
+                "step_ms": result,
+            }
+        )
+    )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", metavar="MODEL_OR_SHAPE", help=f"what --model takes, or one of {', '.join(SHAPES)}")
-    parser.add_argument("quants", nargs="+", metavar="QUANT[:QUANT_HEADS]", help="heads are none without the second")
+    parser.add_argument(
+        "model", metavar="MODEL_OR_SHAPE", help=f"what --model takes, or one of {', '.join(SHAPES)}"
+    )
+    parser.add_argument(
+        "quants", nargs="+", metavar="QUANT[:QUANT_HEADS]", help="heads are none without the second"
+    )
     parser.add_argument("--heads", type=int, default=5, help="of a shape")
-    parser.add_argument("--shared", action="store_true", help="heads of a shape share the backbone's LM head")
+    parser.add_argument(
+        "--shared", action="store_true", help="heads of a shape share the backbone's LM head"
+    )
     parser.add_argument("--length", type=int, default=256, help="tokens in the cache")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="auto")
@@ -86,10 +104,14 @@ def owns(runner: Runner) -> bool:
     return own is not None and len(own) > 0
 
 
-def measure(runners: dict[str, Runner], length: int, rounds: int) -> dict[str, dict[int, list[float]]]:
+def measure(
+    runners: dict[str, Runner], length: int, rounds: int
+) -> dict[str, dict[int, list[float]]]:
     """Seconds of steps behind a blank text of `length` tokens, by quantization and rows."""
     rule = make_rule(Sampling())
-    times: dict[str, dict[int, list[float]]] = {quant: {rows: [] for rows in ROWS} for quant in runners}
+    times: dict[str, dict[int, list[float]]] = {
+        quant: {rows: [] for rows in ROWS} for quant in runners
+    }
     trees = {}
     for quant, each in runners.items():
         each.prefill([0] * length, rule)

@@ -18,9 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
@@ -33,13 +33,22 @@ import medusa_chat
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.model.devices import device_name
+from medusa_chat.machine.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from medusa_chat.decoding.engine import Engine
+
 SIZES = (8, 16, 32, 64)
-WAYS = [(f"{kind}-{nodes}", copies) for nodes in SIZES for kind in ("static", "dynamic") for copies in (False, True)]
+WAYS = [
+    (f"{kind}-{nodes}", copies)
+    for nodes in SIZES
+    for kind in ("static", "dynamic")
+    for copies in (False, True)
+]
 QUOTED, RUN = 0.4, 4  # share of a reply's runs of RUN tokens that stand before it already
 REPLACED = 12  # of so many words one is another in an edited text
 SHORTEST, LONGEST = 24, 160  # tokens of a text that is repeated
@@ -55,20 +64,30 @@ class Task:
 
 def main() -> None:
     options = parse()
-    engine = medusa_chat.load(options.model, options.heads, tree="static-16", probing=False, copies=False)
+    engine = medusa_chat.load(
+        options.model, options.heads, tree="static-16", probing=False, copies=False
+    )
     prompts = read_prompts(options.prompts, None)
     found = {}
     for name, tasks in workloads(engine, prompts, options.limit).items():
         print(f"{name}: {len(tasks)} replies", file=sys.stderr)
-        found[name] = measure(engine, tasks, options.max_new_tokens, options.rounds) if tasks else {}
+        found[name] = (
+            measure(engine, tasks, options.max_new_tokens, options.rounds) if tasks else {}
+        )
     show(found)
     device = device_name(engine.backbone.device)
-    print(json.dumps({"device": device, "model": engine.name, "torch": torch.__version__, "trees": found}))
+    print(
+        json.dumps(
+            {"device": device, "model": engine.name, "torch": torch.__version__, "trees": found}
+        )
+    )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="files of conversations")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", required=True, help="files of conversations"
+    )
     parser.add_argument("--limit", type=int, default=40, help="replies of each kind")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -99,7 +118,9 @@ def read_back(engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Task]:
                 runs(engine, " ".join(m["content"] for m in before)),
                 runs(engine, " " + prompt.reference[i]["content"]),
             )
-            if len(reply) >= 2 * RUN and sum(run in set(known) for run in reply) >= QUOTED * len(reply):
+            if len(reply) >= 2 * RUN and sum(run in set(known) for run in reply) >= QUOTED * len(
+                reply
+            ):
                 yield Task(engine.encode(before))
                 break
 
@@ -115,12 +136,18 @@ def tokens_of(engine: Engine, text: str) -> list[int]:
 
 
 def given(engine: Engine, text: str, reply: str) -> Task:
-    return Task(engine.encode([{"role": "user", "content": f"Repeat this text: {text}"}]), tokens_of(engine, reply))
+    return Task(
+        engine.encode([{"role": "user", "content": f"Repeat this text: {text}"}]),
+        tokens_of(engine, reply),
+    )
 
 
 def edited(text: str) -> str:
     words = text.split(" ")
-    return " ".join("something" if place % REPLACED == REPLACED - 1 else word for place, word in enumerate(words))
+    return " ".join(
+        "something" if place % REPLACED == REPLACED - 1 else word
+        for place, word in enumerate(words)
+    )
 
 
 def following(text: list[int]) -> Rule:
@@ -139,13 +166,21 @@ def answered(engine: Engine, task: Task, mode: str, max_new_tokens: int) -> Stat
     """One reply, prefilled anew."""
     engine.forget()
     if task.reply is None:
-        return Stats.of(engine.generate(task.prompt, Sampling(max_new_tokens=max_new_tokens).with_value("mode", mode)))
+        return Stats.of(
+            engine.generate(
+                task.prompt, Sampling(max_new_tokens=max_new_tokens).with_value("mode", mode)
+            )
+        )
     sampling = Sampling(max_new_tokens=len(task.reply), ignore_eos=True).with_value("mode", mode)
-    with patch.object(engine_module, "make_rule", lambda sampling: following(task.prompt + task.reply)):
+    with patch.object(
+        engine_module, "make_rule", lambda sampling: following(task.prompt + task.reply)
+    ):
         return Stats.of(engine.generate(task.prompt, sampling))
 
 
-def measure(engine: Engine, tasks: list[Task], max_new_tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    engine: Engine, tasks: list[Task], max_new_tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Acceptance length and speedup of each way, over all tasks and rounds together."""
     totals: dict[str, list[Stats]] = {}
     for task in [*tasks] * rounds:
@@ -169,10 +204,14 @@ def figures(stats: list[Stats], vanilla: float) -> dict[str, float]:
 
 
 def show(found: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table("tree", "copies", *(f"{name}: {what}" for name in found for what in ("length", "speedup")))
+    table = Table(
+        "tree", "copies", *(f"{name}: {what}" for name in found for what in ("length", "speedup"))
+    )
     for tree, copies in WAYS:
         rows = [ways.get(f"{tree} copies" if copies else tree, {}) for ways in found.values()]
-        cells = [f"{row[key]:.2f}" for row in rows for key in ("acceptance_length", "speedup") if row]
+        cells = [
+            f"{row[key]:.2f}" for row in rows for key in ("acceptance_length", "speedup") if row
+        ]
         table.add_row(tree, "on" if copies else "off", *cells)
     Console(width=160).print(table)
 

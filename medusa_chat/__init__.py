@@ -6,22 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import ModelSpec, Sampling, UserError
+from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.model.hub import Files, Progress
+    from medusa_chat.hub.fetch import Files, Progress
 
-__version__ = "0.1.0"
-__all__ = ["Sampling", "UserError", "load"]
+__all__ = ["Sampling", "UserError", "__version__", "load"]
 
 
 def load(
-    model: str | None = None, heads: str | None = None, *, device: str = "auto", quant: str = "auto",
-    quant_heads: str = "auto", dtype: str | None = None, tree: str = "auto", context: int | None = None,
-    models: Path | None = None, ignore_memory: bool = False, probing: bool = True, measured: bool = True,
-    copies: bool = True, template: str = "", progress: Progress | None = None,
-    eager: bool | None = None, fuse: bool = True,
-) -> Engine:  # fmt: skip
+    model: str | None = None,
+    heads: str | None = None,
+    *,
+    device: str = "auto",
+    quant: str = "auto",
+    quant_heads: str = "auto",
+    dtype: str | None = None,
+    tree: str = "auto",
+    context: int | None = None,
+    models: Path | None = None,
+    ignore_memory: bool = False,
+    probing: bool = True,
+    measured: bool = True,
+    copies: bool = True,
+    template: str = "",
+    progress: Progress | None = None,
+    eager: bool | None = None,
+    fuse: bool = True,
+) -> Engine:
     """Load a model with its Medusa heads.
 
     Args:
@@ -49,30 +62,49 @@ def load(
     """
     from platformdirs import user_cache_path
 
-    from medusa_chat.registry import resolve_model
+    from medusa_chat.hub.model_list import resolve_model
 
     spec = resolve_model(model, heads, quant, quant_heads, models, template)
-    files = _fetch(spec, device, context, ignore_memory, progress)  # before torch is imported: it is seen at once
-    from medusa_chat.decoding.accuracy import read_accuracy
+    files = _fetch(
+        spec, device, context, ignore_memory, progress
+    )  # before torch is imported: it is seen at once
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.trees.accuracy import read_accuracy
     from medusa_chat.model.loading import load_model
 
-    loaded = load_model(spec, device, dtype, files, context=context, ignore_memory=ignore_memory, fuse=fuse)
+    loaded = load_model(
+        spec, device, dtype, files, context=context, ignore_memory=ignore_memory, fuse=fuse
+    )
     engine = Engine(
-        loaded.backbone, loaded.heads, loaded.tokenizer, name=spec.name, system=spec.system, context=context,
-        tree=spec.tree if tree == "auto" else tree, probing=probing, copies=copies, template=loaded.template,
-        costs=user_cache_path("medusa-chat") / "step-costs", eager=eager,
+        loaded.backbone,
+        loaded.heads,
+        loaded.tokenizer,
+        name=spec.name,
+        system=spec.system,
+        context=context,
+        tree=spec.tree if tree == "auto" else tree,
+        probing=probing,
+        copies=copies,
+        template=loaded.template,
+        costs=user_cache_path("medusa-chat") / "step-costs",
+        eager=eager,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
-    )  # fmt: skip
+    )
     engine.notices[:0] = loaded.notices
     return engine
 
 
-def _fetch(spec: ModelSpec, device: str, context: int | None, ignore_memory: bool, progress: Progress | None) -> Files:
+def _fetch(
+    spec: ModelSpec,
+    device: str,
+    context: int | None,
+    ignore_memory: bool,
+    progress: Progress | None,
+) -> Files:
     """Have a spec's files here; a slip of the template's name and what can't fit are told before the download."""
-    from medusa_chat.model import memory
-    from medusa_chat.model.devices import likely_device
-    from medusa_chat.model.hub import fetch
+    from medusa_chat.hub.fetch import fetch
+    from medusa_chat.machine import memory
+    from medusa_chat.machine.devices import likely_device
     from medusa_chat.model.templates import named_template
 
     if spec.template:

@@ -8,16 +8,17 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from medusa_chat.arguments import COMMANDS, parser, recipe_of, sampling_of
+from medusa_chat.commands.flags import COMMANDS, parser, recipe_of, sampling_of
 from medusa_chat.config import Message, Sampling, UserError, out_of_memory
-from medusa_chat.files import write_whole
+from medusa_chat.files import write_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from medusa_chat.decoding.engine import Engine
 
 NEEDS_LESS = "a smaller model, --quant nf4, --quant-heads nf4 or a shorter --max-context needs less"
@@ -56,20 +57,34 @@ def _fail(message: str) -> int:
 
 
 def _load(
-    options: argparse.Namespace, probing: bool = True, measured: bool = True,
+    options: argparse.Namespace,
+    probing: bool = True,
+    measured: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """The engine that the flags ask for. A download is told to `progress`, else shown on standard error."""
     import medusa_chat
     from medusa_chat.terminal.downloads import downloads
 
     with nullcontext(progress) if progress else downloads() as shown:
         return medusa_chat.load(
-            options.model, options.heads, device=options.device, quant=options.quant, quant_heads=options.quant_heads,
-            dtype=options.dtype, tree=options.tree, template=options.template, context=options.max_context,
-            models=options.models, ignore_memory=options.ignore_memory, probing=probing, measured=measured,
-            copies=options.copies, progress=shown, eager=options.eager or None,
-        )  # fmt: skip
+            options.model,
+            options.heads,
+            device=options.device,
+            quant=options.quant,
+            quant_heads=options.quant_heads,
+            dtype=options.dtype,
+            tree=options.tree,
+            template=options.template,
+            context=options.max_context,
+            models=options.models,
+            ignore_memory=options.ignore_memory,
+            probing=probing,
+            measured=measured,
+            copies=options.copies,
+            progress=shown,
+            eager=options.eager or None,
+        )
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -83,15 +98,20 @@ def _chat(options: argparse.Namespace) -> int:
         raise UserError("--json needs --prompt TEXT, or text piped to standard input")
     from platformdirs import user_state_path
 
-    from medusa_chat.registry import resolve_model
-    from medusa_chat.terminal.repl import chat
+    from medusa_chat.hub.model_list import resolve_model
+    from medusa_chat.terminal.chat.repl import chat
 
     name = resolve_model(options.model, options.heads, models=options.models).name
     history = user_state_path("medusa-chat") / "history"
     return chat(
-        lambda progress: _load(options, progress=progress), model=name, sampling=sampling, system=options.system,
-        marks=options.marks, history=history, transcript=options.transcript,
-    )  # fmt: skip
+        lambda progress: _load(options, progress=progress),
+        model=name,
+        sampling=sampling,
+        system=options.system,
+        marks=options.marks,
+        history=history,
+        transcript=options.transcript,
+    )
 
 
 def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -> int:
@@ -103,7 +123,9 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
         raise UserError("the prompt is empty")
     engine = _load(options)
     system = engine.system if options.system is None else options.system
-    messages: list[Message] = [{"role": "system", "content": system}] if system or engine.system else []
+    messages: list[Message] = (
+        [{"role": "system", "content": system}] if system or engine.system else []
+    )
     messages.append({"role": "user", "content": prompt})
     stats, ids, text = Stats(), [], ""
     with closing(engine.generate(messages, sampling)) as steps:
@@ -114,7 +136,17 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
             line = json.dumps(step.as_json()) + "\n" if options.json else sanitize(step.text)
             print(line, end="", flush=True)
     if options.json:
-        print(json.dumps({"type": "summary", "text": text, "ids": ids, "mode": sampling.mode, **stats.as_json()}))
+        print(
+            json.dumps(
+                {
+                    "type": "summary",
+                    "text": text,
+                    "ids": ids,
+                    "mode": sampling.mode,
+                    **stats.as_json(),
+                }
+            )
+        )
     else:
         print()
     for notice in engine.notices:
@@ -124,7 +156,8 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
 
 def _bench(options: argparse.Namespace) -> int:
     from medusa_chat.bench.command import measure
-    from medusa_chat.terminal import bench_charts, bench_report, report
+    from medusa_chat.terminal.reports import bench as bench_report
+    from medusa_chat.terminal.reports import bench_charts, report
 
     sampling = sampling_of(options)
     bench_report.check_file(options.json)
@@ -137,23 +170,26 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         result = measure(options, sampling, load, report.progress, view)
     except KeyboardInterrupt:
-        print("medusa-chat: bench was interrupted: nothing is told of a part of the measurements", file=sys.stderr)
+        print(
+            "medusa-chat: bench was interrupted: nothing is told of a part of the measurements",
+            file=sys.stderr,
+        )
         return 130
     bench_report.show_bench(result)
     if options.plot:
         for file in bench_charts.plot_bench(result, options.plot):
             print(f"wrote {file}")
     if options.json:
-        write_whole(options.json, json.dumps(result) + "\n")
+        write_text(options.json, json.dumps(result) + "\n")
         print(f"wrote {options.json}")
     print(json.dumps(result))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from medusa_chat.bench.verification import verify
     from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal import report
-    from medusa_chat.verify import verify
+    from medusa_chat.terminal.reports import report
 
     sampling = sampling_of(options)
     prompts = read_prompts(options.prompts, options.limit)
@@ -165,63 +201,102 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from medusa_chat.registry import resolve_model
-    from medusa_chat.terminal.training_view import training
+    from medusa_chat.hub.model_list import resolve_model
+    from medusa_chat.terminal.reports.training import training
 
     recipe = recipe_of(options)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells on import what it could have besides
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it tells on import what it could have besides
     try:
         from medusa_chat.training.trainer import Run, train
     except ModuleNotFoundError as error:
         raise UserError(f"training needs {error.name}: pip install 'medusa-chat[train]'") from None
     run = Run(
-        options.model, tuple(options.data), options.out, recipe, options.heads_from, tuple(options.held_out),
-        options.resume, options.models, options.ignore_memory, options.template,
-    )  # fmt: skip
+        options.model,
+        tuple(options.data),
+        options.out,
+        recipe,
+        options.heads_from,
+        tuple(options.held_out),
+        options.resume,
+        options.models,
+        options.ignore_memory,
+        options.template,
+    )
     with training() as (progress, say):
         wrote = train(run, progress, say)
     if not wrote:
         return 0
-    made = f"--model {options.out}" if recipe.joint else f"--model {options.model} --heads {options.out}"
-    if template := resolve_model(options.model, models=options.models, template=options.template).template:
+    made = (
+        f"--model {options.out}"
+        if recipe.joint
+        else f"--model {options.model} --heads {options.out}"
+    )
+    if template := resolve_model(
+        options.model, models=options.models, template=options.template
+    ).template:
         made += f" --template {template}"
-    print(f"wrote {options.out}; next: medusa-chat calibrate {made} --data FILE, then medusa-chat {made}")
+    print(
+        f"wrote {options.out}; next: medusa-chat calibrate {made} --data FILE, then medusa-chat {made}"
+    )
     return 0
 
 
 def _distill(options: argparse.Namespace) -> int:
-    from medusa_chat.terminal import report
-    from medusa_chat.training.distill import Plan, distill
+    from medusa_chat.terminal.reports import report
+    from medusa_chat.training.distillation import Plan, distill
 
     plan = Plan(
-        turns=options.turns, batch=options.batch, max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature, seed=options.seed, system=options.system, template=options.template,
-    )  # fmt: skip
+        turns=options.turns,
+        batch=options.batch,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        system=options.system,
+        template=options.template,
+    )
     with report.progress("answering") as progress:
         kept, total = distill(
-            options.model, options.prompts, options.out, plan, limit=options.limit, server=options.server,
-            server_model=options.server_model, device=options.device, models=options.models,
-            ignore_memory=options.ignore_memory, progress=progress,
-        )  # fmt: skip
-    unanswered = f"; {total - kept} of {total} prompts got no answer that fits the context" if kept < total else ""
+            options.model,
+            options.prompts,
+            options.out,
+            plan,
+            limit=options.limit,
+            server=options.server,
+            server_model=options.server_model,
+            device=options.device,
+            models=options.models,
+            ignore_memory=options.ignore_memory,
+            progress=progress,
+        )
+    unanswered = (
+        f"; {total - kept} of {total} prompts got no answer that fits the context"
+        if kept < total
+        else ""
+    )
     print(f"wrote {options.out}: {kept} conversations{unanswered}")
     return 0
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from medusa_chat.decoding.accuracy import grow, write_accuracy
-    from medusa_chat.model.hub import accuracy_file
+    from medusa_chat.decoding.trees.accuracy import grow, write_accuracy
+    from medusa_chat.hub.fetch import accuracy_file
+    from medusa_chat.hub.model_list import resolve_model
     from medusa_chat.prompts import read_prompts
-    from medusa_chat.registry import resolve_model
-    from medusa_chat.terminal import charts, report
-    from medusa_chat.training.calibrate import SIZES, calibrate, check_forecast, held_aside
+    from medusa_chat.terminal.reports import charts, report
+    from medusa_chat.training.calibration import SIZES, calibrate, check_forecast, held_aside
 
     if options.plot:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
     spec = resolve_model(options.model, options.heads, models=options.models)
-    options.tree = "chain-1" if options.tree in ("auto", "retune") else options.tree  # nothing is timed here
-    engine = _load(options, probing=False, measured=False)  # an old file of figures may be damaged: it goes
+    options.tree = (
+        "chain-1" if options.tree in ("auto", "retune") else options.tree
+    )  # nothing is timed here
+    engine = _load(
+        options, probing=False, measured=False
+    )  # an old file of figures may be damaged: it goes
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with report.progress("calibrating") as progress:
         accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
@@ -235,20 +310,30 @@ def _calibrate(options: argparse.Namespace) -> int:
     report.show_accuracy(accuracy.top, checks)
     print(f"wrote {file}")
     if not checks and not options.no_check:
-        print("the forecast was not checked: that takes 5 prompts or more, and heads that fill a tree of 8 nodes")
+        print(
+            "the forecast was not checked: that takes 5 prompts or more, and heads that fill a tree of 8 nodes"
+        )
     if options.plot:
-        charts.plot(options.plot, accuracy.top, grow(accuracy, max(SIZES))[1], checks, f"{engine.name}, {source}")
+        charts.plot(
+            options.plot,
+            accuracy.top,
+            grow(accuracy, max(SIZES))[1],
+            checks,
+            f"{engine.name}, {source}",
+        )
         print(f"wrote {options.plot}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from medusa_chat.export.writing import Export, export
-    from medusa_chat.registry import resolve_model
+    from medusa_chat.hub.model_list import resolve_model
 
     if options.private and not options.push:
         raise UserError("--private is for --push")
-    job = Export(options.layout, options.out, options.dtype, options.push, options.private, options.overwrite)
+    job = Export(
+        options.layout, options.out, options.dtype, options.push, options.private, options.overwrite
+    )
     for notice in export(resolve_model(options.model, options.heads, models=options.models), job):
         print(f"medusa-chat: {notice}", file=sys.stderr)
     print(f"wrote {options.out}" + (f" and uploaded it to {options.push}" if options.push else ""))
@@ -256,8 +341,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    from medusa_chat.catalogue import catalogue
-    from medusa_chat.terminal import report
+    from medusa_chat.commands.models import catalogue
+    from medusa_chat.terminal.reports import report
 
     listed = [asdict(each) for each in catalogue(options.models)]
     if options.json:
@@ -268,8 +353,8 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from medusa_chat.doctor import examine
-    from medusa_chat.terminal import report
+    from medusa_chat.commands.doctor import examine
+    from medusa_chat.terminal.reports import report
 
     findings = [asdict(finding) for finding in examine()]
     if options.json:
@@ -280,9 +365,16 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "chat": _chat, "bench": _bench, "verify": _verify, "train": _train, "distill": _distill, "calibrate": _calibrate,
-    "export": _export, "models": _models, "doctor": _doctor,
-}  # fmt: skip
+    "chat": _chat,
+    "bench": _bench,
+    "verify": _verify,
+    "train": _train,
+    "distill": _distill,
+    "calibrate": _calibrate,
+    "export": _export,
+    "models": _models,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ class UserError(Exception):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: Python's own, torch's on a GPU, and torch's on the CPU."""
-    signs = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    signs = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+    )
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
@@ -62,7 +67,10 @@ class Sampling:
             (0 <= self.min_p <= 1, f"min_p must be between 0 and 1, not {self.min_p:g}"),
             (0 < self.epsilon <= 1, f"epsilon must be above 0 and at most 1, not {self.epsilon:g}"),
             (self.delta > 0, f"delta must be above 0, not {self.delta:g}"),
-            (self.max_new_tokens > 0, f"max_new_tokens must be at least 1, not {self.max_new_tokens}"),
+            (
+                self.max_new_tokens > 0,
+                f"max_new_tokens must be at least 1, not {self.max_new_tokens}",
+            ),
             (0 <= self.seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {self.seed}"),
             (all(self.stop), "a stop string may not be empty"),
         )
@@ -115,7 +123,9 @@ def parse_value(name: str, kind: Any, text: str) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise UserError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {text!r}") from None
+        raise UserError(
+            f"{name} must be {'a whole number' if kind is int else 'a number'}, not {text!r}"
+        ) from None
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"{name} must be a finite number, not {text!r}")
     return value
@@ -134,14 +144,60 @@ class ModelSpec:
     quant_heads: str = "auto"  # auto, or a Quant: of the heads
     tree: str = "auto"
     system: str = ""
-    shape: str = ""  # of shapes.SHAPES: like the next two, for the plan of memory before any file is there
+    shape: str = (
+        ""  # of shapes.SHAPES: like the next two, for the plan of memory before any file is there
+    )
     medusa_heads: int = 0
     lm_heads: Literal["own", "shared"] = "own"
     licence: str = "unknown"
     description: str = ""
 
 
-OWN_SHARE = 0.12  # `auto` gives heads LM heads of their own up to this share of the backbone's parameters
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded. Each field is also a flag of the commands that load one.
+
+    Attributes:
+        device: where to run; auto takes the first of cuda, mps and cpu that is there.
+        dtype: number format of weights and activations; auto takes what suits the device.
+        quant: quantization of the backbone's weights; auto takes what the model list says.
+        quant_heads: quantization of the heads' weights; auto likewise.
+        template: conversation template of fastchat, in place of the model's own.
+        tree: auto, retune (auto, with steps timed anew), dynamic-N, static-N, chain-N,
+            the name of a released tree, or a JSON file of paths.
+        copies: also guess by copying earlier text of the conversation.
+        context: tokens that prompt and reply may hold together; None is the model's own limit.
+        models: the user's model list, in place of the one in the settings folder.
+        ignore_memory: load even where less memory is free than the model needs.
+        eager: run each step operation by operation; None does so only where it must.
+        fuse: join matrices that read the same rows.
+        probing: take a vanilla step now and then, to measure the speedup.
+        measured: use the accuracies that `medusa-chat calibrate` measured.
+    """
+
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    quant: Quant | Literal["auto"] = "auto"
+    quant_heads: Quant | Literal["auto"] = "auto"
+    template: str = ""
+    tree: str = "auto"
+    copies: bool = True
+    context: int | None = None
+    models: Path | None = None
+    ignore_memory: bool = False
+    eager: bool | None = None
+    fuse: bool = True
+    probing: bool = True
+    measured: bool = True
+
+
+OWN_SHARE = (
+    0.12  # `auto` gives heads LM heads of their own up to this share of the backbone's parameters
+)
 
 
 @dataclass(frozen=True)
@@ -179,25 +235,63 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = (
-            "heads", "layers", "epochs", "batch_size", "accumulation", "save_steps", "logging_steps", "decay",
-            "learning_rate", "lora_alpha",
-        )  # fmt: skip
+            "heads",
+            "layers",
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "save_steps",
+            "logging_steps",
+            "decay",
+            "learning_rate",
+            "lora_alpha",
+        )
         amounts = ("warmup_steps", "backbone_learning_rate", "lambda_0")
         checks = (
             (self.name in RECIPES, f"unknown recipe {self.name!r}; there are {', '.join(RECIPES)}"),
-            *((0 < getattr(self, n) < inf, f"{n} must be above 0, not {getattr(self, n)}") for n in counts),
-            *((0 <= getattr(self, n) < inf, f"{n} must be 0 or more, not {getattr(self, n)}") for n in amounts),
-            (self.lm_heads in ("auto", "own", "shared"), f"lm_heads is auto, own or shared, not {self.lm_heads!r}"),
+            *(
+                (0 < getattr(self, n) < inf, f"{n} must be above 0, not {getattr(self, n)}")
+                for n in counts
+            ),
+            *(
+                (0 <= getattr(self, n) < inf, f"{n} must be 0 or more, not {getattr(self, n)}")
+                for n in amounts
+            ),
+            (
+                self.lm_heads in ("auto", "own", "shared"),
+                f"lm_heads is auto, own or shared, not {self.lm_heads!r}",
+            ),
             (self.ramp in ("constant", "sine"), f"ramp is constant or sine, not {self.ramp!r}"),
-            (self.quant in get_args(Quant), f"quant is {', '.join(get_args(Quant))}, not {self.quant!r}"),
-            (self.length > self.heads + 1, f"rows of {self.length} tokens are too short for {self.heads} heads"),
-            (0 <= self.heads_first < 1, f"heads_first must be from 0 to below 1, not {self.heads_first:g}"),
+            (
+                self.quant in get_args(Quant),
+                f"quant is {', '.join(get_args(Quant))}, not {self.quant!r}",
+            ),
+            (
+                self.length > self.heads + 1,
+                f"rows of {self.length} tokens are too short for {self.heads} heads",
+            ),
+            (
+                0 <= self.heads_first < 1,
+                f"heads_first must be from 0 to below 1, not {self.heads_first:g}",
+            ),
             (0 <= self.seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {self.seed}"),
-            (0 <= self.lora_dropout < 1, f"lora_dropout must be from 0 to below 1, not {self.lora_dropout:g}"),
-            (self.lora_rank >= 0, f"lora_rank must be 0 (train the whole backbone) or more, not {self.lora_rank}"),
-            (not self.whole or self.name != "distilled", "distilled needs an adapter to switch off: lora_rank above 0"),
-            (not self.whole or self.quant == "none", f"a backbone in {self.quant} needs an adapter: lora_rank above 0"),
-        )  # fmt: skip
+            (
+                0 <= self.lora_dropout < 1,
+                f"lora_dropout must be from 0 to below 1, not {self.lora_dropout:g}",
+            ),
+            (
+                self.lora_rank >= 0,
+                f"lora_rank must be 0 (train the whole backbone) or more, not {self.lora_rank}",
+            ),
+            (
+                not self.whole or self.name != "distilled",
+                "distilled needs an adapter to switch off: lora_rank above 0",
+            ),
+            (
+                not self.whole or self.quant == "none",
+                f"a backbone in {self.quant} needs an adapter: lora_rank above 0",
+            ),
+        )
         for holds, complaint in checks:
             if not holds:
                 raise UserError(complaint)
@@ -214,7 +308,9 @@ class Recipe:
 
     def owns_lm_heads(self, lm_head: int, backbone: int) -> bool:
         """Whether new heads get LM heads of their own, for a backbone and its LM head of so many parameters."""
-        return self.lm_heads == "own" or (self.lm_heads == "auto" and self.heads * lm_head <= OWN_SHARE * backbone)
+        return self.lm_heads == "own" or (
+            self.lm_heads == "auto" and self.heads * lm_head <= OWN_SHARE * backbone
+        )
 
 
 # The released recipes' settings (ctlllll/axolotl, examples/medusa); rows and batches are for one small machine.
@@ -222,10 +318,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "medusa1": {},
     "medusa2": {},
     "distilled": {
-        "learning_rate": 4e-4, "backbone_learning_rate": 1e-4, "lambda_0": 0.01, "ramp": "sine", "heads_first": 0.0,
+        "learning_rate": 4e-4,
+        "backbone_learning_rate": 1e-4,
+        "lambda_0": 0.01,
+        "ramp": "sine",
+        "heads_first": 0.0,
         "warmup_steps": 20,
     },
-}  # fmt: skip
+}
 
 
 def make_recipe(name: str, **changes: Any) -> Recipe:
@@ -264,11 +364,3 @@ RECIPE_HELP = {
 
 BUNDLED = Path(__file__).parent / "bundled"
 ACCURACY_FILE = "head_accuracy.json"  # beside the heads: what `calibrate` measured
-
-
-def size_text(count: float) -> str:
-    """Bytes as one reads them: 13.5 GB."""
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if count >= 10**power:
-            return f"{count / 10**power:.1f} {unit}"
-    return f"{count:.0f} bytes"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-COPIED = -1  # Token.head of a token that was copied from earlier text, and its place in a path of head ranks
+COPIED = (
+    -1
+)  # Token.head of a token that was copied from earlier text, and its place in a path of head ranks
 
 Finish = Literal["eos", "length", "stop", "context"]
 
@@ -25,7 +27,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Gated:
+class Pause:
     """Why a mode with heads decodes vanilla for now: they did not pay.
 
     Attributes:
@@ -58,7 +60,7 @@ class Step:
         finish: why the reply ended with this step, else None.
         tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
             is in it once, COPIED once for every depth.
-        gated: set on a vanilla step that would have been a tree step if the heads paid.
+        paused: set on a vanilla step that would have been a tree step if the heads paid.
     """
 
     tokens: tuple[Token, ...]
@@ -68,7 +70,7 @@ class Step:
     depth: int = 0
     finish: Finish | None = None
     tested: tuple[int, ...] = ()
-    gated: Gated | None = None
+    paused: Pause | None = None
 
     @property
     def text(self) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ def read_prompts(paths: Iterable[Path], limit: int | None = None) -> list[Prompt
 
     Raises UserError with the file and line of what cannot be read.
     """
-    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
+    ]
     by_file = [_read_file(file) for file in files]
     mixed = [prompt for row in zip_longest(*by_file) for prompt in row if prompt is not None]
     if not mixed:
@@ -57,7 +63,9 @@ def _prompt(line: str, file: Path, number: int) -> Prompt:
     try:
         return _from_json(json.loads(line), file.stem)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{file}, line {number}: not a prompt with 'turns' or 'messages' ({error!r})") from None
+        raise UserError(
+            f"{file}, line {number}: not a prompt with 'turns' or 'messages' ({error!r})"
+        ) from None
 
 
 def _from_json(item: dict[str, Any], stem: str) -> Prompt:
@@ -65,7 +73,9 @@ def _from_json(item: dict[str, Any], stem: str) -> Prompt:
         turns = tuple(item["turns"])
         reference: tuple[Message, ...] = ()
     else:
-        reference = tuple(Message(role=turn["role"], content=turn["content"]) for turn in item["messages"])
+        reference = tuple(
+            Message(role=turn["role"], content=turn["content"]) for turn in item["messages"]
+        )
         turns = tuple(turn["content"] for turn in reference if turn["role"] == "user")
     if not turns or not all(isinstance(turn, str) for turn in turns):
         raise ValueError("no user turn of text")

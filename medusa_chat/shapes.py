@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama-like decoder: gated MLP, grouped-query attention.
+    """The sizes of a Llama-like decoder: paused MLP, grouped-query attention.
 
     Attributes:
         tied: whether the LM head is the embedding matrix itself.

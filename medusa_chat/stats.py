@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medusa_chat.events import COPIED, Finish, Gated, Step, rounded
+from medusa_chat.events import COPIED, Finish, Pause, Step, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
 
@@ -17,11 +19,11 @@ TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
 class Stats:
     """A fold of Steps: of one reply, of a conversation, of a benchmark.
 
-    Steps that are gated count as vanilla steps but not in the comparison: speedup is what the heads bring where they
+    Steps that are paused count as vanilla steps but not in the comparison: speedup is what the heads bring where they
     are used, and tokens_per_second what all steps together gave.
 
     Attributes:
-        gated: of the last step: why the heads are not in use.
+        paused: of the last step: why the heads are not in use.
     """
 
     new_tokens: int = 0
@@ -29,13 +31,19 @@ class Stats:
     tree_steps: int = 0
     tree_tokens: int = 0
     vanilla_steps: int = 0
-    gated_steps: int = 0
+    paused_steps: int = 0
     finish: Finish | None = None
-    gated: Gated | None = None
-    reached: Counter[int] = field(default_factory=Counter)  # head -> steps that put its guess to the test
-    accepted: Counter[int] = field(default_factory=Counter)  # head -> its guesses that were accepted
+    paused: Pause | None = None
+    reached: Counter[int] = field(
+        default_factory=Counter
+    )  # head -> steps that put its guess to the test
+    accepted: Counter[int] = field(
+        default_factory=Counter
+    )  # head -> its guesses that were accepted
     _tree_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
-    _vanilla_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
+    _vanilla_times: deque[float] = field(
+        default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False
+    )
     _overheads: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
     _before: Step | None = field(default=None, repr=False)
 
@@ -52,12 +60,12 @@ class Stats:
         self.finish = step.finish
         if not step.nodes:
             return
-        self.gated = step.gated
+        self.paused = step.paused
         before, self._before = self._before, None if step.finish else step
         if step.kind == "vanilla":
             self.vanilla_steps += 1
-            if step.gated:
-                self.gated_steps += 1
+            if step.paused:
+                self.paused_steps += 1
                 return
             self._vanilla_times.append(step.seconds)
             if before is not None and before.kind == "tree":
@@ -135,7 +143,7 @@ class Stats:
             "overhead": self.overhead,
             "speedup": self.speedup,
             "head_acceptance": {str(head): rate for head, rate in self.head_acceptance().items()},
-            "gated_steps": self.gated_steps,
-            "gated": asdict(self.gated) if self.gated else None,
+            "paused_steps": self.paused_steps,
+            "paused": asdict(self.paused) if self.paused else None,
         }
         return {key: rounded(value) for key, value in figures.items()} | {"finish": self.finish}

@@ -17,14 +17,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-chat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # no models.yaml of whoever runs the tests
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job behind `&`: what it starts would be deaf too
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a job behind `&`: what it starts would be deaf too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
     """A tiny Llama with random weights."""
-    from tiny import random_backbone
+    from tests.helpers.tiny import random_backbone
 
     return random_backbone()
 
@@ -32,6 +34,6 @@ def backbone() -> Any:
 @pytest.fixture(scope="module")
 def greedy_text(backbone: Any) -> list[int]:
     """The tests' prompt and its vanilla greedy continuation."""
-    from tiny import NEW, PROMPT, make_engine, reply
+    from tests.helpers.tiny import NEW, PROMPT, make_engine, reply
 
     return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_tree
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import TreeTensors, gumbel, make_rule, make_warp, typical
-from medusa_chat.decoding.tree import Tree
+from medusa_chat.decoding.trees.tree import Tree
+from tests.helpers.tiny import random_tree
 
 CPU = torch.device("cpu")
 POSITION = 17
@@ -24,14 +25,21 @@ def noise_at(seed: int, position: int, vocabulary: int) -> torch.Tensor:
     return gumbel(seed, torch.tensor([position]), vocabulary)[0]
 
 
-def random_step(seed: int, vocabulary: int, nodes: int, sharpness: float) -> tuple[torch.Tensor, torch.Tensor, Tree]:
+def random_step(
+    seed: int, vocabulary: int, nodes: int, sharpness: float
+) -> tuple[torch.Tensor, torch.Tensor, Tree]:
     """Logits, candidates (siblings differ, and are often likely) and a tree."""
     chance = random.Random(seed)
     tree = random_tree(seed, nodes, depth=4, width=min(vocabulary, 4), spine=2)
-    logits = torch.randn(len(tree), vocabulary, generator=torch.Generator().manual_seed(seed)) * sharpness
+    logits = (
+        torch.randn(len(tree), vocabulary, generator=torch.Generator().manual_seed(seed))
+        * sharpness
+    )
     candidates = [chance.randrange(vocabulary)]
     for row in range(1, len(tree)):
-        siblings = {candidates[other] for other in range(1, row) if tree.parents[other] == tree.parents[row]}
+        siblings = {
+            candidates[other] for other in range(1, row) if tree.parents[other] == tree.parents[row]
+        }
         order = logits[tree.parents[row]].argsort(descending=True).tolist()
         free = [token for token in order if token not in siblings]
         candidates.append(free[0] if chance.random() < 0.7 else chance.choice(free))
@@ -39,13 +47,17 @@ def random_step(seed: int, vocabulary: int, nodes: int, sharpness: float) -> tup
 
 
 steps = st.builds(
-    random_step, st.integers(0, 10**6), st.integers(4, 30), st.integers(2, 24), st.sampled_from([0.3, 1.0, 2.0, 5.0])
+    random_step,
+    st.integers(0, 10**6),
+    st.integers(4, 30),
+    st.integers(2, 24),
+    st.sampled_from([0.3, 1.0, 2.0, 5.0]),
 )
 
 
 @given(step=steps)
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_greedy_equals_the_loop(step):
+def test_greedy_equals_the_loop(step: Any) -> None:
     logits, candidates, tree = step
     verdict = make_rule(Sampling())(logits, candidates, TreeTensors.of(tree, CPU), POSITION)
     row = 0
@@ -61,7 +73,9 @@ def test_greedy_equals_the_loop(step):
 
 @given(step=steps, seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.3, 1.0, 2.0]))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_exact_equals_the_walk_that_draws_node_by_node(step, seed, temperature):
+def test_exact_equals_the_walk_that_draws_node_by_node(
+    step: Any, seed: Any, temperature: Any
+) -> None:
     """DESIGN 3: draw after the node; where a child holds that token go down and draw again, else stop."""
     logits, candidates, tree = step
     rule = make_rule(Sampling(mode="exact", temperature=temperature, seed=seed))
@@ -89,7 +103,9 @@ def typical_bound(p: list[float], epsilon: float, delta: float) -> float:
     return min(epsilon, delta * math.exp(-entropy))
 
 
-def typical_by_loops(logits, candidates, tree, temperature: float, epsilon: float, delta: float):
+def typical_by_loops(
+    logits: Any, candidates: Any, tree: Any, temperature: float, epsilon: float, delta: float
+) -> Any:
     """REFERENCE 0, node by node. Returns the row, the tokens that may follow, and the narrowest margin met."""
     laws = [softmax([float(value) for value in row], temperature) for row in logits.double()]
     bounds = [typical_bound(p, epsilon, delta) for p in laws]
@@ -107,21 +123,30 @@ def typical_by_loops(logits, candidates, tree, temperature: float, epsilon: floa
             if (depth, likelihood) > best_key:
                 best, best_key = row, (depth, likelihood)
     margins += [abs(p - bounds[best]) for p in laws[best]]
-    margins += [abs(key[1] - best_key[1]) for key in keys if key[0] == best_key[0] and key != best_key]
+    margins += [
+        abs(key[1] - best_key[1]) for key in keys if key[0] == best_key[0] and key != best_key
+    ]
     return best, {token for token, p in enumerate(laws[best]) if p > bounds[best]}, min(margins)
 
 
 @given(
-    step=steps, seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.5, 0.7, 1.0]),
-    epsilon=st.sampled_from([0.03, 0.09, 0.3]), delta=st.sampled_from([0.1, 0.3, 0.6]),
-)  # fmt: skip
+    step=steps,
+    seed=st.integers(0, 2**32 - 1),
+    temperature=st.sampled_from([0.5, 0.7, 1.0]),
+    epsilon=st.sampled_from([0.03, 0.09, 0.3]),
+    delta=st.sampled_from([0.1, 0.3, 0.6]),
+)
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_typical_equals_the_paper_by_loops(step, seed, temperature, epsilon, delta):
+def test_typical_equals_the_paper_by_loops(
+    step: Any, seed: Any, temperature: Any, epsilon: Any, delta: Any
+) -> None:
     logits, candidates, tree = step
     row, allowed, margin = typical_by_loops(logits, candidates, tree, temperature, epsilon, delta)
     if margin < 1e-5:
         return  # float32 may fall either way
-    sampling = Sampling(mode="typical", temperature=temperature, epsilon=epsilon, delta=delta, seed=seed)
+    sampling = Sampling(
+        mode="typical", temperature=temperature, epsilon=epsilon, delta=delta, seed=seed
+    )
     verdict = make_rule(sampling)(logits, candidates, TreeTensors.of(tree, CPU), POSITION)
     assert int(verdict.row) == row
     noise = noise_at(seed, POSITION + tree.depths[row] + 1, logits.shape[1])
@@ -129,18 +154,22 @@ def test_typical_equals_the_paper_by_loops(step, seed, temperature, epsilon, del
     assert int(verdict.next) == max(allowed, key=lambda token: scores[token])
 
 
-def test_typical_accepts_what_greedy_would_not():
+def test_typical_accepts_what_greedy_would_not() -> None:
     """Two likely tokens: greedy keeps the likelier alone, typical either, and the likelier path of two wins."""
     tree = Tree.of([[0], [1], [0, 0], [1, 0]])
-    logits = torch.tensor([[1.0, 0.9, -9, -9], [0, 0, 0, 9], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0]])
-    candidates = torch.tensor([3, 1, 0, 3, 1])  # row 1 holds token 1, row 2 token 0; row 4's guess is unlikely
+    logits = torch.tensor(
+        [[1.0, 0.9, -9, -9], [0, 0, 0, 9], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0]]
+    )
+    candidates = torch.tensor(
+        [3, 1, 0, 3, 1]
+    )  # row 1 holds token 1, row 2 token 0; row 4's guess is unlikely
     tensors = TreeTensors.of(tree, CPU)
     assert int(make_rule(Sampling())(logits, candidates, tensors, 0).row) == 2
     verdict = make_rule(Sampling(mode="typical", temperature=1.0))(logits, candidates, tensors, 0)
     assert (int(verdict.row), int(verdict.next)) == (3, 3)
 
 
-def test_typical_entropy_is_finite_where_tokens_are_cut_off():
+def test_typical_entropy_is_finite_where_tokens_are_cut_off() -> None:
     tree = TreeTensors.of(Tree.of([[0], [0, 0]]), CPU)
     logits = torch.tensor([[3.0, 2.9, -1, -2], [3.0, 2.0, 1, 0], [0, 0, 0, 0]])
     logits[2, 1:] = float("-inf")
@@ -149,11 +178,13 @@ def test_typical_entropy_is_finite_where_tokens_are_cut_off():
     verdict = typical(logits, candidates, tree, 0, warp=cut, seed=0, epsilon=0.09, delta=0.3)
     assert (int(verdict.row), int(verdict.next)) == (0, 0)
     wide = make_warp(Sampling(temperature=1.0))
-    kept = typical(logits, torch.tensor([0, 1, 0]), tree, 0, warp=wide, seed=0, epsilon=0.09, delta=0.3)
+    kept = typical(
+        logits, torch.tensor([0, 1, 0]), tree, 0, warp=wide, seed=0, epsilon=0.09, delta=0.3
+    )
     assert (int(kept.row), int(kept.next)) == (2, 0)
 
 
-def test_typical_always_has_a_next_token():
+def test_typical_always_has_a_next_token() -> None:
     """With a delta so large that no token passes the bound, the likeliest one follows."""
     tree = TreeTensors.of(Tree(), CPU)
     logits = torch.zeros(1, 50)
@@ -164,7 +195,7 @@ def test_typical_always_has_a_next_token():
 
 @pytest.mark.parametrize("mode", ["typical", "exact"])
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-44])
-def test_a_tiny_temperature_is_the_argmax(mode, temperature):
+def test_a_tiny_temperature_is_the_argmax(mode: Any, temperature: Any) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.5]])
     rule = make_rule(Sampling(mode=mode, temperature=temperature))
     assert int(rule(logits, torch.tensor([0]), TreeTensors.of(Tree(), CPU), 0).next) == 1
@@ -173,8 +204,10 @@ def test_a_tiny_temperature_is_the_argmax(mode, temperature):
 # ---- noise ----
 
 
-def test_gumbel_noise_has_the_right_moments_and_quantiles():
-    noise = torch.cat([noise_at(seed, position, 1000) for seed in range(10) for position in range(30)]).double()
+def test_gumbel_noise_has_the_right_moments_and_quantiles() -> None:
+    noise = torch.cat(
+        [noise_at(seed, position, 1000) for seed in range(10) for position in range(30)]
+    ).double()
     n = len(noise)
     assert abs(float(noise.mean()) - 0.577216) < 5 * (math.pi**2 / 6 / n) ** 0.5
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
@@ -183,9 +216,16 @@ def test_gumbel_noise_has_the_right_moments_and_quantiles():
     assert float(distance) < 1.95 / n**0.5  # Kolmogorov and Smirnov, 99.9%
 
 
-def test_noise_of_neighbouring_keys_is_unrelated():
+def test_noise_of_neighbouring_keys_is_unrelated() -> None:
     base = noise_at(5, 100, 20_000)
-    for seed, position in [(6, 100), (5, 101), (4, 101), (5, 100 + 2**20), (2**32 - 1, 100), (0, 0)]:
+    for seed, position in [
+        (6, 100),
+        (5, 101),
+        (4, 101),
+        (5, 100 + 2**20),
+        (2**32 - 1, 100),
+        (0, 0),
+    ]:
         other = noise_at(seed, position, 20_000)
         assert abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 5 / 20_000**0.5
         assert len(set(base.tolist()) & set(other.tolist())) < 40  # chance hits of float32 alone
@@ -193,14 +233,23 @@ def test_noise_of_neighbouring_keys_is_unrelated():
     assert abs(float(shifted)) < 5 / 20_000**0.5
 
 
-def test_noise_is_keyed_by_seed_position_and_token_alone():
+def test_noise_is_keyed_by_seed_position_and_token_alone() -> None:
     assert torch.equal(noise_at(1, 2, 100), noise_at(1, 2, 100))
     assert torch.equal(noise_at(1, 2, 100)[:40], noise_at(1, 2, 40))
-    assert len({tuple(noise_at(seed, position, 4).tolist()) for seed in range(40) for position in range(40)}) == 1600
+    assert (
+        len(
+            {
+                tuple(noise_at(seed, position, 4).tolist())
+                for seed in range(40)
+                for position in range(40)
+            }
+        )
+        == 1600
+    )
     assert torch.isfinite(noise_at(3, 4, 300_000)).all()
 
 
-def test_the_rules_do_not_change_what_they_are_given():
+def test_the_rules_do_not_change_what_they_are_given() -> None:
     for mode in ("greedy", "typical", "exact"):
         logits, candidates, tree = random_step(1, 12, 10, 1.0)
         before = logits.clone(), candidates.clone()

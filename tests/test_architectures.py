@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
-from tiny import (
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
+
+from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.model.loading import load_model
+from tests.helpers.tiny import (
     ARCHITECTURES,
     SMALL,
     WINDOW,
@@ -19,25 +34,15 @@ from tiny import (
     reply,
     save_model,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    FalconMambaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    MambaConfig,
-    Qwen3NextConfig,
-    RecurrentGemmaConfig,
-    RwkvConfig,
-)
 
-from medusa_chat.config import ModelSpec, UserError
-from medusa_chat.model.loading import load_model
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NEW = 40  # with a prompt of 20 the text is five windows long
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_greedy_text_is_that_of_transformers_generate(kind, tmp_path):
+def test_greedy_text_is_that_of_transformers_generate(kind: Any, tmp_path: Path) -> None:
     folder = str(save_model(tmp_path, random_model(kind)))
     backbone = load_model(ModelSpec("tiny", folder), "cpu", "float32").backbone
     for seed in range(2):
@@ -47,42 +52,66 @@ def test_greedy_text_is_that_of_transformers_generate(kind, tmp_path):
         tree = random_tree(seed, nodes=24, depth=4, width=5, spine=3)
         random = make_engine(backbone, random_heads(backbone, seed=seed), tree)
         assert reply(random, prompt, mode="greedy", max_new_tokens=NEW) == expected
-        oracle = OracleHeads(4, backbone.vocabulary, prompt + expected, ranks=(0, 0, 1, -1), seed=seed)
-        steps = decode(make_engine(backbone, oracle, tree), prompt, mode="greedy", max_new_tokens=NEW)
+        oracle = OracleHeads(
+            4, backbone.vocabulary, prompt + expected, ranks=(0, 0, 1, -1), seed=seed
+        )
+        steps = decode(
+            make_engine(backbone, oracle, tree), prompt, mode="greedy", max_new_tokens=NEW
+        )
         assert ids_of(steps) == expected
         assert max(step.accepted for step in steps) >= 2
 
 
 def _generate(folder: str, prompt: list[int]) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     text = torch.tensor([prompt])
-    output = model.generate(text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=NEW)
+    output = model.generate(
+        text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=NEW
+    )
     return output[0, len(prompt) :].tolist()
 
 
-def test_a_backbone_without_a_bare_model_attribute():
+def test_a_backbone_without_a_bare_model_attribute() -> None:
     """GPT-2 keeps its body under another name and learns its positions."""
-    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "initializer_range": 0.3}
+    small = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 64,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    }
     for config in (
         GPT2Config(**small, bos_token_id=None, eos_token_id=None),
-        GPTNeoXConfig(**{key: value for key, value in SMALL.items() if key != "num_key_value_heads"}, vocab_size=64),
+        GPTNeoXConfig(
+            **{key: value for key, value in SMALL.items() if key != "num_key_value_heads"},
+            vocab_size=64,
+        ),
     ):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
         model.generation_config.eos_token_id = None
         prompt = prompt_ids(20)
-        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=44)[0, 20:].tolist()
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=44)[
+            0, 20:
+        ].tolist()
         from medusa_chat.model.backbone import Backbone
 
         backbone = Backbone(model)
         oracle = OracleHeads(4, 64, prompt + expected)
-        steps = decode(make_engine(backbone, oracle, "mc_sim_7b_63", context=64), prompt, max_new_tokens=99)
+        steps = decode(
+            make_engine(backbone, oracle, "mc_sim_7b_63", context=64), prompt, max_new_tokens=99
+        )
         assert ids_of(steps) == expected
         assert steps[-1].finish == "context"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if "sliding_window" in ARCHITECTURES[kind][1]])
-def test_the_windows_of_these_models_matter(kind):
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ARCHITECTURES if "sliding_window" in ARCHITECTURES[kind][1]]
+)
+def test_the_windows_of_these_models_matter(kind: Any) -> None:
     """Otherwise the test above would pass with a mask that does not slide."""
     if ARCHITECTURES[kind][1]["sliding_window"] is None:
         pytest.skip("no window")
@@ -96,22 +125,40 @@ def test_the_windows_of_these_models_matter(kind):
 
 RECURRENT = {
     "mamba": MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4),
-    "falcon_mamba": FalconMambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4),
+    "falcon_mamba": FalconMambaConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4
+    ),
     "rwkv": RwkvConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32),
     "recurrent_gemma": RecurrentGemmaConfig(
-        hidden_size=16, num_hidden_layers=3, vocab_size=32, num_attention_heads=2, intermediate_size=16, lru_width=16
+        hidden_size=16,
+        num_hidden_layers=3,
+        vocab_size=32,
+        num_attention_heads=2,
+        intermediate_size=16,
+        lru_width=16,
     ),
     "qwen3_next": Qwen3NextConfig(
-        hidden_size=16, num_hidden_layers=4, vocab_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=16, linear_num_value_heads=2, linear_num_key_heads=1, linear_key_head_dim=8,
-        linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+        hidden_size=16,
+        num_hidden_layers=4,
+        vocab_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=16,
+        linear_num_value_heads=2,
+        linear_num_key_heads=1,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
         shared_expert_intermediate_size=8,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
-def test_a_recurrent_backbone_is_refused_in_one_line(kind, tmp_path):
+def test_a_recurrent_backbone_is_refused_in_one_line(kind: Any, tmp_path: Path) -> None:
     """By its config alone: no weights have to be there, so none are read in vain."""
     RECURRENT[kind].save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot take back rejected guesses") as refusal:

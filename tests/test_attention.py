@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import SMALL, prompt_ids, random_backbone, random_model, random_tree
 
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.model.attention import additive, full_mask, tree_attention, windowed
+from medusa_chat.model.attention.tree_attention import additive, full_mask, tree_attention, windowed
+from tests.helpers.tiny import SMALL, prompt_ids, random_backbone, random_model, random_tree
 
 
-def textbook(query, key, value, allowed, scaling: float, softcap: float | None) -> torch.Tensor:
+def textbook(
+    query: Any, key: Any, value: Any, allowed: Any, scaling: float, softcap: float | None
+) -> torch.Tensor:
     """One head, one row at a time. query [heads, n, d]; key, value [kv_heads, T, d]; allowed [n, T]."""
     heads, rows, _ = query.shape
     mixed = torch.zeros(rows, heads, value.shape[-1], dtype=torch.float64)
@@ -29,13 +33,17 @@ def textbook(query, key, value, allowed, scaling: float, softcap: float | None) 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("length", [0, 9])
-def test_tree_attention_is_the_textbook(softcap, kv_heads, window, length):
+def test_tree_attention_is_the_textbook(
+    softcap: Any, kv_heads: Any, window: Any, length: Any
+) -> None:
     heads, size = 6, 8
     tree = random_tree(kv_heads, nodes=12, depth=4, width=3, spine=3)
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(1, heads, len(tree), size, generator=generator)
     key, value = torch.randn(2, 1, kv_heads, length + len(tree), size, generator=generator)
-    mask = full_mask(additive(TreeTensors.of(tree, torch.device("cpu")).ancestors, torch.float32), length)
+    mask = full_mask(
+        additive(TreeTensors.of(tree, torch.device("cpu")).ancestors, torch.float32), length
+    )
     positions = torch.tensor(tree.depths) + length
     if window:
         mask = windowed(mask, positions, length, window)
@@ -44,26 +52,32 @@ def test_tree_attention_is_the_textbook(softcap, kv_heads, window, length):
         for place in [*range(length), *(length + node for node in branch)]:
             position = place if place < length else length + tree.depths[place - length]
             allowed[row, place] = window is None or position > length + tree.depths[row] - window
-    ours, _ = tree_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3, softcap=softcap)
-    assert torch.allclose(ours[0].double(), textbook(query[0], key[0], value[0], allowed, 0.3, softcap), atol=1e-5)
-
-
-def test_a_single_row_needs_no_mask():
-    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, scaling=1.0)
+    ours, _ = tree_attention(
+        torch.nn.Module(), query, key, value, mask, scaling=0.3, softcap=softcap
+    )
     assert torch.allclose(
-        ours[0].double(), textbook(query[0], key[0], value[0], torch.ones(1, 5), 1.0, None), atol=1e-5
+        ours[0].double(), textbook(query[0], key[0], value[0], allowed, 0.3, softcap), atol=1e-5
     )
 
 
-def test_attention_sinks_are_refused():
+def test_a_single_row_needs_no_mask() -> None:
+    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, scaling=1.0)
+    assert torch.allclose(
+        ours[0].double(),
+        textbook(query[0], key[0], value[0], torch.ones(1, 5), 1.0, None),
+        atol=1e-5,
+    )
+
+
+def test_attention_sinks_are_refused() -> None:
     one = torch.randn(1, 1, 1, 4)
     with pytest.raises(ValueError, match="sinks"):
         tree_attention(torch.nn.Module(), one, one, one, None, scaling=1.0, s_aux=torch.zeros(1))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "qwen3-mixed"])
-def test_tree_rows_equal_a_forward_over_each_branch(kind):
+def test_tree_rows_equal_a_forward_over_each_branch(kind: Any) -> None:
     """hidden() of a node is that of the plain text that its branch spells, behind a text longer than the window."""
     model = random_model(kind)
     model.set_attn_implementation("eager")
@@ -89,7 +103,7 @@ def test_tree_rows_equal_a_forward_over_each_branch(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_plain_forward_stays_causal_under_our_attention(kind):
+def test_a_plain_forward_stays_causal_under_our_attention(kind: Any) -> None:
     """transformers gives an unknown attention function no mask at all: ours registers one."""
     text = torch.tensor([prompt_ids(30), prompt_ids(30, seed=1)])
     model = random_model(kind)
@@ -100,7 +114,7 @@ def test_a_plain_forward_stays_causal_under_our_attention(kind):
     assert torch.allclose(ours, expected, atol=2e-4)
 
 
-def test_hidden_of_text_is_a_forward_of_its_own():
+def test_hidden_of_text_is_a_forward_of_its_own() -> None:
     backbone, text = random_backbone("gemma3"), prompt_ids(40)
     model = random_model("gemma3")
     with torch.inference_mode():
@@ -108,15 +122,29 @@ def test_hidden_of_text_is_a_forward_of_its_own():
         assert torch.allclose(logits, model(torch.tensor([text])).logits[0], atol=2e-4)
 
 
-def test_models_that_would_give_wrong_text_are_refused():
-    from transformers import AutoModelForCausalLM, BloomConfig, CohereConfig, GptOssConfig, GraniteConfig
+def test_models_that_would_give_wrong_text_are_refused() -> None:
+    from transformers import (
+        AutoModelForCausalLM,
+        BloomConfig,
+        CohereConfig,
+        GptOssConfig,
+        GraniteConfig,
+    )
 
     from medusa_chat.config import UserError
     from medusa_chat.model.backbone import Backbone
 
     configs = {
         "gpt_oss": GptOssConfig(
-            **(SMALL | {"vocab_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8})
+            **(
+                SMALL
+                | {
+                    "vocab_size": 64,
+                    "num_local_experts": 2,
+                    "num_experts_per_tok": 1,
+                    "head_dim": 8,
+                }
+            )
         ),
         "cohere": CohereConfig(**(SMALL | {"vocab_size": 64})),
         "granite": GraniteConfig(**(SMALL | {"vocab_size": 64, "logits_scaling": 4.0})),

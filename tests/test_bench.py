@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from complaints import complaint
-from quiet import quiet, silent
 from rich.console import Console
-from tiny import make_engine, save_with_heads
 
 import medusa_chat
-from medusa_chat import verify
+from medusa_chat.bench import verification as verify
 from medusa_chat.bench.command import OWN_PROMPTS
 from medusa_chat.bench.figures import mode_figures, peer_figures
 from medusa_chat.bench.parts import Stopwatch, step_parts, watching
@@ -25,21 +20,39 @@ from medusa_chat.bench.replies import PEERS, Run, Turn, converse, fitting, ways_
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding import tuning
-from medusa_chat.decoding.accuracy import Accuracy
-from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.runner import Outcome, Runner
+from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
-from medusa_chat.terminal import bench_charts, bench_report, report
+from medusa_chat.terminal.reports import bench as bench_report
+from medusa_chat.terminal.reports import bench_charts, report
+from tests.helpers.complaints import complaint
+from tests.helpers.quiet import quiet, silent
+from tests.helpers.tiny import make_engine, save_with_heads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from medusa_chat.decoding.engine import Engine
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
 MODE_KEYS = {
-    "acceptance_length", "overhead", "speedup", "tokens_per_second", "vanilla_tokens_per_second",
-    "wall_tokens_per_second", "step_ms", "vanilla_step_ms", "time_to_first_token_ms", "head_acceptance", "new_tokens",
+    "acceptance_length",
+    "overhead",
+    "speedup",
+    "tokens_per_second",
+    "vanilla_tokens_per_second",
+    "wall_tokens_per_second",
+    "step_ms",
+    "vanilla_step_ms",
+    "time_to_first_token_ms",
+    "head_acceptance",
+    "new_tokens",
     "prompts",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +78,16 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
         drawn.extend(steps)
 
     plan = Plan(
-        PROMPTS, ["greedy", "typical"], Sampling(max_new_tokens=12), 2, 2, True, view,
-        contexts=(32, 64), histories=(40,),
-    )  # fmt: skip
+        PROMPTS,
+        ["greedy", "typical"],
+        Sampling(max_new_tokens=12),
+        2,
+        2,
+        True,
+        view,
+        contexts=(32, 64),
+        histories=(40,),
+    )
     result = bench(engine, plan, silent)
     json.dumps(result, allow_nan=False)
     assert set(result["modes"]) == {"greedy", "typical"}
@@ -105,9 +125,14 @@ def run(category: str, steps: list[Step], first: float) -> Run:
 def test_figures_are_those_of_the_steps() -> None:
     slow = {
         "greedy": [run("a", [step(2, 0.02), step(1, 0.02)], 0.5), run("b", [step(0, 0.02)], 0.1)],
-        "vanilla": [run("a", [step(0, 0.01, "vanilla")] * 5, 0.1), run("b", [step(0, 0.01, "vanilla")], 0.1)],
+        "vanilla": [
+            run("a", [step(0, 0.01, "vanilla")] * 5, 0.1),
+            run("b", [step(0, 0.01, "vanilla")], 0.1),
+        ],
     }
-    fast = slow | {"greedy": [run("a", [step(2, 0.01), step(1, 0.01)], 0.3), run("b", [step(0, 0.01)], 0.1)]}
+    fast = slow | {
+        "greedy": [run("a", [step(2, 0.01), step(1, 0.01)], 0.3), run("b", [step(0, 0.01)], 0.1)]
+    }
     figures = mode_figures([slow, fast, fast], "greedy", "vanilla")
     assert figures["acceptance_length"] == pytest.approx(2.0)
     assert figures["overhead"] == pytest.approx(1.0)  # that of the median round
@@ -125,27 +150,43 @@ def test_figures_are_those_of_the_steps() -> None:
 def test_a_reply_without_a_step_has_no_figures_but_is_counted() -> None:
     ended = run("a", [Step((Token(1, "", 0),), 0, 0.0, "vanilla", finish="eos")], 0.1)
     figures = mode_figures([{"greedy": [ended], "vanilla": [ended]}], "greedy", "vanilla")
-    assert (figures["acceptance_length"], figures["overhead"], figures["speedup"]) == (None, None, None)
+    assert (figures["acceptance_length"], figures["overhead"], figures["speedup"]) == (
+        None,
+        None,
+        None,
+    )
     assert figures["new_tokens"] == 1
     json.dumps(figures, allow_nan=False)
 
 
 def test_peers_are_compared_with_prefill_on_both_sides() -> None:
     runs = {name: [run("a", [step(0, 0.1)], 0.1)] for name in PEERS} | {
-        "greedy": [run("a", [step(2, 0.1)], 0.1)], "vanilla": [run("a", [step(1, 0.1)], 0.1)],
-    }  # fmt: skip
+        "greedy": [run("a", [step(2, 0.1)], 0.1)],
+        "vanilla": [run("a", [step(1, 0.1)], 0.1)],
+    }
     found = peer_figures([runs], Plan([], ["greedy"], Sampling()))
-    assert found["transformers"] == {"tokens_per_second": 0.5, "ratio": {"greedy": 3.0}, "vanilla_ratio": 2.0}
+    assert found["transformers"] == {
+        "tokens_per_second": 0.5,
+        "ratio": {"greedy": 3.0},
+        "vanilla_ratio": 2.0,
+    }
 
 
 def test_each_baseline_samples_as_its_mode_does(engine: Engine) -> None:
-    plan = Plan(PROMPTS, ["greedy", "exact"], Sampling(max_new_tokens=8, temperature=1.0), peer=True)
+    plan = Plan(
+        PROMPTS, ["greedy", "exact"], Sampling(max_new_tokens=8, temperature=1.0), peer=True
+    )
     ways = ways_of(engine, plan)
     assert set(ways) == {"greedy", "exact", "vanilla", "vanilla-sampled", *PEERS}
-    texts = {name: [turn.text for turn in converse(engine, PROMPTS[1], 3, way).turns] for name, way in ways.items()}
+    texts = {
+        name: [turn.text for turn in converse(engine, PROMPTS[1], 3, way).turns]
+        for name, way in ways.items()
+    }
     assert texts["greedy"] == texts["vanilla"]
     assert texts["transformers"] == texts["transformers-lookup"]
-    assert texts["transformers"][0].startswith(texts["greedy"][0])  # a character cut short shows there alone
+    assert texts["transformers"][0].startswith(
+        texts["greedy"][0]
+    )  # a character cut short shows there alone
     assert texts["exact"] == texts["vanilla-sampled"] != texts["greedy"]
     assert len(texts["greedy"]) == 3
 
@@ -187,7 +228,9 @@ def test_the_prompts_that_come_along_have_categories_and_follow_ups() -> None:
 # ---- the parts of a step ----
 
 
-def test_a_stopwatch_gives_each_part_the_time_since_the_mark_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_gives_each_part_the_time_since_the_mark_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
     times = iter([1.0, 1.5, 3.5, 10.0, 11.0, 11.25])
@@ -210,7 +253,9 @@ def test_the_runner_marks_its_parts_in_order_and_only_while_watched(engine: Engi
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
 def test_parts_add_up_to_the_step(engine: Engine, mode: Any) -> None:
-    found = step_parts(engine, [[1, 2, 3], [4, 5]], Sampling(mode=mode, max_new_tokens=8, ignore_eos=True))
+    found = step_parts(
+        engine, [[1, 2, 3], [4, 5]], Sampling(mode=mode, max_new_tokens=8, ignore_eos=True)
+    )
     assert found is not None
     assert list(found["ms"]) == ["forward", "heads", "acceptance", "commit", "rest"]
     assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-3)
@@ -218,7 +263,9 @@ def test_parts_add_up_to_the_step(engine: Engine, mode: Any) -> None:
     assert min(found["ms"].values()) >= 0
 
 
-def test_a_runner_that_tells_no_parts_apart_is_no_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_that_tells_no_parts_apart_is_no_fault(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Stopwatch, "steps", lambda self: [])
     assert step_parts(engine, [[1, 2, 3]], Sampling(max_new_tokens=4, ignore_eos=True)) is None
 
@@ -227,10 +274,40 @@ def test_a_runner_that_tells_no_parts_apart_is_no_fault(engine: Engine, monkeypa
 
 
 @pytest.fixture
-def result(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> tuple[dict[str, Any], str, Path]:
-    words = ["bench", "--model", str(folder), "--dtype", "float32", "--tree", "chain-2", "--max-new-tokens", "6"]
-    words += ["--limit", "5", "--rounds", "1", "--turns", "2", "--modes", "greedy,exact", "--context", "16"]
-    words += ["--history", "20,40", "--plot", str(tmp_path / "plots"), "--json", str(tmp_path / "out.json")]
+def result(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> tuple[dict[str, Any], str, Path]:
+    words = [
+        "bench",
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--tree",
+        "chain-2",
+        "--max-new-tokens",
+        "6",
+    ]
+    words += [
+        "--limit",
+        "5",
+        "--rounds",
+        "1",
+        "--turns",
+        "2",
+        "--modes",
+        "greedy,exact",
+        "--context",
+        "16",
+    ]
+    words += [
+        "--history",
+        "20,40",
+        "--plot",
+        str(tmp_path / "plots"),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     assert main(words) == 0
     *text, line = capsys.readouterr().out.splitlines()
     return json.loads(line), "\n".join(text), tmp_path
@@ -240,7 +317,17 @@ def test_the_command_prints_tables_json_and_plots(result: tuple[dict[str, Any], 
     told, text, place = result
     assert json.loads((place / "out.json").read_text()) == told
     assert told["command"].startswith("medusa-chat bench --model")
-    assert {"date", "device", "threads", "versions", "model", "prompts", "modes", "peers", "dtype"} <= set(told)
+    assert {
+        "date",
+        "device",
+        "threads",
+        "versions",
+        "model",
+        "prompts",
+        "modes",
+        "peers",
+        "dtype",
+    } <= set(told)
     assert {"torch", "transformers", "python"} <= set(told["versions"])
     assert told["load_seconds"] > 0
     assert told["steps"][0]["tree"]["simulated"]  # nobody measured these heads
@@ -264,7 +351,9 @@ def test_tables_fit_and_cut_nothing(result: tuple[dict[str, Any], str, Path], wi
     assert "…" not in "\n".join(lines)
 
 
-def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -283,12 +372,21 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--plot", "/nonesuch/plots"], "there is no folder /nonesuch"),
         (["--plot", __file__], "that is a file"),
         (["--shape", "vicuna-8b"], "unknown shape 'vicuna-8b'"),
-        (["--shape", "llama-1b:int3"], "behind the colon stands none, nf4, nf4-double, int8, not 'int3'"),
+        (
+            ["--shape", "llama-1b:int3"],
+            "behind the colon stands none, nf4, nf4-double, int8, not 'int3'",
+        ),
         (["--shape", "llama-1b", "--peer", "transformers"], "--peer and --view compare replies"),
         (["--context", "0"], "must be at least 1"),
         (["--history", "many"], "--history"),
-        (["--history", "4096", "--tree", "chain-1", "--dtype", "float32"], "a history of 4096 tokens"),
-        (["--context", "4096", "--tree", "chain-1", "--dtype", "float32"], "steps behind 4096 positions"),
+        (
+            ["--history", "4096", "--tree", "chain-1", "--dtype", "float32"],
+            "a history of 4096 tokens",
+        ),
+        (
+            ["--context", "4096", "--tree", "chain-1", "--dtype", "float32"],
+            "steps behind 4096 positions",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_measured(
@@ -297,7 +395,9 @@ def test_mistakes_are_one_line_before_anything_is_measured(
     assert expected in complaint(capsys, "bench", *words)
 
 
-def test_without_matplotlib_plot_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_plot_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(UserError, match=r"pip install 'medusa-chat\[plots\]'"):
         bench_charts.check_folder(tmp_path)
@@ -317,7 +417,12 @@ def test_measured_heads_are_not_called_simulated(engine: Engine) -> None:
 def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
     checks = verify.verify(engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet)
     names = {check.name for check in checks}
-    assert {"vanilla, generate()", "greedy, auto", "greedy, mc_sim_7b_63", "greedy, dynamic-16, copies"} <= names
+    assert {
+        "vanilla, generate()",
+        "greedy, auto",
+        "greedy, mc_sim_7b_63",
+        "greedy, dynamic-16, copies",
+    } <= names
     assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
     assert any(name.startswith("greedy, random") for name in names)
     assert all(check.replies == check.equal == 2 for check in checks)
@@ -328,13 +433,20 @@ def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     """A runner that now and then passes off the wrong token is found out, whatever the tree."""
     honest = Runner.step
 
-    def lying(self: Runner, root: int, tree: object, rule: object, copied: object = None) -> Outcome:
+    def lying(
+        self: Runner, root: int, tree: object, rule: object, copied: object = None
+    ) -> Outcome:
         outcome = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
         wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
         return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
 
     monkeypatch.setattr(Runner, "step", lying)
-    checks = {c.name: c for c in verify.verify(engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet)}
+    checks = {
+        c.name: c
+        for c in verify.verify(
+            engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet
+        )
+    }
     assert checks["greedy, mc_sim_7b_63"].faults
     assert "differs" in checks["greedy, mc_sim_7b_63"].first_fault
     assert not checks["vanilla, generate()"].faults

@@ -6,14 +6,11 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from quiet import quiet
 from rich.console import Console
-from tiny import decode, ids_of, make_engine, prompt_ids, random_backbone, random_heads
 from torch import nn
 
 from medusa_chat.bench import bandwidth, command, history, shapes, twin
@@ -25,17 +22,34 @@ from medusa_chat.bench.steps import measure_steps, reached
 from medusa_chat.cli import main
 from medusa_chat.config import Quant, Sampling, UserError
 from medusa_chat.decoding import runner as runner_module
-from medusa_chat.decoding import tuning
-from medusa_chat.decoding.captured import as_it_is
+from medusa_chat.decoding.graphs.capture import as_it_is
 from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.model import memory
-from medusa_chat.model.devices import free_memory, last_level_cache, peak_memory, reset_peak_memory
+from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.hub.model_list import packaged_file, read_models
+from medusa_chat.machine import memory
+from medusa_chat.machine.devices import (
+    free_memory,
+    last_level_cache,
+    peak_memory,
+    reset_peak_memory,
+)
 from medusa_chat.model.heads import decoding_heads
-from medusa_chat.model.packing import PackedLinear, pack_linear
-from medusa_chat.model.quantization import quantize_linear
-from medusa_chat.registry import packaged_file, read_models
+from medusa_chat.model.linear.packed import PackedLinear, pack_linear
+from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.shapes import SHAPES, Shape
-from medusa_chat.terminal import bench_report
+from medusa_chat.terminal.reports import bench as bench_report
+from tests.helpers.quiet import quiet
+from tests.helpers.tiny import (
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_heads,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
@@ -57,18 +71,27 @@ def test_bytes_are_counted_once_however_many_tensors_share_them() -> None:
     second.weight = first.weight
     assert resident_bytes([first, second]) == 4 * (32 + 4)
     fused = torch.zeros(6, 8)
-    first.weight, second.weight = nn.Parameter(fused[:4]), nn.Parameter(fused[2:])  # views that overlap by two rows
+    first.weight, second.weight = (
+        nn.Parameter(fused[:4]),
+        nn.Parameter(fused[2:]),
+    )  # views that overlap by two rows
     assert resident_bytes([first, second]) == 4 * (48 + 4)
 
 
-@pytest.mark.parametrize(("quant", "per_weight"), [("nf4", 0.5 + 4 / 64), ("nf4-double", 0.5 + 1 / 64), ("int8", 1.0)])
-def test_bytes_of_quantized_layers_are_those_that_lie_in_memory(quant: Quant, per_weight: float) -> None:
+@pytest.mark.parametrize(
+    ("quant", "per_weight"), [("nf4", 0.5 + 4 / 64), ("nf4-double", 0.5 + 1 / 64), ("int8", 1.0)]
+)
+def test_bytes_of_quantized_layers_are_those_that_lie_in_memory(
+    quant: Quant, per_weight: float
+) -> None:
     plain = nn.Linear(512, 256, bias=False, dtype=torch.bfloat16)
     layer = quantize_linear(plain, quant, CPU)
     weights = 512 * 256
     assert resident_bytes(layer.modules()) == pytest.approx(weights * per_weight, rel=0.02)
     packed = pack_linear(layer)
-    assert resident_bytes(packed.modules()) == pytest.approx(weights * per_weight, rel=0.1)  # scales may be of 16 bits
+    assert resident_bytes(packed.modules()) == pytest.approx(
+        weights * per_weight, rel=0.1
+    )  # scales may be of 16 bits
     packed(torch.ones(1, 512, dtype=torch.bfloat16))  # a first step may lay the weights out anew
     assert resident_bytes(packed.modules()) == pytest.approx(weights * per_weight, rel=0.1)
 
@@ -95,7 +118,9 @@ def test_a_tree_step_reads_the_heads_and_a_shared_lm_head_again(own: bool, quant
     backbone = random_backbone()
     heads = random_heads(backbone, 3, own=own)
     plain = sum(p.nbytes for p in heads.parameters())
-    runner = Runner(backbone, decoding_heads(heads, quant, CPU, torch.float32, backbone.lm_head), 64)
+    runner = Runner(
+        backbone, decoding_heads(heads, quant, CPU, torch.float32, backbone.lm_head), 64
+    )
     vanilla, tree = (step_bytes(runner, 10, tree=tree) for tree in (False, True))
     # 2 of keys and values, 2 layers, 2 heads of 8 numbers of 4 bytes: 10 positions
     assert vanilla - backbone_bytes(backbone) == 10 * 2 * 2 * 2 * 8 * 4
@@ -111,12 +136,24 @@ def test_a_tree_step_reads_the_heads_and_a_shared_lm_head_again(own: bool, quant
 # ---- the limit ----
 
 
-def test_the_limit_is_the_caches_for_a_model_that_fits_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_the_caches_for_a_model_that_fits_into_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(bandwidth, "last_level_cache", lambda device: 2**20)
-    monkeypatch.setattr(bandwidth, "read_limit", lambda device, size: 200e9 if size <= 2**20 else 50e9)
+    monkeypatch.setattr(
+        bandwidth, "read_limit", lambda device, size: 200e9 if size <= 2**20 else 50e9
+    )
     inside, outside = measure_limit(CPU, 2**19), measure_limit(CPU, 2**21)
-    assert (inside["in_cache"], inside["gb_per_second"], inside["memory_gb_per_second"]) == (True, 200.0, 50.0)
-    assert (outside["in_cache"], outside["gb_per_second"], outside["buffer_bytes"]) == (False, 50.0, 2**22)
+    assert (inside["in_cache"], inside["gb_per_second"], inside["memory_gb_per_second"]) == (
+        True,
+        200.0,
+        50.0,
+    )
+    assert (outside["in_cache"], outside["gb_per_second"], outside["buffer_bytes"]) == (
+        False,
+        50.0,
+        2**22,
+    )
     assert "cached_gb_per_second" not in outside
 
 
@@ -146,7 +183,9 @@ def test_the_share_of_the_limit_is_the_floor_over_the_time() -> None:
     found = reached(engine, step, {"gb_per_second": 0.05})
     floor = step_bytes(engine.runner, 4, tree=False) / 0.05e9
     assert found["vanilla"]["share_of_limit"] == pytest.approx(floor / 0.002, rel=1e-3)
-    assert found["tree"]["gb_per_second"] == pytest.approx(found["tree"]["bytes"] / 0.003 / 1e9, abs=1e-3)
+    assert found["tree"]["gb_per_second"] == pytest.approx(
+        found["tree"]["bytes"] / 0.003 / 1e9, abs=1e-3
+    )
 
 
 # ---- random shapes ----
@@ -154,39 +193,56 @@ def test_the_share_of_the_limit_is_the_floor_over_the_time() -> None:
 
 def test_shapes_are_named_with_their_quantization() -> None:
     found = parse_shapes("tiny,vicuna-7b:nf4", "int8", heads=3, own=True)
-    assert found == [RandomModel("tiny", "int8", "none", 3, True), RandomModel("vicuna-7b", "nf4", "none", 3, True)]
+    assert found == [
+        RandomModel("tiny", "int8", "none", 3, True),
+        RandomModel("vicuna-7b", "nf4", "none", 3, True),
+    ]
     assert [each.name for each in found] == ["tiny:int8", "vicuna-7b:nf4"]
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_a_random_shape_runs_behind_the_ordinary_engine(quant: Quant) -> None:
     engine = random_engine(RandomModel("tiny", quant), 6000, CPU, torch.bfloat16)
-    assert (engine.heads, engine.context, engine.backbone.vocabulary) == (5, 6000, 512)  # longer than it was made for
+    assert (engine.heads, engine.context, engine.backbone.vocabulary) == (
+        5,
+        6000,
+        512,
+    )  # longer than it was made for
     steps = decode(engine, prompt_ids(9, 512), max_new_tokens=12)
-    assert "".join(step.text for step in steps).split() == [str(t.id) for step in steps for t in step.tokens]
+    assert "".join(step.text for step in steps).split() == [
+        str(t.id) for step in steps for t in step.tokens
+    ]
 
 
 def test_every_id_is_a_token() -> None:
     assert numbers(300).decode([0, 299, 17]).split() == ["0", "299", "17"]
 
 
-def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(shapes, "free_memory", lambda device: 8 * 2**30)
     monkeypatch.setattr(shapes, "random_model", None)
-    with pytest.raises(UserError, match=r"vicuna-7b takes 1\d\.\d GiB, and 8\.0 GiB are free") as refusal:
+    with pytest.raises(
+        UserError, match=r"vicuna-7b takes 1\d\.\d GiB, and 8\.0 GiB are free"
+    ) as refusal:
         random_engine(RandomModel("vicuna-7b"), 1024, CPU, torch.bfloat16)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
     def planned(quant: Quant = "none", own: bool = False) -> memory.Plan:
-        return shapes.memory_plan(RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16)
+        return shapes.memory_plan(
+            RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16
+        )
 
     assert 13.5e9 < planned().total < 16e9
     assert 4.5e9 < planned("nf4").total < 6.5e9
     assert planned().parts()["heads"] == 5 * 4096 * 4097 * 2
     assert planned(own=True).parts()["heads"] == 5 * 4096 * (4097 + 32000) * 2
-    real = memory.contents_of(read_models(packaged_file())["vicuna-7b"])  # with the heads that were published for it
+    real = memory.contents_of(
+        read_models(packaged_file())["vicuna-7b"]
+    )  # with the heads that were published for it
     assert real is not None
     assert planned(own=True) == memory.plan(real, memory.Load("cpu", context=1024))
 
@@ -201,8 +257,21 @@ def test_figures_of_random_shapes_are_marked_as_simulated(
         texts.extend(text.get_text() for legend in self.legends for text in legend.get_texts())
 
     monkeypatch.setattr(Figure, "savefig", written)
-    words = ["bench", "--shape", "tiny,tiny:nf4", "--context", "16,40", "--history", "20", "--rounds", "1"]
-    assert main([*words, "--modes", "greedy", "--device", "cpu", "--plot", str(tmp_path / "plots")]) == 0
+    words = [
+        "bench",
+        "--shape",
+        "tiny,tiny:nf4",
+        "--context",
+        "16,40",
+        "--history",
+        "20",
+        "--rounds",
+        "1",
+    ]
+    assert (
+        main([*words, "--modes", "greedy", "--device", "cpu", "--plot", str(tmp_path / "plots")])
+        == 0
+    )
     *text, line = capsys.readouterr().out.splitlines()
     told = json.loads(line)
     assert (told["modes"], told["peers"], told["prompts"]) == ({}, {}, 0)
@@ -271,11 +340,17 @@ class TwoStepped(Runner):
 
     def step(self, *arguments: Any) -> Outcome:
         outcome = super().step(*arguments)
-        return outcome if self.eager or not self.lies else replace(outcome, next=(outcome.next + 1) % 64)
+        return (
+            outcome
+            if self.eager or not self.lies
+            else replace(outcome, next=(outcome.next + 1) % 64)
+        )
 
 
 @pytest.mark.parametrize("lies", [False, True])
-def test_a_captured_step_is_compared_with_the_eager_one(lies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_step_is_compared_with_the_eager_one(
+    lies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(twin, "Runner", TwoStepped)
     monkeypatch.setattr(TwoStepped, "lies", lies)
     backbone = random_backbone()
@@ -337,16 +412,25 @@ def test_the_host_is_timed_between_static_steps_alone() -> None:
     assert found is not None
     assert found["steps"] == len(steps) - 1
     assert 0 < found["median_ms"] <= found["p90_ms"]
-    assert host_gaps(engine, prompt_ids(5), replace(sampling, max_new_tokens=3, mode="vanilla")) is None
+    assert (
+        host_gaps(engine, prompt_ids(5), replace(sampling, max_new_tokens=3, mode="vanilla"))
+        is None
+    )
 
 
 def test_matrices_stay_apart_where_that_is_measured() -> None:
     joined, apart = (
-        random_engine(RandomModel("tiny", fused=fused), 600, CPU, torch.float32) for fused in (True, False)
+        random_engine(RandomModel("tiny", fused=fused), 600, CPU, torch.float32)
+        for fused in (True, False)
     )
-    layers = [sum(isinstance(m, nn.Linear) for m in engine.backbone.model.modules()) for engine in (joined, apart)]
+    layers = [
+        sum(isinstance(m, nn.Linear) for m in engine.backbone.model.modules())
+        for engine in (joined, apart)
+    ]
     assert layers[1] - layers[0] == 3 * TINY.layers
-    said = [ids_of(decode(engine, prompt_ids(5, 512), max_new_tokens=8)) for engine in (joined, apart)]
+    said = [
+        ids_of(decode(engine, prompt_ids(5, 512), max_new_tokens=8)) for engine in (joined, apart)
+    ]
     assert said[0] == said[1]
 
 
@@ -361,7 +445,18 @@ def test_one_call_tells_the_whole_story_of_a_gpu(
     monkeypatch.setattr(runner_module, "capturable", lambda backbone, heads: True)
     monkeypatch.setattr(runner_module, "Captured", lambda device: as_it_is)
     monkeypatch.setattr(twin, "TOKENS", 6)
-    words = ["--limit", "2", "--rounds", "1", "--modes", "greedy", "--max-new-tokens", "6", "--context", "16"]
+    words = [
+        "--limit",
+        "2",
+        "--rounds",
+        "1",
+        "--modes",
+        "greedy",
+        "--max-new-tokens",
+        "6",
+        "--context",
+        "16",
+    ]
     assert main(["bench", "--device", "cpu", "--tree", "chain-2", *words]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     told, text = json.loads(last), "\n".join(lines)
@@ -389,12 +484,22 @@ def test_the_check_of_the_captured_step_is_told() -> None:
     console = Console(width=80, file=io.StringIO())
     host = {"greedy": {"steps": 9, "median_ms": 0.1234, "p90_ms": 0.2}}
     figures = {
-        "steps": [], "parts": {}, "eager": {"greedy": check}, "host": host, "notices": ["steps cannot be recorded"],
+        "steps": [],
+        "parts": {},
+        "eager": {"greedy": check},
+        "host": host,
+        "notices": ["steps cannot be recorded"],
         "peak_memory_bytes": {"host": 2**30},
-    }  # fmt: skip
+    }
     bench_report._show_machine(console, figures)
     told = console.file.getvalue()  # type: ignore[attr-defined]
     (row,) = (line for line in told.splitlines() if "greedy" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["greedy", "3 of 4, 80%", "300.0", "100.0", "0.123 ms"]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "greedy",
+        "3 of 4, 80%",
+        "300.0",
+        "100.0",
+        "0.123 ms",
+    ]
     assert "steps cannot be recorded" in told
     assert "1.00 GiB on the host" in told

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tiny import ids_of
 
 import medusa_chat
+from medusa_chat.bench.peers import TransformersPeer
+from medusa_chat.bench.verification import verify
 from medusa_chat.config import BUNDLED, Message, Sampling
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tree import chain, named_tree, paper_trees
+from medusa_chat.decoding.trees.tree import chain, named_tree, paper_trees
+from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.loading import load_model
-from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import read_prompts
-from medusa_chat.registry import resolve_model
 from medusa_chat.stats import Stats
-from medusa_chat.verify import verify
+from tests.helpers.tiny import ids_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VALID = Path(__file__).parent.parent.parent / "shared" / "data" / "valid"
 PROMPTS = [
-    "Hello!", "Tell me a short fairy tale.", "What is the capital of France?", "I want to book a table for two.",
-    "I need a hotel in the north with free parking.", "Can you call me a taxi?", "Who are you?", "Thank you, bye!",
-]  # fmt: skip
+    "Hello!",
+    "Tell me a short fairy tale.",
+    "What is the capital of France?",
+    "I want to book a table for two.",
+    "I need a hotel in the north with free parking.",
+    "Can you call me a taxi?",
+    "Who are you?",
+    "Thank you, bye!",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +57,38 @@ def said(engine: Engine, *turns: str, **settings: object) -> list[str]:
 
 
 def test_it_fits_its_limits_and_has_its_papers() -> None:
-    assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) <= 32 * 1024 * 1024
+    assert (
+        sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file())
+        <= 32 * 1024 * 1024
+    )
     card = (BUNDLED / "MODEL_CARD.md").read_text(encoding="utf-8")
-    for name in ("Schema-Guided Dialogue", "STAR", "Taskmaster", "MultiWOZ", "CC BY-SA 4.0", "Self-dialogue"):
+    for name in (
+        "Schema-Guided Dialogue",
+        "STAR",
+        "Taskmaster",
+        "MultiWOZ",
+        "CC BY-SA 4.0",
+        "Self-dialogue",
+    ):
         assert name in card
     assert "Attribution-ShareAlike 4.0" in (BUNDLED / "LICENSE").read_text(encoding="utf-8")
     assert load_model(resolve_model(None)).heads.heads >= 3  # type: ignore[union-attr]
 
 
 def test_it_answers_to_the_point_over_several_turns(engine: Engine) -> None:
-    hello, capital, tale = said(engine, "Hello!", "What is the capital of France?", "Tell me a short fairy tale.")
+    hello, capital, tale = said(
+        engine, "Hello!", "What is the capital of France?", "Tell me a short fairy tale."
+    )
     assert hello.startswith(("H", "Good"))
     assert "Paris" in capital
     assert tale.startswith("Once upon a time")
     assert len(tale.split()) > 40
     (table,) = said(engine, "I want to book a table at a restaurant.")
     assert table.endswith(("?", "."))
-    assert any(word in table.lower() for word in ("restaurant", "city", "food", "time", "where", "area", "many"))
+    assert any(
+        word in table.lower()
+        for word in ("restaurant", "city", "food", "time", "where", "area", "many")
+    )
 
 
 @pytest.mark.parametrize("tree", [*paper_trees(), "chain-4"])
@@ -92,7 +116,9 @@ def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: fl
     engine.use_tree("mc_sim_7b_63")
     for seed, prompt in enumerate(PROMPTS):
         asked: list[Message] = [{"role": "user", "content": prompt}]
-        drawn = Sampling(mode="exact", temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=40)
+        drawn = Sampling(
+            mode="exact", temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=40
+        )
         plain = ids_of(list(engine.generate(asked, replace(drawn, mode="vanilla", sample=True))))
         assert ids_of(list(engine.generate(asked, drawn))) == plain
 
@@ -111,7 +137,9 @@ def permuted() -> tuple[Callable[[int], int], Engine]:
         embedding[order] = embedding.clone()
     assert loaded.heads is not None
     eos = frozenset({int(order[2])})
-    shuffled = Engine(Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=eos, probing=False)
+    shuffled = Engine(
+        Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=eos, probing=False
+    )
     return lambda old: int(order[old]), shuffled
 
 
@@ -123,7 +151,9 @@ def test_greedy_is_vanilla_where_id_0_is_frequent(
     for prompt in PROMPTS:
         ids = engine.encode([{"role": "user", "content": prompt}])
         plain = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
-        found = ids_of(list(shuffled.generate([new_id(i) for i in ids], Sampling(max_new_tokens=60))))
+        found = ids_of(
+            list(shuffled.generate([new_id(i) for i in ids], Sampling(max_new_tokens=60)))
+        )
         assert found == [new_id(i) for i in plain]
         zeros += found.count(0)
     assert zeros >= len(PROMPTS)
@@ -134,7 +164,9 @@ def test_random_heads_change_nothing(engine: Engine) -> None:
     heads = MedusaHeads(4, 1, engine.backbone.hidden_size)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    wild = Engine(engine.backbone, heads.requires_grad_(False), engine.tokenizer, tree=chain(4), probing=False)
+    wild = Engine(
+        engine.backbone, heads.requires_grad_(False), engine.tokenizer, tree=chain(4), probing=False
+    )
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]
         plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=40))))
@@ -162,6 +194,8 @@ def test_a_second_turn_prefills_only_what_is_new(engine: Engine) -> None:
 def test_verify_finds_no_fault_over_two_hundred_turns() -> None:
     engine = medusa_chat.load(dtype="float32", probing=False)
     prompts = read_prompts([VALID], int(os.environ.get("MEDUSA_VERIFY_PROMPTS", "120")))
-    checks = verify(engine, prompts, Sampling(max_new_tokens=64), turns=2, progress=lambda done, total: None)
+    checks = verify(
+        engine, prompts, Sampling(max_new_tokens=64), turns=2, progress=lambda done, total: None
+    )
     assert min(check.replies for check in checks) >= 200
     assert not [check for check in checks if check.faults]

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
-from tiny import OracleHeads, decode, ids_of, make_engine, prompt_ids, random_backbone, random_tree, reply
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import runner as runner_module
 from medusa_chat.decoding.acceptance import greedy
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.cache import KVCache
+from tests.helpers.tiny import (
+    OracleHeads,
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_tree,
+    reply,
+)
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.model.backbone import Backbone
 
 NEW = 30
 PROMPT = prompt_ids(14)
@@ -19,17 +32,19 @@ TREE = random_tree(3, 20, 4, 4, spine=4)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
-def backbone(request) -> Backbone:
+def backbone(request: pytest.FixtureRequest) -> Backbone:
     return random_backbone(request.param)
 
 
 @pytest.fixture(scope="module")
-def text(backbone) -> list[int]:
+def text(backbone: Any) -> list[int]:
     """The prompt and its greedy continuation, longer than any reply below."""
     return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=100)
 
 
-def oracle_engine(backbone: Backbone, text: list[int], ranks=(0, 1, 0, 2, -1), **settings) -> Engine:
+def oracle_engine(
+    backbone: Backbone, text: list[int], ranks: Any = (0, 1, 0, 2, -1), **settings: Any
+) -> Engine:
     heads = OracleHeads(4, backbone.vocabulary, text, ranks)
     return make_engine(backbone, heads, TREE, **settings)
 
@@ -54,7 +69,7 @@ def assert_next_reply_as_fresh(engine: Engine, prompt: list[int]) -> None:
 # ---- the buffer itself ----
 
 
-def test_commit_keeps_rows_in_order_and_rewind_drops_them():
+def test_commit_keeps_rows_in_order_and_rewind_drops_them() -> None:
     cache = KVCache(2, 1, 3, 10, torch.float32, torch.device("cpu"))
     rows = torch.arange(2 * 2 * 4 * 3, dtype=torch.float32).reshape(2, 2, 1, 4, 3)
     for layer in range(2):
@@ -80,7 +95,7 @@ def test_commit_keeps_rows_in_order_and_rewind_drops_them():
 # ---- turns ----
 
 
-def test_a_further_turn_prefills_only_what_is_new(backbone, text):
+def test_a_further_turn_prefills_only_what_is_new(backbone: Any, text: Any) -> None:
     engine = oracle_engine(backbone, text)
     first = reply(engine, PROMPT, max_new_tokens=NEW)
     assert engine.prefilled == len(PROMPT)
@@ -92,7 +107,7 @@ def test_a_further_turn_prefills_only_what_is_new(backbone, text):
     assert_as_fresh(engine, (second_prompt + expected)[:-1])
 
 
-def test_an_edit_rewinds_to_where_the_texts_part(backbone, text):
+def test_an_edit_rewinds_to_where_the_texts_part(backbone: Any, text: Any) -> None:
     engine = oracle_engine(backbone, text)
     first = reply(engine, PROMPT, max_new_tokens=NEW)
     history = PROMPT + first
@@ -104,7 +119,7 @@ def test_an_edit_rewinds_to_where_the_texts_part(backbone, text):
         assert engine.prefilled == len(edited) - at
 
 
-def test_undo_and_regeneration_prefill_one_token(backbone, text):
+def test_undo_and_regeneration_prefill_one_token(backbone: Any, text: Any) -> None:
     engine = oracle_engine(backbone, text)
     first = reply(engine, PROMPT, max_new_tokens=NEW)
     assert reply(engine, PROMPT, max_new_tokens=NEW) == first
@@ -117,7 +132,7 @@ def test_undo_and_regeneration_prefill_one_token(backbone, text):
     assert engine.prefilled == len(PROMPT)
 
 
-def test_a_shorter_and_an_unrelated_prompt(backbone, text):
+def test_a_shorter_and_an_unrelated_prompt(backbone: Any, text: Any) -> None:
     engine = oracle_engine(backbone, text)
     reply(engine, PROMPT, max_new_tokens=NEW)
     assert_next_reply_as_fresh(engine, prompt_ids(8, seed=99))
@@ -125,20 +140,24 @@ def test_a_shorter_and_an_unrelated_prompt(backbone, text):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_a_prefill_in_chunks_equals_a_whole_one(backbone, text, rows, monkeypatch):
+def test_a_prefill_in_chunks_equals_a_whole_one(
+    backbone: Any, text: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = oracle_engine(backbone, text)
     expected = reply(whole, PROMPT, max_new_tokens=NEW)
     monkeypatch.setattr(runner_module, "PREFILL_ROWS", rows)
     engine = oracle_engine(backbone, text)
     assert reply(engine, PROMPT, max_new_tokens=NEW) == expected
-    assert torch.allclose(engine.runner.cache.buffer[:, :, :, :14], whole.runner.cache.buffer[:, :, :, :14], atol=1e-4)
+    assert torch.allclose(
+        engine.runner.cache.buffer[:, :, :, :14], whole.runner.cache.buffer[:, :, :, :14], atol=1e-4
+    )
 
 
 # ---- what breaks a reply off ----
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
-def test_closing_the_iterator_at_any_step(backbone, text, mode):
+def test_closing_the_iterator_at_any_step(backbone: Any, text: Any, mode: Any) -> None:
     settings = Sampling(mode=mode, temperature=0.2, max_new_tokens=NEW)
     total = len(list(oracle_engine(backbone, text).generate(PROMPT, settings)))
     assert total > 4
@@ -155,7 +174,7 @@ def test_closing_the_iterator_at_any_step(backbone, text, mode):
 
 
 @pytest.mark.parametrize("limit", range(1, 14))
-def test_every_limit_of_new_tokens(backbone, text, limit):
+def test_every_limit_of_new_tokens(backbone: Any, text: Any, limit: Any) -> None:
     engine = oracle_engine(backbone, text)
     steps = decode(engine, PROMPT, max_new_tokens=limit)
     assert PROMPT + ids_of(steps) == text[: len(PROMPT) + limit]
@@ -167,7 +186,7 @@ def test_every_limit_of_new_tokens(backbone, text, limit):
 
 
 @pytest.mark.parametrize("place", range(12))
-def test_an_eos_at_any_place_of_the_reply(backbone, text, place):
+def test_an_eos_at_any_place_of_the_reply(backbone: Any, text: Any, place: Any) -> None:
     """Also in the middle of an accepted path: nothing behind it stays, in the reply or in the cache."""
     eos = text[len(PROMPT) + place]
     first = text.index(eos, len(PROMPT))
@@ -180,11 +199,16 @@ def test_an_eos_at_any_place_of_the_reply(backbone, text, place):
     assert engine.tokens_in_context in (first, first + 1)
     assert_next_reply_as_fresh(engine, [*text[: first + 1], 3])
     ignoring = oracle_engine(backbone, text, eos=frozenset({eos}))
-    assert PROMPT + reply(ignoring, PROMPT, max_new_tokens=NEW, ignore_eos=True) == text[: len(PROMPT) + NEW]
+    assert (
+        PROMPT + reply(ignoring, PROMPT, max_new_tokens=NEW, ignore_eos=True)
+        == text[: len(PROMPT) + NEW]
+    )
 
 
 @pytest.mark.parametrize("place", range(8))
-def test_a_stop_string_in_the_middle_of_an_accepted_path(backbone, text, place):
+def test_a_stop_string_in_the_middle_of_an_accepted_path(
+    backbone: Any, text: Any, place: Any
+) -> None:
     decoded = make_engine(backbone).tokenizer.decode(text[len(PROMPT) :])  # a character a token
     stop = decoded[place : place + 2]
     end = decoded.index(stop)
@@ -199,7 +223,9 @@ def test_a_stop_string_in_the_middle_of_an_accepted_path(backbone, text, place):
 
 @pytest.mark.parametrize("context", range(len(PROMPT) + 1, len(PROMPT) + 12))
 @pytest.mark.parametrize("ranks", [(0,), (-1,), (0, 1, -1)])
-def test_the_context_limit_is_a_finish_reason_and_its_last_position_is_used(backbone, text, context, ranks):
+def test_the_context_limit_is_a_finish_reason_and_its_last_position_is_used(
+    backbone: Any, text: Any, context: Any, ranks: Any
+) -> None:
     engine = oracle_engine(backbone, text, ranks, context=context)
     for mode in ("greedy", "vanilla"):
         steps = decode(engine, PROMPT, mode=mode, max_new_tokens=NEW)
@@ -208,13 +234,13 @@ def test_the_context_limit_is_a_finish_reason_and_its_last_position_is_used(back
     assert_as_fresh(engine, text[: engine.tokens_in_context])
 
 
-def test_both_limits_at_once_are_called_length(backbone, text):
+def test_both_limits_at_once_are_called_length(backbone: Any, text: Any) -> None:
     engine = oracle_engine(backbone, text, context=len(PROMPT) + 5)
     assert decode(engine, PROMPT, max_new_tokens=5)[-1].finish == "length"
     assert decode(engine, PROMPT, max_new_tokens=6)[-1].finish == "context"
 
 
-def test_a_context_that_ends_where_the_positions_of_the_backbone_end():
+def test_a_context_that_ends_where_the_positions_of_the_backbone_end() -> None:
     """Guesses beyond the last position must not reach the position encoding: 'dynamic' changes there."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     backbone = random_backbone(max_position_embeddings=40, rope_parameters=rope)
@@ -223,10 +249,19 @@ def test_a_context_that_ends_where_the_positions_of_the_backbone_end():
     assert reply(oracle_engine(backbone, PROMPT + expected), PROMPT, max_new_tokens=99) == expected
 
 
-def test_longrope_keeps_to_its_first_encoding():
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10_000.0, "rope_type": "longrope"}
-    backbone = random_backbone("phi3", original_max_position_embeddings=50, max_position_embeddings=400,
-                               rope_parameters=factors | {"original_max_position_embeddings": 50})  # fmt: skip
+def test_longrope_keeps_to_its_first_encoding() -> None:
+    factors = {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "rope_theta": 10_000.0,
+        "rope_type": "longrope",
+    }
+    backbone = random_backbone(
+        "phi3",
+        original_max_position_embeddings=50,
+        max_position_embeddings=400,
+        rope_parameters=factors | {"original_max_position_embeddings": 50},
+    )
     assert backbone.context == 50
     expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=99)
     engine = oracle_engine(backbone, PROMPT + expected)
@@ -236,12 +271,21 @@ def test_longrope_keeps_to_its_first_encoding():
 
 # ---- interrupts ----
 
-POINTS = ("backbone.hidden", "backbone.logits", "cache.commit", "after commit", "reply.take", "cache.rewind")
+POINTS = (
+    "backbone.hidden",
+    "backbone.logits",
+    "cache.commit",
+    "after commit",
+    "reply.take",
+    "cache.rewind",
+)
 
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("call", [1, 2, 4])
-def test_an_interrupt_inside_a_step(backbone, text, point, call, monkeypatch):
+def test_an_interrupt_inside_a_step(
+    backbone: Any, text: Any, point: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = oracle_engine(backbone, text, ranks=(0, 1))
     steps = engine.generate(PROMPT, Sampling(max_new_tokens=NEW))
     kept = PROMPT + ids_of([next(steps)])
@@ -256,9 +300,13 @@ def test_an_interrupt_inside_a_step(backbone, text, point, call, monkeypatch):
     assert_next_reply_as_fresh(engine, [*kept, 1])
 
 
-@pytest.mark.parametrize("point", ["backbone.hidden", "backbone.logits", "cache.commit", "after commit"])
+@pytest.mark.parametrize(
+    "point", ["backbone.hidden", "backbone.logits", "cache.commit", "after commit"]
+)
 @pytest.mark.parametrize("call", [1, 2])
-def test_an_interrupt_inside_a_prefill(backbone, text, point, call, monkeypatch):
+def test_an_interrupt_inside_a_prefill(
+    backbone: Any, text: Any, point: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = oracle_engine(backbone, text)
     reply(engine, PROMPT[:6], max_new_tokens=4)
     with monkeypatch.context() as patch:
@@ -270,7 +318,7 @@ def test_an_interrupt_inside_a_prefill(backbone, text, point, call, monkeypatch)
     assert_next_reply_as_fresh(engine, PROMPT)
 
 
-def _interrupt(patch, engine: Engine, point: str, call: int) -> None:
+def _interrupt(patch: Any, engine: Engine, point: str, call: int) -> None:
     """Raise KeyboardInterrupt at the call-th time that `point` is reached."""
     from medusa_chat.decoding.reply import Reply
 
@@ -284,7 +332,7 @@ def _interrupt(patch, engine: Engine, point: str, call: int) -> None:
     }[point]
     original, count = getattr(owner, name), 0
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         if count == call and point != "after commit":

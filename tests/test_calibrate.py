@@ -5,22 +5,20 @@ from __future__ import annotations
 import random
 from itertools import accumulate, pairwise
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import make_engine, random_backbone, random_heads, random_tree
 
 import medusa_chat
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.accuracy import Accuracy, grow
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tree import Tree, chain, named_tree
+from medusa_chat.decoding.trees.accuracy import Accuracy, grow
+from medusa_chat.decoding.trees.tree import Tree, chain, named_tree
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.prompts import Prompt
 from medusa_chat.stats import Stats
-from medusa_chat.training import calibrate as calibration
-from medusa_chat.training.calibrate import (
+from medusa_chat.training import calibration
+from medusa_chat.training.calibration import (
     Ranks,
     acceptance_length,
     calibrate,
@@ -30,6 +28,10 @@ from medusa_chat.training.calibrate import (
     rank_reply,
     with_paths,
 )
+from tests.helpers.tiny import make_engine, random_backbone, random_heads, random_tree
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.engine import Engine
 
 TOP = (tuple(rank / 20 for rank in range(1, 21)),) * 3
 
@@ -53,13 +55,17 @@ def test_calibrate_counts_what_the_heads_get_right() -> None:
     assert accuracy.top[0][0] == pytest.approx(right / tested)
     assert all(list(row) == sorted(row) for row in accuracy.top)
     assert set(accuracy.paths) >= {path[:-1] for path in accuracy.paths if len(path) > 1}
-    assert all(share <= accuracy.frequency(path[:-1]) <= 1 for path, share in accuracy.paths.items())
+    assert all(
+        share <= accuracy.frequency(path[:-1]) <= 1 for path, share in accuracy.paths.items()
+    )
 
 
 # ---- walking along a reply, against decoding it ----
 
 
-def decoded_and_walked(engine: Engine, tree: Tree, prompts: list[Any], limit: int) -> tuple[Stats, float | None]:
+def decoded_and_walked(
+    engine: Engine, tree: Tree, prompts: list[Any], limit: int
+) -> tuple[Stats, float | None]:
     """Greedy decoding with a tree, and what walking along the replies says of it."""
     engine.use_tree(tree)
     stats, replies = Stats(), []
@@ -68,7 +74,9 @@ def decoded_and_walked(engine: Engine, tree: Tree, prompts: list[Any], limit: in
         steps = list(engine.generate(ids, Sampling(max_new_tokens=limit)))
         for step in steps:
             stats.add(step)
-        replies.append(joint_ranks(rank_reply(engine, ids, [t.id for s in steps for t in s.tokens])))
+        replies.append(
+            joint_ranks(rank_reply(engine, ids, [t.id for s in steps for t in s.tokens]))
+        )
     return stats, acceptance_length(tree, replies)
 
 
@@ -80,7 +88,12 @@ def test_the_walk_is_the_decoding(limit: int) -> None:
     draw = random.Random(limit)
     prompts = [[draw.randrange(12) for _ in range(draw.randrange(4, 30))] for _ in range(30)]
     lengths = []
-    for tree in (chain(3), random_tree(1, 20, 3, 6), random_tree(2, 60, 3, 12, spine=3), Tree.of([[4], [5], [5, 0]])):
+    for tree in (
+        chain(3),
+        random_tree(1, 20, 3, 6),
+        random_tree(2, 60, 3, 12, spine=3),
+        Tree.of([[4], [5], [5, 0]]),
+    ):
         stats, walked = decoded_and_walked(engine, tree, prompts, limit)
         assert walked == stats.acceptance_length
         lengths.append(walked)
@@ -89,7 +102,12 @@ def test_the_walk_is_the_decoding(limit: int) -> None:
 
 def test_the_walk_is_the_decoding_of_the_bundled_model() -> None:
     engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
-    said = ["Hello!", "Tell me a short fairy tale.", "What is the capital of France?", "I need a cheap hotel, please."]
+    said = [
+        "Hello!",
+        "Tell me a short fairy tale.",
+        "What is the capital of France?",
+        "I need a cheap hotel, please.",
+    ]
     prompts: list[Any] = [[{"role": "user", "content": text}] for text in said]
     for tree in (chain(4), named_tree("mc_sim_7b_63").pruned(4, 20)):
         stats, walked = decoded_and_walked(engine, tree, prompts, 128)
@@ -114,7 +132,9 @@ def test_paths_are_counted_where_steps_begin() -> None:
     reply: Ranks = [(0,), ()] * 40
     accuracy = with_paths(Accuracy(TOP), [reply])
     assert accuracy.frequency((0,)) == pytest.approx(1.0)
-    assert grow(accuracy, 8)[1][-1] == pytest.approx(acceptance_length(chain(1), [reply]))  # counted anywhere: 1.5
+    assert grow(accuracy, 8)[1][-1] == pytest.approx(
+        acceptance_length(chain(1), [reply])
+    )  # counted anywhere: 1.5
 
 
 def bursts(replies: int, seed: int) -> list[Ranks]:
@@ -175,7 +195,9 @@ def test_a_fifth_of_every_category_is_held_aside() -> None:
     prompts = [Prompt(f"c{number % 5}", (str(number),)) for number in range(50)]
     counted, aside = held_aside(prompts)
     assert sorted(map(hash, counted + aside)) == sorted(map(hash, prompts))
-    assert [[prompt.category for prompt in aside].count(f"c{index}") for index in range(5)] == [2] * 5
+    assert [[prompt.category for prompt in aside].count(f"c{index}") for index in range(5)] == [
+        2
+    ] * 5
     assert held_aside(prompts[:4]) == (prompts[:4], [])
 
 
@@ -185,7 +207,9 @@ def test_the_check_decodes_with_the_trees_that_were_forecast() -> None:
     accuracy = Accuracy((tuple(rank / 20 for rank in range(1, 21)),))
     prompts = [Prompt("t", (f"prompt {number}",)) for number in range(6)]
     calls: list[tuple[int, int]] = []
-    checks = check_forecast(engine, accuracy, prompts, 20, lambda done, total: calls.append((done, total)))
+    checks = check_forecast(
+        engine, accuracy, prompts, 20, lambda done, total: calls.append((done, total))
+    )
     assert [(check.tree, check.nodes) for check in checks] == [
         ("fixed", 8),
         ("fixed", 16),
@@ -194,8 +218,13 @@ def test_the_check_decodes_with_the_trees_that_were_forecast() -> None:
     for check in checks:
         tree, forecast = grow(accuracy, check.nodes)
         engine.use_tree(tree)
-        each = [Stats.of(engine.generate(prompt.opening(), Sampling(max_new_tokens=20))) for prompt in prompts]
-        steps, tokens = ([getattr(stats, name) for stats in each] for name in ("tree_steps", "tree_tokens"))
+        each = [
+            Stats.of(engine.generate(prompt.opening(), Sampling(max_new_tokens=20)))
+            for prompt in prompts
+        ]
+        steps, tokens = (
+            [getattr(stats, name) for stats in each] for name in ("tree_steps", "tree_tokens")
+        )
         assert check.forecast == forecast[-1]
         assert check.measured == sum(tokens) / sum(steps)
         spread = torch.tensor(tokens) - check.measured * torch.tensor(steps)

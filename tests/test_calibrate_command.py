@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from complaints import complaint
 from rich.console import Console
-from tiny import save_with_heads
 
 from medusa_chat.cli import main
-from medusa_chat.decoding.accuracy import Accuracy, write_accuracy
-from medusa_chat.terminal import report
-from medusa_chat.training.calibrate import STORED
+from medusa_chat.decoding.trees.accuracy import Accuracy, write_accuracy
+from medusa_chat.terminal.reports import report
+from medusa_chat.training.calibration import STORED
+from tests.helpers.complaints import complaint
+from tests.helpers.tiny import save_with_heads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +29,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(folder: Path, *more: str) -> list[str]:
-    shared = ["calibrate", "--model", str(folder), "--dtype", "float32", "--prompts", str(folder / "prompts.txt")]
+    shared = [
+        "calibrate",
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--prompts",
+        str(folder / "prompts.txt"),
+    ]
     return [*shared, "--max-new-tokens", "12", *more]
 
 
 def test_calibrate_counts_checks_draws_and_writes(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, file: (figures.append(self), save(self, file)))
-    (folder / "head_accuracy.json").write_text("{")  # a damaged file is no reason not to write a good one
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, file: (figures.append(self), save(self, file))
+    )
+    (folder / "head_accuracy.json").write_text(
+        "{"
+    )  # a damaged file is no reason not to write a good one
     assert main(words(folder, "--plot", str(tmp_path / "figure.png"))) == 0
     printed = capsys.readouterr().out
     for text in ("■ 1 (+1)", "■ 4 (+4)", "held aside", "difference", "wrote"):
@@ -56,9 +73,14 @@ def test_calibrate_counts_checks_draws_and_writes(
     assert list(forecast.containers[0].lines[0].get_xdata()) == [8, 16, 32, 64]  # type: ignore[union-attr]
 
 
-def test_without_a_check_all_prompts_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_check_all_prompts_are_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words(folder, "--no-check")) == 0
-    assert json.loads((folder / "head_accuracy.json").read_text())["source"] == "10 conversations of prompts.txt"
+    assert (
+        json.loads((folder / "head_accuracy.json").read_text())["source"]
+        == "10 conversations of prompts.txt"
+    )
     printed = capsys.readouterr().out
     assert "forecast" not in printed
     assert main(words(folder, "--limit", "3")) == 0
@@ -66,15 +88,26 @@ def test_without_a_check_all_prompts_are_counted(folder: Path, capsys: pytest.Ca
 
 
 def test_mistakes_are_one_line_and_write_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = folder / "head_accuracy.json"
     file.write_text('{"accuracy": [[0.5]]}')
-    assert "no reply has a second token" in complaint(capsys, *words(folder), "--max-new-tokens", "1")
-    assert "figure.xyz is none of these" in complaint(capsys, *words(folder, "--plot", "figure.xyz"))
-    assert "there is no folder" in complaint(capsys, *words(folder, "--plot", str(tmp_path / "no" / "figure.png")))
+    assert "no reply has a second token" in complaint(
+        capsys, *words(folder), "--max-new-tokens", "1"
+    )
+    assert "figure.xyz is none of these" in complaint(
+        capsys, *words(folder, "--plot", "figure.xyz")
+    )
+    assert "there is no folder" in complaint(
+        capsys, *words(folder, "--plot", str(tmp_path / "no" / "figure.png"))
+    )
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    assert "pip install 'medusa-chat[plots]'" in complaint(capsys, *words(folder, "--plot", "figure.png"))
+    assert "pip install 'medusa-chat[plots]'" in complaint(
+        capsys, *words(folder, "--plot", "figure.png")
+    )
     blocked = folder / f"head_accuracy.{os.getpid()}.tmp"
     blocked.mkdir()
     assert blocked.name in complaint(capsys, *words(folder, "--no-check"))
@@ -105,13 +138,18 @@ def test_bars_fit_the_screen_and_tell_the_ranks_apart_without_colour(
 ) -> None:
     top = [[0.5] * 4 + [0.75] * 5 + [1.0], [0.25] * 10, [0.0] * 4]
     lines = shown(
-        monkeypatch, width, top, [{"tree": "fixed", "nodes": 16, "forecast": 2.0, "measured": 1.9, "error": 0.04}]
+        monkeypatch,
+        width,
+        top,
+        [{"tree": "fixed", "nodes": 16, "forecast": 2.0, "measured": 1.9, "error": 0.04}],
     )
     assert max(map(len, lines)) <= width
     bars = [lines[3 + head].split("│")[5].strip() for head in range(3)]
     whole = len(bars[0])
     assert whole >= 10
-    assert [bars[0].count(block) / whole for block in "█▒░"] == pytest.approx([0.5, 0.25, 0.25], abs=1 / whole)
+    assert [bars[0].count(block) / whole for block in "█▒░"] == pytest.approx(
+        [0.5, 0.25, 0.25], abs=1 / whole
+    )
     assert bars[1] == "█" * round(0.25 * whole)
     assert bars[2] == ""
     row = next(line for line in lines if "1.90 ± 0.04" in line)
@@ -120,19 +158,31 @@ def test_bars_fit_the_screen_and_tell_the_ranks_apart_without_colour(
 
 
 def test_models_shows_how_good_the_heads_are(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registry = tmp_path / "models.yaml"
-    entries = {"mine": {"backbone": str(folder)}, "theirs": {"backbone": "nobody/nothing"}, "new": {"backbone": "."}}
-    entries["apart"] = {"backbone": "nobody/nothing", "heads": str(folder / "medusa_lm_head.safetensors")}
+    entries = {
+        "mine": {"backbone": str(folder)},
+        "theirs": {"backbone": "nobody/nothing"},
+        "new": {"backbone": "."},
+    }
+    entries["apart"] = {
+        "backbone": "nobody/nothing",
+        "heads": str(folder / "medusa_lm_head.safetensors"),
+    }
     registry.write_text(json.dumps({"models": entries}))
-    monkeypatch.setattr("medusa_chat.registry.packaged_file", lambda: registry)
+    monkeypatch.setattr("medusa_chat.hub.model_list.packaged_file", lambda: registry)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     (folder / "head_accuracy.json").write_text(json.dumps({"accuracy": [[0.714, 0.8], [0.5, 0.6]]}))
     assert main(["models"]) == 0
     shown = capsys.readouterr().out
-    blocks = {name: shown.split(f"\n{name} ")[1].split("\n", 1)[1].splitlines()[:2] for name in entries}
+    blocks = {
+        name: shown.split(f"\n{name} ")[1].split("\n", 1)[1].splitlines()[:2] for name in entries
+    }
     assert "are right: 71% 50%" in blocks["mine"][1]
     assert "are right: 71% 50%" in blocks["apart"][1]
     assert "are right" not in "".join(blocks["theirs"] + blocks["new"][:1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from medusa_chat.decoding.captured import WARM_UPS, Captured
+from medusa_chat.decoding.graphs.capture import WARM_UPS, Captured
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Notes:
@@ -91,7 +93,9 @@ def test_a_program_is_warmed_up_on_the_stream_that_records_it(cuda: Notes) -> No
 
 @pytest.mark.parametrize("fails_at", [0, WARM_UPS])
 @pytest.mark.parametrize("error", [RuntimeError("not permitted"), KeyboardInterrupt()])
-def test_a_recording_that_fails_leaves_the_usual_stream(fails_at: int, error: BaseException, cuda: Notes) -> None:
+def test_a_recording_that_fails_leaves_the_usual_stream(
+    fails_at: int, error: BaseException, cuda: Notes
+) -> None:
     def program() -> None:
         if len(cuda.seen) >= fails_at:
             raise error

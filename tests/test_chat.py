@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from pseudo_terminal import CTRL_C, Chat, assert_colours
 
 import medusa_chat
 from medusa_chat.config import Sampling
-from medusa_chat.events import Step
 from medusa_chat.stats import Stats
+from tests.helpers.pseudo_terminal import CTRL_C, Chat, assert_colours
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from medusa_chat.events import Step
 
 SETTINGS = ("--dtype", "float32", "--tree", "mc_sim_7b_63")
 QUESTION = "Tell me a fairy tale."
@@ -20,7 +24,9 @@ QUESTION = "Tell me a fairy tale."
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Chat]:
-    chat = Chat("-m", "medusa_chat.cli", *SETTINGS, columns=100, rows=40, XDG_STATE_HOME=str(tmp_path))
+    chat = Chat(
+        "-m", "medusa_chat.cli", *SETTINGS, columns=100, rows=40, XDG_STATE_HOME=str(tmp_path)
+    )
     yield chat
     chat.child.close(force=True)
 
@@ -52,7 +58,11 @@ def test_a_conversation_as_a_user_has_it(terminal: Chat, tmp_path: Path) -> None
     assert shown["new tokens"] == [str(stats.new_tokens)] * 2
     assert shown["steps"][0] == str(stats.steps)
     assert shown["acceptance length"][0] == f"{stats.acceptance_length:.2f}"
-    footer = next(line for line in terminal.text.splitlines() if line.startswith("acceptance length") and "·" in line)
+    footer = next(
+        line
+        for line in terminal.text.splitlines()
+        if line.startswith("acceptance length") and "·" in line
+    )
     assert f"acceptance length {stats.acceptance_length:.2f}" in footer
     for name in ("speedup", "tokens/s"):
         assert shown[name][0] in footer

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from complaints import complaint
-from tiny import save_with_heads
 
 from medusa_chat.cli import main
 from medusa_chat.model.layouts import HEADS_FILE
+from tests.helpers.complaints import complaint
+from tests.helpers.tiny import save_with_heads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
@@ -26,18 +28,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "medusa_chat.cli", *words]
-    return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
 
 
 def answer(folder: Path, *words: str) -> list[str]:
-    return ["--model", str(folder), "--dtype", "float32", "--tree", "chain-2", "--max-new-tokens", "8", *words]
+    return [
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--tree",
+        "chain-2",
+        "--max-new-tokens",
+        "8",
+        *words,
+    ]
 
 
-def test_json_lines_are_the_steps_and_their_sum(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_are_the_steps_and_their_sum(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(answer(folder, "--prompt", "Hi", "--json")) == 0
     *steps, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {step["type"] for step in steps} == {"step"}
-    assert set(steps[0]) == {"type", "tokens", "nodes", "seconds", "kind", "depth", "finish", "tested", "gated"}
+    assert set(steps[0]) == {
+        "type",
+        "tokens",
+        "nodes",
+        "seconds",
+        "kind",
+        "depth",
+        "finish",
+        "tested",
+        "paused",
+    }
     assert set(steps[0]["tokens"][0]) == {"id", "text", "head"}
     tokens = [token for step in steps for token in step["tokens"]]
     assert summary["type"] == "summary"
@@ -45,13 +71,23 @@ def test_json_lines_are_the_steps_and_their_sum(folder: Path, capsys: pytest.Cap
     assert summary["text"] == "".join(token["text"] for token in tokens)
     assert (summary["new_tokens"], summary["steps"]) == (8, len(steps))
     assert (summary["mode"], summary["finish"]) == ("greedy", "length")
-    assert {"acceptance_length", "tokens_per_second", "vanilla_tokens_per_second", "speedup"} <= set(summary)
+    assert {
+        "acceptance_length",
+        "tokens_per_second",
+        "vanilla_tokens_per_second",
+        "speedup",
+    } <= set(summary)
 
 
-def test_modes_agree_and_piped_text_is_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_modes_agree_and_piped_text_is_a_prompt(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     replies = []
     for mode in ("greedy", "vanilla", "typical", "exact"):
-        assert main(answer(folder, "--prompt", "Hi", "--json", "--mode", mode, "--temperature", "0")) == 0
+        assert (
+            main(answer(folder, "--prompt", "Hi", "--json", "--mode", mode, "--temperature", "0"))
+            == 0
+        )
         replies.append(json.loads(capsys.readouterr().out.splitlines()[-1])["ids"])
     assert replies[0] == replies[1] == replies[2] == replies[3]
     piped = run(*answer(folder, "--json"), text="Hi\n")
@@ -59,12 +95,17 @@ def test_modes_agree_and_piped_text_is_a_prompt(folder: Path, capsys: pytest.Cap
     assert piped.stderr == ""
 
 
-def test_stop_system_and_seed_reach_the_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_system_and_seed_reach_the_engine(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def ids(*words: str) -> Any:
         assert main(answer(folder, "--prompt", "Hi", "--json", *words)) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    drawn = [ids("--mode", "exact", "--temperature", "1.5", "--seed", str(seed))["ids"] for seed in (1, 1, 2)]
+    drawn = [
+        ids("--mode", "exact", "--temperature", "1.5", "--seed", str(seed))["ids"]
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     plain = ids()
     assert ids("--system", "You are a bird.")["ids"] != plain["ids"]
@@ -77,10 +118,19 @@ BAD = {
     "unknown flag": (["--prompt", "hi", "--colour"], "unrecognized arguments: --colour"),
     "temperature": (["--prompt", "hi", "--temperature", "-1"], "temperature must be 0 or more"),
     "not a number": (["--prompt", "hi", "--top-p", "much"], "top_p must be a number"),
-    "mode": (["--prompt", "hi", "--mode", "fast"], "mode must be one of greedy, typical, exact, vanilla"),
+    "mode": (
+        ["--prompt", "hi", "--mode", "fast"],
+        "mode must be one of greedy, typical, exact, vanilla",
+    ),
     "empty prompt": (["--prompt", ""], "the prompt is empty"),
-    "no prompts": (["bench", "--prompts", "/nonesuch/file"], "cannot read the prompts /nonesuch/file"),
-    "no data": (["train", "--model", "bundled", "--out", "/tmp/x", "--data", "/nonesuch"], "cannot read /nonesuch"),
+    "no prompts": (
+        ["bench", "--prompts", "/nonesuch/file"],
+        "cannot read the prompts /nonesuch/file",
+    ),
+    "no data": (
+        ["train", "--model", "bundled", "--out", "/tmp/x", "--data", "/nonesuch"],
+        "cannot read /nonesuch",
+    ),
     "no mode": (["bench", "--modes", "warp", "--prompts", "/nonesuch"], "mode must be one of"),
     "json alone": (["--json", "--device", "tpu"], "invalid choice: 'tpu'"),
 }
@@ -92,10 +142,14 @@ def test_a_mistake_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) ->
     assert expected in complaint(capsys, *words)
 
 
-def test_damaged_files_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     orphan = tmp_path / "tree.json"
     orphan.write_text("[[0], [1, 0]]")
-    assert "node [1, 0] is an orphan" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", str(orphan)))
+    assert "node [1, 0] is an orphan" in complaint(
+        capsys, *answer(folder, "--prompt", "hi", "--tree", str(orphan))
+    )
     missing = str(tmp_path / "no.json")
     assert "unknown tree" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
     heads = tmp_path / HEADS_FILE
@@ -105,7 +159,9 @@ def test_damaged_files_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
     damaged.mkdir()
     for file in folder.iterdir():
         content = file.read_bytes()
-        (damaged / file.name).write_bytes(content[: len(content) // 2] if file.name == "model.safetensors" else content)
+        (damaged / file.name).write_bytes(
+            content[: len(content) // 2] if file.name == "model.safetensors" else content
+        )
     assert "cannot load the model" in complaint(capsys, *answer(damaged, "--prompt", "hi"))
     long = complaint(capsys, *answer(folder, "--prompt", "word " * 200))
     assert "the prompt has" in long
@@ -115,7 +171,9 @@ def test_damaged_files_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
 def test_a_closed_pipe_ends_in_silence(folder: Path) -> None:
     words = answer(folder, "--prompt", "Hi", "--json", "--max-new-tokens", "400", "--ignore-eos")
     command = [sys.executable, "-m", "medusa_chat.cli", *words]
-    chat = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    chat = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
     assert chat.stdout is not None
     assert chat.stderr is not None
     assert chat.stdout.read(1) == b"{"
@@ -131,7 +189,9 @@ def test_help_and_the_model_list_need_no_torch() -> None:
         "print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
     )
     for words in (["--help"], ["bench", "--help"], ["train", "--help"], ["models"], ["--version"]):
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
+        )
         assert done.stderr.strip() == "[]", words
         assert done.stdout
     help_text = run("--help").stdout

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from dataclasses import fields
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import REPLY, FakeEngine, script
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
@@ -16,11 +15,16 @@ from medusa_chat import config
 from medusa_chat.config import MODES, Sampling, UserError
 from medusa_chat.events import COPIED, Candidates, Step, Token
 from medusa_chat.stats import Stats
-from medusa_chat.terminal import tables, tree_view
-from medusa_chat.terminal.commands import GREEDY_REPEATS, dispatch, find, is_command
-from medusa_chat.terminal.completion import CommandCompleter
-from medusa_chat.terminal.registry import REGISTRY, Chat, Leave, Reply
-from medusa_chat.terminal.session import Session
+from medusa_chat.terminal import tree_view
+from medusa_chat.terminal.chat.command import REGISTRY, Chat, Leave, Reply
+from medusa_chat.terminal.chat.commands import GREEDY_REPEATS, dispatch, find, is_command
+from medusa_chat.terminal.chat.completion import CommandCompleter
+from medusa_chat.terminal.chat.session import Session
+from medusa_chat.terminal.reports import tables
+from tests.helpers.fake_engine import REPLY, FakeEngine, script
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -40,7 +44,11 @@ def run(chat: Chat, line: str) -> str:
 
 def row(table: str, label: str) -> list[str]:
     """The cells of the row of a printed table that begins with `label`."""
-    return next(line.replace(label, "", 1).split() for line in table.splitlines() if line.strip().startswith(label))
+    return next(
+        line.replace(label, "", 1).split()
+        for line in table.splitlines()
+        if line.strip().startswith(label)
+    )
 
 
 def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
@@ -157,7 +165,7 @@ def test_stats_tell_of_steps_whose_heads_rested(chat: Chat) -> None:
     assert tables.RESTED not in run(chat, "/stats")
     for step in script(REPLY, rest_after=3):
         chat.session.conversation.add(step)
-    rested = chat.session.conversation.gated_steps
+    rested = chat.session.conversation.paused_steps
     assert rested > 10
     assert row(run(chat, "/stats"), tables.RESTED) == ["0", str(rested)]
 
@@ -169,11 +177,15 @@ def test_stats_are_those_of_Stats(chat: Chat) -> None:
     shown = run(chat, "/stats")
     assert row(shown, "new tokens") == [str(last.new_tokens), str(conversation.new_tokens)]
     assert row(shown, "steps") == [str(last.steps), str(conversation.steps)]
-    assert row(shown, "tokens/s") == [f"{stats.tokens_per_second:.1f}" for stats in (last, conversation)]
+    assert row(shown, "tokens/s") == [
+        f"{stats.tokens_per_second:.1f}" for stats in (last, conversation)
+    ]
     assert row(shown, "vanilla tokens/s") == [
         f"{stats.vanilla_tokens_per_second:.1f}" for stats in (last, conversation)
     ]
-    assert row(shown, "acceptance length") == [f"{stats.acceptance_length:.2f}" for stats in (last, conversation)]
+    assert row(shown, "acceptance length") == [
+        f"{stats.acceptance_length:.2f}" for stats in (last, conversation)
+    ]
     assert row(shown, "overhead") == [f"{stats.overhead:.2f}×" for stats in (last, conversation)]
     assert row(shown, "speedup") == [f"{stats.speedup:.2f}×" for stats in (last, conversation)]
     for head, rate in last.head_acceptance().items():
@@ -233,16 +245,37 @@ def test_copies(chat: Chat) -> None:
 
 
 def test_copied_guesses_are_drawn_and_counted_as_such(chat: Chat) -> None:
-    candidates = Candidates(((), (0,), (COPIED,), (COPIED, COPIED)), ("a", "b", "c", "d"), (0, 2, 3))
-    console = Console(width=60, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    candidates = Candidates(
+        ((), (0,), (COPIED,), (COPIED, COPIED)), ("a", "b", "c", "d"), (0, 2, 3)
+    )
+    console = Console(
+        width=60, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
     console.print(tree_view.draw(candidates))
     drawn = console.export_text(styles=True)
     grey = "38;2;128;128;128"
     assert drawn.count(grey) == 2
     assert drawn.count("✓") == 3
-    stats = Stats.of([Step((Token(1, "a", 0), Token(2, "b", COPIED)), 8, 0.01, "tree", tested=(COPIED, COPIED, 1))])
+    stats = Stats.of(
+        [
+            Step(
+                (Token(1, "a", 0), Token(2, "b", COPIED)),
+                8,
+                0.01,
+                "tree",
+                tested=(COPIED, COPIED, 1),
+            )
+        ]
+    )
     chat.session.conversation = chat.session.last = stats
-    assert row(run(chat, "/heads"), "■ copied") == ["any", "token", "2", "1", "50.0%", "━" * 10 + "╌" * 10]
+    assert row(run(chat, "/heads"), "■ copied") == [
+        "any",
+        "token",
+        "2",
+        "1",
+        "50.0%",
+        "━" * 10 + "╌" * 10,
+    ]
     assert row(run(chat, "/stats"), "accepted of copied") == ["50.0%", "50.0%"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, fields
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from medusa_chat.config import Sampling, UserError, out_of_memory
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults_are_those_of_the_paper() -> None:
     assert (Sampling().mode, Sampling().epsilon, Sampling().delta) == ("greedy", 0.09, 0.3)
     with pytest.raises(FrozenInstanceError):
         Sampling().mode = "exact"
@@ -20,15 +21,28 @@ def test_defaults_are_those_of_the_paper():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"mode": "fast"}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-        {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.5}, {"epsilon": 0}, {"epsilon": 2}, {"delta": 0},
+        {"mode": "fast"},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"epsilon": 0},
+        {"epsilon": 2},
+        {"delta": 0},
         {"max_new_tokens": 0},
-        {"seed": -1}, {"seed": 2**32}, {"stop": ("a", "")},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"stop": ("a", "")},
     ],
     ids=str,
-)  # fmt: skip
-def test_values_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong)).replace("stop", "stop string")) as refusal:
+)
+def test_values_out_of_range_are_refused(wrong: Any) -> None:
+    with pytest.raises(
+        UserError, match=next(iter(wrong)).replace("stop", "stop string")
+    ) as refusal:
         Sampling(**wrong)
     assert "\n" not in str(refusal.value)
 
@@ -36,27 +50,41 @@ def test_values_out_of_range_are_refused(wrong):
 @pytest.mark.parametrize(
     ("settings", "greedy"),
     [
-        ({}, True), ({"mode": "vanilla"}, True), ({"mode": "vanilla", "sample": True}, False),
-        ({"mode": "vanilla", "sample": True, "temperature": 0}, True), ({"mode": "typical"}, False),
-        ({"mode": "typical", "temperature": 0}, True), ({"mode": "exact"}, False),
+        ({}, True),
+        ({"mode": "vanilla"}, True),
+        ({"mode": "vanilla", "sample": True}, False),
+        ({"mode": "vanilla", "sample": True, "temperature": 0}, True),
+        ({"mode": "typical"}, False),
+        ({"mode": "typical", "temperature": 0}, True),
+        ({"mode": "exact"}, False),
         ({"mode": "exact", "temperature": 0.0}, True),
-        ({"mode": "exact", "temperature": 1e-9}, True), ({"mode": "exact", "temperature": 0.01}, False),
+        ({"mode": "exact", "temperature": 1e-9}, True),
+        ({"mode": "exact", "temperature": 0.01}, False),
     ],
     ids=str,
-)  # fmt: skip
-def test_which_settings_are_greedy(settings, greedy):
+)
+def test_which_settings_are_greedy(settings: Any, greedy: Any) -> None:
     assert Sampling(**settings).greedy is greedy
 
 
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
-        ("mode", "exact", "exact"), ("temperature", "0.5", 0.5), ("top_k", "40", 40), ("seed", "7", 7),
-        ("sample", "on", True), ("sample", "No", False), ("ignore_eos", "true", True), ("stop", "", ()),
-        ("stop", "Ende", ("Ende",)), ("stop", r"\n", ("\n",)), ("stop", "é🙂", ("é🙂",)), ("stop", "end\\", ("end\\",)),
+        ("mode", "exact", "exact"),
+        ("temperature", "0.5", 0.5),
+        ("top_k", "40", 40),
+        ("seed", "7", 7),
+        ("sample", "on", True),
+        ("sample", "No", False),
+        ("ignore_eos", "true", True),
+        ("stop", "", ()),
+        ("stop", "Ende", ("Ende",)),
+        ("stop", r"\n", ("\n",)),
+        ("stop", "é🙂", ("é🙂",)),
+        ("stop", "end\\", ("end\\",)),
     ],
-)  # fmt: skip
-def test_a_value_is_read_from_text(name, text, value):
+)
+def test_a_value_is_read_from_text(name: Any, text: Any, value: Any) -> None:
     changed = Sampling().with_value(name, text)
     assert getattr(changed, name) == value
     assert all(
@@ -71,18 +99,23 @@ def test_a_value_is_read_from_text(name, text, value):
     [
         ("warmth", "1", "no setting 'warmth'; the settings are mode, temperature"),
         ("mode", "fast", "mode must be one of"),
-        ("temperature", "hot", "temperature must be a number, not 'hot'"), ("temperature", "nan", "finite"),
-        ("temperature", "inf", "finite"), ("temperature", "-1", "0 or more"), ("top_k", "1.5", "a whole number"),
-        ("sample", "maybe", "on or off"), ("seed", "", "a whole number"), ("max_new_tokens", "0", "at least 1"),
+        ("temperature", "hot", "temperature must be a number, not 'hot'"),
+        ("temperature", "nan", "finite"),
+        ("temperature", "inf", "finite"),
+        ("temperature", "-1", "0 or more"),
+        ("top_k", "1.5", "a whole number"),
+        ("sample", "maybe", "on or off"),
+        ("seed", "", "a whole number"),
+        ("max_new_tokens", "0", "at least 1"),
     ],
-)  # fmt: skip
-def test_a_wrong_text_is_refused(name, text, complaint):
+)
+def test_a_wrong_text_is_refused(name: Any, text: Any, complaint: Any) -> None:
     with pytest.raises(UserError, match=complaint):
         Sampling().with_value(name, text)
 
 
 @given(name=st.sampled_from([field.name for field in fields(Sampling)]), text=st.text(max_size=8))
-def test_any_text_is_a_value_or_a_user_error(name, text):
+def test_any_text_is_a_value_or_a_user_error(name: Any, text: Any) -> None:
     try:
         assert isinstance(Sampling().with_value(name, text), Sampling)
     except UserError as error:
@@ -92,13 +125,23 @@ def test_any_text_is_a_value_or_a_user_error(name, text):
 @pytest.mark.parametrize(
     ("error", "memory"),
     [
-        (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
-        (OSError(12, "Cannot allocate memory"), True), (RuntimeError("shape mismatch"), False),
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            ),
+            True,
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+            True,
+        ),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("shape mismatch"), False),
         (UserError("no"), False),
     ],
     ids=str,
-)  # fmt: skip
-def test_what_says_that_memory_ran_out(error, memory):
+)
+def test_what_says_that_memory_ran_out(error: Any, memory: Any) -> None:
     assert out_of_memory(error) is memory

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from math import exp, log
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import OracleHeads, decode, ids_of, make_engine, prompt_ids, random_backbone, random_heads, reply
 
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.acceptance import greedy
-from medusa_chat.decoding.copying import CHAIN, GRAMS, LONGEST, PRIOR, Copied, Copies
+from medusa_chat.decoding.draft.copies import CHAIN, GRAMS, LONGEST, PRIOR, Copied, Copies
 from medusa_chat.events import COPIED
-from medusa_chat.model.backbone import Backbone
 from medusa_chat.stats import Stats
+from tests.helpers.tiny import (
+    OracleHeads,
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_heads,
+    reply,
+)
+
+if TYPE_CHECKING:
+    from medusa_chat.model.backbone import Backbone
 
 NEW = 60
 LOOP = [5, 9, 3, 7, 11, 2, 8]
@@ -28,19 +40,23 @@ def by_brute_force(text: list[int]) -> tuple[list[int], int] | None:
                 chain: list[int] = []
                 while len(chain) < CHAIN:
                     chain.append((text + chain)[place + len(chain)])
-                match = next(n for n in range(place + 1) if n == place or text[place - 1 - n] != text[-1 - n])
+                match = next(
+                    n for n in range(place + 1) if n == place or text[place - 1 - n] != text[-1 - n]
+                )
                 return chain, min(match, LONGEST)
     return None
 
 
 edits = st.lists(
-    st.one_of(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.integers(0, 20)), min_size=1, max_size=12
+    st.one_of(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.integers(0, 20)),
+    min_size=1,
+    max_size=12,
 )
 
 
 @given(edits=edits)
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_proposals_are_those_of_brute_force_however_the_text_is_cut_and_goes_on(edits):
+def test_proposals_are_those_of_brute_force_however_the_text_is_cut_and_goes_on(edits: Any) -> None:
     copies, text = Copies(), []
     for edit in edits:
         if isinstance(edit, int):
@@ -56,7 +72,7 @@ def test_proposals_are_those_of_brute_force_however_the_text_is_cut_and_goes_on(
     assert (copies._places, copies._replaced) == ({}, [])
 
 
-def test_what_is_right_grows_likelier_and_what_is_wrong_less():
+def test_what_is_right_grows_likelier_and_what_is_wrong_less() -> None:
     copies = Copies()
     copies.extend([1, 2, 3, 4, 1, 2])
     first = copies.propose()
@@ -94,10 +110,14 @@ def loop_text() -> tuple[Backbone, list[int]]:
     """A model that falls into a loop, and a prompt with its reply."""
     backbone = random_backbone(initializer_range=0.02, tie_word_embeddings=True)
     prompt = prompt_ids(12)
-    return backbone, prompt + reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=NEW)
+    return backbone, prompt + reply(
+        make_engine(backbone), prompt, mode="vanilla", max_new_tokens=NEW
+    )
 
 
-def test_a_model_without_heads_gains_from_copies_alone(loop_text, monkeypatch):
+def test_a_model_without_heads_gains_from_copies_alone(
+    loop_text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, text = loop_text
     prompt, expected = text[:12], text[12:]
     engine = make_engine(backbone, copies=True)
@@ -113,14 +133,16 @@ def test_a_model_without_heads_gains_from_copies_alone(loop_text, monkeypatch):
     with pytest.raises(UserError, match="no Medusa heads"):
         engine.generate(prompt, Sampling())
     engine.use_copies(True)
-    monkeypatch.setattr("medusa_chat.decoding.engine.WORTHWHILE", 1 + CHAIN)  # no chain promises so much
+    monkeypatch.setattr(
+        "medusa_chat.decoding.engine.WORTHWHILE", 1 + CHAIN
+    )  # no chain promises so much
     steps = decode(engine, prompt, max_new_tokens=NEW)
     assert ids_of(steps) == expected
     assert {(step.kind, step.nodes, step.tested) for step in steps} == {("vanilla", 1, ())}
 
 
 @pytest.mark.parametrize("tree", ["dynamic-16", "static-8", "chain-3"])
-def test_copies_fill_a_tree_whose_heads_know_nothing(loop_text, tree):
+def test_copies_fill_a_tree_whose_heads_know_nothing(loop_text: Any, tree: Any) -> None:
     backbone, text = loop_text
     engine = make_engine(backbone, random_heads(backbone), tree, copies=True)
     steps = decode(engine, text[:12], max_new_tokens=NEW)
@@ -132,24 +154,29 @@ def test_copies_fill_a_tree_whose_heads_know_nothing(loop_text, tree):
     assert stats.accepted[COPIED] == len(copied) > 10
     assert stats.reached[COPIED] >= stats.accepted[COPIED]
     engine.use_copies(False)
-    assert Stats.of(decode(engine, text[:12], max_new_tokens=NEW)).acceptance_length < stats.acceptance_length / 1.5
+    assert (
+        Stats.of(decode(engine, text[:12], max_new_tokens=NEW)).acceptance_length
+        < stats.acceptance_length / 1.5
+    )
 
 
-def test_a_node_that_both_propose_counts_as_the_heads(loop_text):
+def test_a_node_that_both_propose_counts_as_the_heads(loop_text: Any) -> None:
     backbone, text = loop_text
     engine = make_engine(backbone, OracleHeads(4, 64, text, (0,)), "dynamic-8", copies=True)
     steps = decode(engine, text[:12], max_new_tokens=NEW)
     assert text[:12] + ids_of(steps) == text
     heads = [token.head for step in steps for token in step.tokens]
     assert heads.count(1) > 5
-    for step in steps[:-1]:  # the oracle is right to its depth; only what is deeper can be the copies' own
+    for step in steps[
+        :-1
+    ]:  # the oracle is right to its depth; only what is deeper can be the copies' own
         kinds = [token.head for token in step.tokens]
         assert kinds[:5] == [0, 1, 2, 3, 4][: len(kinds)]
         assert set(kinds[5:]) <= {COPIED}
     assert COPIED in heads
 
 
-def test_a_reply_that_is_cut_and_regenerated_copies_from_what_stayed(loop_text):
+def test_a_reply_that_is_cut_and_regenerated_copies_from_what_stayed(loop_text: Any) -> None:
     backbone, text = loop_text
     engine = make_engine(backbone, random_heads(backbone), "dynamic-8", copies=True)
     steps = engine.generate(text[:12], Sampling(max_new_tokens=NEW))
@@ -167,11 +194,13 @@ def test_a_reply_that_is_cut_and_regenerated_copies_from_what_stayed(loop_text):
     assert reply(engine, other, max_new_tokens=NEW) == expected
     grown = [*other, *expected]
     assert engine._copies._text == grown[: len(engine._copies)]
-    assert len(grown) - len(engine._copies) <= CHAIN + 1  # what the last step settled comes in with the next one
+    assert (
+        len(grown) - len(engine._copies) <= CHAIN + 1
+    )  # what the last step settled comes in with the next one
     assert reply(engine, text[:12], max_new_tokens=NEW) == text[12:]
 
 
-def test_the_end_of_the_context_is_filled_to_its_last_place(loop_text):
+def test_the_end_of_the_context_is_filled_to_its_last_place(loop_text: Any) -> None:
     backbone, text = loop_text
     engine = make_engine(backbone, random_heads(backbone), "dynamic-16", copies=True, context=40)
     steps = decode(engine, text[:12], max_new_tokens=NEW)
@@ -179,7 +208,7 @@ def test_the_end_of_the_context_is_filled_to_its_last_place(loop_text):
     assert steps[-1].finish == "context"
 
 
-def test_a_guess_behind_the_end_of_a_reply_was_not_tested(loop_text):
+def test_a_guess_behind_the_end_of_a_reply_was_not_tested(loop_text: Any) -> None:
     """A reply that ends inside the accepted path says nothing about who would have come next."""
     backbone, text = loop_text
     engine = make_engine(backbone, OracleHeads(4, 64, text, (0,)), "chain-4")
@@ -190,5 +219,5 @@ def test_a_guess_behind_the_end_of_a_reply_was_not_tested(loop_text):
     assert ([token.head for token in step.tokens], step.tested) == ([0, 1, 2, 0], (1, 2))
 
 
-def test_a_chain_is_a_plain_value():
+def test_a_chain_is_a_plain_value() -> None:
     assert Copied((1,) * CHAIN, (-0.1,) * CHAIN, 3) == Copied((1,) * CHAIN, (-0.1,) * CHAIN, 3)

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import OracleHeads, make_engine, random_backbone, random_heads, random_model, save_model
 
 import medusa_chat
-from medusa_chat.arguments import parser
-from medusa_chat.decoding import cost_cache
-from medusa_chat.decoding.accuracy import PUBLISHED
-from medusa_chat.decoding.cost_cache import cached, cost_key
+from medusa_chat.commands.flags import parser
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tuning import StepCost
+from medusa_chat.decoding.trees import costs as cost_cache
+from medusa_chat.decoding.trees.accuracy import PUBLISHED
+from medusa_chat.decoding.trees.choice import StepCost
+from medusa_chat.decoding.trees.costs import cached, cost_key
 from medusa_chat.model.backbone import Backbone
+from tests.helpers.tiny import (
+    OracleHeads,
+    make_engine,
+    random_backbone,
+    random_heads,
+    random_model,
+    save_model,
+)
 
 KEY = {"device": "abacus", "positions": 256}
 COST, OTHER = StepCost(1.0, {2: 1.5, 8: 2.5}), StepCost(3.0, {4: 4.0})
@@ -27,7 +35,7 @@ def never() -> StepCost:
     raise AssertionError("measured although it is known")
 
 
-def test_costs_are_kept_under_their_key(tmp_path):
+def test_costs_are_kept_under_their_key(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "when needed"
     assert cached(folder, KEY, lambda: COST) == COST
     assert cached(folder, KEY, never) == COST
@@ -41,12 +49,30 @@ def test_costs_are_kept_under_their_key(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", "null", '{"vanilla": 1}', "[" * 10**5, "\x00", {"vanilla": 0}, {"vanilla": -1.0},
-     {"vanilla": "x"}, {"vanilla": float("nan")}, {"vanilla": None}, {"by_nodes": []}, {"by_nodes": [[1, 1.0]]},
-     {"by_nodes": [[2, 0.0]]}, {"by_nodes": [[2, 1.0], [4]]}, {"by_nodes": {"2": 1.0}}, {"by_nodes": 3},
-     {"by_nodes": [[2, float("inf")]]}, {"key": {"device": "another"}}],
-)  # fmt: skip
-def test_a_damaged_file_is_measured_anew_and_mended(damage, tmp_path):
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"vanilla": 1}',
+        "[" * 10**5,
+        "\x00",
+        {"vanilla": 0},
+        {"vanilla": -1.0},
+        {"vanilla": "x"},
+        {"vanilla": float("nan")},
+        {"vanilla": None},
+        {"by_nodes": []},
+        {"by_nodes": [[1, 1.0]]},
+        {"by_nodes": [[2, 0.0]]},
+        {"by_nodes": [[2, 1.0], [4]]},
+        {"by_nodes": {"2": 1.0}},
+        {"by_nodes": 3},
+        {"by_nodes": [[2, float("inf")]]},
+        {"key": {"device": "another"}},
+    ],
+)
+def test_a_damaged_file_is_measured_anew_and_mended(damage: Any, tmp_path: Path) -> None:
     cached(tmp_path, KEY, lambda: COST)
     (file,) = tmp_path.iterdir()
     whole = json.loads(file.read_text())
@@ -55,13 +81,15 @@ def test_a_damaged_file_is_measured_anew_and_mended(damage, tmp_path):
     assert cached(tmp_path, KEY, never) == OTHER
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert cached(blocked, KEY, lambda: COST) == COST
     assert cached(blocked / "below", KEY, lambda: COST) == COST
 
-    def full(*_):
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
@@ -69,7 +97,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert list((tmp_path / "full").iterdir()) == []
 
 
-def test_an_interrupt_while_measuring_keeps_nothing(tmp_path):
+def test_an_interrupt_while_measuring_keeps_nothing(tmp_path: Path) -> None:
     def interrupted() -> StepCost:
         raise KeyboardInterrupt
 
@@ -78,21 +106,33 @@ def test_an_interrupt_while_measuring_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_key_tells_what_the_cost_depends_on(monkeypatch):
+def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = random_backbone()
     heads = random_heads(backbone)
 
-    def key(backbone: Backbone = backbone, heads: object = heads, capacity: int = 512, **settings) -> dict:
-        return cost_key(Runner(backbone, heads, capacity), **({"model": "m", "forecast": 2.34} | settings))
+    def key(
+        backbone: Backbone = backbone, heads: object = heads, capacity: int = 512, **settings: Any
+    ) -> dict:
+        return cost_key(
+            Runner(backbone, heads, capacity), **({"model": "m", "forecast": 2.34} | settings)
+        )
 
     same = key()
-    assert same == key(random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3)  # weights do not matter
+    assert same == key(
+        random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3
+    )  # weights do not matter
     assert json.loads(json.dumps(same)) == same
     others = [
-        key(model="n"), key(forecast=2.5), key(random_backbone(vocabulary=65)), key(random_backbone("qwen2")),
-        key(Backbone(random_model().bfloat16())), key(heads=random_heads(backbone, 3)), key(capacity=300),
-        key(heads=random_heads(backbone, own=False)), key(heads=OracleHeads(4, 64, [])),
-    ]  # fmt: skip
+        key(model="n"),
+        key(forecast=2.5),
+        key(random_backbone(vocabulary=65)),
+        key(random_backbone("qwen2")),
+        key(Backbone(random_model().bfloat16())),
+        key(heads=random_heads(backbone, 3)),
+        key(capacity=300),
+        key(heads=random_heads(backbone, own=False)),
+        key(heads=OracleHeads(4, 64, [])),
+    ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     others.append(key())
     monkeypatch.undo()
@@ -102,12 +142,16 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch):
     assert len(set(texts)) == len(texts)
 
 
-def test_a_second_engine_need_not_measure(tmp_path, monkeypatch):
+def test_a_second_engine_need_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: calls.append(1) or StepCost(1.0, {2: 1.1, 8: 1.2}))
+    monkeypatch.setattr(
+        cost_cache, "measure", lambda *_, **__: calls.append(1) or StepCost(1.0, {2: 1.1, 8: 1.2})
+    )
     backbone = random_backbone()
     for _ in range(2):
-        engine = make_engine(backbone, random_heads(backbone), "auto", accuracy=PUBLISHED, costs=tmp_path)
+        engine = make_engine(
+            backbone, random_heads(backbone), "auto", accuracy=PUBLISHED, costs=tmp_path
+        )
         assert len(engine.tree) == 8
         assert len(calls) == 1
     engine.use_tree("chain-2")
@@ -120,7 +164,9 @@ def test_a_second_engine_need_not_measure(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
-def test_load_keeps_costs_in_the_users_cache(tmp_path, monkeypatch):
+def test_load_keeps_costs_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import save_file
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -142,6 +188,6 @@ def test_load_keeps_costs_in_the_users_cache(tmp_path, monkeypatch):
         medusa_chat.load(str(folder), tree="retune")
 
 
-def test_retune_is_a_flag_of_its_own():
+def test_retune_is_a_flag_of_its_own() -> None:
     assert parser().parse_args(["chat", "--retune"]).tree == "retune"
     assert parser().parse_args(["bench", "--prompts", "x"]).tree == "auto"

@@ -7,22 +7,24 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from full_disk import room
-from tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
 from medusa_chat.cli import main
 from medusa_chat.config import UserError
 from medusa_chat.training import server as module
-from medusa_chat.training.distill import Plan, distill
+from medusa_chat.training.distillation import Plan, distill
+from tests.helpers.full_disk import room
+from tests.helpers.tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 VOCABULARY = 320
 ENDS = [*range(3, 250, 16), 259]  # a random model says one of them every few tokens
@@ -47,7 +49,9 @@ class Fake:
 
 
 def said(text: Any, finish: str = "stop") -> tuple[int, Any]:
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+    return 200, {
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]
+    }
 
 
 def echo(body: dict[str, Any]) -> tuple[int, Any]:
@@ -67,7 +71,10 @@ def serving(respond: Callable[[dict[str, Any]], tuple[int, Any] | None] = echo) 
 
         def do_GET(self) -> None:
             known = self.path == "/v1/models"
-            self.reply(200 if known else 404, {"data": [{"id": "first"}, {"id": "second"}]} if known else {})
+            self.reply(
+                200 if known else 404,
+                {"data": [{"id": "first"}, {"id": "second"}]} if known else {},
+            )
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -104,7 +111,9 @@ def fake() -> Iterator[Fake]:
 
 
 def write_prompts(file: Path, talks: list[list[str]] = TALKS) -> Path:
-    file.write_text("".join(json.dumps({"category": "c", "turns": turns}) + "\n" for turns in talks))
+    file.write_text(
+        "".join(json.dumps({"category": "c", "turns": turns}) + "\n" for turns in talks)
+    )
     return file
 
 
@@ -113,7 +122,9 @@ def prompts(tmp_path: Path) -> Path:
     return write_prompts(tmp_path / "prompts.jsonl")
 
 
-def run(prompts: Path, out: Path, model: Path | None = None, **changes: Any) -> list[dict[str, Any]]:
+def run(
+    prompts: Path, out: Path, model: Path | None = None, **changes: Any
+) -> list[dict[str, Any]]:
     plan = {"turns": 3, "batch": 3, "max_new_tokens": 8, "temperature": 0.7, "seed": 3}
     plan |= {name: changes.pop(name) for name in (*plan, "system") if name in changes}
     options = {"progress": lambda done, total: None} | changes
@@ -150,14 +161,18 @@ def alone(folder: Path, messages: list[dict[str, Any]], count: int) -> list[int]
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    ids = tokenizer()(tokenizer().apply_chat_template(plain, tokenize=False, add_generation_prompt=True)).input_ids
+    ids = tokenizer()(
+        tokenizer().apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    ).input_ids
     for _ in range(count):
         with torch.inference_mode():
             ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
     return ids[-count:]
 
 
-def test_replies_are_the_models_own_up_to_an_end_and_cut_ones_say_so(folder: Path, prompts: Path, tmp_path: Path):
+def test_replies_are_the_models_own_up_to_an_end_and_cut_ones_say_so(
+    folder: Path, prompts: Path, tmp_path: Path
+) -> None:
     lines = run(prompts, tmp_path / "o.jsonl", folder, temperature=0.0)
     kinds = set()
     for line in lines:
@@ -177,7 +192,9 @@ def test_replies_are_the_models_own_up_to_an_end_and_cut_ones_say_so(folder: Pat
     assert max(i for _, i in kinds) > 1  # some went on
 
 
-def test_a_single_end_of_the_tokenizer_counts_and_without_any_all_is_cut(prompts: Path, tmp_path: Path) -> None:
+def test_a_single_end_of_the_tokenizer_counts_and_without_any_all_is_cut(
+    prompts: Path, tmp_path: Path
+) -> None:
     free = save(tmp_path / "free")
     lines = run(prompts, tmp_path / "free.jsonl", free, temperature=0.0)
     assert all([m.get("cut") for m in line["messages"]] == [None, True] for line in lines)
@@ -187,7 +204,9 @@ def test_a_single_end_of_the_tokenizer_counts_and_without_any_all_is_cut(prompts
     told.eos_token = told.convert_ids_to_tokens(end)
     told.save_pretrained(free)
     first = run(prompts, tmp_path / "told.jsonl", free, temperature=0.0)[0]["messages"]
-    assert first[1]["content"] == tokenizer().decode(ids[: ids.index(end)], skip_special_tokens=True)
+    assert first[1]["content"] == tokenizer().decode(
+        ids[: ids.index(end)], skip_special_tokens=True
+    )
     assert "cut" not in first[1]
 
 
@@ -201,26 +220,50 @@ def cut_at_every_place(whole: Path, again: Callable[[Path], Any], places: int) -
         assert cut.read_bytes() == content, place
 
 
-def test_a_local_run_goes_on_to_the_same_bytes_and_the_seed_matters(folder: Path, prompts: Path, tmp_path: Path):
+def test_a_local_run_goes_on_to_the_same_bytes_and_the_seed_matters(
+    folder: Path, prompts: Path, tmp_path: Path
+) -> None:
     whole = tmp_path / "whole.jsonl"
-    seen: list[tuple[int, int, int]] = []  # what is there at each call, should nothing come after it
-    run(prompts, whole, folder, progress=lambda *at: seen.append((*at, len(whole.open().readlines() if at[0] else []))))
+    seen: list[
+        tuple[int, int, int]
+    ] = []  # what is there at each call, should nothing come after it
+    run(
+        prompts,
+        whole,
+        folder,
+        progress=lambda *at: seen.append((*at, len(whole.open().readlines() if at[0] else []))),
+    )
     assert [at[:2] for at in seen] == [(0, 7), (3, 7), (6, 7), (7, 7)]
     kept = [json.loads(line)["index"] for line in whole.open()]
     assert [at[2] for at in seen] == [sum(index < at[0] for index in kept) for at in seen]
     cut_at_every_place(whole, lambda out: run(prompts, out, folder), 5)
     other = tmp_path / "other.jsonl"
     run(prompts, other, folder, seed=4)
-    assert [json.loads(a)["messages"] for a in other.open()] != [json.loads(a)["messages"] for a in whole.open()]
+    assert [json.loads(a)["messages"] for a in other.open()] != [
+        json.loads(a)["messages"] for a in whole.open()
+    ]
     same = write_prompts(tmp_path / "same.jsonl", [["Moon"]] * 4)
-    replies = [line["messages"][1]["content"] for line in run(same, tmp_path / "same", folder, batch=1)]
+    replies = [
+        line["messages"][1]["content"] for line in run(same, tmp_path / "same", folder, batch=1)
+    ]
     assert len(set(replies)) > 1  # each batch draws anew
 
 
-def test_what_does_not_fit_the_context_ends_and_shortens_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_fit_the_context_ends_and_shortens_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = save(tmp_path / "small", ENDS, max_position_embeddings=64)
-    fits, grows, long = ["What", "Yo"], ["Moon", "x" * 50], ["x" * 54]  # 54 and 3 of the template and 8: one too many
-    plain = run(write_prompts(tmp_path / "a", [fits, grows[:1]]), tmp_path / "a.jsonl", small, temperature=0.0)
+    fits, grows, long = (
+        ["What", "Yo"],
+        ["Moon", "x" * 50],
+        ["x" * 54],
+    )  # 54 and 3 of the template and 8: one too many
+    plain = run(
+        write_prompts(tmp_path / "a", [fits, grows[:1]]),
+        tmp_path / "a.jsonl",
+        small,
+        temperature=0.0,
+    )
     talks = write_prompts(tmp_path / "b", [long, fits, grows, long])
     out = tmp_path / "b.jsonl"
     mixed = run(talks, out, small, temperature=0.0, batch=2)
@@ -228,15 +271,23 @@ def test_what_does_not_fit_the_context_ends_and_shortens_no_other(tmp_path: Path
     assert [line["messages"] for line in mixed] == [line["messages"] for line in plain]
     assert "cut" not in mixed[1]["messages"][-1]
     cut_at_every_place(out, lambda again: run(talks, again, small, temperature=0.0, batch=2), 4)
-    one_less = run(write_prompts(tmp_path / "c", [["x" * 53]]), tmp_path / "c.jsonl", small, temperature=0.0)
+    one_less = run(
+        write_prompts(tmp_path / "c", [["x" * 53]]), tmp_path / "c.jsonl", small, temperature=0.0
+    )
     assert len(one_less[0]["messages"]) == 2
     flags = ("--model", small, "--max-new-tokens")
-    assert "must be below the 64 of the context" in command(capsys, talks, tmp_path / "d", *flags, 64)
-    assert "none of the 4 prompts got an answer" in command(capsys, talks, tmp_path / "e", *flags, 63)
+    assert "must be below the 64 of the context" in command(
+        capsys, talks, tmp_path / "d", *flags, 64
+    )
+    assert "none of the 4 prompts got an answer" in command(
+        capsys, talks, tmp_path / "e", *flags, 63
+    )
 
 
 def test_a_model_that_ends_at_once_leaves_the_turn_out(prompts: Path, tmp_path: Path) -> None:
-    first = {alone(save(tmp_path / "m"), [{"role": "user", "content": talk[0]}], 1)[0] for talk in TALKS}
+    first = {
+        alone(save(tmp_path / "m"), [{"role": "user", "content": talk[0]}], 1)[0] for talk in TALKS
+    }
     mute = save(tmp_path / "mute", sorted(first))
     with pytest.raises(UserError, match="none of the 7 prompts"):
         run(prompts, tmp_path / "o.jsonl", mute, temperature=0.0)
@@ -246,16 +297,29 @@ def test_a_model_that_ends_at_once_leaves_the_turn_out(prompts: Path, tmp_path: 
 def test_a_template_without_system_and_other_mistakes_are_one_line(
     folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHAT_TEMPLATE
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
     model = save(tmp_path / "strict", template=strict)
     out = tmp_path / "o.jsonl"
-    assert "no system here" in command(capsys, prompts, out, "--model", model, "--system", "Be brief.")
-    assert "temperature must be" in command(capsys, prompts, out, "--model", folder, "--temperature", "nan")
-    assert "temperature must be" in command(capsys, prompts, out, "--model", folder, "--temperature", "inf")
+    assert "no system here" in command(
+        capsys, prompts, out, "--model", model, "--system", "Be brief."
+    )
+    assert "temperature must be" in command(
+        capsys, prompts, out, "--model", folder, "--temperature", "nan"
+    )
+    assert "temperature must be" in command(
+        capsys, prompts, out, "--model", folder, "--temperature", "inf"
+    )
     assert "seed must be" in command(capsys, prompts, out, "--model", folder, "--seed", "-1")
     assert "unknown model" in command(capsys, prompts, out, "--model", tmp_path / "none")
-    assert "needs --server" in command(capsys, prompts, out, "--model", folder, "--server-model", "x")
-    assert "No such file" in command(capsys, prompts, tmp_path / "no" / "o.jsonl", "--model", folder)
+    assert "needs --server" in command(
+        capsys, prompts, out, "--model", folder, "--server-model", "x"
+    )
+    assert "No such file" in command(
+        capsys, prompts, tmp_path / "no" / "o.jsonl", "--model", folder
+    )
     assert "is not a file" in command(capsys, prompts, tmp_path, "--model", folder)
 
 
@@ -263,27 +327,39 @@ def test_a_template_without_system_and_other_mistakes_are_one_line(
 
 
 @pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
-def test_the_protocol(fake: Fake, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str) -> None:
+def test_the_protocol(
+    fake: Fake, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
     lines = run(prompts, tmp_path / "o.jsonl", server=fake.url + tail)
     assert all(headers["Authorization"] == "Bearer secret" for headers in fake.headers)
-    assert all(set(b) == {"model", "messages", "max_tokens", "temperature", "seed"} for b in fake.asked)
-    assert {(b["model"], b["max_tokens"], b["temperature"]) for b in fake.asked} == {("first", 8, 0.7)}
+    assert all(
+        set(b) == {"model", "messages", "max_tokens", "temperature", "seed"} for b in fake.asked
+    )
+    assert {(b["model"], b["max_tokens"], b["temperature"]) for b in fake.asked} == {
+        ("first", 8, 0.7)
+    }
     assert all(set(message) == {"role", "content"} for b in fake.asked for message in b["messages"])
     assert len({b["seed"] for b in fake.asked}) == len(fake.asked)
-    replies = [message for line in lines for message in line["messages"] if message["role"] == "assistant"]
+    replies = [
+        message for line in lines for message in line["messages"] if message["role"] == "assistant"
+    ]
     assert len(replies) == len(fake.asked)
     assert all(message["content"].endswith("é") for message in replies)
     assert {line["settings"]["model"] for line in lines} == {"first"}
 
 
-def test_no_key_no_header_and_the_models_name_can_be_given(fake: Fake, prompts: Path, tmp_path: Path) -> None:
+def test_no_key_no_header_and_the_models_name_can_be_given(
+    fake: Fake, prompts: Path, tmp_path: Path
+) -> None:
     run(prompts, tmp_path / "o.jsonl", server=fake.url, server_model="mine")
     assert not any("Authorization" in headers for headers in fake.headers)
     assert {body["model"] for body in fake.asked} == {"mine"}
 
 
-def test_a_batch_is_asked_at_once_and_the_batch_makes_no_difference(fake: Fake, prompts: Path, tmp_path: Path) -> None:
+def test_a_batch_is_asked_at_once_and_the_batch_makes_no_difference(
+    fake: Fake, prompts: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "o.jsonl"
     meeting = threading.Barrier(4, timeout=20)
 
@@ -311,7 +387,9 @@ def test_a_batch_is_asked_at_once_and_the_batch_makes_no_difference(fake: Fake, 
 
 
 def test_a_cut_reply_ends_its_conversation(fake: Fake, prompts: Path, tmp_path: Path) -> None:
-    fake.respond = lambda body: said("So\ufffd", "length" if "Say 2" in body["messages"][0]["content"] else "stop")
+    fake.respond = lambda body: said(
+        "So\ufffd", "length" if "Say 2" in body["messages"][0]["content"] else "stop"
+    )
     lines = run(prompts, tmp_path / "o.jsonl", server=fake.url)
     assert lines[2]["messages"] == [
         {"role": "user", "content": "Say 2"},
@@ -324,10 +402,32 @@ def test_a_cut_reply_ends_its_conversation(fake: Fake, prompts: Path, tmp_path: 
 @pytest.mark.parametrize(
     "end",
     [
-        (400, {"object": "error", "message": "This model's maximum context length is 64 tokens.", "code": 400}),
-        (400, {"error": {"code": 400, "message": "exceeds the available context size (64)", "type": "exceed"}}),
+        (
+            400,
+            {
+                "object": "error",
+                "message": "This model's maximum context length is 64 tokens.",
+                "code": 400,
+            },
+        ),
+        (
+            400,
+            {
+                "error": {
+                    "code": 400,
+                    "message": "exceeds the available context size (64)",
+                    "type": "exceed",
+                }
+            },
+        ),
         (400, {"error": {"message": "too much", "code": "context_length_exceeded"}}),
-        (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 64", "type": "v"}),
+        (
+            422,
+            {
+                "error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 64",
+                "type": "v",
+            },
+        ),
         said(""),
         said(" \n", "length"),
     ],
@@ -338,7 +438,11 @@ def test_a_full_context_or_an_empty_reply_ends_the_conversation_alone(
 ) -> None:
     def respond(body: dict[str, Any]) -> tuple[int, Any]:
         first = body["messages"][0]["content"]
-        return end if first == "Say 3" or (len(body["messages"]) == 3 and first == "Say 5") else said("ok")
+        return (
+            end
+            if first == "Say 3" or (len(body["messages"]) == 3 and first == "Say 5")
+            else said("ok")
+        )
 
     fake.respond = respond
     lines = run(prompts, tmp_path / "o.jsonl", server=fake.url)
@@ -387,10 +491,18 @@ def test_a_fleeting_fault_makes_no_difference(
 
 
 FATAL: dict[str, tuple[tuple[int, Any] | None, int, str]] = {
-    "500": ((500, {"error": {"message": "bo\nom\x1b[1m"}}), 4, "status 500: bo om [1m; what was answered"),
+    "500": (
+        (500, {"error": {"message": "bo\nom\x1b[1m"}}),
+        4,
+        "status 500: bo om [1m; what was answered",
+    ),
     "429": ((429, b""), 4, "status 429: Too Many Requests"),
     "hangs up": (None, 4, "cannot be asked: Server disconnected"),
-    "401": ((401, {"error": {"message": "bad key"}}), 1, "status 401: bad key (the key is taken from OPENAI_API_KEY)"),
+    "401": (
+        (401, {"error": {"message": "bad key"}}),
+        1,
+        "status 401: bad key (the key is taken from OPENAI_API_KEY)",
+    ),
     "404": ((404, {"detail": "Not Found"}), 1, "status 404: Not Found"),
     "400": ((400, {"error": "odd"}), 1, "status 400: odd"),
     "not JSON": ((200, b"<html>"), 1, "something that is not JSON"),
@@ -404,11 +516,27 @@ FATAL: dict[str, tuple[tuple[int, Any] | None, int, str]] = {
 
 @pytest.mark.parametrize("case", FATAL)
 def test_a_lasting_fault_is_one_line_and_what_was_answered_is_kept(
-    fake: Fake, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], smooth: bytes, case: str
+    fake: Fake,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    smooth: bytes,
+    case: str,
 ) -> None:
     fault, tries, words = FATAL[case]
     out = tmp_path / "o.jsonl"
-    flags = ("--server", fake.url, "--batch", 1, "--seed", 3, "--max-new-tokens", 8, "--temperature", 0.7)
+    flags = (
+        "--server",
+        fake.url,
+        "--batch",
+        1,
+        "--seed",
+        3,
+        "--max-new-tokens",
+        8,
+        "--temperature",
+        0.7,
+    )
     fake.respond = lambda body: fault if body["messages"][0]["content"] == "Say 4" else echo(body)
     complaint = command(capsys, prompts, out, *flags)
     assert words in complaint
@@ -423,14 +551,27 @@ def test_a_lasting_fault_is_one_line_and_what_was_answered_is_kept(
 
 
 def test_addresses_that_lead_nowhere(
-    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fake: Fake
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fake: Fake,
 ) -> None:
     out = tmp_path / "o.jsonl"
-    for address in ("localhost:8000", "ftp://here", "http://", "http://a..b", "http://here:port", ""):
+    for address in (
+        "localhost:8000",
+        "ftp://here",
+        "http://",
+        "http://a..b",
+        "http://here:port",
+        "",
+    ):
         assert "--server must be an address" in command(capsys, prompts, out, "--server", address)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    assert "/v1/models cannot be asked: " in command(capsys, prompts, out, "--server", f"http://127.0.0.1:{port}")
+    assert "/v1/models cannot be asked: " in command(
+        capsys, prompts, out, "--server", f"http://127.0.0.1:{port}"
+    )
     assert "status 404" in command(capsys, prompts, out, "--server", fake.url + "/elsewhere")
     monkeypatch.setattr(module, "MODELS", "/v1/nothing")
     assert "status 404" in command(capsys, prompts, out, "--server", fake.url)
@@ -439,12 +580,22 @@ def test_addresses_that_lead_nowhere(
     assert not out.exists()
 
 
-def test_with_a_server_no_model_and_no_torch_is_loaded(fake: Fake, prompts: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from medusa_chat.cli import main; status = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+def test_with_a_server_no_model_and_no_torch_is_loaded(
+    fake: Fake, prompts: Path, tmp_path: Path
+) -> None:
+    code = "import sys; from medusa_chat.cli import main; status = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    words = [
+        "distill",
+        "--server",
+        fake.url,
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
     )
-    words = ["distill", "--server", fake.url, "--prompts", str(prompts), "--out", str(tmp_path / "o.jsonl")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"wrote {tmp_path / 'o.jsonl'}: 7 conversations\n"
 
@@ -465,7 +616,9 @@ def test_system_prompts_are_kept_and_given(fake: Fake, tmp_path: Path) -> None:
     given = run(file, tmp_path / "given.jsonl", server=fake.url, system="Given.")
     starts = [[m["content"] for m in line["messages"][:-1]] for line in bare + given]
     assert starts == [["Own.", "Hi"], ["Hi"], ["Own.", "Hi"], ["Given.", "Hi"]]
-    assert {m["content"] for body in fake.asked for m in body["messages"] if m["role"] == "system"} == {
+    assert {
+        m["content"] for body in fake.asked for m in body["messages"] if m["role"] == "system"
+    } == {
         "Own.",
         "Given.",
     }
@@ -486,7 +639,12 @@ def test_a_file_of_another_run_is_left_as_it_is(fake: Fake, prompts: Path, tmp_p
         ("line 6 answers another prompt", content, other, {}),
         ("line 5 answers prompt 5, but this run has 4", content, prompts, {"limit": 4}),
         ("line 1 was made with turns 3, but this run has 2", content, prompts, {"turns": 2}),
-        ("line 1 was made with model first, but this run has mine", content, prompts, {"server_model": "mine"}),
+        (
+            "line 1 was made with model first, but this run has mine",
+            content,
+            prompts,
+            {"server_model": "mine"},
+        ),
         ("line 3 answers prompt 2 again", first + second + second, prompts, {}),
         ("line 1 was not written by distill", b"A prompt\n", prompts, {}),
         ("line 2 was not written by distill", first + b"[1]\n", prompts, {}),
@@ -501,7 +659,9 @@ def test_a_file_of_another_run_is_left_as_it_is(fake: Fake, prompts: Path, tmp_p
 
 def test_local_batches_are_part_of_the_run(folder: Path, prompts: Path, tmp_path: Path) -> None:
     run(prompts, tmp_path / "o.jsonl", folder, batch=3)
-    with pytest.raises(UserError, match="line 1 was made with batch 3, but this run has 2; choose another --out"):
+    with pytest.raises(
+        UserError, match="line 1 was made with batch 3, but this run has 2; choose another --out"
+    ):
         run(prompts, tmp_path / "o.jsonl", folder, batch=2)
 
 

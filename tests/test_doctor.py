@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import medusa_chat
-from medusa_chat import doctor
 from medusa_chat.cli import main
-from medusa_chat.config import size_text
-from medusa_chat.model import memory
-from medusa_chat.terminal import report
+from medusa_chat.commands import doctor
+from medusa_chat.machine import memory
+from medusa_chat.terminal.reports import report
+from medusa_chat.text import size_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TOPICS = ["versions", "devices", "4 bit", "hub", "models", "default"]
 
@@ -30,7 +32,9 @@ def test_every_topic_has_its_findings(found: dict[tuple[str, str], doctor.Findin
     assert list(dict.fromkeys(topic for topic, _ in found)) == TOPICS
     assert not [finding for finding in found.values() if finding.fault]
     assert found["versions", "medusa-chat"].text == medusa_chat.__version__
-    assert torch.__version__.startswith(found["versions", "torch"].text)  # a build from PyPI adds +cu130
+    assert torch.__version__.startswith(
+        found["versions", "torch"].text
+    )  # a build from PyPI adds +cu130
     assert "GB free" in found["devices", "cpu"].text
     assert found["4 bit", "cpu"].text.startswith("an nf4 product in ")
     assert found["models", "shipped"].text.startswith("9 in ")
@@ -41,23 +45,38 @@ def test_every_topic_has_its_findings(found: dict[tuple[str, str], doctor.Findin
 def test_the_hub_and_its_flags_are_told() -> None:
     code = "from medusa_chat.cli import main; main(['doctor', '--json'])"
     settings = {
-        "PATH": "", "HF_HUB_CACHE": "/tmp/no-such-cache", "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://here.invalid",
+        "PATH": "",
+        "HF_HUB_CACHE": "/tmp/no-such-cache",
+        "HF_HUB_OFFLINE": "1",
+        "HF_ENDPOINT": "http://here.invalid",
         "PYTHONPATH": ":".join(sys.path),
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
-    told = {finding["name"]: finding["text"] for finding in json.loads(done.stdout) if finding["topic"] == "hub"}
+    told = {
+        finding["name"]: finding["text"]
+        for finding in json.loads(done.stdout)
+        if finding["topic"] == "hub"
+    }
     assert told["cache"].startswith("/tmp/no-such-cache (not there yet); ")
-    assert told["mode"] == "offline: HF_HUB_OFFLINE is set, nothing is downloaded; http://here.invalid"
+    assert (
+        told["mode"] == "offline: HF_HUB_OFFLINE is set, nothing is downloaded; http://here.invalid"
+    )
 
 
-def test_a_check_that_breaks_off_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_that_breaks_off_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*ignored: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image\nand more")
 
     monkeypatch.setattr(doctor, "_product", broken)
     monkeypatch.setattr(doctor, "_describe", broken)
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "bitsandbytes" else "1.0")
+    monkeypatch.setattr(
+        doctor, "_version", lambda package: None if package == "bitsandbytes" else "1.0"
+    )
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
@@ -76,7 +95,9 @@ def test_a_wrong_product_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.fault for finding in doctor._quantization()] == [True] * len(doctor._names())
 
 
-def test_a_damaged_list_of_ones_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_list_of_ones_own_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / "models.yaml"
     monkeypatch.setattr(doctor, "user_file", lambda: own)
     own.write_text("models: {a: {backbone: b/c}}")
@@ -101,17 +122,25 @@ def test_models_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     own.write_text("models: {mine: {backbone: nobody/nothing, licence: MIT}}")
     by_name = {model["name"]: model for model in listed(capsys, "--models", str(own))}
     assert len(by_name) == 10
-    assert (by_name["bundled"]["download"], by_name["bundled"]["short"], len(by_name["bundled"]["top1"])) == (0, 0, 5)
+    assert (
+        by_name["bundled"]["download"],
+        by_name["bundled"]["short"],
+        len(by_name["bundled"]["top1"]),
+    ) == (0, 0, 5)
     assert by_name["vicuna-33b-medusa2"]["download"] == pytest.approx(67.64e9, rel=1e-3)
-    assert (by_name["mine"]["download"], by_name["mine"]["needs"], by_name["mine"]["short"]) == (None, None, None)
+    assert (by_name["mine"]["download"], by_name["mine"]["needs"], by_name["mine"]["short"]) == (
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_list_fits_a_terminal_and_says_why_not(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_chat.catalogue.free_memory", lambda device: 7 * 10**9)
-    monkeypatch.setattr("medusa_chat.catalogue.likely_device", lambda: "cpu")
+    monkeypatch.setattr("medusa_chat.commands.models.free_memory", lambda device: 7 * 10**9)
+    monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cpu")
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -124,10 +153,12 @@ def test_the_list_fits_a_terminal_and_says_why_not(
     assert sum(line.endswith("short") for line in lines) > 3
 
 
-def test_a_full_host_beside_a_gpu_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_host_beside_a_gpu_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = {"cuda": 80 * 10**9, "cpu": 10**9}
-    monkeypatch.setattr("medusa_chat.catalogue.free_memory", free.__getitem__)
-    monkeypatch.setattr("medusa_chat.catalogue.likely_device", lambda: "cuda")
+    monkeypatch.setattr("medusa_chat.commands.models.free_memory", free.__getitem__)
+    monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cuda")
     model = next(model for model in listed(capsys) if model["name"] == "vicuna-7b")
     assert model["short_of"] == "cpu"
     report.show_models([model])
@@ -153,12 +184,15 @@ class _Full:
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"), MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ],
     ids=lambda error: type(error).__name__,
-)  # fmt: skip
+)
 def test_a_single_answer_without_memory_is_one_line(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +204,9 @@ def test_a_single_answer_without_memory_is_one_line(
 
 
 def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_chat.cli._load", lambda options: _Full(RuntimeError("shapes differ")))
+    monkeypatch.setattr(
+        "medusa_chat.cli._load", lambda options: _Full(RuntimeError("shapes differ"))
+    )
     with pytest.raises(RuntimeError, match="shapes differ"):
         main(["--prompt", "hi"])
 
@@ -204,4 +240,12 @@ def test_a_plan_is_made_of_its_parts() -> None:
     assert contents is not None
     made = memory.plan(contents, memory.Load("cpu", "nf4", "nf4"))
     assert made.total == sum(made.parts().values())
-    assert set(made.parts()) == {"layers", "plain", "packed", "heads", "cache", "workspace", "process"}
+    assert set(made.parts()) == {
+        "layers",
+        "plain",
+        "packed",
+        "heads",
+        "cache",
+        "workspace",
+        "process",
+    }

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-from hub_checkpoints import serve
-from hub_server import hub_server
-from pseudo_terminal import CTRL_D, Chat
+from typing import TYPE_CHECKING
 
 from medusa_chat.config import ModelSpec
 from medusa_chat.terminal.downloads import Download
+from tests.helpers.hub_checkpoints import serve
+from tests.helpers.hub_server import hub_server
+from tests.helpers.pseudo_terminal import CTRL_D, Chat
 
-SPEC = ModelSpec("v", "lmsys/vicuna-7b-v1.3", heads="FasterDecoding/medusa-vicuna-7b-v1.3@refs/pr/1")
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+SPEC = ModelSpec(
+    "v", "lmsys/vicuna-7b-v1.3", heads="FasterDecoding/medusa-vicuna-7b-v1.3@refs/pr/1"
+)
 BARS = """
 import sys, time
 from medusa_chat.terminal.downloads import downloads
@@ -32,14 +37,25 @@ def test_the_chat_opens_at_once_and_tells_how_far_the_download_is(tmp_path: Path
     with hub_server() as server:
         serve(server, SPEC, tmp_path / "served")
         server.fault("/cdn/", pace=60_000, method="GET")
-        model = ("--model", SPEC.backbone, "--heads", SPEC.heads or "", "--device", "cpu", "--dtype", "float32")
+        model = (
+            "--model",
+            SPEC.backbone,
+            "--heads",
+            SPEC.heads or "",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        )
         settings = ("--tree", "chain-2", "--max-new-tokens", "8", "--ignore-eos")
         environment = server.environment(tmp_path / "home", XDG_STATE_HOME=str(tmp_path))
         chat = Chat("-m", "medusa_chat.cli", *model, *settings, **environment)
         try:
             chat.see("downloading vicuna-7b-v1.3 · ")
             chat.say("Hi")
-            chat.see(lambda text: "kB/s · 0:0" in text and "downloading medusa-vicuna-7b-v1.3 · " in text)
+            chat.see(
+                lambda text: "kB/s · 0:0" in text and "downloading medusa-vicuna-7b-v1.3 · " in text
+            )
             chat.replies(1)
             assert "downloading" not in chat.text
             chat.send(CTRL_D)

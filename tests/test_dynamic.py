@@ -5,12 +5,34 @@ from __future__ import annotations
 import heapq
 import random
 from math import exp
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import (
+
+import medusa_chat
+from medusa_chat.config import Sampling, UserError
+from medusa_chat.decoding.acceptance import make_rule
+from medusa_chat.decoding.draft.copies import CHAIN, Copied
+from medusa_chat.decoding.draft.selection import Selector
+from medusa_chat.decoding.trees import copy_gain
+from medusa_chat.decoding.trees.accuracy import (
+    PUBLISHED,
+    SUPERSET,
+    Accuracy,
+    dynamic_tree,
+    grow,
+    shaped_tree,
+)
+from medusa_chat.decoding.trees.copy_gain import CopyGain
+from medusa_chat.decoding.trees.tree import DynamicTree, Tree
+from medusa_chat.events import COPIED, proposer
+from medusa_chat.stats import Stats
+from medusa_chat.training.calibration import guess_reply, joint_ranks
+from medusa_chat.training.confidence import Guessed, dynamic_length, fit
+from tests.helpers.tiny import (
     NEW,
     PROMPT,
     OracleHeads,
@@ -22,20 +44,6 @@ from tiny import (
     reply,
 )
 
-import medusa_chat
-from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding import copy_gain
-from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.accuracy import PUBLISHED, SUPERSET, Accuracy, dynamic_tree, grow, shaped_tree
-from medusa_chat.decoding.copy_gain import CopyGain
-from medusa_chat.decoding.copying import CHAIN, Copied
-from medusa_chat.decoding.selection import Selector
-from medusa_chat.decoding.tree import DynamicTree, Tree
-from medusa_chat.events import COPIED, proposer
-from medusa_chat.stats import Stats
-from medusa_chat.training.calibrate import guess_reply, joint_ranks
-from medusa_chat.training.confidence import Guessed, dynamic_length, fit
-
 CPU = torch.device("cpu")
 NEVER = float("-inf")
 
@@ -43,9 +51,14 @@ NEVER = float("-inf")
 # ---- the choice against a twin with a heap ----
 
 
-def chosen_by_heap(superset: Tree, nodes: int, guesses, log_p, chain, chain_log_p) -> list[tuple[float, tuple, tuple]]:
+def chosen_by_heap(
+    superset: Tree, nodes: int, guesses: Any, log_p: Any, chain: Any, chain_log_p: Any
+) -> list[tuple[float, tuple, tuple]]:
     """The likeliest nodes as (log p, tokens of the path, path), in plain Python."""
-    text = {path: tuple(guesses[depth][rank] for depth, rank in enumerate(path)) for path in superset.paths}
+    text = {
+        path: tuple(guesses[depth][rank] for depth, rank in enumerate(path))
+        for path in superset.paths
+    }
     paths = {tokens: path for path, tokens in text.items()}
     steps = {tokens: log_p[len(path) - 1][path[-1]] for path, tokens in text.items() if path}
     for length in range(1, len(chain) + 1):
@@ -56,12 +69,14 @@ def chosen_by_heap(superset: Tree, nodes: int, guesses, log_p, chain, chain_log_
     while frontier and len(found) < nodes:
         negative, _, tokens = heapq.heappop(frontier)
         found.append((-negative, tokens, paths[tokens]))
-        for child in (other for other in steps if other[:-1] == tokens and len(other) == len(tokens) + 1):
+        for child in (
+            other for other in steps if other[:-1] == tokens and len(other) == len(tokens) + 1
+        ):
             heapq.heappush(frontier, (negative - steps[child], len(frontier), child))
     return found
 
 
-def drawn(seed: int, ties: bool):
+def drawn(seed: int, ties: bool) -> Any:
     """A superset, guesses of heads without doubles, a chain that often goes along with them, and how likely all are."""
     draw = random.Random(seed)
     depth, width = draw.randint(1, 4), draw.randint(1, 5)
@@ -73,40 +88,74 @@ def drawn(seed: int, ties: bool):
 
     guesses = [draw.sample(range(12), width) for _ in range(depth)]
     log_p = [[likely() for _ in range(width)] for _ in range(depth)]
-    chain = [draw.choice(guesses[d]) if d < depth and draw.random() < 0.8 else draw.randrange(12) for d in range(CHAIN)]
-    return superset, draw.randint(1, len(superset)), guesses, log_p, chain, [likely() for _ in range(CHAIN)]
+    chain = [
+        draw.choice(guesses[d]) if d < depth and draw.random() < 0.8 else draw.randrange(12)
+        for d in range(CHAIN)
+    ]
+    return (
+        superset,
+        draw.randint(1, len(superset)),
+        guesses,
+        log_p,
+        chain,
+        [likely() for _ in range(CHAIN)],
+    )
 
 
 @given(seed=st.integers(0, 10**6), ties=st.booleans(), copies=st.booleans())
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_the_choice_is_that_of_a_heap(seed, ties, copies):
+def test_the_choice_is_that_of_a_heap(seed: Any, ties: Any, copies: Any) -> None:
     superset, nodes, guesses, log_p, chain, chain_log_p = drawn(seed, ties)
     chain, chain_log_p = (chain, chain_log_p) if copies else ([], [])
     selector = Selector(superset, nodes, len(chain), CPU)
     chances = selector.along_paths(torch.tensor(log_p))
-    arguments = torch.tensor(guesses), chances, torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
+    arguments = (
+        torch.tensor(guesses),
+        chances,
+        torch.tensor(chain, dtype=torch.long),
+        torch.tensor(chain_log_p),
+    )
     selection = selector.choose(torch.tensor([99]), *arguments)
-    paths, tokens = selector.paths(selection.rows.tolist(), int(selection.joint)), selection.candidates.tolist()
+    paths, tokens = (
+        selector.paths(selection.rows.tolist(), int(selection.joint)),
+        selection.candidates.tolist(),
+    )
     expected = chosen_by_heap(superset, nodes, guesses, log_p, chain, chain_log_p)
     branches = assert_is_a_tree(selection.tensors, paths, tokens)
     assert len(set(branches)) == nodes  # no doubles among siblings
     everything = chosen_by_heap(superset, 10**6, guesses, log_p, chain, chain_log_p)
     scores = {branch: score for score, branch, _ in everything}
-    assert sorted(scores[branch] for branch in branches) == pytest.approx(sorted(score for score, _, _ in expected))
+    assert sorted(scores[branch] for branch in branches) == pytest.approx(
+        sorted(score for score, _, _ in expected)
+    )
     if not ties:
-        assert set(zip(branches, paths, strict=True)) == {(branch, path) for _, branch, path in expected}
+        assert set(zip(branches, paths, strict=True)) == {
+            (branch, path) for _, branch, path in expected
+        }
 
 
-@given(seed=st.integers(0, 10**6), ties=st.booleans(), copies=st.booleans(), more=st.tuples(*[st.integers(0, 9)] * 3))
+@given(
+    seed=st.integers(0, 10**6),
+    ties=st.booleans(),
+    copies=st.booleans(),
+    more=st.tuples(*[st.integers(0, 9)] * 3),
+)
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_room_for_other_supersets_changes_no_choice(seed, ties, copies, more):
+def test_room_for_other_supersets_changes_no_choice(
+    seed: Any, ties: Any, copies: Any, more: Any
+) -> None:
     """More paths, depth and width than the superset has."""
     superset, nodes, guesses, log_p, chain, chain_log_p = drawn(seed, ties)
     chain, chain_log_p = (chain, chain_log_p) if copies else ([], [])
-    size, depth, width = (a + b for a, b in zip((len(superset), superset.depth, superset.width), more, strict=True))
+    size, depth, width = (
+        a + b for a, b in zip((len(superset), superset.depth, superset.width), more, strict=True)
+    )
     tight = Selector(superset, nodes, len(chain), CPU)
     roomy = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
-    wide = torch.full((depth, width), 11), torch.zeros(depth, width)  # guesses that no path may take
+    wide = (
+        torch.full((depth, width), 11),
+        torch.zeros(depth, width),
+    )  # guesses that no path may take
     for table, values in zip(wide, (guesses, log_p), strict=True):
         table[: superset.depth, : superset.width] = torch.tensor(values)
     found = []
@@ -114,7 +163,9 @@ def test_room_for_other_supersets_changes_no_choice(seed, ties, copies, more):
         chances = selector.along_paths(own[1])
         drawn_chain = torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
         chosen = selector.choose(torch.tensor([99]), own[0], chances, *drawn_chain)
-        tensors = [getattr(chosen.tensors, name).tolist() for name in ("parents", "depths", "ancestors")]
+        tensors = [
+            getattr(chosen.tensors, name).tolist() for name in ("parents", "depths", "ancestors")
+        ]
         paths = selector.paths(chosen.rows.tolist(), int(chosen.joint))
         found.append((chosen.candidates.tolist(), tensors, paths))
     assert found[0] == found[1]
@@ -122,13 +173,16 @@ def test_room_for_other_supersets_changes_no_choice(seed, ties, copies, more):
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed):
+def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) -> None:
     superset, _, guesses, log_p, chain, chain_log_p = drawn(seed, ties=False)
     draw = random.Random(seed)
     agreed = draw.randint(0, CHAIN)
     beside = [draw.choice(row) for row in guesses] + [12] * (CHAIN - len(guesses))
     followed = (chain[:agreed] + beside[agreed:])[:CHAIN]
-    likely = {path: exp(sum(log_p[depth][rank] for depth, rank in enumerate(path))) for path in superset.paths[1:]}
+    likely = {
+        path: exp(sum(log_p[depth][rank] for depth, rank in enumerate(path)))
+        for path in superset.paths[1:]
+    }
     gain = CopyGain()
     gain.know(sorted(likely.items(), key=lambda known: -known[1]))
     gain.add(guesses, Copied(tuple(chain), tuple(chain_log_p), 1), followed)
@@ -137,11 +191,14 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed):
             {branch for _, branch, _ in chosen_by_heap(superset, nodes, guesses, log_p, *copies)}
             for copies in ((chain, chain_log_p), ([], []))
         )
-        lengths = [sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1)) for kept in (with_copies, without)]
+        lengths = [
+            sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1))
+            for kept in (with_copies, without)
+        ]
         assert gain.of(nodes) == pytest.approx((lengths[0] - lengths[1]) / (1 + copy_gain.PRIOR))
 
 
-def test_what_copies_add_fades(monkeypatch):
+def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_gain, "MEMORY", 4)
     gain, copied = CopyGain(), Copied(tuple(range(CHAIN)), (-0.1,) * CHAIN, 8)
     gain.add([[99]], copied, copied.tokens)
@@ -157,7 +214,7 @@ def test_what_copies_add_fades(monkeypatch):
     assert 0 < gain.of(CHAIN + 2) < 1e-3
 
 
-def assert_is_a_tree(tensors, paths, tokens) -> list[tuple[int, ...]]:
+def assert_is_a_tree(tensors: Any, paths: Any, tokens: Any) -> list[tuple[int, ...]]:
     """Parents before children, and the topology that the paths say; returns each node's tokens from below the root."""
     where = {path: row for row, path in enumerate(paths)}
     assert paths[0] == () and tokens[0] == 99
@@ -175,7 +232,7 @@ def assert_is_a_tree(tensors, paths, tokens) -> list[tuple[int, ...]]:
     return branches
 
 
-def test_rounding_puts_no_child_before_its_parent():
+def test_rounding_puts_no_child_before_its_parent() -> None:
     """Steps that are nearly certain change a float32 sum by nothing at all."""
     superset = Tree.of([(0,) * n for n in range(1, 9)] + [(1,), (1, 0)])
     log_p = torch.tensor([[-9.0, -1e-8], *[[-1e-8, -1e-8]] * 7])
@@ -183,7 +240,9 @@ def test_rounding_puts_no_child_before_its_parent():
     for nodes in range(1, len(superset) + 1):
         selector = Selector(superset, nodes, CHAIN, CPU)
         chain = torch.full((CHAIN,), 1), torch.full((CHAIN,), -1e-8)
-        selection = selector.choose(torch.tensor([99]), guesses, selector.along_paths(log_p), *chain)
+        selection = selector.choose(
+            torch.tensor([99]), guesses, selector.along_paths(log_p), *chain
+        )
         paths = selector.paths(selection.rows.tolist(), int(selection.joint))
         assert_is_a_tree(selection.tensors, paths, selection.candidates.tolist())
 
@@ -192,35 +251,62 @@ def test_rounding_puts_no_child_before_its_parent():
 
 
 @given(
-    seed=st.integers(0, 10**6), size=st.integers(2, 80), share=st.floats(0.1, 1), copies=st.booleans(),
-    ranks=st.lists(st.integers(-1, 5), min_size=1, max_size=3), scale=st.floats(0.3, 3), shift=st.floats(-1, 1),
-)  # fmt: skip
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    seed=st.integers(0, 10**6),
+    size=st.integers(2, 80),
+    share=st.floats(0.1, 1),
+    copies=st.booleans(),
+    ranks=st.lists(st.integers(-1, 5), min_size=1, max_size=3),
+    scale=st.floats(0.3, 3),
+    shift=st.floats(-1, 1),
+)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_greedy_equals_vanilla_with_any_superset_and_calibration(
-    backbone, greedy_text, seed, size, share, copies, ranks, scale, shift
-):
+    backbone: Any,
+    greedy_text: Any,
+    seed: Any,
+    size: Any,
+    share: Any,
+    copies: Any,
+    ranks: Any,
+    scale: Any,
+    shift: Any,
+) -> None:
     superset = random_tree(seed, size, 4, 6)
     tree = DynamicTree(superset, max(2, int(share * len(superset))))
     accuracy = Accuracy(PUBLISHED.top, calibration=((scale, shift),) * 4)
-    for heads in (random_heads(backbone, 4, seed=seed), OracleHeads(4, 64, greedy_text, ranks, seed)):
-        engine = make_engine(backbone, heads, tree, copies=copies, accuracy=accuracy, probing=seed % 2 == 0)
+    for heads in (
+        random_heads(backbone, 4, seed=seed),
+        OracleHeads(4, 64, greedy_text, ranks, seed),
+    ):
+        engine = make_engine(
+            backbone, heads, tree, copies=copies, accuracy=accuracy, probing=seed % 2 == 0
+        )
         assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
 
 
 @pytest.mark.parametrize("tree", ["dynamic-8", "dynamic-64", "static-16"])
 @pytest.mark.parametrize("law", [{"temperature": 0.7}, {"temperature": 1.2, "top_p": 0.8}])
-def test_exact_gives_the_text_of_vanilla_sampling(backbone, tree, law):
+def test_exact_gives_the_text_of_vanilla_sampling(backbone: Any, tree: Any, law: Any) -> None:
     settings = {"seed": 3, "max_new_tokens": NEW, **law}
     expected = reply(make_engine(backbone), PROMPT, mode="vanilla", sample=True, **settings)
     heads = OracleHeads(4, 64, PROMPT + expected, (0, 0, 1, -1))
-    steps = decode(make_engine(backbone, heads, tree, copies=True), PROMPT, mode="exact", **settings)
+    steps = decode(
+        make_engine(backbone, heads, tree, copies=True), PROMPT, mode="exact", **settings
+    )
     assert ids_of(steps) == expected
     assert max(step.accepted for step in steps) >= 3
 
 
-def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbone):
+def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbone: Any) -> None:
     settings = {"mode": "typical", "temperature": 0.9, "seed": 5, "max_new_tokens": NEW}
-    engines = [make_engine(backbone, random_heads(backbone), "dynamic-16", copies=True) for _ in range(2)]
+    engines = [
+        make_engine(backbone, random_heads(backbone), "dynamic-16", copies=True) for _ in range(2)
+    ]
     first, second = (decode(engine, PROMPT, **settings) for engine in engines)
     assert ids_of(first) == ids_of(second)
     assert all(step.tokens[0].head == 0 for step in first)
@@ -230,7 +316,7 @@ def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbon
     )
 
 
-def test_the_nodes_are_what_the_heads_are_surest_of(backbone):
+def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
     """The runner's choice at real steps, from the heads' logits on the text so far, calibrated by hand."""
     lines = ((1.4, 0.2), (0.8, -0.1), (1.1, 0.3), (0.6, 0.0))
     heads, superset = random_heads(backbone), random_tree(4, 60, 4, 5, spine=4)
@@ -241,7 +327,9 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone):
     for step in range(10):
         with torch.inference_mode():
             hidden = backbone.hidden_of_text(torch.tensor(text))[-1:]
-            likeliest = heads.logits(hidden, backbone.lm_head)[:, 0].log_softmax(-1).topk(superset.width)
+            likeliest = (
+                heads.logits(hidden, backbone.lm_head)[:, 0].log_softmax(-1).topk(superset.width)
+            )
         guesses = likeliest.indices.tolist()
         heard = zip(lines, likeliest.values.tolist(), strict=True)
         said = [[min(0.0, scale * value + shift) for value in row] for (scale, shift), row in heard]
@@ -260,8 +348,10 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone):
     assert len(seen) > 5
 
 
-def test_the_last_tree_is_told_with_its_proposers(backbone, greedy_text):
-    engine = make_engine(backbone, OracleHeads(4, 64, greedy_text, (0, 1)), "dynamic-16", copies=True)
+def test_the_last_tree_is_told_with_its_proposers(backbone: Any, greedy_text: Any) -> None:
+    engine = make_engine(
+        backbone, OracleHeads(4, 64, greedy_text, (0, 1)), "dynamic-16", copies=True
+    )
     for step in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
         shown = engine.candidates()
         assert len(shown.paths) == len(shown.texts) == step.nodes == 16
@@ -272,7 +362,7 @@ def test_the_last_tree_is_told_with_its_proposers(backbone, greedy_text):
 # ---- names, forecasts, calibration ----
 
 
-def test_trees_by_name(backbone):
+def test_trees_by_name(backbone: Any) -> None:
     accuracy = PUBLISHED.pruned(3, 64)
     tree = shaped_tree("dynamic-16", accuracy)
     assert (len(tree), tree.depth, tree.origin) == (16, 3, "dynamic-16")
@@ -287,7 +377,9 @@ def test_trees_by_name(backbone):
         with pytest.raises(UserError, match="unknown tree"):
             shaped_tree(name, accuracy)
     engine = make_engine(backbone, random_heads(backbone, 1), "dynamic-64")
-    assert engine.describe_tree() == "dynamic-6: 6 nodes, depth 1"  # one head whose best 5 guesses were measured
+    assert (
+        engine.describe_tree() == "dynamic-6: 6 nodes, depth 1"
+    )  # one head whose best 5 guesses were measured
     assert {"dynamic-16", "static-64", "chain-1"} <= set(engine.tree_names())
     engine.use_tree(DynamicTree(random_tree(1, 30, 4, 4), 20))
     assert engine.tree.depth == 1
@@ -296,7 +388,7 @@ def test_trees_by_name(backbone):
         DynamicTree(Tree.of([[0], [1]]), 9)
 
 
-def test_forecasts_of_dynamic_trees_lie_between_what_was_measured():
+def test_forecasts_of_dynamic_trees_lie_between_what_was_measured() -> None:
     accuracy = Accuracy(((0.5, 0.6),), dynamic={8: 2.0, 32: 3.0})
     lengths = [accuracy.forecast_dynamic(nodes) for nodes in (1, 8, 16, 32, 64)]
     assert lengths == pytest.approx([1.0, 2.0, 2.5, 3.0, 3.0])
@@ -307,7 +399,7 @@ def test_forecasts_of_dynamic_trees_lie_between_what_was_measured():
     assert Accuracy(((0.5,),)).forecast(tree) is None
 
 
-def test_a_calibration_is_found_again():
+def test_a_calibration_is_found_again() -> None:
     draw = torch.Generator().manual_seed(1)
     log_p = -4 * torch.rand(6000, generator=draw)
     chance = (1.5 * log_p + 0.4).clamp(max=-1e-3).exp()
@@ -316,10 +408,15 @@ def test_a_calibration_is_found_again():
     assert fit(log_p, torch.zeros(6000)) == fit(log_p[:0], right[:0]) == (1.0, 0.0)
 
 
-def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model():
+def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> None:
     """And more is accepted than with the fixed tree of as many nodes."""
     engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
-    said = ["Hello!", "Tell me a short fairy tale.", "What is the capital of France?", "I need a cheap hotel, please."]
+    said = [
+        "Hello!",
+        "Tell me a short fairy tale.",
+        "What is the capital of France?",
+        "I need a cheap hotel, please.",
+    ]
     accuracy, replies, lengths = engine.runner.accuracy, [], {}
     assert len(accuracy.calibration) == engine.heads
     for name in ("static-12", "dynamic-12"):
@@ -334,12 +431,14 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model():
                 ranks, log_p = guess_reply(engine, ids, ids_of(steps))
                 replies.append(Guessed(joint_ranks(ranks), log_p))
         lengths[name] = stats.acceptance_length
-    assert dynamic_length(engine.tree, accuracy, replies) == pytest.approx(lengths["dynamic-12"], rel=0.02)
+    assert dynamic_length(engine.tree, accuracy, replies) == pytest.approx(
+        lengths["dynamic-12"], rel=0.02
+    )
     assert lengths["dynamic-12"] > lengths["static-12"] - 0.1
     assert "forecast" in engine.describe_tree()
 
 
-def test_log_p_of_a_reply_are_the_heads_own(backbone):
+def test_log_p_of_a_reply_are_the_heads_own(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone, 2), "chain-2")
     answer = reply(engine, PROMPT, max_new_tokens=9)
     ranks, log_p = guess_reply(engine, PROMPT, answer)

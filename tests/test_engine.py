@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import (
+
+from medusa_chat.config import Sampling, UserError
+from medusa_chat.decoding.acceptance import make_rule
+from medusa_chat.decoding.trees import policy
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.tree import Tree, chain, paper_trees
+from medusa_chat.model.backbone import Backbone
+from tests.helpers.tiny import (
     NEW,
     PROMPT,
     OracleHeads,
@@ -24,15 +32,10 @@ from tiny import (
     reply,
 )
 
-from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding import policy
-from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.accuracy import Accuracy
-from medusa_chat.decoding.tree import Tree, chain, paper_trees
-from medusa_chat.model.backbone import Backbone
 
-
-def oracle(backbone: Backbone, text: list[int], ranks=(0, 0, 1, -1), heads: int = 4, seed: int = 0) -> OracleHeads:
+def oracle(
+    backbone: Backbone, text: list[int], ranks: Any = (0, 0, 1, -1), heads: int = 4, seed: int = 0
+) -> OracleHeads:
     return OracleHeads(heads, backbone.vocabulary, text, ranks, seed)
 
 
@@ -41,27 +44,50 @@ def oracle(backbone: Backbone, text: list[int], ranks=(0, 0, 1, -1), heads: int 
 
 @pytest.mark.parametrize("name", [*paper_trees(), "chain-1", "chain-4"])
 @pytest.mark.parametrize("probing", [False, True])
-def test_greedy_equals_vanilla_with_a_named_tree(backbone, greedy_text, name, probing):
-    for heads in (random_heads(backbone), oracle(backbone, greedy_text), oracle(backbone, greedy_text, (0, 2, 5, 9))):
+def test_greedy_equals_vanilla_with_a_named_tree(
+    backbone: Any, greedy_text: Any, name: Any, probing: Any
+) -> None:
+    for heads in (
+        random_heads(backbone),
+        oracle(backbone, greedy_text),
+        oracle(backbone, greedy_text, (0, 2, 5, 9)),
+    ):
         engine = make_engine(backbone, heads, name, probing=probing)
         assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
 
 
 @given(
-    seed=st.integers(0, 10**6), nodes=st.integers(1, 40), depth=st.integers(1, 5), width=st.integers(1, 8),
+    seed=st.integers(0, 10**6),
+    nodes=st.integers(1, 40),
+    depth=st.integers(1, 5),
+    width=st.integers(1, 8),
     ranks=st.lists(st.integers(-1, 7), min_size=1, max_size=4),
-)  # fmt: skip
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_greedy_equals_vanilla_with_any_tree_and_heads(backbone, greedy_text, seed, nodes, depth, width, ranks):
+)
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_greedy_equals_vanilla_with_any_tree_and_heads(
+    backbone: Any, greedy_text: Any, seed: Any, nodes: Any, depth: Any, width: Any, ranks: Any
+) -> None:
     tree = random_tree(seed, nodes, depth, width)
-    for heads in (random_heads(backbone, depth, seed=seed), oracle(backbone, greedy_text, ranks, depth, seed)):
+    for heads in (
+        random_heads(backbone, depth, seed=seed),
+        oracle(backbone, greedy_text, ranks, depth, seed),
+    ):
         engine = make_engine(backbone, heads, tree)
         assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
 
 
-def test_deep_paths_are_really_accepted(backbone, greedy_text):
+def test_deep_paths_are_really_accepted(backbone: Any, greedy_text: Any) -> None:
     """A perfect oracle fills every step; one whose truth stands at changing ranks uses many different branches."""
-    steps = decode(make_engine(backbone, oracle(backbone, greedy_text, (0,)), "chain-4"), PROMPT, max_new_tokens=NEW)
+    steps = decode(
+        make_engine(backbone, oracle(backbone, greedy_text, (0,)), "chain-4"),
+        PROMPT,
+        max_new_tokens=NEW,
+    )
     assert [len(step.tokens) for step in steps[:-1]] == [5] * (len(steps) - 1)
     assert [token.head for token in steps[0].tokens] == [0, 1, 2, 3, 4]
     engine = make_engine(backbone, oracle(backbone, greedy_text, (0, 1, 2, 3)), "mc_sim_7b_63")
@@ -73,19 +99,23 @@ def test_deep_paths_are_really_accepted(backbone, greedy_text):
     assert any(row != tuple(range(len(row))) for row in rows)
 
 
-def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats(greedy_text):
+def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats(
+    greedy_text: Any,
+) -> None:
     """Real heads with a real acceptance length above 1: a model that falls into a loop, heads as they start out."""
     from medusa_chat.model.heads import MedusaHeads
 
     backbone = random_backbone(initializer_range=0.02, tie_word_embeddings=True)
     expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
-    steps = decode(make_engine(backbone, MedusaHeads(4, 1, 32), "chain-4"), PROMPT, max_new_tokens=NEW)
+    steps = decode(
+        make_engine(backbone, MedusaHeads(4, 1, 32), "chain-4"), PROMPT, max_new_tokens=NEW
+    )
     assert ids_of(steps) == expected
     assert len(expected) / len(steps) > 3
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_greedy_equals_vanilla_where_token_0_is_frequent(tied):
+def test_greedy_equals_vanilla_where_token_0_is_frequent(tied: Any) -> None:
     """The official code fails here: its padded paths read token 0."""
     model = random_model(seed=3, tie_word_embeddings=tied)
     plain = reply(make_engine(Backbone(model)), PROMPT, mode="vanilla", max_new_tokens=NEW)
@@ -102,14 +132,22 @@ def test_greedy_equals_vanilla_where_token_0_is_frequent(tied):
     assert expected.count(0) >= 4
     for seed, ranks in enumerate([(0,), (0, 1, -1), (-1,), (0, 3, 7)]):
         for tree in ("mc_sim_7b_63", "vicuna_13b_stage2", chain(4), random_tree(seed, 30, 4, 6)):
-            for heads in (random_heads(backbone, seed=seed), oracle(backbone, prompt + expected, ranks, seed=seed)):
-                assert reply(make_engine(backbone, heads, tree), prompt, max_new_tokens=NEW) == expected
+            for heads in (
+                random_heads(backbone, seed=seed),
+                oracle(backbone, prompt + expected, ranks, seed=seed),
+            ):
+                assert (
+                    reply(make_engine(backbone, heads, tree), prompt, max_new_tokens=NEW)
+                    == expected
+                )
 
 
-def test_temperature_0_is_greedy_in_every_mode(backbone, greedy_text):
+def test_temperature_0_is_greedy_in_every_mode(backbone: Any, greedy_text: Any) -> None:
     for mode in ("typical", "exact", "vanilla"):
         engine = make_engine(backbone, oracle(backbone, greedy_text), "mc_sim_7b_63")
-        new = reply(engine, PROMPT, mode=mode, temperature=0, sample=True, seed=5, max_new_tokens=NEW)
+        new = reply(
+            engine, PROMPT, mode=mode, temperature=0, sample=True, seed=5, max_new_tokens=NEW
+        )
         assert PROMPT + new == greedy_text
 
 
@@ -118,15 +156,27 @@ def test_temperature_0_is_greedy_in_every_mode(backbone, greedy_text):
 LAWS = [
     {"temperature": temperature, **truncation}
     for temperature in (0.3, 0.7, 1.0)
-    for truncation in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.8, "top_k": 12, "min_p": 0.02})
+    for truncation in (
+        {},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"top_p": 0.8, "top_k": 12, "min_p": 0.02},
+    )
 ]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
-def test_exact_gives_the_text_of_vanilla_sampling(backbone, law):
+def test_exact_gives_the_text_of_vanilla_sampling(backbone: Any, law: Any) -> None:
     for seed in range(2):
         expected = reply(
-            make_engine(backbone), PROMPT, mode="vanilla", sample=True, seed=seed, max_new_tokens=NEW, **law
+            make_engine(backbone),
+            PROMPT,
+            mode="vanilla",
+            sample=True,
+            seed=seed,
+            max_new_tokens=NEW,
+            **law,
         )
         for heads, tree in (
             (random_heads(backbone, seed=seed), "mc_sim_7b_63"),
@@ -139,16 +189,18 @@ def test_exact_gives_the_text_of_vanilla_sampling(backbone, law):
         assert max(step.accepted for step in steps) >= 3
 
 
-def test_seeds_give_different_texts(backbone, greedy_text):
+def test_seeds_give_different_texts(backbone: Any, greedy_text: Any) -> None:
     for mode in ("exact", "typical"):
         engine = make_engine(backbone, oracle(backbone, greedy_text), "mc_sim_7b_63")
         settings = {"mode": mode, "temperature": 1.0, "max_new_tokens": NEW}
         replies = [tuple(reply(engine, PROMPT, seed=seed, **settings)) for seed in (1, 2, 3, 1)]
-        assert replies[0] == replies[3] or mode == "typical"  # the oracle's guesses differ from run to run
+        assert (
+            replies[0] == replies[3] or mode == "typical"
+        )  # the oracle's guesses differ from run to run
         assert len(set(replies[:3])) == 3
 
 
-def test_typical_with_the_same_seed_and_heads_gives_the_same_text(backbone):
+def test_typical_with_the_same_seed_and_heads_gives_the_same_text(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone), "mc_sim_7b_63")
     settings = {"mode": "typical", "temperature": 0.7, "seed": 9, "max_new_tokens": NEW}
     assert reply(engine, PROMPT, **settings) == reply(engine, PROMPT, **settings)
@@ -158,14 +210,21 @@ VOCABULARY, DRAWS = 8, 1200
 
 
 @pytest.mark.parametrize(
-    "law", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5, "top_k": 4, "min_p": 0.05}]
+    "law",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.5, "top_k": 4, "min_p": 0.05},
+    ],
 )
-def test_sampled_pairs_follow_the_law_of_the_backbone(law):
+def test_sampled_pairs_follow_the_law_of_the_backbone(law: Any) -> None:
     """Two tokens jointly, over many seeds, against the law computed apart from the engine in float64."""
     model = random_model(vocabulary=VOCABULARY, seed=4, initializer_range=0.2)
     law_of_pairs = _law_of_pairs(model, prompt := prompt_ids(6, VOCABULARY), law)
     backbone = Backbone(model)
-    engine = make_engine(backbone, random_heads(backbone, 2), Tree.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]]))
+    engine = make_engine(
+        backbone, random_heads(backbone, 2), Tree.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
+    )
     counts: Counter[tuple[int, int]] = Counter()
     deep = 0
     for seed in range(DRAWS):
@@ -179,7 +238,7 @@ def test_sampled_pairs_follow_the_law_of_the_backbone(law):
     _assert_fits(counts, expected)
 
 
-def _law_of_pairs(model, prompt: list[int], law: dict) -> dict[tuple[int, int], float]:
+def _law_of_pairs(model: Any, prompt: list[int], law: dict) -> dict[tuple[int, int], float]:
     first = _law(model, prompt, law)
     return {
         (a, b): float(first[a] * p)
@@ -189,7 +248,7 @@ def _law_of_pairs(model, prompt: list[int], law: dict) -> dict[tuple[int, int], 
     }
 
 
-def _law(model, text: list[int], law: dict) -> list[float]:
+def _law(model: Any, text: list[int], law: dict) -> list[float]:
     """The next token's distribution: temperature, then top-k, top-p, min-p, each renormalized, in plain Python."""
     with torch.inference_mode():
         logits = model(torch.tensor([text])).logits[0, -1].double()
@@ -231,7 +290,7 @@ def _assert_fits(counts: Counter, expected: dict) -> None:
 # ---- what the engine says and refuses ----
 
 
-def test_a_prompt_that_cannot_be_answered_is_refused(backbone):
+def test_a_prompt_that_cannot_be_answered_is_refused(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone), context=20)
     with pytest.raises(UserError, match="empty"):
         engine.generate([], Sampling())
@@ -243,20 +302,20 @@ def test_a_prompt_that_cannot_be_answered_is_refused(backbone):
         make_engine(backbone, context=513)
 
 
-def test_messages_go_through_the_chat_template():
+def test_messages_go_through_the_chat_template() -> None:
     backbone = random_backbone(vocabulary=260)
     engine = make_engine(backbone)
     ids = engine.encode([{"role": "user", "content": "hé <|end|>"}])
     assert engine.tokenizer.decode(ids) == "<|user|>hé <|end|><|end|><|assistant|>"
     refusing = "{{ raise_exception('System role not supported') }}"
-    from tiny import tokenizer
+    from tests.helpers.tiny import tokenizer
 
     strict = make_engine(backbone, tokenizer=tokenizer(refusing))
     with pytest.raises(UserError, match="System role not supported"):
         strict.generate([{"role": "system", "content": "be brief"}], Sampling())
 
 
-def test_probes_are_vanilla_steps_among_the_tree_steps(backbone, greedy_text):
+def test_probes_are_vanilla_steps_among_the_tree_steps(backbone: Any, greedy_text: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone), "chain-3", probing=True)
     steps = decode(engine, PROMPT, max_new_tokens=NEW)
     kinds = [step.kind for step in steps]
@@ -265,11 +324,13 @@ def test_probes_are_vanilla_steps_among_the_tree_steps(backbone, greedy_text):
     gaps = policy.PROBE_GAPS
     assert trees == [gaps[min(probe, len(gaps) - 1)] for probe in range(len(probes))]
     assert len(probes) > 2
-    assert all((step.nodes, step.depth) == ((1, 0) if step.kind == "vanilla" else (4, 3)) for step in steps)
+    assert all(
+        (step.nodes, step.depth) == ((1, 0) if step.kind == "vanilla" else (4, 3)) for step in steps
+    )
     assert PROMPT + ids_of(steps) == greedy_text
 
 
-def test_probes_are_counted_over_replies(backbone):
+def test_probes_are_counted_over_replies(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone), "chain-3", probing=True)
     first = decode(engine, PROMPT, max_new_tokens=3)
     second = decode(engine, PROMPT, max_new_tokens=3)
@@ -277,7 +338,7 @@ def test_probes_are_counted_over_replies(backbone):
     assert kinds.index("vanilla") == policy.PROBE_GAPS[0]
 
 
-def test_a_new_reply_ends_the_one_before(backbone, greedy_text):
+def test_a_new_reply_ends_the_one_before(backbone: Any, greedy_text: Any) -> None:
     engine = make_engine(backbone)
     older = engine.generate(PROMPT, Sampling(mode="vanilla", max_new_tokens=NEW))
     next(older)
@@ -285,7 +346,7 @@ def test_a_new_reply_ends_the_one_before(backbone, greedy_text):
     assert list(older) == []
 
 
-def test_ids_outside_the_vocabulary_and_trees_without_heads_are_refused(backbone):
+def test_ids_outside_the_vocabulary_and_trees_without_heads_are_refused(backbone: Any) -> None:
     engine = make_engine(backbone)
     for ids in ([1, -1], [1, backbone.vocabulary]):
         with pytest.raises(UserError, match="not among"):
@@ -294,7 +355,7 @@ def test_ids_outside_the_vocabulary_and_trees_without_heads_are_refused(backbone
         engine.use_tree("chain-2")
 
 
-def test_candidates_show_the_last_tree_step(backbone, greedy_text):
+def test_candidates_show_the_last_tree_step(backbone: Any, greedy_text: Any) -> None:
     engine = make_engine(backbone, oracle(backbone, greedy_text, (0,)), Tree.of([[0], [1], [0, 0]]))
     assert engine.candidates() is None
     reply_steps = engine.generate(PROMPT, Sampling(max_new_tokens=NEW))
@@ -306,7 +367,7 @@ def test_candidates_show_the_last_tree_step(backbone, greedy_text):
     reply_steps.close()
 
 
-def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone):
+def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone: Any) -> None:
     """A wrong hidden state or layout would cost acceptance alone: greedy text would stay right."""
     heads, tree = random_heads(backbone), random_tree(4, 30, 4, 5, spine=4)
     runner = make_engine(backbone, heads, tree).runner
@@ -317,12 +378,15 @@ def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone
             hidden = backbone.hidden_of_text(torch.tensor(text))[-1:]
             guesses = heads.logits(hidden, backbone.lm_head)[:, 0].topk(5).indices.tolist()
         outcome = runner.step(root, tree, rule)
-        assert outcome.candidates == [root, *(guesses[len(path) - 1][path[-1]] for path in tree.paths[1:])]
+        assert outcome.candidates == [
+            root,
+            *(guesses[len(path) - 1][path[-1]] for path in tree.paths[1:]),
+        ]
         text += [outcome.candidates[row] for row in outcome.rows]
         root = outcome.next
 
 
-def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone):
+def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone, 2), "mc_sim_7b_63")
     assert engine.tree.depth == 2
     assert len(engine.notices) == 1
@@ -334,12 +398,16 @@ def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone):
     with pytest.raises(UserError, match="0 guesses"):
         engine.use_tree(Tree())
     with pytest.raises(UserError, match="256 guesses"):
-        engine.use_tree(Tree.of([path for a in range(16) for path in ([a], *([a, b] for b in range(15)))]))
+        engine.use_tree(
+            Tree.of([path for a in range(16) for path in ([a], *([a, b] for b in range(15)))])
+        )
     assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2"
 
 
-def test_auto_tree_is_measured_and_says_what_it_forecasts(backbone, greedy_text, monkeypatch):
-    monkeypatch.setattr("medusa_chat.decoding.tuning.REPEATS", 1)
+def test_auto_tree_is_measured_and_says_what_it_forecasts(
+    backbone: Any, greedy_text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_chat.decoding.trees.choice.REPEATS", 1)
     accuracy = Accuracy(((0.6, 0.8), (0.4, 0.5), (0.3, 0.4)))
     engine = make_engine(backbone, random_heads(backbone, 3), "auto", accuracy=accuracy)
     assert engine.notices == []
@@ -351,7 +419,7 @@ def test_auto_tree_is_measured_and_says_what_it_forecasts(backbone, greedy_text,
     assert unmeasured.tree.depth <= 3
 
 
-def test_an_engine_without_heads_has_no_tree(backbone):
+def test_an_engine_without_heads_has_no_tree(backbone: Any) -> None:
     engine = make_engine(backbone, None, "auto")
     assert (engine.heads, len(engine.tree)) == (0, 1)
     assert "no Medusa heads" in engine.describe_tree()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from medusa_chat.events import COPIED, Gated, Step, Token
+from medusa_chat.events import COPIED, Pause, Step, Token
 from medusa_chat.stats import Stats
 
 
-def step(heads: list[int], seconds: float, *, nodes: int = 8, finish=None) -> Step:
+def step(heads: list[int], seconds: float, *, nodes: int = 8, finish: Any = None) -> Step:
     """A step whose tokens came from `heads`, of a tree of three."""
     kind = "tree" if nodes > 1 else "vanilla"
     tokens = tuple(Token(10 + head, "ab"[head % 2], head) for head in heads)
@@ -28,21 +29,25 @@ REPLY = (
 )
 
 
-def test_one_step():
+def test_one_step() -> None:
     assert (REPLY[0].text, REPLY[0].settled, REPLY[0].accepted) == ("aba", 3, 2)
     assert (REPLY[1].settled, REPLY[1].accepted) == (1, 0)
     assert (REPLY[4].settled, REPLY[4].accepted) == (2, 1)
-    only = step([0, 0], 0.01, nodes=1, finish="length")  # a vanilla step and the token that closes the reply
+    only = step(
+        [0, 0], 0.01, nodes=1, finish="length"
+    )  # a vanilla step and the token that closes the reply
     assert (only.settled, only.accepted) == (1, 0)
     free = step([0], 0.0, nodes=0, finish="eos")  # the prefill's own token ended it
     assert (free.settled, free.accepted) == (0, 0)
 
 
-def test_the_figures_of_a_reply():
+def test_the_figures_of_a_reply() -> None:
     stats = Stats.of(REPLY)
     assert stats.new_tokens == 3 + 1 + 1 + 4 + 3
     assert (stats.steps, stats.tree_steps, stats.vanilla_steps, stats.finish) == (5, 4, 1, "eos")
-    assert stats.acceptance_length == (3 + 1 + 4 + 2) / 4  # the closing token was not the tree's merit
+    assert (
+        stats.acceptance_length == (3 + 1 + 4 + 2) / 4
+    )  # the closing token was not the tree's merit
     assert stats.seconds == pytest.approx(0.1)
     assert stats.tokens_per_second == pytest.approx(120)
     assert stats.tree_step_seconds == 0.02
@@ -53,7 +58,7 @@ def test_the_figures_of_a_reply():
     assert stats.head_acceptance() == {1: 3 / 4, 2: 2 / 3, 3: 1 / 2}
 
 
-def test_a_vanilla_step_is_compared_with_its_neighbour():
+def test_a_vanilla_step_is_compared_with_its_neighbour() -> None:
     """A machine that gets faster meanwhile does not make the heads look better."""
     slow = [step([0, 1], 0.04), step([0], 0.02, nodes=1)]
     fast = [step([0, 1], 0.01)] * 6
@@ -61,71 +66,98 @@ def test_a_vanilla_step_is_compared_with_its_neighbour():
     assert stats.overhead == pytest.approx(2.0)  # unpaired medians would say 0.5
     assert stats.speedup == pytest.approx(1.0)
     assert stats.vanilla_tokens_per_second == pytest.approx(200)  # at the pace of most tree steps
-    ended = Stats.of([step([0, 1], 0.08, finish="eos"), step([0], 0.02, nodes=1), step([0, 1], 0.03)])
-    assert ended.overhead == pytest.approx(2.75)  # no tree step of its reply stands before the vanilla one
+    ended = Stats.of(
+        [step([0, 1], 0.08, finish="eos"), step([0], 0.02, nodes=1), step([0, 1], 0.03)]
+    )
+    assert ended.overhead == pytest.approx(
+        2.75
+    )  # no tree step of its reply stands before the vanilla one
 
 
-def test_copied_guesses_count_by_themselves_at_every_depth():
+def test_copied_guesses_count_by_themselves_at_every_depth() -> None:
     tokens = tuple(Token(7, "a", head) for head in (0, 1, COPIED, COPIED))
-    steps = [Step(tokens, 8, 0.02, "tree", tested=(COPIED, COPIED, COPIED, 1, 2)), step([0, 1], 0.02)]
+    steps = [
+        Step(tokens, 8, 0.02, "tree", tested=(COPIED, COPIED, COPIED, 1, 2)),
+        step([0, 1], 0.02),
+    ]
     stats = Stats.of(steps)
     assert stats.head_acceptance() == {COPIED: 2 / 3, 1: 1.0, 2: 0.0}
     assert stats.acceptance_length == 3
     assert stats.as_json()["head_acceptance"] == {"-1": 0.66667, "1": 1.0, "2": 0.0}
 
 
-def test_steps_of_resting_heads_do_not_enter_the_comparison():
-    rest = Gated(0.9, 60, 128)
-    resting = [replace(step([0], seconds, nodes=1), gated=rest) for seconds in (0.001, 0.5, 0.002)]
+def test_steps_of_resting_heads_do_not_enter_the_comparison() -> None:
+    rest = Pause(0.9, 60, 128)
+    resting = [replace(step([0], seconds, nodes=1), paused=rest) for seconds in (0.001, 0.5, 0.002)]
     stats = Stats.of([*REPLY[:4], *resting])
-    assert (stats.gated, stats.gated_steps, stats.vanilla_steps, stats.steps) == (rest, 3, 4, 7)
+    assert (stats.paused, stats.paused_steps, stats.vanilla_steps, stats.steps) == (rest, 3, 4, 7)
     with_heads = Stats.of(REPLY[:4])
-    for name in ("speedup", "overhead", "acceptance_length", "vanilla_tokens_per_second", "reached", "accepted"):
+    for name in (
+        "speedup",
+        "overhead",
+        "acceptance_length",
+        "vanilla_tokens_per_second",
+        "reached",
+        "accepted",
+    ):
         assert getattr(stats, name) == getattr(with_heads, name)
     assert stats.new_tokens == with_heads.new_tokens + 3
     assert stats.tokens_per_second == pytest.approx(stats.new_tokens / (0.08 + 0.503))
     stats.add(REPLY[4])
-    assert (stats.gated, stats.gated_steps) == (None, 3)
+    assert (stats.paused, stats.paused_steps) == (None, 3)
     only = Stats.of(resting)
     assert only.speedup is only.overhead is only.acceptance_length is None
     line = json.loads(json.dumps(resting[0].as_json()))
-    assert line["gated"] == {"speedup": 0.9, "steps": 60, "retry_in": 128}
-    assert json.loads(json.dumps(only.as_json()))["gated"] == line["gated"]
+    assert line["paused"] == {"speedup": 0.9, "steps": 60, "retry_in": 128}
+    assert json.loads(json.dumps(only.as_json()))["paused"] == line["paused"]
     assert str(rest) == (
         "heads do not pay here: 0.90x over the last 60 steps; decoding vanilla, trying again in 128 tokens"
     )
 
 
-def test_nothing_is_known_before_it_was_measured():
+def test_nothing_is_known_before_it_was_measured() -> None:
     for stats in (Stats(), Stats.of([step([0], 0.0, nodes=0, finish="eos")])):
-        assert stats.acceptance_length is stats.overhead is stats.speedup is stats.tokens_per_second is None
+        assert (
+            stats.acceptance_length
+            is stats.overhead
+            is stats.speedup
+            is stats.tokens_per_second
+            is None
+        )
         assert stats.head_acceptance() == {}
         json.dumps(stats.as_json())
     trees_alone = Stats.of(REPLY[:2])
     assert trees_alone.acceptance_length == 2.0
-    assert trees_alone.overhead is trees_alone.speedup is trees_alone.vanilla_tokens_per_second is None
+    assert (
+        trees_alone.overhead is trees_alone.speedup is trees_alone.vanilla_tokens_per_second is None
+    )
     vanilla_alone = Stats.of(REPLY[2:3])
     assert vanilla_alone.acceptance_length is vanilla_alone.overhead is None
     assert vanilla_alone.vanilla_tokens_per_second == pytest.approx(100)
 
 
-def test_one_slow_step_does_not_change_the_measured_overhead():
+def test_one_slow_step_does_not_change_the_measured_overhead() -> None:
     steps = [step([0, 1], 0.02)] * 5 + [step([0], 0.01, nodes=1)] * 5 + [step([0, 1], 9.0)]
     assert Stats.of(steps).overhead == pytest.approx(2.0)
 
 
-def test_stats_of_a_conversation_add_up():
+def test_stats_of_a_conversation_add_up() -> None:
     both = Stats.of([*REPLY, *REPLY])
     assert both.new_tokens == 24
     assert both.acceptance_length == Stats.of(REPLY).acceptance_length
     assert both.head_acceptance() == Stats.of(REPLY).head_acceptance()
 
 
-def test_json_lines():
+def test_json_lines() -> None:
     line = json.loads(json.dumps(step([0, 1, COPIED], 0.5, finish="stop").as_json()))
     assert line["type"] == "step"
     assert line["tokens"][1] == {"id": 11, "text": "b", "head": 1}
-    assert (line["nodes"], line["seconds"], line["kind"], line["finish"]) == (8, 0.5, "tree", "stop")
+    assert (line["nodes"], line["seconds"], line["kind"], line["finish"]) == (
+        8,
+        0.5,
+        "tree",
+        "stop",
+    )
     summary = json.loads(json.dumps(Stats.of(REPLY).as_json()))
     assert summary["acceptance_length"] == 2.5
     assert summary["head_acceptance"] == {"1": 0.75, "2": 0.66667, "3": 0.5}

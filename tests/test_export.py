@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import END, random_model, save_model, tokenizer
-from tiny_runs import backbone_folder, do, tiny_run, write_talks
 from transformers import AutoModelForCausalLM
 
 import medusa_chat
@@ -21,7 +18,13 @@ from medusa_chat.model.templates import ChatTemplate
 from medusa_chat.training import trainer as module
 from medusa_chat.training.data import PackedRows, encode, read_documents
 from medusa_chat.training.evaluate import perplexity
-from medusa_chat.training.trainee import Trainee
+from tests.helpers.tiny import END, random_model, save_model, tokenizer
+from tests.helpers.tiny_runs import backbone_folder, do, tiny_run, write_talks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from medusa_chat.training.trainee import Trainee
 
 IDS = torch.arange(1, 40)[None]
 TEMPLATE = ChatTemplate(tokenizer(), "tiny")
@@ -51,7 +54,13 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama", {}), ("llama-tied", {}), ("gemma2", {}), ("llama", {"lora_rank": 0}), ("llama-tied", {"lora_rank": 0})],
+    [
+        ("llama", {}),
+        ("llama-tied", {}),
+        ("gemma2", {}),
+        ("llama", {"lora_rank": 0}),
+        ("llama-tied", {"lora_rank": 0}),
+    ],
     ids=str,
 )
 def test_the_model_that_is_left_answers_as_the_trained_one(
@@ -61,7 +70,9 @@ def test_the_model_that_is_left_answers_as_the_trained_one(
     rates = {"backbone_learning_rate": 0.01, "heads_first": 0.0}
     do(tiny_run(tmp_path, "out", "medusa2", **rates, **changes))
     before, after = (
-        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="eager"))
+        logits_of(
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="eager")
+        )
         for name in ("backbone", "out")
     )
     trained = logits_of(trainees[0].backbone)
@@ -76,7 +87,9 @@ def test_the_model_that_is_left_chats(tmp_path: Path) -> None:
     do(tiny_run(tmp_path, "out", "medusa2"))
     engine = medusa_chat.load(str(tmp_path / "out"), dtype="float32", tree="chain-2", probing=False)
     assert engine.heads == 2
-    steps = engine.generate([{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=8, ignore_eos=True))
+    steps = engine.generate(
+        [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=8, ignore_eos=True)
+    )
     assert sum(len(step.tokens) for step in steps) == 8
 
 
@@ -94,7 +107,9 @@ def test_the_files_keep_their_precision(told: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
-def test_an_adapter_of_a_quantized_backbone_is_merged_into_full_weights(quant: str, tmp_path: Path) -> None:
+def test_an_adapter_of_a_quantized_backbone_is_merged_into_full_weights(
+    quant: str, tmp_path: Path
+) -> None:
     backbone_folder(tmp_path / "backbone", hidden_size=64, intermediate_size=128)
     rates = {"backbone_learning_rate": 0.01, "heads_first": 0.0}
     _, said = do(tiny_run(tmp_path, "out", "medusa2", quant=quant, lora_alpha=3, **rates))
@@ -121,8 +136,12 @@ def test_accuracies_of_the_heads_before_do_not_stay(tmp_path: Path) -> None:
 
 def plain_perplexity(model: Any, file: Path, length: int) -> float:
     """exp of the mean of -log p over the assistant's tokens, each document or part of one by itself."""
-    flat = [(i, on, n) for n, d in enumerate(read_documents(file)) for e in encode(TEMPLATE, d)
-            for i, on in zip(e.ids, e.trained, strict=True)]  # fmt: skip
+    flat = [
+        (i, on, n)
+        for n, d in enumerate(read_documents(file))
+        for e in encode(TEMPLATE, d)
+        for i, on in zip(e.ids, e.trained, strict=True)
+    ]
     pieces: list[list[tuple[int, bool, int]]] = []
     for place, item in enumerate(flat):
         if place % length == 0 or item[2] != flat[place - 1][2]:
@@ -153,7 +172,16 @@ def test_perplexity_is_that_of_plain_arithmetic(kind: str, tmp_path: Path) -> No
 def test_perplexity_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path, "out", "medusa2")
     held_out = write_talks(tmp_path / "other.jsonl", 12, seed=5)
-    asked = ["--model", run.model, "--data", str(run.data[0]), "--held-out", str(held_out), "--out", str(run.out)]
+    asked = [
+        "--model",
+        run.model,
+        "--data",
+        str(run.data[0]),
+        "--held-out",
+        str(held_out),
+        "--out",
+        str(run.out),
+    ]
     flags = "--recipe medusa2 --heads 2 --max-steps 6 --length 32 --batch-size 2 --backbone-learning-rate 0.01"
     assert main(["train", *asked, *flags.split(), "--warmup-steps", "1", "--heads-first", "0"]) == 0
     kept = json.loads((run.out / "training.json").read_text())["perplexity"]
@@ -165,7 +193,9 @@ def test_perplexity_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     change = 100 * (kept["after"] / kept["before"] - 1)
     line = f"held-out text: {kept['before']:.3f} before, {kept['after']:.3f} after ({change:+.1f}%)"
     assert line in told.err
-    assert told.out.startswith(f"wrote {run.out}; next: medusa-chat calibrate --model {run.out} --data FILE")
+    assert told.out.startswith(
+        f"wrote {run.out}; next: medusa-chat calibrate --model {run.out} --data FILE"
+    )
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
@@ -176,7 +206,9 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     assert len(held_out) == 3
     assert sorted(d.place for d in trained + held_out) == sorted(d.place for d in everything)
     assert not {d.place for d in trained} & {d.place for d in held_out}
-    assert module._documents(tiny_run(tmp_path, "out"))[0] == everything  # a backbone that stays as it is needs none
+    assert (
+        module._documents(tiny_run(tmp_path, "out"))[0] == everything
+    )  # a backbone that stays as it is needs none
 
 
 def test_text_that_cannot_be_split_is_called_what_it_is(tmp_path: Path) -> None:

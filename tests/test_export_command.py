@@ -7,30 +7,34 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
 import yaml
-from complaints import refusal
-from full_disk import room
 from hypothesis import HealthCheck, given, settings, strategies
-from public_layouts import logits_of, put, put_shards, tensors_of
 from safetensors.torch import load_file
-from tiny import END, random_backbone, random_heads, random_model, save_model
 
 from medusa_chat.cli import main
 from medusa_chat.config import ACCURACY_FILE, LAYOUTS, ModelSpec, UserError
 from medusa_chat.export import writing
 from medusa_chat.export.writing import RECORD_FILE, Export, export
-from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import find_heads, read_heads
+from tests.helpers.complaints import refusal
+from tests.helpers.full_disk import room
+from tests.helpers.public_layouts import logits_of, put, put_shards, tensors_of
+from tests.helpers.tiny import END, random_backbone, random_heads, random_model, save_model
+
+if TYPE_CHECKING:
+    from medusa_chat.model.heads import MedusaHeads
 
 V = 320
 BACKBONE = random_backbone("llama", V)
 LM_HEAD = BACKBONE.lm_head.weight.detach()
 WHOLE = ("v1.0", "modelopt")
-KINDS = [(layers, own, biases) for layers in (1, 2) for own in (True, False) for biases in (True, False)]
+KINDS = [
+    (layers, own, biases) for layers in (1, 2) for own in (True, False) for biases in (True, False)
+]
 
 
 def made(layers: int = 1, own: bool = True, biases: bool = True) -> MedusaHeads:
@@ -45,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone without heads, with a licence and a card."""
     folder = save_model(
         tmp_path_factory.mktemp("base"), random_model("llama", V, pad_token_id=0, eos_token_id=END)
-    )  # fmt: skip
+    )
     (folder / "LICENSE").write_text("do as you like")
     (folder / "NOTICE.txt").write_text("made by tests")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
@@ -54,7 +58,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source(folder: Path, heads: MedusaHeads) -> Path:
-    return put(tensors_of(heads, "official"), folder / "heads" / "medusa_lm_head.safetensors").parent
+    return put(
+        tensors_of(heads, "official"), folder / "heads" / "medusa_lm_head.safetensors"
+    ).parent
 
 
 def logits_in(folder: Path) -> torch.Tensor:
@@ -102,15 +108,21 @@ def test_every_layout_gives_the_same_logits(
 
 
 @settings(
-    max_examples=12, deadline=None, derandomize=True, database=None,
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 @given(
     kind=strategies.sampled_from(KINDS),
     way=strategies.lists(strategies.sampled_from(LAYOUTS), min_size=3, max_size=4),
 )
 def test_any_way_through_the_layouts(
-    base: Path, tmp_path_factory: pytest.TempPathFactory, kind: tuple[int, bool, bool], way: list[str]
+    base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: tuple[int, bool, bool],
+    way: list[str],
 ) -> None:
     """What a copy of the LM head was made for stays a head's own; nothing else may change."""
     folder, heads = tmp_path_factory.mktemp("way"), made(*kind)
@@ -118,7 +130,11 @@ def test_any_way_through_the_layouts(
     for i, layout in enumerate(way):
         if layout == "v2" and own:
             continue
-        model = at if at.parent == folder and (at / "model-00001-of-00002.safetensors").exists() else base
+        model = (
+            at
+            if at.parent == folder and (at / "model-00001-of-00002.safetensors").exists()
+            else base
+        )
         do(model, at, layout, folder / str(i))
         at = folder / str(i)
         own = read_heads(find_heads(at) or at, 32, V, lm_head=LM_HEAD).heads.lm_heads is not None
@@ -145,16 +161,30 @@ def test_configs_are_those_that_the_programs_read(base: Path, tmp_path: Path) ->
     assert [key for key in vllm if "num" in key] == ["num_heads", "num_hidden_layers"]
     backbone = json.loads((base / "config.json").read_text())
     assert configs["v1.0"] == backbone | {"medusa_num_heads": 3, "medusa_num_layers": 1}
-    assert configs["modelopt"] == backbone | {"medusa": {"num_medusa_heads": 3, "num_medusa_layers": 1}}
+    assert configs["modelopt"] == backbone | {
+        "medusa": {"num_medusa_heads": 3, "num_medusa_layers": 1}
+    }
     files = {layout: {file.name for file in (tmp_path / layout).iterdir()} for layout in LAYOUTS}
-    travel = {"README.md", "BASE_MODEL_CARD.md", "LICENSE", "NOTICE.txt", "config.json", RECORD_FILE}
+    travel = {
+        "README.md",
+        "BASE_MODEL_CARD.md",
+        "LICENSE",
+        "NOTICE.txt",
+        "config.json",
+        RECORD_FILE,
+    }
     assert files["v0.1"] == travel | {"medusa_lm_head.pt"}
-    assert files["tgi"] == files["v2"] == files["tensorrt-llm"] == travel | {"medusa_lm_head.safetensors"}
+    assert (
+        files["tgi"]
+        == files["v2"]
+        == files["tensorrt-llm"]
+        == travel | {"medusa_lm_head.safetensors"}
+    )
     assert files["vllm"] == travel | {"model.safetensors"}
     tensors = load_file(tmp_path / "vllm" / "model.safetensors")
-    assert set(tensors) == {f"blocks.{h}.layers.0.{kind}" for h in range(3) for kind in ("weight", "bias")} | {
-        "lm_head.weight"
-    }
+    assert set(tensors) == {
+        f"blocks.{h}.layers.0.{kind}" for h in range(3) for kind in ("weight", "bias")
+    } | {"lm_head.weight"}
     assert torch.load(tmp_path / "v0.1" / "medusa_lm_head.pt", weights_only=True).keys() == {
         f"{h}.{rest}" for h in range(3) for rest in ("0.linear.weight", "0.linear.bias", "1.weight")
     }
@@ -168,7 +198,18 @@ def test_whole_models_answer_as_before(
 ) -> None:
     """From a model of one file, from shards, and from a model with other heads among its shards."""
     given = source(tmp_path, made(own=False))
-    flags = ["--dtype", "float32", "--tree", "chain-2", "--max-new-tokens", "8", "--prompt", "Hi", "--device", "cpu"]
+    flags = [
+        "--dtype",
+        "float32",
+        "--tree",
+        "chain-2",
+        "--max-new-tokens",
+        "8",
+        "--prompt",
+        "Hi",
+        "--device",
+        "cpu",
+    ]
 
     def answer(*model: str) -> tuple[str, str]:
         capsys.readouterr()
@@ -190,8 +231,13 @@ def test_whole_models_answer_as_before(
         do(place, given, layout, out)
         suffix = ".bin" if place is in_pickles else ".safetensors"
         index = json.loads(next(out.glob(f"*{suffix}.index.json")).read_text())
-        assert set(index["weight_map"].values()) == {file.name for file in out.glob(f"*-of-*{suffix}")}
-        assert not [name for name in index["weight_map"] if name.startswith("medusa_head.")] or layout == "v1.0"
+        assert set(index["weight_map"].values()) == {
+            file.name for file in out.glob(f"*-of-*{suffix}")
+        }
+        assert (
+            not [name for name in index["weight_map"] if name.startswith("medusa_head.")]
+            or layout == "v1.0"
+        )
         assert answer("--model", str(out)) == expected
 
 
@@ -200,7 +246,9 @@ def test_a_tied_lm_head_is_found(tmp_path: Path) -> None:
     heads = random_heads(random_backbone("llama-tied", V), 2, own=False)
     do(folder, source(tmp_path, heads), "vllm", tmp_path / "out")
     embeddings = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], embeddings)
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], embeddings
+    )
 
 
 def test_number_formats(base: Path, tmp_path: Path) -> None:
@@ -211,7 +259,9 @@ def test_number_formats(base: Path, tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in tensors} == {getattr(torch, dtype)}
     large = made()
     large.weight[0, 1, 2, 3] = 1e6
-    assert "too large for float16" in refused(base, source(tmp_path, large), "tgi", tmp_path / "x", dtype="float16")
+    assert "too large for float16" in refused(
+        base, source(tmp_path, large), "tgi", tmp_path / "x", dtype="float16"
+    )
 
 
 # ---- the card ----
@@ -219,7 +269,9 @@ def test_number_formats(base: Path, tmp_path: Path) -> None:
 
 def test_the_card_tells_base_licence_use_and_accuracy(base: Path, tmp_path: Path) -> None:
     given = source(tmp_path, made())
-    (given / ACCURACY_FILE).write_text(json.dumps({"accuracy": [[0.5, 0.75], [0.25, 0.3], [0.125, 0.2]]}))
+    (given / ACCURACY_FILE).write_text(
+        json.dumps({"accuracy": [[0.5, 0.75], [0.25, 0.3], [0.125, 0.2]]})
+    )
     for layout in LAYOUTS:
         if layout == "v2":
             continue
@@ -242,7 +294,10 @@ def test_a_public_base_is_named_by_its_id(base: Path, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "someone/tiny-7b"}))
     do(folder, source(tmp_path, made()), "tgi", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["base_model_name_or_path"] == "someone/tiny-7b"
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["base_model_name_or_path"]
+        == "someone/tiny-7b"
+    )
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert front["base_model"] == "someone/tiny-7b"
 
@@ -266,16 +321,30 @@ def test_an_earlier_export_is_replaced_and_nothing_else(base: Path, tmp_path: Pa
     assert "medusa_lm_head.pt" not in left(out)
     assert left(tmp_path) == {"heads", "out"}
     for place in (base, given, tmp_path, Path.cwd()):
-        assert "holds the model, or the folder" in refused(base, given, "tgi", place, overwrite=True)
+        assert "holds the model, or the folder" in refused(
+            base, given, "tgi", place, overwrite=True
+        )
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(base, given, "tgi", tmp_path / "file")
 
 
-def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_leaves_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = source(tmp_path, made())
     for layout in ("tgi", "v0.1", "v1.0"):
         out = tmp_path / "out"
-        words = ["export", "--model", str(base), "--heads", str(given), "--layout", layout, "--out", str(out)]
+        words = [
+            "export",
+            "--model",
+            str(base),
+            "--heads",
+            str(given),
+            "--layout",
+            layout,
+            "--out",
+            str(out),
+        ]
         with room() as limit:
             limit(50_000)
             assert main(words) == 2
@@ -315,7 +384,9 @@ def test_an_interrupt_leaves_the_earlier_export(
     assert left(tmp_path) == {"heads", "out"}
 
 
-def test_what_does_not_read_back_is_removed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_read_back_is_removed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = writing.write_tensors
 
     def wrong(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -324,7 +395,9 @@ def test_what_does_not_read_back_is_removed(base: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(writing, "write_tensors", wrong)
     given = source(tmp_path, made())
-    assert "gives other logits when it is read back" in refused(base, given, "tgi", tmp_path / "out")
+    assert "gives other logits when it is read back" in refused(
+        base, given, "tgi", tmp_path / "out"
+    )
     assert left(tmp_path) == {"heads"}
 
 
@@ -334,7 +407,10 @@ def test_models_without_heads_or_without_a_backbone(base: Path, tmp_path: Path) 
     given = source(tmp_path, made())
     assert "cannot load the model" in refused(given, given, "tgi", tmp_path / "out")
     with pytest.raises(UserError, match="nobody/no-such-model"):
-        export(ModelSpec("tiny", "nobody/no-such-model@v2", heads=str(given)), Export("tgi", tmp_path / "out"))
+        export(
+            ModelSpec("tiny", "nobody/no-such-model@v2", heads=str(given)),
+            Export("tgi", tmp_path / "out"),
+        )
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((base / "config.json").read_text())
@@ -367,9 +443,21 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     return Hub
 
 
-def test_push(base: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+def test_push(
+    base: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
     given, out = source(tmp_path, made()), tmp_path / "out"
-    words = ["export", "--model", str(base), "--heads", str(given), "--layout", "tgi", "--out", str(out)]
+    words = [
+        "export",
+        "--model",
+        str(base),
+        "--heads",
+        str(given),
+        "--layout",
+        "tgi",
+        "--out",
+        str(out),
+    ]
     assert main([*words, "--push", "me/heads", "--private"]) == 0
     told = capsys.readouterr()
     assert told.out == f"wrote {out} and uploaded it to me/heads\n"
@@ -383,14 +471,19 @@ def test_push(base: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.Capture
     hub.error = OSError("401 Client Error with hf_AbCdEf0123456789 in it\nand more")
     assert main([*words, "--push", "me/heads"]) == 2
     complaint = capsys.readouterr().err.splitlines()[-1]
-    assert "cannot upload to me/heads: 401 Client Error with hf_*** in it; the files are in" in complaint
+    assert (
+        "cannot upload to me/heads: 401 Client Error with hf_*** in it; the files are in"
+        in complaint
+    )
     assert main([*words, "--push", "not an id"]) == 2
     assert "--push takes OWNER/NAME" in capsys.readouterr().err
     assert main([*words, "--private"]) == 2
     assert "--private is for --push" in capsys.readouterr().err
 
 
-def test_push_without_a_network_is_one_line(base: Path, tmp_path: Path) -> None:  # HF_HUB_OFFLINE is set in tests
+def test_push_without_a_network_is_one_line(
+    base: Path, tmp_path: Path
+) -> None:  # HF_HUB_OFFLINE is set in tests
     complaint = refused(base, source(tmp_path, made()), "tgi", tmp_path / "out", push="me/heads")
     assert complaint.startswith("cannot upload to me/heads: ")
     assert (tmp_path / "out" / "README.md").is_file()
@@ -398,8 +491,9 @@ def test_push_without_a_network_is_one_line(base: Path, tmp_path: Path) -> None:
 
 def test_the_command_tells_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
-        (["export", "--out", "x"], "--layout"), (["export", "--layout", "tgi"], "--out"),
+        (["export", "--out", "x"], "--layout"),
+        (["export", "--layout", "tgi"], "--out"),
         (["export", "--layout", "gguf", "--out", "x"], "invalid choice: 'gguf'"),
-    ):  # fmt: skip
+    ):
         assert main(words) == 2
         assert complaint in capsys.readouterr().err

@@ -9,16 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import prompt_ids, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from medusa_chat.model.fusing import FusedLinear, Share, _plain_statistics, fuse_linears
-from medusa_chat.model.packing import PackedLinear, pack_linears
-from medusa_chat.model.quantization import can_pack_4bit, quantization_config
+from medusa_chat.model.linear.joined import FusedLinear, Share, _plain_statistics, fuse_linears
+from medusa_chat.model.linear.packed import PackedLinear, pack_linears
+from medusa_chat.model.linear.quantization import can_pack_4bit, quantization_config
+from tests.helpers.tiny import prompt_ids, random_model
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes takes blocks of 64, tiles of 32
-APART = ["llama", "llama-wide-heads", "mistral", "qwen2", "qwen2-mixed", "qwen3", "gemma2", "gemma3"]
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+}  # bitsandbytes takes blocks of 64, tiles of 32
+APART = [
+    "llama",
+    "llama-wide-heads",
+    "mistral",
+    "qwen2",
+    "qwen2-mixed",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+]
 TEXT = torch.tensor([prompt_ids(30)])
 
 
@@ -31,7 +44,10 @@ def quantized(kind: str, quant: Any, folder: Any) -> Any:
 
 
 def linears(model: nn.Module) -> int:
-    return sum("Linear" in type(module).__name__ and not isinstance(module, FusedLinear) for module in model.modules())
+    return sum(
+        "Linear" in type(module).__name__ and not isinstance(module, FusedLinear)
+        for module in model.modules()
+    )
 
 
 def assert_fusing_changes_nothing(model: Any, tolerance: float) -> None:
@@ -83,9 +99,11 @@ def test_nested_statistics_are_joined_where_packing_ends_them(
 ) -> None:
     """Elsewhere they stay apart. Packed, joined layers give exactly what packed ones give apart."""
     model, fresh = (quantized("llama", "nf4-double", tmp_path) for _ in range(2))
-    able = all(can_pack_4bit(module) for module in model.modules() if type(module).__name__ == "Linear4bit")
+    able = all(
+        can_pack_4bit(module) for module in model.modules() if type(module).__name__ == "Linear4bit"
+    )
     if not packs:
-        monkeypatch.setattr("medusa_chat.model.fusing.can_pack_4bit", lambda layer: False)
+        monkeypatch.setattr("medusa_chat.model.linear.joined.can_pack_4bit", lambda layer: False)
     joined = fuse_linears(fresh)
     assert joined == (4 if packs and able else 0)
     for each in (model, fresh):
@@ -110,7 +128,12 @@ def test_models_that_are_joined_already_stay_as_they_are(kind: str) -> None:
 
 
 def test_layers_that_differ_stay_apart() -> None:
-    for other in (nn.Linear(4, 6, bias=False), nn.Linear(5, 6), nn.Linear(4, 6).bfloat16(), nn.Identity()):
+    for other in (
+        nn.Linear(4, 6, bias=False),
+        nn.Linear(5, 6),
+        nn.Linear(4, 6).bfloat16(),
+        nn.Identity(),
+    ):
         parent = nn.Module()
         parent.gate_proj, parent.up_proj = nn.Linear(4, 6), other
         assert fuse_linears(parent) == 0
@@ -126,7 +149,16 @@ def test_shares_are_right_whatever_is_asked_for_and_nothing_is_kept() -> None:
     shares = [parent.q_proj, parent.k_proj, parent.v_proj]
     assert all(isinstance(share, Share) for share in shares)
     one, other = torch.randn(2, 1, 3, 4)
-    for order in ((0, one), (1, other), (2, other), (2, one), (0, one), (1, one), (1, one), (0, other)):
+    for order in (
+        (0, one),
+        (1, other),
+        (2, other),
+        (2, one),
+        (0, one),
+        (1, one),
+        (1, one),
+        (0, other),
+    ):
         index, rows = order
         torch.testing.assert_close(shares[index](rows), parts[index](rows))
     for index in range(3):
@@ -138,11 +170,15 @@ def test_shares_are_right_whatever_is_asked_for_and_nothing_is_kept() -> None:
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_the_layers_that_were_joined_are_freed_at_once(quant: str) -> None:
     """Weights of bitsandbytes and their layers refer to each other; waiting for a collection would double the model."""
-    from medusa_chat.model.quantization import quantize_linear
+    from medusa_chat.model.linear.quantization import quantize_linear
 
     parent = nn.Module()
     for name in ("q_proj", "k_proj", "v_proj"):
-        setattr(parent, name, quantize_linear(nn.Linear(64, 64, dtype=torch.bfloat16), quant, torch.device("cpu")))
+        setattr(
+            parent,
+            name,
+            quantize_linear(nn.Linear(64, 64, dtype=torch.bfloat16), quant, torch.device("cpu")),
+        )
     old = [weakref.ref(getattr(parent, name).weight) for name in ("q_proj", "k_proj", "v_proj")]
     gc.disable()
     try:

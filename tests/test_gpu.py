@@ -5,28 +5,35 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import random_model, random_tree, save_model
-from tiny_runs import backbone_folder, do, tiny_run
 
 import medusa_chat
 from medusa_chat.config import MODES, Mode, Sampling
-from medusa_chat.decoding import static
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.captured import Captured
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.static import Key
-from medusa_chat.model.attention import TreeMask, plain
-from medusa_chat.model.faster_attention import TORCH, FasterAttention, kernels
+from medusa_chat.decoding.graphs import static_step as static
+from medusa_chat.decoding.graphs.capture import Captured
+from medusa_chat.model.attention.choice import TORCH, FasterAttention, kernels
+from medusa_chat.model.attention.tree_attention import TreeMask, plain
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED
+from tests.helpers.tiny import random_model, random_tree, save_model
+from tests.helpers.tiny_runs import backbone_folder, do, tiny_run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.graphs.static_step import Key
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -50,32 +57,42 @@ def captured_graphs(engine: Engine) -> set[Key]:
 
 # Turns of one conversation after another, so that modes, trees and seeds change over the same graphs.
 TURNS = [
-    Sampling(), Sampling(mode="typical", seed=1), Sampling(mode="exact", seed=2), Sampling(mode="vanilla"),
-    Sampling(mode="exact", seed=3, top_p=0.9, temperature=1.2), Sampling(mode="typical", seed=4, top_k=20),
-    Sampling(mode="vanilla", sample=True, seed=5, min_p=0.02), Sampling(),
-]  # fmt: skip
+    Sampling(),
+    Sampling(mode="typical", seed=1),
+    Sampling(mode="exact", seed=2),
+    Sampling(mode="vanilla"),
+    Sampling(mode="exact", seed=3, top_p=0.9, temperature=1.2),
+    Sampling(mode="typical", seed=4, top_k=20),
+    Sampling(mode="vanilla", sample=True, seed=5, min_p=0.02),
+    Sampling(),
+]
 
 
 @pytest.mark.parametrize("tree", ["mc_sim_7b_63", "chain-3", "dynamic-16", "auto"])
 def test_captured_steps_say_what_eager_steps_say(tree: str) -> None:
     """In float32, over replies long enough that the text outgrows a span of the cache."""
     eager, captured = (
-        medusa_chat.load(device="cuda", dtype="float32", tree=tree, eager=how, probing=False) for how in (True, None)
+        medusa_chat.load(device="cuda", dtype="float32", tree=tree, eager=how, probing=False)
+        for how in (True, None)
     )
     if tree == "auto":
         captured.use_tree(eager.tree)  # each has measured for itself
     prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
     for sampling in TURNS:
         how = replace(sampling, max_new_tokens=300, ignore_eos=True)
-        said = [[token.id for step in engine.generate(prompt, how) for token in step.tokens]
-                for engine in (eager, captured)]  # fmt: skip
+        said = [
+            [token.id for step in engine.generate(prompt, how) for token in step.tokens]
+            for engine in (eager, captured)
+        ]
         assert said[0] == said[1], sampling.mode
     assert len({key[2] for key in captured_graphs(captured) if key[0] == "forward"}) > 1
 
 
 def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_off() -> None:
     """Modes, temperature, truncation, seeds, trees of as many nodes."""
-    engine = medusa_chat.load(device="cuda", dtype="float32", tree="static-32", probing=False, copies=False)
+    engine = medusa_chat.load(
+        device="cuda", dtype="float32", tree="static-32", probing=False, copies=False
+    )
     prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
 
     def say(sampling: Sampling, steps: int = 99) -> list[int]:
@@ -97,14 +114,24 @@ def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_o
 
 def test_a_step_that_cannot_be_recorded_is_taken_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operation that reads the host in the middle of a recording; afterwards the device is as it was."""
-    eager = medusa_chat.load(device="cuda", dtype="float32", tree="static-16", probing=False, eager=True)
+    eager = medusa_chat.load(
+        device="cuda", dtype="float32", tree="static-16", probing=False, eager=True
+    )
     broken = medusa_chat.load(device="cuda", dtype="float32", tree="static-16", probing=False)
     logits = broken.backbone.logits
-    monkeypatch.setattr(broken.backbone, "logits", lambda hidden: logits(hidden) + 0 * logits(hidden).sum().item())
+    monkeypatch.setattr(
+        broken.backbone, "logits", lambda hidden: logits(hidden) + 0 * logits(hidden).sum().item()
+    )
     prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
     stream = torch.cuda.current_stream()
-    said = [[token.id for step in engine.generate(prompt, Sampling(max_new_tokens=60)) for token in step.tokens]
-            for engine in (eager, broken)]  # fmt: skip
+    said = [
+        [
+            token.id
+            for step in engine.generate(prompt, Sampling(max_new_tokens=60))
+            for token in step.tokens
+        ]
+        for engine in (eager, broken)
+    ]
     assert said[0] == said[1]
     assert broken.runner.static is None
     assert any("--eager" in notice for notice in broken.notices)
@@ -121,8 +148,14 @@ def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPa
     for nodes in (4, 9, 17, 4, 30, 9):
         for engine in (eager, captured):
             engine.use_tree(f"static-{nodes}")
-        said = [[token.id for step in engine.generate(prompt, Sampling(max_new_tokens=30)) for token in step.tokens]
-                for engine in (eager, captured)]  # fmt: skip
+        said = [
+            [
+                token.id
+                for step in engine.generate(prompt, Sampling(max_new_tokens=30))
+                for token in step.tokens
+            ]
+            for engine in (eager, captured)
+        ]
         assert said[0] == said[1]
     assert len(captured_graphs(captured)) <= 3 + 2 + 12
 
@@ -131,8 +164,14 @@ def save_with_heads(folder: Path, kind: str) -> None:
     """A random model and two heads of one block."""
     save_model(folder, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
     heads = folder / "medusa_lm_head.safetensors"
-    save_file({f"{k}.0.linear.{name}": torch.randn(shape) * 0.1 for k in range(2)
-               for name, shape in (("weight", (64, 64)), ("bias", (64,)))}, heads)  # fmt: skip
+    save_file(
+        {
+            f"{k}.0.linear.{name}": torch.randn(shape) * 0.1
+            for k in range(2)
+            for name, shape in (("weight", (64, 64)), ("bias", (64,)))
+        },
+        heads,
+    )
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "nf4-double"])
@@ -142,30 +181,45 @@ def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_p
     save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):
-        engine = medusa_chat.load(str(tmp_path), device="cuda", quant=quant, tree="chain-2", probing=False, eager=eager)
+        engine = medusa_chat.load(
+            str(tmp_path), device="cuda", quant=quant, tree="chain-2", probing=False, eager=eager
+        )
         steps = engine.generate([1, 2, 3], Sampling(max_new_tokens=40, ignore_eos=True))
         told.append([token.id for step in steps for token in step.tokens])
     assert told[0][:8] == told[1][:8]  # near-ties may part them later
 
 
-def tree_behind(nodes: int, length: int, span: int, number: torch.dtype, window: int | None = None) -> TreeMask:
+def tree_behind(
+    nodes: int, length: int, span: int, number: torch.dtype, window: int | None = None
+) -> TreeMask:
     tensors = TreeTensors.of(random_tree(nodes, nodes - 1, 8, 6), torch.device("cuda"))
     start = torch.tensor(length, device="cuda")
-    return TreeMask.of(tensors.ancestors, tensors.depths + length, start, span, number, window=window)
+    return TreeMask.of(
+        tensors.ancestors, tensors.depths + length, start, span, number, window=window
+    )
 
 
 @pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8), (28, 4), (8, 1)], ids=str)
-def test_the_kernel_is_its_twin_in_every_launch(heads: tuple[int, int], size: int, number: torch.dtype) -> None:
+def test_the_kernel_is_its_twin_in_every_launch(
+    heads: tuple[int, int], size: int, number: torch.dtype
+) -> None:
     """What lies behind the text is not a number. Both are held against the twin in float32."""
     pytest.importorskip("triton")
     ways = kernels(torch.device("cuda"))
-    tolerance = {"atol": 2e-5, "rtol": 2e-5} if number == torch.float32 else {"atol": 5e-3, "rtol": 2e-2}
+    tolerance = (
+        {"atol": 2e-5, "rtol": 2e-5} if number == torch.float32 else {"atol": 5e-3, "rtol": 2e-2}
+    )
     for nodes, length, span, window, softcap in (
-        (1, 0, 256, None, None), (1, 2000, 2048, None, None), (16, 900, 1024, 512, None), (64, 1984, 2048, None, None),
-        (64, 1500, 2048, 4, 30.0), (128, 128, 256, None, 50.0), (33, 5000, 8192, 4096, None),
-    ):  # fmt: skip
+        (1, 0, 256, None, None),
+        (1, 2000, 2048, None, None),
+        (16, 900, 1024, 512, None),
+        (64, 1984, 2048, None, None),
+        (64, 1500, 2048, 4, 30.0),
+        (128, 128, 256, None, 50.0),
+        (33, 5000, 8192, 4096, None),
+    ):
         mask = tree_behind(nodes, length, span, torch.float32, window)
         rows = len(mask.ancestors)
         query = torch.randn(1, rows, heads[0], size, device="cuda", dtype=number).transpose(1, 2)
@@ -183,9 +237,15 @@ def test_the_kernel_reads_caches_of_more_than_2_to_the_31_numbers() -> None:
         pytest.skip("needs 8 GiB")
     cache = torch.empty(1, 3, 9 * 2**20, 128, device="cuda", dtype=torch.bfloat16)[:, :, :512]
     cache.normal_()
-    mask, query = tree_behind(8, 500, 512, torch.bfloat16), torch.randn(1, 6, 8, 128, device="cuda").bfloat16()
+    mask, query = (
+        tree_behind(8, 500, 512, torch.bfloat16),
+        torch.randn(1, 6, 8, 128, device="cuda").bfloat16(),
+    )
     for attend in kernels(torch.device("cuda")).values():
-        ours, theirs = attend(query, cache, cache, mask, 0.1, None), plain(query, cache, cache, mask, 0.1)
+        ours, theirs = (
+            attend(query, cache, cache, mask, 0.1, None),
+            plain(query, cache, cache, mask, 0.1),
+        )
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=5e-3)
 
 
@@ -206,15 +266,23 @@ def test_attention_is_chosen_by_time_and_every_kernel_runs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3-mixed", "gemma2"])
-def test_a_step_with_the_kernel_is_captured_and_says_what_the_eager_one_says(kind: str, tmp_path: Path) -> None:
+def test_a_step_with_the_kernel_is_captured_and_says_what_the_eager_one_says(
+    kind: str, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
-    from medusa_chat.model.tree_kernel import attend
+    from medusa_chat.model.attention.kernel import attend
 
     save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):
-        engine = medusa_chat.load(str(tmp_path), device="cuda", dtype="float32", tree="chain-2", probing=False,
-                                  eager=eager)  # fmt: skip
+        engine = medusa_chat.load(
+            str(tmp_path),
+            device="cuda",
+            dtype="float32",
+            tree="chain-2",
+            probing=False,
+            eager=eager,
+        )
         engine.backbone.attend = attend
         steps = engine.generate([1, 2, 3], Sampling(max_new_tokens=300, ignore_eos=True))
         told.append([token.id for step in steps for token in step.tokens])
@@ -223,7 +291,9 @@ def test_a_step_with_the_kernel_is_captured_and_says_what_the_eager_one_says(kin
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-def test_ligers_kernel_gives_our_loss_and_gradients(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ligers_kernel_gives_our_loss_and_gradients(
+    own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("liger_kernel")
     torch.manual_seed(0)
     lm_head = torch.nn.Linear(64, 320, bias=False, device="cuda")
@@ -253,11 +323,20 @@ def test_ligers_kernel_gives_our_loss_and_gradients(own: bool, monkeypatch: pyte
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_recipes_run_on_the_gpu(recipe: str, quant: str, tmp_path: Path) -> None:
     backbone_folder(tmp_path / "backbone", hidden_size=64, intermediate_size=128)
-    steps, _ = do(tiny_run(tmp_path, "out", recipe, quant=quant, max_steps=30, learning_rate=0.02, batch_size=4))
+    steps, _ = do(
+        tiny_run(
+            tmp_path, "out", recipe, quant=quant, max_steps=30, learning_rate=0.02, batch_size=4
+        )
+    )
     assert steps[-1].head_loss[0] < steps[0].head_loss[0]
     engine = medusa_chat.load(
-        str(tmp_path / ("backbone" if recipe == "medusa1" else "out")), str(tmp_path / "out"), device="cuda",
-        tree="chain-2", probing=False,
-    )  # fmt: skip
-    drawn = engine.generate([{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=8, ignore_eos=True))
+        str(tmp_path / ("backbone" if recipe == "medusa1" else "out")),
+        str(tmp_path / "out"),
+        device="cuda",
+        tree="chain-2",
+        probing=False,
+    )
+    drawn = engine.generate(
+        [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=8, ignore_eos=True)
+    )
     assert sum(len(step.tokens) for step in drawn) == 8

@@ -8,27 +8,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from full_disk import room
-from hub_server import HubServer, hub_server
 
 from medusa_chat.config import ModelSpec, UserError
-from medusa_chat.model import hub
+from medusa_chat.hub import fetch as hub
+from tests.helpers.full_disk import room
+from tests.helpers.hub_server import HubServer, hub_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 OWN = "lmsys/vicuna-7b-v1.3"
 WEIGHTS = os.urandom(200_000)
 HEADS = os.urandom(50_000)
-TEXTS = {"config.json": b"{}", "tokenizer.json": b'{"a": 1}', "generation_config.json": b"{}", "README.md": b"card",
-         "LICENSE": b"terms", "additional_chat_templates/rag.jinja": b"x"}  # fmt: skip
+TEXTS = {
+    "config.json": b"{}",
+    "tokenizer.json": b'{"a": 1}',
+    "generation_config.json": b"{}",
+    "README.md": b"card",
+    "LICENSE": b"terms",
+    "additional_chat_templates/rag.jinja": b"x",
+}
 FETCH = """
 import json, sys
 from medusa_chat.config import ModelSpec, UserError
-from medusa_chat.model import hub
+from medusa_chat.hub import fetch as hub
 seen = []
 try:
     files = hub.fetch(ModelSpec("m", *json.loads(sys.argv[1])), lambda *state: seen.append(state))
@@ -42,9 +50,22 @@ print(json.dumps(document | {"progress": seen[-1:], "states": len(seen)}))
 @pytest.fixture
 def server() -> Iterator[HubServer]:
     with hub_server() as made:
-        made.add(OWN, TEXTS | {"model.safetensors": WEIGHTS, "pytorch_model.bin": b"no", "model.onnx": b"no",
-                               "onnx/model.json": b"no", "model.gguf": b"no", "training_args.bin": b"no"})  # fmt: skip
-        made.add("owner/heads", {"config.json": b"{}", "medusa_lm_head.safetensors": HEADS, "medusa_lm_head.pt": b"no"})
+        made.add(
+            OWN,
+            TEXTS
+            | {
+                "model.safetensors": WEIGHTS,
+                "pytorch_model.bin": b"no",
+                "model.onnx": b"no",
+                "onnx/model.json": b"no",
+                "model.gguf": b"no",
+                "training_args.bin": b"no",
+            },
+        )
+        made.add(
+            "owner/heads",
+            {"config.json": b"{}", "medusa_lm_head.safetensors": HEADS, "medusa_lm_head.pt": b"no"},
+        )
         yield made
 
 
@@ -54,13 +75,23 @@ class Client:
     def __init__(self, server: HubServer, home: Path) -> None:
         self.server, self.home = server, home
 
-    def start(self, backbone: str = OWN, heads: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, backbone: str = OWN, heads: str | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
         settings = self.server.environment(self.home, **environment)
         command = [sys.executable, "-c", FETCH, json.dumps([backbone, heads])]
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.PIPE)  # fmt: skip
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
 
-    def fetch(self, backbone: str = OWN, heads: str | None = None, **environment: str) -> dict[str, Any]:
+    def fetch(
+        self, backbone: str = OWN, heads: str | None = None, **environment: str
+    ) -> dict[str, Any]:
         said, complaints = self.start(backbone, heads, **environment).communicate(timeout=60)
         assert not complaints
         found: dict[str, Any] = json.loads(said)
@@ -85,15 +116,23 @@ def test_what_is_needed_comes_once_and_nothing_else(client: Client) -> None:
     assert found["progress"] == [["owner/heads", len(HEADS) + 2, len(HEADS) + 2]]
     client.server.requests.clear()
     again = client.fetch(heads="owner/heads")
-    assert (again["backbone"], again["heads"], again["states"]) == (found["backbone"], found["heads"], 0)
+    assert (again["backbone"], again["heads"], again["states"]) == (
+        found["backbone"],
+        found["heads"],
+        0,
+    )
     assert [path for _, path, _ in client.server.requests if "/resolve/" in path] == []
 
 
 def test_shards_come_by_their_index(client: Client) -> None:
     shards = {f"pytorch_model-0000{i}-of-00002.bin": os.urandom(1000) for i in (1, 2)}
-    index = json.dumps({"weight_map": {f"w{i}": name for i, name in enumerate([*shards, *shards])}}).encode()
+    index = json.dumps(
+        {"weight_map": {f"w{i}": name for i, name in enumerate([*shards, *shards])}}
+    ).encode()
     stray = {"pytorch_model-00003-of-00003.bin": b"no"}
-    client.server.add("owner/shards", TEXTS | shards | stray | {"pytorch_model.bin.index.json": index})
+    client.server.add(
+        "owner/shards", TEXTS | shards | stray | {"pytorch_model.bin.index.json": index}
+    )
     found = client.fetch("owner/shards")
     assert names(found["backbone"]) == {*TEXTS, *shards, "pytorch_model.bin.index.json"}
     assert client.fetch("owner/shards", HF_HUB_OFFLINE="1")["backbone"] == found["backbone"]
@@ -107,7 +146,11 @@ def test_shards_come_by_their_index(client: Client) -> None:
     ("there", "kind", "taken"),
     [
         ("model.safetensors pytorch_model.bin", "backbone", "model.safetensors"),
-        ("model.safetensors.index.json pytorch_model.bin", "backbone", "model.safetensors.index.json"),
+        (
+            "model.safetensors.index.json pytorch_model.bin",
+            "backbone",
+            "model.safetensors.index.json",
+        ),
         ("pytorch_model.bin flax_model.msgpack tf_model.h5", "backbone", "pytorch_model.bin"),
         ("consolidated.safetensors model.gguf", "backbone", ""),
         ("model.safetensors medusa_lm_head.pt", "backbone", "model.safetensors medusa_lm_head.pt"),
@@ -115,7 +158,11 @@ def test_shards_come_by_their_index(client: Client) -> None:
         ("medusa_lm_head.pt medusa_lm_head.safetensors", "heads", "medusa_lm_head.safetensors"),
         ("medusa_lm_head.pt model.safetensors", "heads", "medusa_lm_head.pt"),
         ("model.safetensors rank0.safetensors", "heads", "model.safetensors"),
-        ("rank0.safetensors rank1.safetensors onnx/a.safetensors", "heads", "rank0.safetensors rank1.safetensors"),
+        (
+            "rank0.safetensors rank1.safetensors onnx/a.safetensors",
+            "heads",
+            "rank0.safetensors rank1.safetensors",
+        ),
     ],
 )
 def test_each_tensor_comes_in_one_form(there: str, kind: hub.Kind, taken: str) -> None:
@@ -123,7 +170,9 @@ def test_each_tensor_comes_in_one_form(there: str, kind: hub.Kind, taken: str) -
 
 
 def test_revisions(client: Client) -> None:
-    client.server.add("owner/heads", {"medusa_lm_head.safetensors": b"proposed"}, revision="refs/pr/1")
+    client.server.add(
+        "owner/heads", {"medusa_lm_head.safetensors": b"proposed"}, revision="refs/pr/1"
+    )
     found = client.fetch(heads="owner/heads@refs/pr/1")
     assert (Path(found["heads"]) / "medusa_lm_head.safetensors").read_bytes() == b"proposed"
     commit = Path(found["backbone"]).name
@@ -131,7 +180,9 @@ def test_revisions(client: Client) -> None:
     client.server.add(OWN, TEXTS | {"model.safetensors": b"new"})
     moved = client.fetch()["backbone"]
     assert moved != found["backbone"]
-    assert client.server.fetched().count("config.json") == 0  # unchanged files are linked, not fetched
+    assert (
+        client.server.fetched().count("config.json") == 0
+    )  # unchanged files are linked, not fetched
     assert "has no revision 'v9'" in client.fetch(f"{OWN}@v9")["error"]
 
 
@@ -145,30 +196,49 @@ def test_offline(client: Client) -> None:
 def test_a_hub_that_cannot_be_reached(client: Client) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     complaint = client.fetch(**nowhere)["error"]
-    assert complaint.startswith(f"cannot reach http://127.0.0.1:9 for {OWN} (") and "name a local folder" in complaint
+    assert (
+        complaint.startswith(f"cannot reach http://127.0.0.1:9 for {OWN} (")
+        and "name a local folder" in complaint
+    )
     folder = client.fetch()["backbone"]
     found = client.fetch(**nowhere)
     assert found["backbone"] == folder
-    assert [line.startswith("started from the cache: cannot reach") for line in found["notices"]] == [True]
+    assert [
+        line.startswith("started from the cache: cannot reach") for line in found["notices"]
+    ] == [True]
 
 
 def test_a_dropped_connection_is_taken_up_where_it_broke(client: Client) -> None:
     client.server.fault("/cdn/.*safetensors", drop=70_000, times=2)
     assert (Path(client.fetch()["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
-    ranges = [asked for method, path, asked in client.server.requests if method == "GET" and "/cdn/" in path]
+    ranges = [
+        asked
+        for method, path, asked in client.server.requests
+        if method == "GET" and "/cdn/" in path
+    ]
     assert ranges == ["", "bytes=70000-", "bytes=140000-"]
 
 
-def test_a_connection_that_stays_broken_is_one_line_and_the_next_run_goes_on(client: Client) -> None:
+def test_a_connection_that_stays_broken_is_one_line_and_the_next_run_goes_on(
+    client: Client,
+) -> None:
     client.server.fault("/cdn/.*safetensors", drop=0, times=-1)
-    client.server.faults.insert(0, type(client.server.faults[0])("/cdn/.*safetensors", drop=90_000, times=1))
+    client.server.faults.insert(
+        0, type(client.server.faults[0])("/cdn/.*safetensors", drop=90_000, times=1)
+    )
     complaint = client.fetch()["error"]
-    assert f"broke at 90000 of 200000 bytes of {OWN}/model.safetensors" in complaint and "goes on from" in complaint
+    assert (
+        f"broke at 90000 of 200000 bytes of {OWN}/model.safetensors" in complaint
+        and "goes on from" in complaint
+    )
     client.server.faults.clear()
     client.server.requests.clear()
     found = client.fetch()
     assert (Path(found["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
-    assert next(asked for _, path, asked in client.server.requests if "/cdn/" in path) == "bytes=90000-"
+    assert (
+        next(asked for _, path, asked in client.server.requests if "/cdn/" in path)
+        == "bytes=90000-"
+    )
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
@@ -177,7 +247,9 @@ def test_a_run_that_was_ended_goes_on(client: Client, end: signal.Signals) -> No
     running = client.start()
     partial = client.home / "hub" / f"models--{OWN.replace('/', '--')}" / "blobs"
     until = time.monotonic() + 30
-    while time.monotonic() < until and not any(file.stat().st_size > 20_000 for file in partial.glob("*.incomplete")):
+    while time.monotonic() < until and not any(
+        file.stat().st_size > 20_000 for file in partial.glob("*.incomplete")
+    ):
         time.sleep(0.05)
     running.send_signal(end)
     running.communicate(timeout=30)
@@ -198,19 +270,45 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
 @pytest.mark.parametrize(
     ("pattern", "fault", "words"),
     [
-        ("/cdn/.*safetensors", {"corrupt": True}, "model.safetensors of lmsys/vicuna-7b-v1.3 has not the hash"),
-        ("/cdn/.*safetensors", {"shorten": True}, "has 100000 bytes, not the 200000 that the hub states"),
-        ("/resolve/.*tokenizer.json", {"corrupt": True}, "tokenizer.json of lmsys/vicuna-7b-v1.3 has not the hash"),
-        ("/api/", {"status": 401, "error": "GatedRepo"}, "is gated: accept its licence at"),
-        ("/cdn/.*safetensors", {"status": 403, "error": "GatedRepo"}, "log in with `hf auth login`"),
-        ("/cdn/.*safetensors", {"status": 401}, "refuses lmsys/vicuna-7b-v1.3 (401): accept its licence"),
-        ("/api/", {"status": 404, "error": "RepoNotFound"}, "has no repository lmsys/vicuna-7b-v1.3, or it is private"),
+        (
+            "/cdn/.*safetensors",
+            {"corrupt": True},
+            "model.safetensors of lmsys/vicuna-7b-v1.3 has not the hash",
+        ),
+        (
+            "/cdn/.*safetensors",
+            {"shorten": True},
+            "has 100000 bytes, not the 200000 that the hub states",
+        ),
+        (
+            "/resolve/.*tokenizer.json",
+            {"corrupt": True},
+            "tokenizer.json of lmsys/vicuna-7b-v1.3 has not the hash",
+        ),
+        ("/api/", {"status": 401, "error": "GatedRepo"}, "is paused: accept its licence at"),
+        (
+            "/cdn/.*safetensors",
+            {"status": 403, "error": "GatedRepo"},
+            "log in with `hf auth login`",
+        ),
+        (
+            "/cdn/.*safetensors",
+            {"status": 401},
+            "refuses lmsys/vicuna-7b-v1.3 (401): accept its licence",
+        ),
+        (
+            "/api/",
+            {"status": 404, "error": "RepoNotFound"},
+            "has no repository lmsys/vicuna-7b-v1.3, or it is private",
+        ),
         ("/api/", {"status": 500}, "answered 500 for lmsys/vicuna-7b-v1.3: try again later"),
         ("/cdn/", {"status": 503}, "answered 503"),
         ("/cdn/", {"status": 429}, "wants a pause (429"),
     ],
 )
-def test_what_goes_wrong_is_one_line(client: Client, pattern: str, fault: dict[str, Any], words: str) -> None:
+def test_what_goes_wrong_is_one_line(
+    client: Client, pattern: str, fault: dict[str, Any], words: str
+) -> None:
     client.server.fault(pattern, **fault)
     assert words in client.fetch()["error"]
     client.server.faults.clear()
@@ -228,20 +326,28 @@ def test_repositories_that_do_not_exist_or_hold_no_model(client: Client) -> None
     client.server.add("owner/gguf", {"config.json": b"{}", "model.gguf": b"x"})
     assert "owner/gguf has no weights that can be read" in client.fetch("owner/gguf")["error"]
     assert "it has config.json, model.gguf" in client.fetch("owner/gguf")["error"]
-    assert "owner/gguf has no medusa_lm_head.safetensors" in client.fetch(heads="owner/gguf")["error"]
+    assert (
+        "owner/gguf has no medusa_lm_head.safetensors" in client.fetch(heads="owner/gguf")["error"]
+    )
 
 
 def test_a_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     complaint = client.fetch(HF_HOME=str(tmp_path / "file"))["error"]
-    assert complaint.startswith(f"cannot download {OWN} into {tmp_path / 'file'}") and "set HF_HOME" in complaint
+    assert (
+        complaint.startswith(f"cannot download {OWN} into {tmp_path / 'file'}")
+        and "set HF_HOME" in complaint
+    )
 
 
 def test_a_full_disk(client: Client) -> None:
     with room() as limit:
         limit(100_000)  # inherited by the process
         complaint = client.fetch()["error"]
-    assert complaint.startswith(f"cannot download {OWN}") and "the disk is full; make room, or set HF_HOME" in complaint
+    assert (
+        complaint.startswith(f"cannot download {OWN}")
+        and "the disk is full; make room, or set HF_HOME" in complaint
+    )
     assert "backbone" in client.fetch()
 
 
@@ -266,12 +372,24 @@ def test_local_paths_need_no_hub(tmp_path: Path) -> None:
             hub.fetch(spec)
 
 
-def test_where_measured_accuracies_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_measured_accuracies_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     (tmp_path / "heads.safetensors").touch()
-    kept = [hub.accuracy_file(spec) for spec in (
-        ModelSpec("m", "o/n@v1"), ModelSpec("m", "o/n", heads="o/heads"), ModelSpec("m", str(tmp_path)),
-        ModelSpec("m", "o/n", heads=str(tmp_path / "heads.safetensors")),
-    )]  # fmt: skip
+    kept = [
+        hub.accuracy_file(spec)
+        for spec in (
+            ModelSpec("m", "o/n@v1"),
+            ModelSpec("m", "o/n", heads="o/heads"),
+            ModelSpec("m", str(tmp_path)),
+            ModelSpec("m", "o/n", heads=str(tmp_path / "heads.safetensors")),
+        )
+    ]
     ours = tmp_path / "data" / "medusa-chat" / "accuracy"
-    assert [file.parent for file in kept] == [ours / "o--n@v1", ours / "o--heads", tmp_path, tmp_path]
+    assert [file.parent for file in kept] == [
+        ours / "o--n@v1",
+        ours / "o--heads",
+        tmp_path,
+        tmp_path,
+    ]

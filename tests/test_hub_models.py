@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hub_checkpoints import serve
-from hub_server import HubServer, hub_server
 
 from medusa_chat.config import ModelSpec
-from medusa_chat.registry import packaged_file, read_models
+from medusa_chat.hub.model_list import packaged_file, read_models
+from tests.helpers.hub_checkpoints import serve
+from tests.helpers.hub_server import HubServer, hub_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 REGISTERED = [spec for spec in read_models(packaged_file()).values() if "/" in spec.backbone]
@@ -22,10 +25,15 @@ UNREGISTERED = [
     ModelSpec("by id", "FasterDecoding/medusa-1.0-zephyr-7b-beta"),
     ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b-v1.3"),
     ModelSpec("by id", "lmsys/vicuna-13b-v1.3", heads="FasterDecoding/medusa-vicuna-13b-v1.3"),
-    ModelSpec("by id", "lmsys/vicuna-7b-v1.3", heads="FasterDecoding/medusa-vicuna-7b-v1.3@refs/pr/1"),
-    ModelSpec("by id", "mistralai/Mistral-7B-Instruct-v0.2",
-              heads="text-generation-inference/Mistral-7B-Instruct-v0.2-medusa"),
-]  # fmt: skip
+    ModelSpec(
+        "by id", "lmsys/vicuna-7b-v1.3", heads="FasterDecoding/medusa-vicuna-7b-v1.3@refs/pr/1"
+    ),
+    ModelSpec(
+        "by id",
+        "mistralai/Mistral-7B-Instruct-v0.2",
+        heads="text-generation-inference/Mistral-7B-Instruct-v0.2-medusa",
+    ),
+]
 SETTINGS = (
     "--device",
     "cpu",
@@ -53,11 +61,19 @@ for words in json.load(sys.stdin):
 """
 
 
-def chat(server: HubServer, home: Path, runs: list[list[str]], **environment: str) -> list[dict[str, Any]]:
+def chat(
+    server: HubServer, home: Path, runs: list[list[str]], **environment: str
+) -> list[dict[str, Any]]:
     """What `medusa-chat` answers to each list of words."""
     settings = server.environment(home, PYTHONWARNINGS="ignore", **environment)
-    done = subprocess.run([sys.executable, "-c", CHAT], input=json.dumps(runs), cwd=ROOT, env=os.environ | settings,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHAT],
+        input=json.dumps(runs),
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -70,7 +86,7 @@ def words(spec: ModelSpec) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory):
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with hub_server() as made:
         for spec in REGISTERED + UNREGISTERED:
             serve(made, spec, tmp_path_factory.mktemp("hub"))
@@ -88,16 +104,20 @@ def test_every_model_is_downloaded_loaded_and_asked(server: HubServer, tmp_path:
     assert not {"consolidated.safetensors", "pytorch_model-00001-of-00001.bin"} & set(asked)
     again = chat(server, tmp_path, [words(specs[0]), words(specs[-1])], HF_HUB_OFFLINE="1")
     assert [answer["summary"]["ids"] for answer in again] == [
-        answers[0]["summary"]["ids"], answers[-1]["summary"]["ids"],
-    ]  # fmt: skip
+        answers[0]["summary"]["ids"],
+        answers[-1]["summary"]["ids"],
+    ]
 
 
 def test_what_the_hub_refuses_is_one_line_and_status_2(server: HubServer, tmp_path: Path) -> None:
     server.fault("/api/models/lmsys", status=401, error="GatedRepo")
-    gated, absent = chat(server, tmp_path, [words(UNREGISTERED[3]), ["--model", "no/such", *SETTINGS]])
+    paused, absent = chat(
+        server, tmp_path, [words(UNREGISTERED[3]), ["--model", "no/such", *SETTINGS]]
+    )
     server.faults.clear()
-    assert (gated["status"], absent["status"]) == (2, 2)
+    assert (paused["status"], absent["status"]) == (2, 2)
     assert (
-        gated["said"].startswith("medusa-chat: error: lmsys/vicuna-7b-v1.3 is gated") and gated["said"].count("\n") == 1
+        paused["said"].startswith("medusa-chat: error: lmsys/vicuna-7b-v1.3 is paused")
+        and paused["said"].count("\n") == 1
     )
     assert "has no repository no/such" in absent["said"] and absent["said"].count("\n") == 1

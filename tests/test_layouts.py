@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import random_heads
 
 from medusa_chat.config import UserError
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import read_heads, write_heads
+from tests.helpers.tiny import random_heads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HIDDEN, VOCABULARY = 32, 64
 
 
 @pytest.fixture
-def file(backbone, tmp_path):
+def file(backbone: Any, tmp_path: Path) -> Any:
     """Three heads of two blocks with LM heads of their own."""
     return write_heads(random_heads(backbone, 3, layers=2), tmp_path)
 
@@ -23,7 +28,7 @@ def file(backbone, tmp_path):
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_round_trip(backbone, tmp_path, heads, layers, own):
+def test_round_trip(backbone: Any, tmp_path: Path, heads: Any, layers: Any, own: Any) -> None:
     made = random_heads(backbone, heads, layers, own).to(torch.bfloat16)  # as files hold them
     file = write_heads(made, tmp_path / "new" / "folder")
     assert file.name == "medusa_lm_head.safetensors"
@@ -35,7 +40,7 @@ def test_round_trip(backbone, tmp_path, heads, layers, own):
     assert torch.equal(read.float().logits(hidden, backbone.lm_head), logits)
 
 
-def test_heads_are_the_formula_of_the_paper(backbone):
+def test_heads_are_the_formula_of_the_paper(backbone: Any) -> None:
     """x + SiLU(W x + b) block by block, each block with weights of its own, then the LM head."""
     heads = random_heads(backbone, 3, layers=2)
     hidden = torch.randn(4, HIDDEN)
@@ -49,15 +54,20 @@ def test_heads_are_the_formula_of_the_paper(backbone):
     assert not torch.equal(heads.weight[0], heads.weight[1])
 
 
-def test_new_heads_guess_like_the_lm_head(backbone):
+def test_new_heads_guess_like_the_lm_head(backbone: Any) -> None:
     hidden = torch.randn(4, HIDDEN)
     logits = MedusaHeads(3, 2, HIDDEN).logits(hidden, backbone.lm_head)
     assert torch.allclose(logits, backbone.lm_head(hidden).expand(3, -1, -1), atol=1e-5)
 
 
-def test_keys_and_shapes_are_those_of_the_official_files(file):
+def test_keys_and_shapes_are_those_of_the_official_files(file: Any) -> None:
     tensors = load_file(file)
-    expected = {f"{h}.{layer}.linear.{kind}" for h in range(3) for layer in range(2) for kind in ("weight", "bias")}
+    expected = {
+        f"{h}.{layer}.linear.{kind}"
+        for h in range(3)
+        for layer in range(2)
+        for kind in ("weight", "bias")
+    }
     assert set(tensors) == expected | {"0.2.weight", "1.2.weight", "2.2.weight"}
     assert tensors["1.1.linear.weight"].shape == (HIDDEN, HIDDEN)
     assert tensors["1.1.linear.bias"].shape == (HIDDEN,)
@@ -65,11 +75,11 @@ def test_keys_and_shapes_are_those_of_the_official_files(file):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def _drop(name):
+def _drop(name: Any) -> Any:
     return lambda tensors: tensors.pop(name)
 
 
-def _put(name, *shape, dtype=torch.float32):
+def _put(name: Any, *shape: Any, dtype: Any = torch.float32) -> Any:
     return lambda tensors: tensors.update({name: torch.zeros(*shape, dtype=dtype)})
 
 
@@ -82,17 +92,26 @@ def _put(name, *shape, dtype=torch.float32):
         (_put("5.0.linear.weight", 32, 32), r"tensor 3.0.linear.weight is missing"),
         (_put("987654321.0.linear.weight", 32, 32), "is missing"),
         (_put("0.987654321.linear.weight", 32, 32), "is missing"),
-        (_put("1.0.linear.weight", 16, 16), r"1.0.linear.weight has shape \[16, 16\], the backbone needs \[32, 32\]"),
+        (
+            _put("1.0.linear.weight", 16, 16),
+            r"1.0.linear.weight has shape \[16, 16\], the backbone needs \[32, 32\]",
+        ),
         (_put("0.0.linear.bias", 31), r"has shape \[31\]"),
-        (_put("0.2.weight", 100, 32), r"has shape \[100, 32\], the backbone needs \[64, 32\].*another model"),
+        (
+            _put("0.2.weight", 100, 32),
+            r"has shape \[100, 32\], the backbone needs \[64, 32\].*another model",
+        ),
         (_put("0.1.weight", 64, 32), "LM head 0.1.weight belongs to no head"),
         (_put("7.2.weight", 64, 32), "LM head 7.2.weight belongs to no head"),
-        (_put("medusa_head.0.0.linear.weight", 32, 32), "unknown tensor 'medusa_head.0.0.linear.weight'"),
+        (
+            _put("medusa_head.0.0.linear.weight", 32, 32),
+            "unknown tensor 'medusa_head.0.0.linear.weight'",
+        ),
         (_put("0.0.linear.scale", 1), "unknown tensor"),
         (_put("0.0.linear.weight", 32, 32, dtype=torch.int8), "0.0.linear.weight holds int8"),
     ],
 )
-def test_what_does_not_fit_is_refused(file, change, complaint):
+def test_what_does_not_fit_is_refused(file: Any, change: Any, complaint: Any) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
@@ -102,12 +121,16 @@ def test_what_does_not_fit_is_refused(file, change, complaint):
     assert "\n" not in str(refusal.value)
 
 
-def test_damaged_files_are_refused(file, tmp_path):
+def test_damaged_files_are_refused(file: Any, tmp_path: Path) -> None:
     whole = file.read_bytes()
     damages = {
-        "truncated": whole[:-10], "header only": whole[:400], "empty": b"", "noise": b"\x00\xff" * 500,
-        "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "long header": b"\xff" * 8 + whole[8:],
-    }  # fmt: skip
+        "truncated": whole[:-10],
+        "header only": whole[:400],
+        "empty": b"",
+        "noise": b"\x00\xff" * 500,
+        "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "long header": b"\xff" * 8 + whole[8:],
+    }
     for name, content in damages.items():
         damaged = tmp_path / f"{name}.safetensors"
         damaged.write_bytes(content)

@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from complaints import refusal
-from public_layouts import BLOCKS, logits_of, put, put_shards, settings, tensors_of, with_heads
 from safetensors.torch import load_file, save_file
-from tiny import random_backbone, random_heads, random_model, save_model
 
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEAD_FILES, ReadHeads, find_heads, read_heads
 from medusa_chat.model.loading import heads_file, load_model
+from tests.helpers.complaints import refusal
+from tests.helpers.public_layouts import (
+    BLOCKS,
+    logits_of,
+    put,
+    put_shards,
+    settings,
+    tensors_of,
+    with_heads,
+)
+from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 H, V = 32, 64
 BACKBONE = random_backbone()
@@ -52,14 +60,18 @@ def test_every_layout(tmp_path: Path, layout: str, layers: int, own: bool, biase
         found = read(put(tensors_of(heads, layout, biases) | beside, tmp_path / f"heads{suffix}"))
         assert (found.heads.heads, found.heads.layers) == (3, layers)
         assert (found.heads.lm_heads is not None) is own
-        assert found.layout == ({True: "v0.1", False: "v2"}[own] if layout == "official" else layout)
+        assert found.layout == (
+            {True: "v0.1", False: "v2"}[own] if layout == "official" else layout
+        )
         assert len(found.notices) == (0 if biases else 1)
         assert same(found, heads)
 
 
 def test_old_pickles_and_number_formats(tmp_path: Path) -> None:
     heads = made()
-    torch.save(tensors_of(heads, "official"), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        tensors_of(heads, "official"), tmp_path / "a.pt", _use_new_zipfile_serialization=False
+    )
     assert same(read(tmp_path / "a.pt"), heads)
     half = {name: t.to(torch.bfloat16) for name, t in tensors_of(heads, "official").items()}
     file = put(half, tmp_path / "b.safetensors")
@@ -84,10 +96,16 @@ def test_whole_models_of_one_file_and_of_shards(tmp_path: Path, layout: str, suf
     assert find_heads(one.parent) == one
     assert same(read(one), heads)
     half = len(tensors) // 2
-    shards = [OTHER_THINGS, dict(list(tensors.items())[:half]) | Q, dict(list(tensors.items())[half:])]
+    shards = [
+        OTHER_THINGS,
+        dict(list(tensors.items())[:half]) | Q,
+        dict(list(tensors.items())[half:]),
+    ]
     index = put_shards(shards, tmp_path / "many", stem, suffix)
     assert find_heads(index.parent) == index
-    (index.parent / f"{stem}-00001-of-00003{suffix}").unlink()  # the heads' shards are all that is opened
+    (
+        index.parent / f"{stem}-00001-of-00003{suffix}"
+    ).unlink()  # the heads' shards are all that is opened
     assert same(read(index), heads)
     assert read(index).layout == layout
     (index.parent / f"{stem}-00003-of-00003{suffix}").unlink()
@@ -108,12 +126,16 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     assert find_heads(tmp_path) == file
     found = read(file)
     assert same(found, heads)
-    assert found.notices == ("an adapter's tensors (1) are left out: the heads were trained with it on",)
+    assert found.notices == (
+        "an adapter's tensors (1) are left out: the heads were trained with it on",
+    )
     found = read(put(raw, tmp_path / "raw.safetensors"))
     assert same(found, heads)
     assert found.notices == ("tensors that training replaced (15 original_module) are left out",)
     twice = saved | {"medusa_head.0.0.linear.bias": torch.zeros(H)}
-    with pytest.raises(UserError, match=r"medusa_head.0.0.linear.bias .*are the same tensor of a head"):
+    with pytest.raises(
+        UserError, match=r"medusa_head.0.0.linear.bias .*are the same tensor of a head"
+    ):
         read(put(twice, tmp_path / "twice.safetensors"))
 
 
@@ -128,7 +150,11 @@ def test_backbones_with_heads_load_in_silence_and_other_weights_are_told(
     assert (loaded.notices, capfd.readouterr()) == ((), ("", ""))
     assert loaded.accuracy == folder / "head_accuracy.json"
     assert torch.equal(loaded.heads.weight, heads.weight)
-    save_file(load_file(file) | {"model.strange": torch.zeros(1), "zoo": torch.zeros(1)}, file, {"format": "pt"})
+    save_file(
+        load_file(file) | {"model.strange": torch.zeros(1), "zoo": torch.zeros(1)},
+        file,
+        {"format": "pt"},
+    )
     loaded = load_model(ModelSpec("tiny", str(folder), layout="vllm"), "cpu", "float32")
     assert [line.removeprefix(str(folder)) for line in loaded.notices] == [
         " holds weights that the model has no place for: model.strange and 1 more",
@@ -151,7 +177,9 @@ def test_vllm_prefix_and_config(tmp_path: Path) -> None:
     assert len(read(file).notices) == 3
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "lm_heads.0.weight", "medusa_heads.lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "lm_heads.0.weight", "medusa_heads.lm_head.weight"]
+)
 def test_vllm_with_one_lm_head_for_all(tmp_path: Path, name: str) -> None:
     heads = made(own=False)
     file = put(tensors_of(heads, "vllm") | {name: LM_HEAD.clone()}, tmp_path / "model.safetensors")
@@ -184,12 +212,20 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     logits, whole = logits_of(found.heads, LM_HEAD), logits_of(heads, LM_HEAD)
     assert torch.equal(logits[..., ids], whole[..., ids])
     unknown = [token for token in range(V) if token not in ids]
-    for rows_of_head in found.heads.lm_heads:  # whose logit is the mean of the others', for any hidden state
+    for (
+        rows_of_head
+    ) in found.heads.lm_heads:  # whose logit is the mean of the others', for any hidden state
         mean = rows_of_head[ids].mean(0)
         torch.testing.assert_close(rows_of_head[unknown], mean.expand(len(unknown), -1))
     known = set(ids.tolist())
     assert all(set(row.topk(10).indices.tolist()) <= known for row in logits.flatten(0, 1))
-    for wrong in (*([ids[:39]] if rows == 40 else []), ids.clone().fill_(3), ids + V, ids.float(), ids[None]):
+    for wrong in (
+        *([ids[:39]] if rows == 40 else []),
+        ids.clone().fill_(3),
+        ids + V,
+        ids.float(),
+        ids[None],
+    ):
         with pytest.raises(UserError, match="token_map"):
             read(put(tensors | {"token_map": wrong.clone()}, tmp_path / "b.safetensors"))
 
@@ -200,8 +236,12 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(64, 61), (61, 64), (60, 64)])
 def test_vocabularies_that_differ_by_padding(tmp_path: Path, rows: int, vocabulary: int) -> None:
     heads = random_heads(random_backbone(vocabulary=rows), 2)
-    found = read_heads(put(tensors_of(heads, "official"), tmp_path / "a.safetensors"), H, vocabulary)
-    assert found.notices == (f"the heads have {rows} rows for {vocabulary} tokens, taken for padding",)
+    found = read_heads(
+        put(tensors_of(heads, "official"), tmp_path / "a.safetensors"), H, vocabulary
+    )
+    assert found.notices == (
+        f"the heads have {rows} rows for {vocabulary} tokens, taken for padding",
+    )
     common = min(rows, vocabulary)
     logits = logits_of(found.heads, LM_HEAD)
     assert logits.shape == (2, 5, vocabulary)
@@ -212,7 +252,9 @@ def test_vocabularies_that_differ_by_padding(tmp_path: Path, rows: int, vocabula
 @pytest.mark.parametrize("rows", [1, 32, 63 + 8, 96])
 def test_other_vocabularies_are_refused(tmp_path: Path, rows: int) -> None:
     heads = MedusaHeads(2, 1, H, rows).requires_grad_(False)
-    with pytest.raises(UserError, match=rf"has shape \[{rows}, 32\], the backbone needs \[64, 32\]"):
+    with pytest.raises(
+        UserError, match=rf"has shape \[{rows}, 32\], the backbone needs \[64, 32\]"
+    ):
         read(put(tensors_of(heads, "official"), tmp_path / "a.safetensors"))
 
 
@@ -220,10 +262,16 @@ def test_configs_that_lie_are_told_and_not_believed(tmp_path: Path) -> None:
     """The published v0.1 configs say 2 heads; their files hold 5."""
     heads = made(5)
     file = put(tensors_of(heads, "official"), tmp_path / "medusa_lm_head.pt")
-    config = {"base_model_name_or_path": "lmsys/vicuna-7b-v1.3", "medusa_num_heads": 2, "medusa_num_layers": 1}
+    config = {
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.3",
+        "medusa_num_heads": 2,
+        "medusa_num_layers": 1,
+    }
     settings(tmp_path, **config)
     (notice,) = read(file).notices
-    assert notice.endswith("config.json says that there are 2 heads; the tensors tell 5, and are believed")
+    assert notice.endswith(
+        "config.json says that there are 2 heads; the tensors tell 5, and are believed"
+    )
     settings(tmp_path, **config | {"medusa_num_heads": 5, "version": "2"})
     assert "heads that share an LM head; the tensors tell none" in read(file).notices[0]
     settings(tmp_path, medusa={"num_medusa_heads": 5, "num_medusa_layers": 3})
@@ -263,14 +311,19 @@ def test_pickles_that_are_more_than_tensors(tmp_path: Path) -> None:
 
     mark, tensors = tmp_path / "mark", tensors_of(made(), "official")
     for name, zipped in (("zip.pt", True), ("old.pt", False)):
-        torch.save(tensors | {"x": Bomb(mark)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        torch.save(
+            tensors | {"x": Bomb(mark)}, tmp_path / name, _use_new_zipfile_serialization=zipped
+        )
         assert "it calls " in refused(tmp_path / name)
     with (tmp_path / "plain.pt").open("wb") as file:
         pickle.dump(Bomb(mark), file)
     assert "only pickles of tensors alone are opened" in refused(tmp_path / "plain.pt")
     assert not mark.exists()
     whole = put(tensors, tmp_path / "good.pt")
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(whole) as source,
+        zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for record in source.infolist():
             target.writestr(record.filename, source.read(record))
     assert "compressed" in refused(tmp_path / "small.pt")
@@ -298,12 +351,20 @@ def test_damaged_pickles_and_indexes(tmp_path: Path) -> None:
     assert "No such file" in refused(tmp_path / "absent.pt")
     index = tmp_path / "model.safetensors.index.json"
     for text, complaint in (
-        ("", "damaged"), ("[" * 100_000, "damaged"), ("[]", "no weight_map"),
+        ("", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("[]", "no weight_map"),
         ('{"weight_map": {"a": 3}}', "no weight_map"),
-        ('{"weight_map": {"medusa_head.0.0.linear.weight": "../whole.pt"}}', "no file of its folder"),
-        ('{"weight_map": {"medusa_head.0.0.linear.weight": "whole.pt"}}', "that model.safetensors.index.json places"),
+        (
+            '{"weight_map": {"medusa_head.0.0.linear.weight": "../whole.pt"}}',
+            "no file of its folder",
+        ),
+        (
+            '{"weight_map": {"medusa_head.0.0.linear.weight": "whole.pt"}}',
+            "that model.safetensors.index.json places",
+        ),
         ('{"weight_map": {"medusa_head.0.0.linear.weight": "absent.safetensors"}}', "No such file"),
-    ):  # fmt: skip
+    ):
         index.write_text(text)
         assert complaint in refused(index)
 
@@ -317,27 +378,76 @@ def test_damaged_pickles_and_indexes(tmp_path: Path) -> None:
             {"1.0.linear.weight": torch.full((H, H), float("nan"))},
             "1.0.linear.weight holds NaN or infinity",
         ),
-        ("official", {"1.0.linear.bias": torch.full((H,), float("inf"))}, "1.0.linear.bias holds NaN or infinity"),
-        ("official", {"1.1.weight": torch.full((V, H), float("-inf"))}, "1.1.weight holds NaN or infinity"),
+        (
+            "official",
+            {"1.0.linear.bias": torch.full((H,), float("inf"))},
+            "1.0.linear.bias holds NaN or infinity",
+        ),
+        (
+            "official",
+            {"1.1.weight": torch.full((V, H), float("-inf"))},
+            "1.1.weight holds NaN or infinity",
+        ),
         ("official", {"1.1.weight": torch.zeros(V, H, dtype=torch.int8)}, "1.1.weight holds int8"),
-        ("official", {"1.0.linear.weight": torch.zeros(H, H).to(torch.float8_e4m3fn)}, "holds float8_e4m3fn"),
+        (
+            "official",
+            {"1.0.linear.weight": torch.zeros(H, H).to(torch.float8_e4m3fn)},
+            "holds float8_e4m3fn",
+        ),
         ("official", {"1.1.weight": torch.zeros(V)}, r"1.1.weight has shape \[64\]"),
-        ("official", {"medusa_head.0.0.linear.weight": torch.zeros(H, H)}, "they are of two layouts of heads"),
+        (
+            "official",
+            {"medusa_head.0.0.linear.weight": torch.zeros(H, H)},
+            "they are of two layouts of heads",
+        ),
         ("official", {"lm_head.weight": torch.zeros(V, H)}, "unknown tensor 'lm_head.weight'"),
-        ("official", {"hydra_lm_head.0.weight": torch.zeros(1)}, "unknown tensor 'hydra_lm_head.0.weight'"),
+        (
+            "official",
+            {"hydra_lm_head.0.weight": torch.zeros(1)},
+            "unknown tensor 'hydra_lm_head.0.weight'",
+        ),
         ("v1.0", {"medusa_head.2.1.weight": None}, "tensor medusa_head.2.1.weight is missing"),
-        ("v1.0", {"medusa_head.1.0.linear.weight": None}, "tensor medusa_head.1.0.linear.weight is missing"),
-        ("v1.0", {"medusa_head.1.0.linear.scale": torch.zeros(1)}, "unknown tensor 'medusa_head.1.0.linear.scale'"),
-        ("modelopt", {"medusa_heads.0.0.linear.weight_scale": torch.zeros(1)}, "unknown tensor .*weight_scale'"),
-        ("tensorrt-llm engine", {"medusa_heads.1.lm_head.weight": None}, "medusa_heads.1.lm_head.weight is missing"),
+        (
+            "v1.0",
+            {"medusa_head.1.0.linear.weight": None},
+            "tensor medusa_head.1.0.linear.weight is missing",
+        ),
+        (
+            "v1.0",
+            {"medusa_head.1.0.linear.scale": torch.zeros(1)},
+            "unknown tensor 'medusa_head.1.0.linear.scale'",
+        ),
+        (
+            "modelopt",
+            {"medusa_heads.0.0.linear.weight_scale": torch.zeros(1)},
+            "unknown tensor .*weight_scale'",
+        ),
+        (
+            "tensorrt-llm engine",
+            {"medusa_heads.1.lm_head.weight": None},
+            "medusa_heads.1.lm_head.weight is missing",
+        ),
         ("vllm", {"lm_heads.1.weight": None}, "tensor lm_heads.1.weight is missing"),
-        ("vllm", {"lm_heads.7.weight": torch.zeros(V, H)}, "LM head lm_heads.7.weight belongs to no head"),
-        ("vllm", {"blocks.1.layers.0.scale": torch.zeros(1)}, "unknown tensor 'blocks.1.layers.0.scale'"),
+        (
+            "vllm",
+            {"lm_heads.7.weight": torch.zeros(V, H)},
+            "LM head lm_heads.7.weight belongs to no head",
+        ),
+        (
+            "vllm",
+            {"blocks.1.layers.0.scale": torch.zeros(1)},
+            "unknown tensor 'blocks.1.layers.0.scale'",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path: Path, layout: str, change: Any, complaint: str) -> None:
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, layout: str, change: Any, complaint: str
+) -> None:
     tensors = tensors_of(made(), layout) | change
-    file = put({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "a.safetensors")
+    file = put(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        tmp_path / "a.safetensors",
+    )
     with pytest.raises(UserError, match=complaint) as raised:
         read(file)
     assert str(file) in str(raised.value)
@@ -350,7 +460,9 @@ def test_folders_without_heads_or_with_them_in_parts(tmp_path: Path) -> None:
     assert find_heads(tmp_path) is None
     with pytest.raises(UserError, match="there are no Medusa heads in"):
         heads_file(ModelSpec("tiny", str(tmp_path), heads=str(tmp_path)))
-    assert "holds no Medusa heads: 'lm_head.weight' is no tensor of a head" in refused(tmp_path / "model.safetensors")
+    assert "holds no Medusa heads: 'lm_head.weight' is no tensor of a head" in refused(
+        tmp_path / "model.safetensors"
+    )
     (tmp_path / "model.safetensors").unlink()
     for rank in (0, 1):
         file = put(tensors_of(made(), "tensorrt-llm engine"), tmp_path / f"rank{rank}.safetensors")
@@ -382,11 +494,21 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the highest memory of a process")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux tells the highest memory of a process"
+)
 def test_heads_are_never_held_twice(tmp_path: Path) -> None:
     heads = random_heads(random_backbone(vocabulary=16384, hidden_size=256), 12).to(torch.bfloat16)
-    files = [put(tensors_of(heads, "official"), tmp_path / f"heads{suffix}") for suffix in (".safetensors", ".pt")]
+    files = [
+        put(tensors_of(heads, "official"), tmp_path / f"heads{suffix}")
+        for suffix in (".safetensors", ".pt")
+    ]
     command = [sys.executable, "-c", PEAK, *map(str, files)]
-    peaks = [float(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+    peaks = [
+        float(line)
+        for line in subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.split()
+    ]
     assert len(peaks) == 2
     assert max(peaks) < 1.3, peaks  # one of 12 LM heads, and some

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import prompt_ids, random_heads, random_model
 from torch import Tensor
 
 from medusa_chat.config import Recipe, make_recipe
@@ -17,16 +15,32 @@ from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED, Example, PackedRows
 from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations
+from tests.helpers.tiny import prompt_ids, random_heads, random_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 VOCABULARY, HEADS, BLOCKS = 64, 3, 2
 SMALL = {
-    "heads": HEADS, "layers": BLOCKS, "lora_rank": 2, "lora_alpha": 5, "lora_dropout": 0.0, "heads_first": 0.0,
+    "heads": HEADS,
+    "layers": BLOCKS,
+    "lora_rank": 2,
+    "lora_alpha": 5,
+    "lora_dropout": 0.0,
+    "heads_first": 0.0,
     "length": 16,
-}  # fmt: skip
+}
 STEP, TOTAL = 3, 10
 # Two rows: the first holds a document whose question carries no loss, and the beginning of a second document.
-DOCUMENTS = [Example(prompt_ids(9, seed=1), [False] * 4 + [True] * 5), Example(prompt_ids(23, seed=2), [True] * 23)]
-ALONE = [(DOCUMENTS[0].ids, 4), (DOCUMENTS[1].ids[:7], 1), (DOCUMENTS[1].ids[7:], 1)]  # ids, the first target
+DOCUMENTS = [
+    Example(prompt_ids(9, seed=1), [False] * 4 + [True] * 5),
+    Example(prompt_ids(23, seed=2), [True] * 23),
+]
+ALONE = [
+    (DOCUMENTS[0].ids, 4),
+    (DOCUMENTS[1].ids[:7], 1),
+    (DOCUMENTS[1].ids[7:], 1),
+]  # ids, the first target
 
 
 @dataclass
@@ -52,13 +66,19 @@ def setting(recipe: Recipe, kind: str, own: bool) -> Setting:
     trainee = Trainee(backbone.double(), heads, recipe, adapter)
     trainee.train()
     trainee.step, trainee.total = STEP, TOTAL
-    leaves = {n: p.detach().clone().requires_grad_(True) for n, p in trainee.named_parameters() if p.requires_grad}
+    leaves = {
+        n: p.detach().clone().requires_grad_(True)
+        for n, p in trainee.named_parameters()
+        if p.requires_grad
+    }
     weights = dict(base.named_parameters())
     for name in weights:
         if (whole := f"backbone.{name}") in leaves:
             weights[name] = leaves[whole]
         if (a := f"backbone.{name.removesuffix('weight')}lora_A.default.weight") in leaves:
-            weights[name] = weights[name] + 5 / 2 * leaves[a.replace("lora_A", "lora_B")] @ leaves[a]
+            weights[name] = (
+                weights[name] + 5 / 2 * leaves[a.replace("lora_A", "lora_B")] @ leaves[a]
+            )
     return Setting(trainee, base, weights, leaves)
 
 
@@ -92,7 +112,10 @@ def plain_heads(made: Setting) -> Iterator[tuple[list[Tensor], list[bool], list[
                     continue
                 x = hidden[t]
                 for block in range(BLOCKS):
-                    z = leaves["heads.weight"][block, k - 1] @ x + leaves["heads.bias"][block, k - 1]
+                    z = (
+                        leaves["heads.weight"][block, k - 1] @ x
+                        + leaves["heads.bias"][block, k - 1]
+                    )
                     x = x + z / (1 + (-z).exp())
                 own = leaves.get("heads.lm_heads")
                 output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
@@ -119,10 +142,15 @@ def plain_backbone(made: Setting, distilled: bool) -> Tensor:
 
 
 def plain_loss(made: Setting, recipe: Recipe) -> Tensor:
-    heads = sum(recipe.decay**k * torch.stack(terms).mean() for k, (terms, *_) in enumerate(plain_heads(made), 1))
+    heads = sum(
+        recipe.decay**k * torch.stack(terms).mean()
+        for k, (terms, *_) in enumerate(plain_heads(made), 1)
+    )
     if recipe.name == "medusa1":
         return torch.as_tensor(heads)
-    weight = recipe.lambda_0 * (math.sin(math.pi / 2 * STEP / TOTAL) if recipe.ramp == "sine" else 1)
+    weight = recipe.lambda_0 * (
+        math.sin(math.pi / 2 * STEP / TOTAL) if recipe.ramp == "sine" else 1
+    )
     return plain_backbone(made, recipe.name == "distilled") + weight * heads
 
 
@@ -149,7 +177,9 @@ def test_loss_and_gradient_are_those_of_plain_arithmetic(
     recipe = RECIPES[name]
     made = setting(recipe, kind, own)
     expected = plain_loss(made, recipe)
-    gradients = dict(zip(made.leaves, torch.autograd.grad(expected, list(made.leaves.values())), strict=True))
+    gradients = dict(
+        zip(made.leaves, torch.autograd.grad(expected, list(made.leaves.values())), strict=True)
+    )
     assert len(gradients) > (2 if recipe.joint else 1)
     for logits in (2**27, 5 * VOCABULARY * HEADS):  # at once, and five rows at a time
         monkeypatch.setattr(losses, "LOGITS", logits)
@@ -164,7 +194,9 @@ def test_loss_and_gradient_are_those_of_plain_arithmetic(
                 assert parameter.grad is None
                 continue
             wanted = gradients[parameter_name]
-            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
+            torch.testing.assert_close(
+                parameter.grad, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item()
+            )
         every_head_learns(made.trainee.heads)
 
 
@@ -210,7 +242,9 @@ def test_a_batch_without_targets_has_no_loss_and_counts_for_nothing() -> None:
 def test_heads_first_leaves_the_backbone_without_a_gradient(name: str) -> None:
     recipe = replace(RECIPES[name], heads_first=0.4)  # of 10 steps, the first four
     made = setting(recipe, "llama", own=False)
-    heads = sum(0.8**k * torch.stack(terms).mean() for k, (terms, *_) in enumerate(plain_heads(made), 1))
+    heads = sum(
+        0.8**k * torch.stack(terms).mean() for k, (terms, *_) in enumerate(plain_heads(made), 1)
+    )
     for step, learns in ((3, False), (4, True)):
         made.trainee.zero_grad()
         made.trainee.step = step
@@ -231,10 +265,14 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             if on:
                 checkpoint_activations(trainee.backbone)
             calls: list[int] = []
-            trainee.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            trainee.backbone.model.layers[0].mlp.register_forward_pre_hook(
+                lambda *_, calls=calls: calls.append(1)
+            )
             trainee(**batch())[0].backward()
             found.append([p.grad for p in trainee.parameters() if p.grad is not None])
-            assert len(calls) == (2 if name == "distilled" else 1) + on  # once more in the backward pass
+            assert (
+                len(calls) == (2 if name == "distilled" else 1) + on
+            )  # once more in the backward pass
         for plain, checkpointed in zip(*found, strict=True):
             torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-9)
 
@@ -251,7 +289,9 @@ def test_the_teacher_drops_nothing_out() -> None:
         with trainee._as_before():
             first, second = (trainee._hidden(ids, positions) for _ in range(2))
         assert torch.equal(first, second)
-        plain = random_model("llama").model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+        plain = random_model("llama").model(input_ids=ids, position_ids=positions, use_cache=False)[
+            0
+        ]
     torch.testing.assert_close(first, plain)
     assert backbone.training
     assert all(p.requires_grad for n, p in backbone.named_parameters() if "lora_" in n)
@@ -273,5 +313,7 @@ def test_a_head_learns_the_token_that_many_places_ahead() -> None:
     ids = list(range(20))
     rows = PackedRows([Example(ids, [True] * 20)], 20)
     for k in range(4):
-        targets = losses.head_targets(rows[0]["labels"][None], rows[0]["position_ids"][None], k)[0].tolist()
+        targets = losses.head_targets(rows[0]["labels"][None], rows[0]["position_ids"][None], k)[
+            0
+        ].tolist()
         assert targets == [ids[t] + k + 1 if t + k + 1 < 20 else IGNORED for t in range(20)]

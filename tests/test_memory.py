@@ -11,25 +11,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from complaints import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import random_backbone, random_heads, random_model, save_model
 
 import medusa_chat
 from medusa_chat.config import MAX_NODES, ModelSpec, UserError
-from medusa_chat.model import devices, memory
-from medusa_chat.model.contents import contents_of
+from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model
+from medusa_chat.machine import devices, memory
+from medusa_chat.machine.contents import contents_of
+from medusa_chat.machine.memory import Load, host_plan, load_of, plan, remedies, shortage
 from medusa_chat.model.layouts import HEADS_FILE, write_heads
-from medusa_chat.model.memory import Load, host_plan, load_of, plan, remedies, shortage
-from medusa_chat.registry import packaged_file, read_models, resolve_model
 from medusa_chat.shapes import SHAPES
+from tests.helpers.complaints import refusal
+from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 GB = 10**9
-ODD = json.dumps({
-    "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": -3,
-})  # fmt: skip
+ODD = json.dumps(
+    {
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": -3,
+    }
+)
 SHIPPED = read_models(packaged_file())
 VICUNA = contents_of(SHIPPED["vicuna-7b"])
 assert VICUNA is not None
@@ -56,7 +62,9 @@ def refused(spec: ModelSpec, load: Load) -> str:
 # ---- what is counted ----
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma2"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma2"]
+)
 @pytest.mark.parametrize("own", [True, False])
 def test_every_weight_of_a_folder_is_counted(kind: str, own: bool, tmp_path: Path) -> None:
     model = random_model(kind, 260)
@@ -107,7 +115,10 @@ def test_heads_among_the_backbones_weights_and_in_a_pickle(tmp_path: Path) -> No
     plain = contents_of(ModelSpec("tiny", str(tmp_path)))
     assert plain is not None
     (tmp_path / "other.safetensors").write_bytes(b"")  # damaged: whoever loads it says so
-    extra = {"medusa_head.0.0.linear.weight": torch.zeros(32, 32), "medusa_head.0.1.weight": torch.zeros(260, 32)}
+    extra = {
+        "medusa_head.0.0.linear.weight": torch.zeros(32, 32),
+        "medusa_head.0.1.weight": torch.zeros(260, 32),
+    }
     save_file(extra, tmp_path / "model-2.safetensors")
     within = contents_of(ModelSpec("tiny", str(tmp_path)))
     assert within == replace(plain, heads=32 * 32 + 260 * 32, largest_head=260 * 32)
@@ -124,7 +135,11 @@ def test_what_is_quantized_already_weighs_what_its_files_say(tmp_path: Path) -> 
     header = {
         name: {"dtype": "U8", "shape": [768, 1], "data_offsets": [0, 768]},
         f"{name}.absmax": {"dtype": "F32", "shape": [24], "data_offsets": [768, 864]},
-        "model.layers.0.mlp.down_proj.qweight": {"dtype": "I32", "shape": [4, 32], "data_offsets": [864, 1376]},
+        "model.layers.0.mlp.down_proj.qweight": {
+            "dtype": "I32",
+            "shape": [4, 32],
+            "data_offsets": [864, 1376],
+        },
         "model.norm.weight": {"dtype": "F16", "shape": [32], "data_offsets": [1376, 1440]},
     }
     text = json.dumps(header).encode()
@@ -134,8 +149,12 @@ def test_what_is_quantized_already_weighs_what_its_files_say(tmp_path: Path) -> 
         assert (parts["packed"], parts["plain"]) == (1376, 64)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"num_attention_heads": 0}', '{"hidden_size": "x"}', ODD])
-def test_sizes_that_nobody_knows_stop_nothing(text: str | None, tmp_path: Path, free: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "{}", '{"num_attention_heads": 0}', '{"hidden_size": "x"}', ODD]
+)
+def test_sizes_that_nobody_knows_stop_nothing(
+    text: str | None, tmp_path: Path, free: dict[str, int]
+) -> None:
     free["cpu"] = 0
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -158,7 +177,9 @@ def test_parts_of_vicuna_7b() -> None:
     assert nf4["layers"] == int(VICUNA.layers * 0.5625)
     assert nf4["heads"] == int(VICUNA.heads * 0.5625)
     assert nf4["plain"] == sixteen["plain"]
-    assert nf4["workspace"] - sixteen["workspace"] == 2 * (2 * 11008 * 4096) * 2  # gate and up in 16 bits, twice
+    assert (
+        nf4["workspace"] - sixteen["workspace"] == 2 * (2 * 11008 * 4096) * 2
+    )  # gate and up in 16 bits, twice
     assert told(SHIPPED["vicuna-7b"], Load("cuda", "nf4-double"))["layers"] == pytest.approx(
         0.5159 * VICUNA.layers, rel=1e-3
     )
@@ -168,10 +189,13 @@ def test_parts_of_vicuna_7b() -> None:
 def test_the_cache_that_is_planned_is_the_one_that_is_made(tmp_path: Path) -> None:
     backbone = random_backbone("llama-wide-heads", 260)
     save_model(tmp_path, backbone.model)
-    engine = medusa_chat.load(str(tmp_path), device="cpu", dtype="float32", context=100, tree="auto")
+    engine = medusa_chat.load(
+        str(tmp_path), device="cpu", dtype="float32", context=100, tree="auto"
+    )
     made = engine.runner.cache.buffer
     assert (
-        told(ModelSpec("a", str(tmp_path)), Load(context=100, width=4))["cache"] == made.numel() * made.element_size()
+        told(ModelSpec("a", str(tmp_path)), Load(context=100, width=4))["cache"]
+        == made.numel() * made.element_size()
     )
 
 
@@ -185,7 +209,7 @@ def test_a_gpu_needs_little_of_the_host() -> None:
 
 MEASURE = """
 import sys, torch
-from medusa_chat.model.devices import frugal_heap
+from medusa_chat.machine.devices import frugal_heap
 from contextlib import nullcontext
 from bitsandbytes.functional import quantize_4bit
 
@@ -206,11 +230,15 @@ print((taken() - before) / (8 * weight.numel()))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory as Linux does")
 def test_quantizing_leaves_no_holes() -> None:
     def bytes_of_a_weight(how: str) -> float:
-        done = subprocess.run([sys.executable, "-c", MEASURE, how], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, how], capture_output=True, text=True, check=True
+        )
         return float(done.stdout)
 
     assert bytes_of_a_weight("frugal") == pytest.approx(memory.BYTES["nf4"], rel=0.05)
-    assert bytes_of_a_weight("plain") > 1.15 * memory.BYTES["nf4"]  # else there is no need of it any more
+    assert (
+        bytes_of_a_weight("plain") > 1.15 * memory.BYTES["nf4"]
+    )  # else there is no need of it any more
 
 
 # ---- what is proposed ----
@@ -218,16 +246,22 @@ def test_quantizing_leaves_no_holes() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(sorted(SHIPPED)), device=st.sampled_from(["cpu", "cuda"]),
-    quant=st.sampled_from(["none", "nf4", "int8"]), heads=st.sampled_from(["none", "nf4", "int8"]),
-    context=st.none() | st.integers(300, 8192), gigabytes=st.floats(0.5, 70),
-)  # fmt: skip
+    name=st.sampled_from(sorted(SHIPPED)),
+    device=st.sampled_from(["cpu", "cuda"]),
+    quant=st.sampled_from(["none", "nf4", "int8"]),
+    heads=st.sampled_from(["none", "nf4", "int8"]),
+    context=st.none() | st.integers(300, 8192),
+    gigabytes=st.floats(0.5, 70),
+)
 def test_what_is_proposed_fits(
     name: str, device: str, quant: str, heads: str, context: int | None, gigabytes: float
 ) -> None:
     contents = contents_of(SHIPPED[name])
     assert contents is not None
-    load, free = Load(device, quant, heads, context), {device: int(gigabytes * GB), "cpu": int(gigabytes * GB)}
+    load, free = (
+        Load(device, quant, heads, context),
+        {device: int(gigabytes * GB), "cpu": int(gigabytes * GB)},
+    )
     if shortage(contents, load, free)[2] <= 0:
         return
     for remedy in remedies(contents, load, free):
@@ -252,7 +286,9 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
     memory.check(spec, long)
     free["cpu"] = need - GB // 2
     line = refused(spec, long)
-    assert line.startswith(f"vicuna-7b needs {need / GB:.1f} GB, {free['cpu'] / GB:.1f} GB free on cpu, 0.5 GB short; ")
+    assert line.startswith(
+        f"vicuna-7b needs {need / GB:.1f} GB, {free['cpu'] / GB:.1f} GB free on cpu, 0.5 GB short; "
+    )
     assert "short; --quant nf4 or --quant-heads nf4 or --max-context 3" in line
     assert line.endswith("--ignore-memory goes on all the same")
     free["cpu"] = plan(VICUNA, nf4).total + 10**6
@@ -261,7 +297,9 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
     # A long context, which weighs more than what passes while heads are quantized.
     sixteen, nf4 = replace(sixteen, context=8000), replace(nf4, context=8000)
     free["cpu"] = plan(VICUNA, replace(nf4, context=6000)).total
-    assert "short; --quant nf4 with --quant-heads nf4 with --max-context 5952 or" in refused(spec, sixteen)
+    assert "short; --quant nf4 with --quant-heads nf4 with --max-context 5952 or" in refused(
+        spec, sixteen
+    )
     assert "short; --max-context 5952 or --model bundled would" in refused(spec, nf4)
     free["cpu"] = 10**6
     assert "nothing that medusa-chat can change would make it fit" in refused(spec, nf4)
@@ -271,9 +309,13 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
 
 def test_the_gpu_that_is_full_is_named(free: dict[str, int]) -> None:
     free["cuda"] = 6 * GB
-    assert "6.0 GB free on cuda" in refused(SHIPPED["vicuna-7b"], load_of(SHIPPED["vicuna-7b"], "cuda", 4096))
+    assert "6.0 GB free on cuda" in refused(
+        SHIPPED["vicuna-7b"], load_of(SHIPPED["vicuna-7b"], "cuda", 4096)
+    )
     free["cuda"], free["cpu"] = 60 * GB, 2 * GB
-    assert "2.0 GB free on cpu" in refused(SHIPPED["vicuna-7b"], load_of(SHIPPED["vicuna-7b"], "cuda"))
+    assert "2.0 GB free on cpu" in refused(
+        SHIPPED["vicuna-7b"], load_of(SHIPPED["vicuna-7b"], "cuda")
+    )
 
 
 # ---- a load ----
@@ -306,7 +348,11 @@ def test_free_memory_counts_what_this_process_has() -> None:
 def test_a_container_may_allow_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = devices.free_memory("cpu")
     monkeypatch.setattr(devices, "_CGROUP", tmp_path)
-    for name, text in (("max", "900000000"), ("current", "500000000"), ("stat", "anon 4\ninactive_file 100000000")):
+    for name, text in (
+        ("max", "900000000"),
+        ("current", "500000000"),
+        ("stat", "anon 4\ninactive_file 100000000"),
+    ):
         (tmp_path / f"memory.{name}").write_text(text + "\n")
     assert devices._container_memory() == 500_000_000
     assert devices.free_memory("cpu") < before

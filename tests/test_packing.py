@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from medusa_chat.model.packing import PackedLinear, pack_linears
+from medusa_chat.model.linear.packed import PackedLinear, pack_linears
 
 needs_bfloat16 = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -27,7 +27,9 @@ def test_the_products_are_the_same(rows: int, bias: bool) -> None:
 
 @needs_bfloat16
 def test_only_what_gains_is_packed() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.Embedding(4, 8).bfloat16())
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.Embedding(4, 8).bfloat16()
+    )
     pack_linears(model)
     assert [type(layer) for layer in model] == [nn.Linear, PackedLinear, nn.Embedding]
     assert not any("weight" in name for name, _ in model[1].named_parameters())

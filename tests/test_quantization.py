@@ -6,57 +6,88 @@ import gc
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import reply, save_model
 from torch import nn
 
 import medusa_chat
-from medusa_chat import Sampling, UserError, verify
+from medusa_chat import Sampling, UserError
+from medusa_chat.bench import verification as verify
+from medusa_chat.bench.peers import TransformersPeer
+from medusa_chat.bench.random_model import random_heads, random_model
 from medusa_chat.config import ModelSpec
-from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, LinearHeads, MedusaHeads, decoding_heads
+from medusa_chat.model.linear.packed import Int8Linear, _has_bfloat16, pack_linear, pack_linears
+from medusa_chat.model.linear.quantization import (
+    compute_dtype,
+    quant_of,
+    quantization_config,
+    quantize_linear,
+    settle_4bit,
+)
 from medusa_chat.model.loading import load_model, load_pretrained
-from medusa_chat.model.packing import Int8Linear, _has_bfloat16, pack_linear, pack_linears
-from medusa_chat.model.quantization import compute_dtype, quant_of, quantization_config, quantize_linear, settle_4bit
-from medusa_chat.model.random_model import random_heads, random_model
-from medusa_chat.peers import TransformersPeer
 from medusa_chat.prompts import Prompt
 from medusa_chat.shapes import Shape
+from tests.helpers.tiny import reply, save_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16  # noqa: E402
 
+if TYPE_CHECKING:
+    from medusa_chat.decoding.engine import Engine
+
 CPU = torch.device("cpu")
 QUANTS = ("nf4", "nf4-double", "int8")
-SHAPE = Shape(layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, context=256)
+SHAPE = Shape(
+    layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, context=256
+)
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
-needs_dots = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no 8-bit dot products here")
+needs_dots = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="no 8-bit dot products here"
+)
 needs_packed_4bit = pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16 here")
 DTYPE = torch.bfloat16 if _has_bfloat16() else torch.float32
 
 
-def bundled(quant: str = "auto", quant_heads: str = "auto", dtype: str | None = None, fuse: bool = True) -> Engine:
+def bundled(
+    quant: str = "auto", quant_heads: str = "auto", dtype: str | None = None, fuse: bool = True
+) -> Engine:
     return medusa_chat.load(
-        device="cpu", quant=quant, quant_heads=quant_heads, dtype=dtype, tree="mc_sim_7b_63", probing=False, fuse=fuse,
-    )  # fmt: skip
+        device="cpu",
+        quant=quant,
+        quant_heads=quant_heads,
+        dtype=dtype,
+        tree="mc_sim_7b_63",
+        probing=False,
+        fuse=fuse,
+    )
 
 
-def linear(inside: int = 128, outside: int = 96, bias: bool = True, dtype: torch.dtype = DTYPE) -> nn.Linear:
+def linear(
+    inside: int = 128, outside: int = 96, bias: bool = True, dtype: torch.dtype = DTYPE
+) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inside, outside, bias).to(dtype).requires_grad_(False)
 
 
 def acceptance_length(engine: Engine) -> float:
-    prompts = ("Tell me a story about a fox.", "What is the capital of Spain?", "I feel a bit sad today.",
-               "Can you book a table for two?", "How are you?", "Tell me about your family.")  # fmt: skip
+    prompts = (
+        "Tell me a story about a fox.",
+        "What is the capital of Spain?",
+        "I feel a bit sad today.",
+        "Can you book a table for two?",
+        "How are you?",
+        "Tell me about your family.",
+    )
     steps = [
         step
         for text in prompts
-        for step in engine.generate([{"role": "user", "content": text}], Sampling(max_new_tokens=80))
+        for step in engine.generate(
+            [{"role": "user", "content": text}], Sampling(max_new_tokens=80)
+        )
     ]
     return sum(len(step.tokens) for step in steps) / len(steps)
 
@@ -66,7 +97,9 @@ def test_the_bundled_model_decodes_right_in_each_quantization(quant: str) -> Non
     engine = bundled(quant, quant)
     assert quant_of(engine.backbone.model.config) == quant
     prompts = [Prompt("a", [PROMPT[0]["content"]]), Prompt("b", ["Tell me a story."])]
-    checks = verify.verify(engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda done, total: None)
+    checks = verify.verify(
+        engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda done, total: None
+    )
     assert "vanilla, generate()" in {check.name for check in checks}  # on a peer quantized alike
     assert [check.first_fault for check in checks if check.faults] == []
     assert sum(check.equal for check in checks) > 0.8 * sum(check.replies for check in checks)
@@ -76,7 +109,9 @@ def test_steps_stay_nearly_as_long() -> None:
     plain = acceptance_length(bundled())
     assert plain > 2
     for quant in ("nf4", "int8"):
-        assert acceptance_length(bundled(quant)) > 0.9 * plain, quant  # over many prompts it is within 5%
+        assert acceptance_length(bundled(quant)) > 0.9 * plain, (
+            quant
+        )  # over many prompts it is within 5%
 
 
 def test_float32_computes_in_float32() -> None:
@@ -85,7 +120,9 @@ def test_float32_computes_in_float32() -> None:
     x = torch.randn(3, layer.in_features)
     wanted = x @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
-    assert reply(engine, PROMPT, max_new_tokens=12) == reply(engine, PROMPT, mode="vanilla", max_new_tokens=12)
+    assert reply(engine, PROMPT, max_new_tokens=12) == reply(
+        engine, PROMPT, mode="vanilla", max_new_tokens=12
+    )
 
 
 @needs_packed_4bit
@@ -93,7 +130,10 @@ def test_float32_computes_in_float32() -> None:
 def test_four_bit_layers_are_packed_at_load(quant: str) -> None:
     layer: Any = quantize_linear(linear(), quant, CPU)  # type: ignore[arg-type]
     x = torch.randn(5, 128).bfloat16()
-    wanted = x.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T + layer.bias.float()
+    wanted = (
+        x.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T
+        + layer.bias.float()
+    )
     assert pack_linear(layer) is layer
     packed = layer.weight.data
     assert layer.weight.quant_state.packing_format_for_cpu
@@ -118,7 +158,9 @@ def test_shapes_that_cannot_be_packed_still_multiply(inside: int, outside: int) 
 @needs_dots
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(bias: bool, dtype: torch.dtype) -> None:
+def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(
+    bias: bool, dtype: torch.dtype
+) -> None:
     theirs: Any = quantize_linear(linear(bias=bias, dtype=dtype), "int8", CPU)
     weight = theirs.weight.data.float() * theirs.weight.SCB[:, None] / 127
     ours = pack_linear(theirs)
@@ -126,7 +168,9 @@ def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(bias: bool, dtype
     x = torch.randn(2, 7, 128).to(dtype)
     x[0, 0, 5] = 80.0  # an outlier, as large models have them
     x[1, 1] = 0.0
-    wanted = nn.functional.linear(x.float(), weight, theirs.bias if theirs.bias is None else theirs.bias.float())
+    wanted = nn.functional.linear(
+        x.float(), weight, theirs.bias if theirs.bias is None else theirs.bias.float()
+    )
     found = ours(x)
     assert (found.shape, found.dtype) == ((2, 7, 96), dtype)
     tolerance = 0.01 if dtype == torch.bfloat16 else 2e-3
@@ -136,7 +180,7 @@ def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(bias: bool, dtype
 
 
 def test_packing_leaves_other_quantized_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_chat.model.packing._has_integer_dots", lambda: False)
+    monkeypatch.setattr("medusa_chat.model.linear.packed._has_integer_dots", lambda: False)
     model = nn.Sequential(quantize_linear(linear(), "int8", CPU), linear(96, 8))
     pack_linears(model)
     kept = "PackedLinear" if _has_bfloat16() else "Linear"
@@ -159,12 +203,19 @@ def test_heads_guess_alike_in_each_quantization(quant: Any, own: bool, layers: i
         assert made.features(hidden[:1]).shape == (3, 1, SHAPE.hidden)
         found = made.logits(hidden, backbone.lm_head)
     near = 0.999 if quant in ("none", "int8") else 0.98
-    assert nn.functional.cosine_similarity(made.features(hidden).float(), features.float(), dim=-1).min() > near
+    assert (
+        nn.functional.cosine_similarity(
+            made.features(hidden).float(), features.float(), dim=-1
+        ).min()
+        > near
+    )
     assert nn.functional.cosine_similarity(found.float(), logits.float(), dim=-1).min() > near
     if isinstance(made, LinearHeads):  # the 16-bit stacks are gone
         assert plain.lm_heads is None
         assert not list(plain.parameters())
-        large = [name for name, p in made.named_parameters() if p.is_floating_point() and p.dim() > 1]
+        large = [
+            name for name, p in made.named_parameters() if p.is_floating_point() and p.dim() > 1
+        ]
         assert large == []
         assert (made.lm_head is not None) == (quant != "none" and not own)
 
@@ -185,18 +236,28 @@ def test_settings_are_never_bitsandbytes_defaults(monkeypatch: pytest.MonkeyPatc
     assert settings.bnb_4bit_use_double_quant
     assert quantization_config("none", DTYPE) is quantization_config("auto", DTYPE) is None
     for capability, wanted in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
+        )
         assert compute_dtype(torch.device("cuda"), torch.bfloat16) == wanted
     assert compute_dtype(CPU, torch.float32) == torch.float32
-    layer: Any = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    layer: Any = bitsandbytes.nn.Linear4bit(
+        64, 32, compute_dtype=torch.float32, quant_type="nf4"
+    ).to("cpu")
     settle_4bit(nn.Sequential(layer), CPU, torch.bfloat16)  # as a checkpoint with the default comes
     assert layer.compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> None:
-    spec = ModelSpec("tiny", str(save_model(tmp_path / "plain", random_model(SHAPE, quant="none", dtype=DTYPE,
-                                                                            device=CPU))))  # fmt: skip
+    spec = ModelSpec(
+        "tiny",
+        str(
+            save_model(
+                tmp_path / "plain", random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU)
+            )
+        ),
+    )
     model, tokenizer = load_pretrained(spec, DTYPE, quant)
     model.save_pretrained(tmp_path / "own")
     tokenizer.save_pretrained(tmp_path / "own")
@@ -208,7 +269,9 @@ def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> Non
     theirs, ours = (each.backbone.hidden_of_text(text).float() for each in (loaded, other))
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
     for asked in {"none", "nf4", "nf4-double", "int8"} - {quant}:
-        with pytest.raises(UserError, match=f"the files of own are quantized already, in {quant}: leave --quant"):
+        with pytest.raises(
+            UserError, match=f"the files of own are quantized already, in {quant}: leave --quant"
+        ):
             load_model(ModelSpec("own", own, quant=asked), "cpu")
 
 
@@ -218,7 +281,9 @@ def test_a_method_whose_package_is_missing(method: str, package: str, tmp_path: 
     settings = json.loads((folder / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=f"are quantized in {method}, which needs: pip install {package}"):
+    with pytest.raises(
+        UserError, match=f"are quantized in {method}, which needs: pip install {package}"
+    ):
         load_model(ModelSpec("tiny", str(folder)), "cpu")
     with pytest.raises(UserError, match="quant is auto, none, nf4, nf4-double, int8, not 'fp4'"):
         load_pretrained(ModelSpec("bundled", str(medusa_chat.config.BUNDLED)), DTYPE, "fp4")
@@ -258,7 +323,9 @@ def test_training_heads_are_left_as_they_were() -> None:
     assert decoding_heads(heads, "none", CPU, torch.float32, None) is heads
 
 
-def test_the_cost_of_steps_is_told_for_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_cost_of_steps_is_told_for_a_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     place = Path(__file__).parent.parent / "benchmarks" / "step_cost.py"
     spec = importlib.util.spec_from_file_location("step_cost", place)
     assert spec is not None
@@ -266,7 +333,9 @@ def test_the_cost_of_steps_is_told_for_a_shape(monkeypatch: pytest.MonkeyPatch, 
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setitem(script.SHAPES, "tiny", SHAPE)
-    monkeypatch.setattr("sys.argv", ["step_cost", "tiny", "nf4:int8", "none", "--rounds", "1", "--length", "20"])
+    monkeypatch.setattr(
+        "sys.argv", ["step_cost", "tiny", "nf4:int8", "none", "--rounds", "1", "--length", "20"]
+    )
     script.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["model"], told["heads"], told["own_lm_heads"]) == ("tiny", 5, True)
@@ -275,7 +344,9 @@ def test_the_cost_of_steps_is_told_for_a_shape(monkeypatch: pytest.MonkeyPatch, 
         assert all(value > 0 for value in told["step_ms"][quant].values())
 
 
-@pytest.mark.skipif(not (Path("/proc/self/maps").exists() and _has_bfloat16()), reason="nothing is packed here")
+@pytest.mark.skipif(
+    not (Path("/proc/self/maps").exists() and _has_bfloat16()), reason="nothing is packed here"
+)
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_no_weight_keeps_its_file_in_memory(quant: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
@@ -292,14 +363,20 @@ def test_a_peer_of_an_int8_engine_multiplies_as_the_engine_does() -> None:
     text = torch.arange(40)
     with torch.inference_mode():
         found = theirs(text[None]).logits[0]
-        torch.testing.assert_close(found, engine.backbone.logits(engine.backbone.hidden_of_text(text)), rtol=0, atol=1)
-        assert type(theirs.model.layers[0].mlp.down_proj) is type(engine.backbone.model.model.layers[0].mlp.down_proj)
+        torch.testing.assert_close(
+            found, engine.backbone.logits(engine.backbone.hidden_of_text(text)), rtol=0, atol=1
+        )
+        assert type(theirs.model.layers[0].mlp.down_proj) is type(
+            engine.backbone.model.model.layers[0].mlp.down_proj
+        )
 
 
 def test_noise_explains_no_more_than_sixteen_bits_do() -> None:
     backbone = bundled("nf4").backbone
     unit = torch.finfo(torch.bfloat16).eps * 20
     assert verify._rounding(backbone, 1e9, 20.0) == pytest.approx(verify.ULPS * unit)
-    assert verify._rounding(backbone, 0.1, 20.0) == pytest.approx(max(verify.NOISE * 0.1, 2 * unit), rel=0.3)
+    assert verify._rounding(backbone, 0.1, 20.0) == pytest.approx(
+        max(verify.NOISE * 0.1, 2 * unit), rel=0.3
+    )
     noise = verify._row_noise(backbone, list(range(5, 60)))
     assert 0 <= noise < unit

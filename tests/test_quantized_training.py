@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny import random_model
-from tiny_runs import backbone_folder
 
 from medusa_chat.config import ModelSpec, make_recipe
 from medusa_chat.model.loading import load_pretrained
 from medusa_chat.training.data import Example, PackedRows
 from medusa_chat.training.trainee import Trainee, adapt, new_heads
+from tests.helpers.tiny import random_model
+from tests.helpers.tiny_runs import backbone_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -25,13 +27,17 @@ BATCH = {key: torch.stack([ROWS[i][key] for i in range(len(ROWS))]) for key in R
 def full_precision(module: Any) -> torch.Tensor:
     """The weight that a quantized layer stands for."""
     if hasattr(module.weight, "quant_state"):
-        return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return bitsandbytes.functional.dequantize_4bit(
+            module.weight.data, module.weight.quant_state
+        )
     return module.weight.SCB[:, None] * module.weight.data / 127
 
 
 def trainees(folder: Path, name: str, quant: str) -> tuple[Trainee, Trainee]:
     """A trainee on a quantized backbone, and one on plain layers with the same weights."""
-    recipe = make_recipe(name, heads=2, lora_rank=2, lora_dropout=0.0, heads_first=0.0, lambda_0=0.5)
+    recipe = make_recipe(
+        name, heads=2, lora_rank=2, lora_dropout=0.0, heads_first=0.0, lambda_0=0.5
+    )
     quantized, _ = load_pretrained(ModelSpec("tiny", str(folder)), torch.float32, quant)  # type: ignore[arg-type]
     plain = random_model("llama", 320, **SHAPE)
     for layer_name, module in quantized.named_modules():
@@ -75,9 +81,13 @@ def test_loss_and_gradient_on_quantized_weights(name: str, quant: str, tmp_path:
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-def test_an_untrained_adapter_is_at_no_distance_from_its_teacher(quant: str, tmp_path: Path) -> None:
+def test_an_untrained_adapter_is_at_no_distance_from_its_teacher(
+    quant: str, tmp_path: Path
+) -> None:
     ours, plain = trainees(
-        backbone_folder(tmp_path / "backbone", **SHAPE), "distilled", "nf4" if quant == "none" else quant
+        backbone_folder(tmp_path / "backbone", **SHAPE),
+        "distilled",
+        "nf4" if quant == "none" else quant,
     )
     trainee = plain if quant == "none" else ours
     for _ in range(2):

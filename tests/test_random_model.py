@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import medusa_chat
+from medusa_chat.bench.random_model import main, random_heads, random_model, write_random_model
 from medusa_chat.config import ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tree import chain
+from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.loading import load_pretrained
-from medusa_chat.model.random_model import main, random_heads, random_model, write_random_model
 from medusa_chat.shapes import SHAPES, Shape
 
-SHAPE = Shape(layers=3, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=4096, context=256)
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHAPE = Shape(
+    layers=3, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=4096, context=256
+)
 CPU = torch.device("cpu")
 
 
@@ -90,15 +94,22 @@ def test_the_command_refuses_what_cannot_be(tmp_path: Path, monkeypatch: Any, ca
     monkeypatch.setattr("sys.argv", ["random_model", "tiny", str(tmp_path / "file")])
     assert main() == 2
     assert "File exists" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["random_model", "tiny", str(tmp_path / "model"), "--heads", "0"])
+    monkeypatch.setattr(
+        "sys.argv", ["random_model", "tiny", str(tmp_path / "model"), "--heads", "0"]
+    )
     assert main() == 0
     assert not (tmp_path / "model" / "medusa_lm_head.safetensors").exists()
 
 
 def test_a_random_model_decodes_with_random_heads() -> None:
-    from tiny import reply, tokenizer
+    from tests.helpers.tiny import reply, tokenizer
 
-    engine = Engine(Backbone(made()), random_heads(SHAPE, 3, True, dtype=torch.float32), tokenizer(), tree=chain(3),
-                    probing=False)  # fmt: skip
+    engine = Engine(
+        Backbone(made()),
+        random_heads(SHAPE, 3, True, dtype=torch.float32),
+        tokenizer(),
+        tree=chain(3),
+        probing=False,
+    )
     vanilla = reply(engine, [5, 6, 7], mode="vanilla", max_new_tokens=12)
     assert reply(engine, [5, 6, 7], max_new_tokens=12) == vanilla

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_model
 
-from medusa_chat.arguments import parser, recipe_of
+from medusa_chat.commands.flags import parser, recipe_of
 from medusa_chat.config import RECIPE_HELP, RECIPES, Recipe, UserError, make_recipe
 from medusa_chat.training.schedules import backbone_rate, heads_rate, heads_weight, joint_from
 from medusa_chat.training.trainee import Trainee, adapt, describe, new_heads
+from tests.helpers.tiny import random_model
 
 
 def test_the_released_settings() -> None:
@@ -37,22 +37,28 @@ def test_the_released_settings() -> None:
     ("changes", "complaint"),
     [
         ({"name": "medusa3"}, "unknown recipe 'medusa3'; there are medusa1, medusa2, distilled"),
-        ({"heads": 0}, "heads must be above 0"), ({"epochs": float("nan")}, "epochs must be above 0"),
-        ({"epochs": float("inf")}, "epochs must be above 0"), ({"learning_rate": -1.0}, "learning_rate must be above"),
-        ({"decay": 0.0}, "decay must be above 0"), ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
-        ({"lambda_0": float("inf")}, "lambda_0 must be 0 or more"), ({"seed": -1}, "seed must be between 0"),
+        ({"heads": 0}, "heads must be above 0"),
+        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"epochs": float("inf")}, "epochs must be above 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be above"),
+        ({"decay": 0.0}, "decay must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({"lambda_0": float("inf")}, "lambda_0 must be 0 or more"),
+        ({"seed": -1}, "seed must be between 0"),
         ({"backbone_learning_rate": -1.0}, "backbone_learning_rate must be 0 or more"),
         ({"lm_heads": "mine"}, "lm_heads is auto, own or shared, not 'mine'"),
         ({"ramp": "cosine"}, "ramp is constant or sine"),
         ({"quant": "int3"}, "quant is none, nf4, nf4-double, int8, not 'int3'"),
         ({"length": 5}, "rows of 5 tokens are too short for 4 heads"),
-        ({"heads_first": 1.0}, "heads_first must be from 0 to below 1"), ({"lora_dropout": 1.0}, "lora_dropout must"),
-        ({"lora_rank": -1}, "lora_rank must be 0"), ({"save_steps": 0}, "save_steps must be above 0"),
+        ({"heads_first": 1.0}, "heads_first must be from 0 to below 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout must"),
+        ({"lora_rank": -1}, "lora_rank must be 0"),
+        ({"save_steps": 0}, "save_steps must be above 0"),
         ({"name": "distilled", "lora_rank": 0}, "distilled needs an adapter to switch off"),
         ({"name": "medusa2", "lora_rank": 0, "quant": "nf4"}, "a backbone in nf4 needs an adapter"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as refusal:
         make_recipe(**{"name": "medusa1"} | changes)
@@ -61,11 +67,21 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> N
 
 def test_flags_change_the_recipe_that_they_name(capsys: pytest.CaptureFixture[str]) -> None:
     def read(*words: str) -> Recipe:
-        return recipe_of(parser().parse_args(["train", "--model", "m", "--data", "d", "--out", "o", *words]))
+        return recipe_of(
+            parser().parse_args(["train", "--model", "m", "--data", "d", "--out", "o", *words])
+        )
 
     assert read() == make_recipe("medusa1")
     assert read("--recipe", "distilled") == make_recipe("distilled")
-    flags = ("--recipe", "distilled", "--lambda-0", "0.5", "--no-gradient-checkpointing", "--accumulation", "3")
+    flags = (
+        "--recipe",
+        "distilled",
+        "--lambda-0",
+        "0.5",
+        "--no-gradient-checkpointing",
+        "--accumulation",
+        "3",
+    )
     assert read(*flags) == make_recipe("distilled", lambda_0=0.5, accumulation=3)
     assert read("--gradient-checkpointing").gradient_checkpointing
     assert set(RECIPE_HELP) == set(Recipe.__dataclass_fields__)
@@ -88,7 +104,9 @@ def test_the_heads_rate_rises_and_falls_in_a_half_cosine(warmup: int) -> None:
         if t < warmup:
             expected = t / warmup
         else:
-            expected = (1 + math.cos(math.pi * (t - warmup) / (30 - warmup))) / 2 if warmup < 30 else 0
+            expected = (
+                (1 + math.cos(math.pi * (t - warmup) / (30 - warmup))) / 2 if warmup < 30 else 0
+            )
         assert heads_rate(recipe, t, 30) == pytest.approx(expected, abs=1e-12)
 
 
@@ -114,7 +132,9 @@ def test_the_weight_of_the_heads() -> None:
         assert heads_weight(make_recipe("medusa2"), t, 20) == 0.2
         sine = 0.01 * math.sin(math.pi * t / 40)
         assert heads_weight(make_recipe("distilled"), t, 20) == pytest.approx(sine, abs=1e-12)
-        assert heads_weight(make_recipe("medusa2", ramp="sine", lambda_0=3.0), t, 20) == pytest.approx(300 * sine)
+        assert heads_weight(
+            make_recipe("medusa2", ramp="sine", lambda_0=3.0), t, 20
+        ) == pytest.approx(300 * sine)
 
 
 # ---- what is trained ----
@@ -124,7 +144,9 @@ def test_the_weight_of_the_heads() -> None:
     ("lm_heads", "vocabulary", "own"),
     [("own", 64, True), ("shared", 64, False), ("auto", 8, True), ("auto", 64, False)],
 )
-def test_new_heads_guess_what_the_lm_head_guesses(lm_heads: str, vocabulary: int, own: bool) -> None:
+def test_new_heads_guess_what_the_lm_head_guesses(
+    lm_heads: str, vocabulary: int, own: bool
+) -> None:
     backbone = random_model("llama", vocabulary)
     heads = new_heads(backbone, make_recipe("medusa1", heads=3, layers=2, lm_heads=lm_heads))
     # `auto`: 3 LM heads of 8 x 32 are 6 percent of 13 thousand parameters, 3 of 64 x 32 a third of the backbone.
@@ -140,13 +162,17 @@ def test_an_adapter_stands_on_every_linear_layer_but_a_tied_lm_head() -> None:
     for kind, lm_head in (("llama", True), ("llama-tied", False)):
         backbone = random_model(kind).requires_grad_(False)
         adapt(backbone, make_recipe("medusa2", lora_rank=2))
-        adapted = {name.split(".lora_A")[0] for name, _ in backbone.named_parameters() if "lora_A" in name}
+        adapted = {
+            name.split(".lora_A")[0] for name, _ in backbone.named_parameters() if "lora_A" in name
+        }
         layer = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
         layer += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
         wanted = {f"model.layers.{n}.{name}" for n in range(2) for name in layer}
         assert adapted == wanted | ({"lm_head"} if lm_head else set())
         assert {p.requires_grad for n, p in backbone.named_parameters() if "lora_" in n} == {True}
-        assert {p.requires_grad for n, p in backbone.named_parameters() if "lora_" not in n} == {False}
+        assert {p.requires_grad for n, p in backbone.named_parameters() if "lora_" not in n} == {
+            False
+        }
 
 
 def test_the_heads_are_described_by_what_they_cost() -> None:
@@ -154,8 +180,13 @@ def test_the_heads_are_described_by_what_they_cost() -> None:
     backbone = random_model("llama", 64).requires_grad_(False)
     blocks, lm_heads = 3 * 2 * 32 * 32 * 2 / 1000, 3 * 64 * 32 * 2 / 1000  # kB in 16 bits
     told = describe(Trainee(backbone, new_heads(backbone, recipe), recipe))
-    assert told.startswith(f"3 heads of 2 blocks own their LM heads ({blocks + lm_heads:.1f} kB, {lm_heads:.1f} kB of")
+    assert told.startswith(
+        f"3 heads of 2 blocks own their LM heads ({blocks + lm_heads:.1f} kB, {lm_heads:.1f} kB of"
+    )
     assert told.endswith(f"; {3 * (2 * (32 * 32 + 32) + 64 * 32):,} parameters are trained")
     shared = replace(recipe, lm_heads="shared")
     told = describe(Trainee(backbone, new_heads(backbone, shared), shared))
-    assert f"share the LM head ({blocks:.1f} kB; LM heads of their own would add {lm_heads:.1f} kB" in told
+    assert (
+        f"share the LM head ({blocks:.1f} kB; LM heads of their own would add {lm_heads:.1f} kB"
+        in told
+    )

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from complaints import refusal
 from huggingface_hub.utils import validate_repo_id
 
-from medusa_chat import registry
 from medusa_chat.cli import main
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, UserError
-from medusa_chat.registry import is_hub_id, packaged_file, read_models, read_registry, resolve_model, split_revision
+from medusa_chat.hub import model_list as registry
+from medusa_chat.hub.model_list import (
+    is_hub_id,
+    packaged_file,
+    read_models,
+    read_registry,
+    resolve_model,
+    split_revision,
+)
 from medusa_chat.shapes import SHAPES
+from tests.helpers.complaints import refusal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAMES = [
-    "bundled", "vicuna-7b", "vicuna-13b", "vicuna-33b", "vicuna-7b-v1.5", "vicuna-13b-v1.5", "vicuna-33b-medusa2",
-    "zephyr-7b-beta", "mistral-7b-instruct-v0.2",
-]  # fmt: skip
+    "bundled",
+    "vicuna-7b",
+    "vicuna-13b",
+    "vicuna-33b",
+    "vicuna-7b-v1.5",
+    "vicuna-13b-v1.5",
+    "vicuna-33b-medusa2",
+    "zephyr-7b-beta",
+    "mistral-7b-instruct-v0.2",
+]
 
 
 @pytest.fixture
@@ -56,28 +73,57 @@ def test_the_list_that_ships() -> None:
 
 def test_templates_are_fastchats() -> None:
     conversation = pytest.importorskip("fastchat.conversation")
-    assert all(spec.template in conversation.conv_templates for spec in read_registry().values() if spec.template)
+    assert all(
+        spec.template in conversation.conv_templates
+        for spec in read_registry().values()
+        if spec.template
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "must hold a mapping 'models'"), ("models: []", "must hold a mapping"), ("- a", "must hold a mapping"),
-        ("models: {a: b: c}", "cannot read the model list"), ("models: {a: text}", "entry 'a' must be a mapping"),
-        ("models: {a: {backbone: x, hedas: y}}", "entry 'a' has an unknown key 'hedas'; known are backbone, heads"),
+        ("", "must hold a mapping 'models'"),
+        ("models: []", "must hold a mapping"),
+        ("- a", "must hold a mapping"),
+        ("models: {a: b: c}", "cannot read the model list"),
+        ("models: {a: text}", "entry 'a' must be a mapping"),
+        (
+            "models: {a: {backbone: x, hedas: y}}",
+            "entry 'a' has an unknown key 'hedas'; known are backbone, heads",
+        ),
         ("models: {a: {backbone: 3}}", "entry 'a': backbone must be text, not 3"),
         ("models: {a: {backbone: x, heads: }}", "entry 'a': heads must be text, not None"),
-        ("models: {a: {heads: x}}", "entry 'a' lacks backbone"), ("models: {a: {}}", "entry 'a' lacks backbone"),
+        ("models: {a: {heads: x}}", "entry 'a' lacks backbone"),
+        ("models: {a: {}}", "entry 'a' lacks backbone"),
         ("models: {a: {backbone: x, name: y}}", "unknown key 'name'"),
-        ("models: {a: {backbone: x, quant: nf5}}", "entry 'a': quant must be one of auto, none, nf4, .*not 'nf5'"),
-        ("models: {a: {backbone: x, quant_heads: 4}}", "entry 'a': quant_heads must be one of auto, none"),
-        ("models: {a: {backbone: x, shape: vicuna}}", "entry 'a': shape must be one of llama-1b, .*not 'vicuna'"),
+        (
+            "models: {a: {backbone: x, quant: nf5}}",
+            "entry 'a': quant must be one of auto, none, nf4, .*not 'nf5'",
+        ),
+        (
+            "models: {a: {backbone: x, quant_heads: 4}}",
+            "entry 'a': quant_heads must be one of auto, none",
+        ),
+        (
+            "models: {a: {backbone: x, shape: vicuna}}",
+            "entry 'a': shape must be one of llama-1b, .*not 'vicuna'",
+        ),
         ("models: {a: {backbone: x, layout: v3}}", "entry 'a': layout must be one of v0.1, v2"),
-        ("models: {a: {backbone: x, medusa_heads: five}}", "entry 'a': medusa_heads must be a whole number"),
-        ("models: {a: {backbone: x, medusa_heads: -1}}", "entry 'a': medusa_heads must be a whole number"),
-        ("models: {a: {backbone: x, lm_heads: mine}}", "entry 'a': lm_heads must be one of own, shared"),
+        (
+            "models: {a: {backbone: x, medusa_heads: five}}",
+            "entry 'a': medusa_heads must be a whole number",
+        ),
+        (
+            "models: {a: {backbone: x, medusa_heads: -1}}",
+            "entry 'a': medusa_heads must be a whole number",
+        ),
+        (
+            "models: {a: {backbone: x, lm_heads: mine}}",
+            "entry 'a': lm_heads must be one of own, shared",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_broken_list_names_file_entry_and_key(text: str, complaint: str, tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     file.write_text(text)
@@ -102,9 +148,18 @@ def test_an_entry_as_it_stands(tmp_path: Path) -> None:
         " quant: int8, shape: llama-8b, medusa_heads: 4, lm_heads: shared}}"
     )
     spec = ModelSpec(
-        "7", "a/b@v2", "c/d", layout="vllm", tree="chain-3", system="Be brief.", licence="MIT", quant="int8",
-        shape="llama-8b", medusa_heads=4, lm_heads="shared",
-    )  # fmt: skip
+        "7",
+        "a/b@v2",
+        "c/d",
+        layout="vllm",
+        tree="chain-3",
+        system="Be brief.",
+        licence="MIT",
+        quant="int8",
+        shape="llama-8b",
+        medusa_heads=4,
+        lm_heads="shared",
+    )
     assert read_models(file) == {"7": spec}
 
 
@@ -121,7 +176,9 @@ def test_ones_own_list_adds_and_overrides(own: Path, tmp_path: Path) -> None:
     assert "unknown model 'mine'" in refused("mine", models=other)
 
 
-def test_folders_in_ones_own_list_are_meant_from_there(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_ones_own_list_are_meant_from_there(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     own.write_text("models: {a: {backbone: ./a, heads: ../heads.pt}, b: {backbone: ~/b}}")
     assert resolve_model("a").backbone == str(own.parent / "a")
@@ -129,7 +186,9 @@ def test_folders_in_ones_own_list_are_meant_from_there(own: Path, monkeypatch: p
     assert resolve_model("b").backbone == "/home/somebody/b"
 
 
-def test_every_command_with_a_model_takes_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_with_a_model_takes_a_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "models.yaml"
     file.write_text("models: {a: {backbone: x, quant: nf5}}")
     prompts = tmp_path / "prompts.txt"
@@ -137,11 +196,15 @@ def test_every_command_with_a_model_takes_a_list(tmp_path: Path, capsys: pytest.
     use = ["--model", "a", "--models", str(file)]
     out = ["--out", str(tmp_path / "out")]
     for words in (
-        ["chat", *use, "--prompt", "hi"], ["bench", *use, "--prompts", str(prompts)],
-        ["verify", *use, "--prompts", str(prompts)], ["calibrate", *use, "--data", str(prompts)],
-        ["train", *use, "--data", str(prompts), *out], ["distill", *use, "--prompts", str(prompts), *out],
-        ["export", *use, "--layout", "tgi", *out], ["models", "--models", str(file)],
-    ):  # fmt: skip
+        ["chat", *use, "--prompt", "hi"],
+        ["bench", *use, "--prompts", str(prompts)],
+        ["verify", *use, "--prompts", str(prompts)],
+        ["calibrate", *use, "--data", str(prompts)],
+        ["train", *use, "--data", str(prompts), *out],
+        ["distill", *use, "--prompts", str(prompts), *out],
+        ["export", *use, "--layout", "tgi", *out],
+        ["models", "--models", str(file)],
+    ):
         assert main(words) == 2, words
         printed = capsys.readouterr().err
         assert f"{file}: entry 'a': quant must be" in printed, words
@@ -156,7 +219,16 @@ def test_what_a_user_may_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert resolve_model(f"~/{tmp_path.name}") == ModelSpec(tmp_path.name, str(tmp_path))
     assert resolve_model(None, "~/heads").heads == str(tmp_path.parent / "heads")
     monkeypatch.chdir(tmp_path)
-    for wrong in ("nothing", "a/b/c", "./a/b", "../b", "/no/such", "~/no-such", "bundled@main", "nothing@main"):
+    for wrong in (
+        "nothing",
+        "a/b/c",
+        "./a/b",
+        "../b",
+        "/no/such",
+        "~/no-such",
+        "bundled@main",
+        "nothing@main",
+    ):
         assert "unknown model" in refused(wrong)
 
 
@@ -167,7 +239,12 @@ def test_a_revision_of_a_listed_model() -> None:
 
 def test_other_heads_than_the_listed_ones() -> None:
     spec = resolve_model("vicuna-7b", "somebody/heads@main")
-    assert (spec.heads, spec.layout, spec.medusa_heads, spec.shape) == ("somebody/heads@main", "", 0, "vicuna-7b")
+    assert (spec.heads, spec.layout, spec.medusa_heads, spec.shape) == (
+        "somebody/heads@main",
+        "",
+        0,
+        "vicuna-7b",
+    )
 
 
 def test_quantization_named_and_not() -> None:
@@ -179,11 +256,15 @@ def test_quantization_named_and_not() -> None:
 @pytest.mark.parametrize(
     ("place", "complaint"),
     [
-        ("owner/name@", "names no revision behind the @"), ("owner/name@a b", "names no revision"),
-        ("owner/name@a@b", "names no revision"), ("owner/na me", "'owner/na me' is no hub id"),
-        ("owner/-name", "is no hub id"), ("owner/na--me", "is no hub id"), ("/name@x", "unknown model"),
+        ("owner/name@", "names no revision behind the @"),
+        ("owner/name@a b", "names no revision"),
+        ("owner/name@a@b", "names no revision"),
+        ("owner/na me", "'owner/na me' is no hub id"),
+        ("owner/-name", "is no hub id"),
+        ("owner/na--me", "is no hub id"),
+        ("/name@x", "unknown model"),
     ],
-)  # fmt: skip
+)
 def test_ids_that_the_hub_cannot_have(place: str, complaint: str) -> None:
     assert complaint in refused(place)
     if "unknown" not in complaint:
@@ -195,7 +276,9 @@ def test_places_that_are_meant_as_hub_ids(place: str) -> None:
     assert is_hub_id(place)
 
 
-@pytest.mark.parametrize("place", ["", "a", "a@b", "a@b/c", "a/", "/a", "./a", "../a", "~/a", "a/b/c", "/a/b"])
+@pytest.mark.parametrize(
+    "place", ["", "a", "a@b", "a@b/c", "a/", "/a", "./a", "../a", "~/a", "a/b/c", "/a/b"]
+)
 def test_places_that_are_not(place: str) -> None:
     assert not is_hub_id(place)
 

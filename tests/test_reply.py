@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import END, random_backbone, tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.engine import eos_ids
 from medusa_chat.decoding.reply import Reply
+from tests.helpers.tiny import END, random_backbone, tokenizer
 
 TOKENIZER = tokenizer()
 
@@ -22,7 +23,14 @@ def encode(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
-def run(ids: list[int], *, room: int = 10**6, eos: frozenset[int] = frozenset({END}), chunk: int = 1, **changes):
+def run(
+    ids: list[int],
+    *,
+    room: int = 10**6,
+    eos: frozenset[int] = frozenset({END}),
+    chunk: int = 1,
+    **changes: Any,
+) -> Any:
     """Feed ids some at a time, as steps do; returns the texts of the tokens taken and why it ended."""
     reply = Reply(TOKENIZER, Sampling(**({"max_new_tokens": 10**6} | changes)), eos, room)
     taken = []
@@ -34,9 +42,11 @@ def run(ids: list[int], *, room: int = 10**6, eos: frozenset[int] = frozenset({E
     return [token.text for token in taken], reply.finish
 
 
-@pytest.mark.parametrize("text", ["plain", "é", "日本語の文", "a🙂b🧜‍♀️c", "👩‍👩‍👧 und ÄÖÜ\n\ttabs", "  two  spaces "])
+@pytest.mark.parametrize(
+    "text", ["plain", "é", "日本語の文", "a🙂b🧜‍♀️c", "👩‍👩‍👧 und ÄÖÜ\n\ttabs", "  two  spaces "]
+)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
-def test_split_characters_appear_once_and_whole(text, chunk):
+def test_split_characters_appear_once_and_whole(text: Any, chunk: Any) -> None:
     texts, _ = run(encode(text), chunk=chunk)
     assert "".join(texts) == text
     assert not any("\ufffd" in piece for piece in texts)
@@ -46,34 +56,52 @@ def test_split_characters_appear_once_and_whole(text, chunk):
 
 @given(text=st.text(max_size=30), chunk=st.integers(1, 6))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_any_text_comes_out_as_it_went_in(text, chunk):
+def test_any_text_comes_out_as_it_went_in(text: Any, chunk: Any) -> None:
     assert "".join(run(encode(text), chunk=chunk)[0]) == text
 
 
-@given(ids=st.lists(st.integers(0, 300), max_size=40), stop=st.lists(st.integers(0, 93), max_size=2))
+@given(
+    ids=st.lists(st.integers(0, 300), max_size=40), stop=st.lists(st.integers(0, 93), max_size=2)
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_any_ids_are_decoded_without_an_error(ids, stop):
+def test_any_ids_are_decoded_without_an_error(ids: Any, stop: Any) -> None:
     """A random model writes broken UTF-8, special tokens and ids that the tokenizer does not have."""
     texts, _ = run(ids, stop=tuple(filter(None, [TOKENIZER.decode(stop)])), eos=frozenset())
     assert len(texts) <= len(ids)
 
 
-def test_broken_utf_8_does_not_swallow_what_follows():
+def test_broken_utf_8_does_not_swallow_what_follows() -> None:
     broken = encode("🙂")[:2]
-    assert "".join(run([*encode("a"), *broken, *encode("bc d")])[0]).replace("\ufffd", "") == "abc d"
+    assert (
+        "".join(run([*encode("a"), *broken, *encode("bc d")])[0]).replace("\ufffd", "") == "abc d"
+    )
 
 
-def test_special_tokens_are_not_shown():
+def test_special_tokens_are_not_shown() -> None:
     assert run([*encode("a"), END - 1, *encode("b")])[0] == ["a", "", "b"]
 
 
-def test_a_tokenizer_that_marks_words_by_a_leading_space():
+def test_a_tokenizer_that_marks_words_by_a_leading_space() -> None:
     """SentencePiece style: the space before the first word is no part of the text, those between words are."""
-    vocabulary = {"▁Hello": 0, "▁there": 1, "!": 2, "<0xF0>": 3, "<0x9F>": 4, "<0x99>": 5, "<0x82>": 6, "▁": 7}
+    vocabulary = {
+        "▁Hello": 0,
+        "▁there": 1,
+        "!": 2,
+        "<0xF0>": 3,
+        "<0x9F>": 4,
+        "<0x99>": 5,
+        "<0x82>": 6,
+        "▁": 7,
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     made = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = [0, 1, 2, 7, 3, 4, 5, 6, 0, 1]
     reply = Reply(made, Sampling(), frozenset(), 100)
@@ -86,14 +114,24 @@ def test_a_tokenizer_that_marks_words_by_a_leading_space():
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7])
-def test_a_stop_string_split_over_tokens_is_never_shown(chunk):
+def test_a_stop_string_split_over_tokens_is_never_shown(chunk: Any) -> None:
     texts, finish = run(encode("one STOP two"), stop=("STOP",), chunk=chunk)
     assert ("".join(texts), finish) == ("one ", "stop")
     assert len(texts) == len("one STOP")
 
 
-def test_text_that_only_began_a_stop_string_is_released():
-    assert run(encode("a STALL b"), stop=("STOP",))[0] == ["a", " ", "", "", "STA", "L", "L", " ", "b"]
+def test_text_that_only_began_a_stop_string_is_released() -> None:
+    assert run(encode("a STALL b"), stop=("STOP",))[0] == [
+        "a",
+        " ",
+        "",
+        "",
+        "STA",
+        "L",
+        "L",
+        " ",
+        "b",
+    ]
     assert run(encode("aab!"), stop=("aaab",))[0] == ["", "", "aab", "!"]
 
 
@@ -105,25 +143,30 @@ def test_text_that_only_began_a_stop_string_is_released():
         ([*encode("x ST"), END], {}, "eos"),
     ],
 )
-def test_text_held_back_is_released_at_the_end(ids, changes, finish):
+def test_text_held_back_is_released_at_the_end(ids: Any, changes: Any, finish: Any) -> None:
     texts, why = run(ids, stop=("STOP",), **changes)
     assert ("".join(texts), why) == ("x ST", finish)
 
 
-def test_the_earliest_of_several_stop_strings_counts():
+def test_the_earliest_of_several_stop_strings_counts() -> None:
     assert "".join(run(encode("abc def ghi"), stop=("ef", "bc d", "zzz"))[0]) == "a"
     assert "".join(run(encode("line\nnext"), stop=("\n\n", "\n"))[0]) == "line"
     assert "".join(run(encode("日本語"), stop=("本",))[0]) == "日"
 
 
 @given(
-    text=st.text("ab", min_size=1, max_size=24), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    text=st.text("ab", min_size=1, max_size=24),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_shown_text_is_that_before_the_stop_string_that_is_complete_first(text, stops, seed):
+def test_shown_text_is_that_before_the_stop_string_that_is_complete_first(
+    text: Any, stops: Any, seed: Any
+) -> None:
     shown, finish = "", None
-    reply = Reply(TOKENIZER, Sampling(stop=tuple(stops), max_new_tokens=len(text)), frozenset(), 10**6)
+    reply = Reply(
+        TOKENIZER, Sampling(stop=tuple(stops), max_new_tokens=len(text)), frozenset(), 10**6
+    )
     ids, chance = encode(text), random.Random(seed)
     while ids and not reply.finish:
         count = chance.randint(1, 4)
@@ -141,14 +184,14 @@ def test_shown_text_is_that_before_the_stop_string_that_is_complete_first(text, 
 # ---- ends ----
 
 
-def test_every_eos_id_ends_a_reply_and_none_when_ignored():
+def test_every_eos_id_ends_a_reply_and_none_when_ignored() -> None:
     for eos in (5, 9):
         assert run([1, 2, eos, 3], eos=frozenset({5, 9})) == ([*run([1, 2])[0], ""], "eos")
     texts, finish = run([1, 5, 9, 3], eos=frozenset({5, 9}), ignore_eos=True)
     assert ("".join(texts), finish) == (TOKENIZER.decode([1, 5, 9, 3]), None)
 
 
-def test_eos_ids_are_those_of_the_generation_config_and_the_tokenizer():
+def test_eos_ids_are_those_of_the_generation_config_and_the_tokenizer() -> None:
     backbone = random_backbone()
     named = tokenizer()
     assert eos_ids(backbone.model, named) == frozenset()
@@ -160,14 +203,17 @@ def test_eos_ids_are_those_of_the_generation_config_and_the_tokenizer():
     assert eos_ids(backbone.model, named) == {0, END}
 
 
-def test_tokens_behind_the_end_are_not_taken():
+def test_tokens_behind_the_end_are_not_taken() -> None:
     reply = Reply(TOKENIZER, Sampling(), frozenset({END}), 100)
     taken = reply.take([*encode("a"), END, *encode("b")], [0, 1, 2])
-    assert [(token.id, token.text, token.head) for token in taken] == [(encode("a")[0], "a", 0), (END, "", 1)]
+    assert [(token.id, token.text, token.head) for token in taken] == [
+        (encode("a")[0], "a", 0),
+        (END, "", 1),
+    ]
     assert reply.take(encode("c"), [0]) == []
 
 
-def test_ends_at_foresees_the_token_that_closes_the_reply():
+def test_ends_at_foresees_the_token_that_closes_the_reply() -> None:
     reply = Reply(TOKENIZER, Sampling(max_new_tokens=3), frozenset({END}), 100)
     assert reply.ends_at(END)
     assert not reply.ends_at(1)
@@ -175,7 +221,7 @@ def test_ends_at_foresees_the_token_that_closes_the_reply():
     assert reply.ends_at(1)
 
 
-def test_bytes_that_make_no_character_do_not_end_the_stream():
+def test_bytes_that_make_no_character_do_not_end_the_stream() -> None:
     vocabulary = {"a": 0, "b": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

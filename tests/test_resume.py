@@ -10,25 +10,30 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from full_disk import room
 from safetensors.torch import load_file
-from tiny_runs import do, log_of, products, tiny_run
 
 from medusa_chat.cli import main
 from medusa_chat.config import UserError
-from medusa_chat.events import TrainStep
-from medusa_chat.terminal import training_view
+from medusa_chat.terminal.reports import training as training_view
 from medusa_chat.training.checkpoints import whole_checkpoints
 from medusa_chat.training.trainer import train
+from tests.helpers.full_disk import room
+from tests.helpers.tiny_runs import do, log_of, products, tiny_run
+
+if TYPE_CHECKING:
+    from medusa_chat.events import TrainStep
 
 # Dropout, accumulation and a new epoch behind the cut: all that a checkpoint has to bring back.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "medusa1": ("medusa1", {"accumulation": 2, "lm_heads": "own"}),
     "medusa2": ("medusa2", {"heads_first": 0.3, "lora_dropout": 0.3}),
-    "medusa2, whole": ("medusa2", {"heads_first": 0.3, "lora_rank": 0, "backbone_learning_rate": 1e-2}),
+    "medusa2, whole": (
+        "medusa2",
+        {"heads_first": 0.3, "lora_rank": 0, "backbone_learning_rate": 1e-2},
+    ),
     "distilled": ("distilled", {"lambda_0": 0.5, "lora_dropout": 0.3}),
 }
 
@@ -65,19 +70,31 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(kind: str, tmp_path:
     assert products(tmp_path / "cut") == products(tmp_path / "whole")
     assert [line["step"] for line in log_of(tmp_path / "cut")] == list(range(2, 25, 2))
     for ours, theirs in zip(log_of(tmp_path / "cut"), log_of(tmp_path / "whole"), strict=True):
-        assert ours["head_loss"] == theirs["head_loss"] or ours["step"] == 16  # where the mean begins anew
+        assert (
+            ours["head_loss"] == theirs["head_loss"] or ours["step"] == 16
+        )  # where the mean begins anew
         assert ours["learning_rates"] == theirs["learning_rates"]
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-20", "checkpoint-24"]
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
-    for out, name, changes in (("1", "medusa1", {}), ("2", "medusa2", {}), ("3", "medusa2", {"lora_rank": 0})):
+    for out, name, changes in (
+        ("1", "medusa1", {}),
+        ("2", "medusa2", {}),
+        ("3", "medusa2", {"lora_rank": 0}),
+    ):
         do(tiny_run(tmp_path, out, name, **changes, max_steps=2))
-        names = set(load_file(tmp_path / out / "checkpoints" / "checkpoint-2" / "model.safetensors"))
+        names = set(
+            load_file(tmp_path / out / "checkpoints" / "checkpoint-2" / "model.safetensors")
+        )
         assert {"heads.weight", "heads.bias"} <= names
         rest = names - {"heads.weight", "heads.bias"}
         assert all(n.startswith("backbone.") for n in rest)
-        assert {"1": not rest, "2": bool(rest) and all("lora_" in n for n in rest), "3": len(rest) > 15}[out]
+        assert {
+            "1": not rest,
+            "2": bool(rest) and all("lora_" in n for n in rest),
+            "3": len(rest) > 15,
+        }[out]
 
 
 def test_a_finished_run_resumes_to_what_it_is(tmp_path: Path) -> None:
@@ -92,22 +109,28 @@ def test_a_finished_run_resumes_to_what_it_is(tmp_path: Path) -> None:
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     do(tiny_run(tmp_path, "out"))
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"out holds a run already \(checkpoint-10\); --resume goes on"):
+    with pytest.raises(
+        UserError, match=r"out holds a run already \(checkpoint-10\); --resume goes on"
+    ):
         do(tiny_run(tmp_path, "out", heads=3))
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == files
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"heads": 3}, "had heads 2, not 3"), ({"learning_rate": 1e-3}, "had learning_rate 0.002, not 0.001"),
-        ({"seed": 1}, "had seed 0, not 1"), ({"max_steps": 20}, "had max_steps 10, not 20"),
+        ({"heads": 3}, "had heads 2, not 3"),
+        ({"learning_rate": 1e-3}, "had learning_rate 0.002, not 0.001"),
+        ({"seed": 1}, "had seed 0, not 1"),
+        ({"max_steps": 20}, "had max_steps 10, not 20"),
         ({"held_out": (Path("x"),)}, r"had held_out \[\], not \['x'\]"),
         ({"name": "medusa2"}, "had recipe 'medusa1', not 'medusa2'"),
         ({"heads_from": "x/y"}, "had heads_from None, not 'x/y'"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_settings_are_no_resumption(
     changes: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +144,9 @@ def test_other_settings_are_no_resumption(
 
 
 def test_there_has_to_be_a_run_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no run to resume in .*out: training\.json is missing or damaged"):
+    with pytest.raises(
+        UserError, match=r"there is no run to resume in .*out: training\.json is missing or damaged"
+    ):
         do(tiny_run(tmp_path, "out", resume=True))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
@@ -134,7 +159,11 @@ def test_a_run_cut_off_before_its_first_checkpoint_begins_again(tmp_path: Path) 
     with pytest.raises(Cut):
         train(tiny_run(tmp_path, "cut"), stop_at(2), lambda line: None)
     steps, _ = do(tiny_run(tmp_path, "cut", resume=True))
-    assert [step.step for step in steps] == [line["step"] for line in log_of(tmp_path / "cut")] == [2, 4, 6, 8, 10]
+    assert (
+        [step.step for step in steps]
+        == [line["step"] for line in log_of(tmp_path / "cut")]
+        == [2, 4, 6, 8, 10]
+    )
     do(tiny_run(tmp_path, "whole"))
     assert products(tmp_path / "cut") == products(tmp_path / "whole")
 
@@ -146,7 +175,14 @@ def words(tmp_path: Path, out: str, *more: str) -> list[str]:
     """A run on the command line, the same as tiny_run makes with these settings."""
     tiny_run(tmp_path, out)  # for its files
     flags = "--heads 2 --max-steps 10 --length 32 --batch-size 2 --warmup-steps 2 --save-steps 4 --logging-steps 2"
-    given = ["--model", str(tmp_path / "backbone"), "--data", str(tmp_path / "talks.jsonl"), *flags.split(), *more]
+    given = [
+        "--model",
+        str(tmp_path / "backbone"),
+        "--data",
+        str(tmp_path / "talks.jsonl"),
+        *flags.split(),
+        *more,
+    ]
     return ["train", *given, "--lora-rank", "2", "--out", str(tmp_path / out)]
 
 
@@ -184,7 +220,9 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
     many = ["--max-steps", "100000", "--save-steps", "50000"]
     command = [sys.executable, "-m", "medusa_chat.cli", *words(tmp_path, "out", *many)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stderr is not None
     assert process.stdout is not None
     lines = []
@@ -198,11 +236,14 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
     assert process.stdout.read() == ""
     assert "tokens in" in lines[0]  # nothing comes before it: no library's warning
     last = re.fullmatch(
-        r"medusa-chat: error: stopped at step (\d+) of 100000; --resume goes on from there\n", lines[-1]
+        r"medusa-chat: error: stopped at step (\d+) of 100000; --resume goes on from there\n",
+        lines[-1],
     )
     assert last, lines[-3:]
     assert all(line.startswith(("step ", "stopping after")) for line in lines[1:-1])
-    assert [p.name for p in whole_checkpoints(tmp_path / "out" / "checkpoints")] == [f"checkpoint-{last[1]}"]
+    assert [p.name for p in whole_checkpoints(tmp_path / "out" / "checkpoints")] == [
+        f"checkpoint-{last[1]}"
+    ]
     assert products(tmp_path / "out") == {}
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import closing, suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import REPLY, FakeEngine
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.events import Step
 from medusa_chat.stats import Stats
-from medusa_chat.terminal.session import Session, read_conversation
+from medusa_chat.terminal.chat.session import Session, read_conversation
+from tests.helpers.fake_engine import REPLY, FakeEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from medusa_chat.events import Step
 
 
 def talk(session: Session, *texts: str) -> None:
@@ -24,7 +28,10 @@ def talk(session: Session, *texts: str) -> None:
 def test_a_reply_is_streamed_kept_and_measured() -> None:
     session = Session(FakeEngine(), Sampling())
     steps = list(session.ask("hello"))
-    assert session.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": REPLY}]
+    assert session.messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": REPLY},
+    ]
     assert session.last == session.conversation == Stats.of(steps)
     talk(session, "more")
     assert session.last == Stats.of(steps)
@@ -131,14 +138,22 @@ def test_reset_keeps_settings() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    session = Session(FakeEngine(["Grüße 你好 🦊\n\x1b[31m"]), Sampling(mode="typical", stop=("\n\n",)), system="S")
+    session = Session(
+        FakeEngine(["Grüße 你好 🦊\n\x1b[31m"]),
+        Sampling(mode="typical", stop=("\n\n",)),
+        system="S",
+    )
     talk(session, "one")
     path = tmp_path / "talk.json"
     session.save(path)
     session.save(path)  # over a saved conversation
     other = Session(FakeEngine(), Sampling())
     other.load(read_conversation(path))
-    assert (other.messages, other.sampling, other.system) == (session.messages, session.sampling, "S")
+    assert (other.messages, other.sampling, other.system) == (
+        session.messages,
+        session.sampling,
+        "S",
+    )
     assert list(tmp_path.iterdir()) == [path]
 
 

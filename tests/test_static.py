@@ -4,42 +4,65 @@ between the replays; what is recorded when, and what is kept; and steps that can
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from recording import Recorder
-from tiny import decode, ids_of, make_engine, prompt_ids, random_backbone, random_heads, random_tree, reply
 from torch import nn
 
 from medusa_chat.config import Sampling
-from medusa_chat.decoding import acceptance, captured, static
+from medusa_chat.decoding import acceptance
 from medusa_chat.decoding import runner as runner_module
 from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
-from medusa_chat.decoding.copying import CHAIN, Copied
-from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.draft.copies import CHAIN, Copied
+from medusa_chat.decoding.graphs import capture as captured
+from medusa_chat.decoding.graphs import static_step as static
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.static import Key, Program
-from medusa_chat.decoding.tree import AnyTree, DynamicTree, Tree
-from medusa_chat.model.backbone import Backbone
+from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
 from medusa_chat.model.heads import LinearHeads, decoding_heads
+from tests.helpers.recording import Recorder
+from tests.helpers.tiny import (
+    decode,
+    ids_of,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_heads,
+    random_tree,
+    reply,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.graphs.static_step import Key, Program
+    from medusa_chat.model.backbone import Backbone
 
 CPU = torch.device("cpu")
 PROMPT = prompt_ids(20)
 COPIED = Copied(tuple(prompt_ids(CHAIN)), (-0.5,) * CHAIN, 1)
 TREES: dict[str, AnyTree] = {
-    "root": Tree(), "tree": random_tree(3, 20, 4, 4, spine=4), "wide": random_tree(4, 6, 2, 30, spine=2),
+    "root": Tree(),
+    "tree": random_tree(3, 20, 4, 4, spine=4),
+    "wide": random_tree(4, 6, 2, 30, spine=2),
     "dynamic": DynamicTree(random_tree(5, 40, 4, 4, spine=4), 12),
-}  # fmt: skip
+}
 SAMPLINGS = {
-    "greedy": Sampling(), "typical": Sampling(mode="typical", seed=3), "exact": Sampling(mode="exact", seed=4),
+    "greedy": Sampling(),
+    "typical": Sampling(mode="typical", seed=3),
+    "exact": Sampling(mode="exact", seed=4),
     "typical cut": Sampling(mode="typical", top_p=0.8, seed=5),
     "exact cut": Sampling(mode="exact", top_k=7, min_p=0.05, temperature=1.3, seed=6),
-}  # fmt: skip
-CHANGES: tuple[dict[str, Any], ...] = ({}, {"seed": 9}, {"temperature": 0.3}, {"epsilon": 0.2, "delta": 0.6})
+}
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"seed": 9},
+    {"temperature": 0.3},
+    {"epsilon": 0.2, "delta": 0.6},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +95,22 @@ KINDS = ["llama", "qwen2", "mistral", "qwen3-mixed", "gemma2", "gemma3", "phi3-s
 
 @pytest.mark.parametrize(
     ("kind", "tree"),
-    [*((kind, TREES["tree"]) for kind in KINDS), ("llama", TREES["dynamic"]), ("gemma3", TREES["dynamic"])],
+    [
+        *((kind, TREES["tree"]) for kind in KINDS),
+        ("llama", TREES["dynamic"]),
+        ("gemma3", TREES["dynamic"]),
+    ],
 )
 def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any, tape: Recorder) -> None:
     """One engine each for all modes, with copies and rewinds between them."""
     eager, fixed = pair(kind, tree=tree, copies=True)
     for sampling in (*SAMPLINGS.values(), Sampling(mode="vanilla"), Sampling()):
-        settings = {"mode": sampling.mode, "seed": sampling.seed, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        settings = {
+            "mode": sampling.mode,
+            "seed": sampling.seed,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
         expected = reply(eager, PROMPT * 2, max_new_tokens=30, **settings)
         assert reply(fixed, PROMPT * 2, max_new_tokens=30, **settings) == expected
     assert any(key[0] == "nodes" and CHAIN in key[1] for key in tape.made)  # type: ignore[operator]
@@ -113,7 +145,9 @@ def test_an_outcome_is_that_of_the_eager_step(name: str, how: str) -> None:
         torch.testing.assert_close(both[0]._hidden, both[1]._hidden, rtol=1e-4, atol=1e-4)
 
 
-def same_step(both: list[Runner], root: int, tree: AnyTree, rule: Any, copied: Copied | None = None) -> int:
+def same_step(
+    both: list[Runner], root: int, tree: AnyTree, rule: Any, copied: Copied | None = None
+) -> int:
     """Take a step twice and compare; returns the next root."""
     eager, fixed = (runner.step(root, tree, rule, copied) for runner in both)
     assert eager == fixed
@@ -133,14 +167,21 @@ def test_a_step_up_to_the_end_of_the_cache() -> None:
 
 def families() -> dict[str, list[AnyTree]]:
     """Trees of as many nodes, of different depths, widths and supersets."""
-    fixed: list[AnyTree] = [random_tree(seed, 11, depth, 4, spine=depth) for seed, depth in ((1, 4), (2, 2), (3, 3))]
-    supersets = [random_tree(seed, size, depth, 5, spine=depth) for seed, size, depth in ((4, 40, 4), (5, 25, 3))]
+    fixed: list[AnyTree] = [
+        random_tree(seed, 11, depth, 4, spine=depth) for seed, depth in ((1, 4), (2, 2), (3, 3))
+    ]
+    supersets = [
+        random_tree(seed, size, depth, 5, spine=depth)
+        for seed, size, depth in ((4, 40, 4), (5, 25, 3))
+    ]
     return {"fixed": fixed, "dynamic": [DynamicTree(superset, 12) for superset in supersets]}
 
 
 @pytest.mark.parametrize("copied", [None, COPIED], ids=["heads", "copies"])
 @pytest.mark.parametrize("family", ["fixed", "dynamic"])
-def test_after_one_step_no_setting_and_no_tree_records_anything(family: str, copied: Any, tape: Recorder) -> None:
+def test_after_one_step_no_setting_and_no_tree_records_anything(
+    family: str, copied: Any, tape: Recorder
+) -> None:
     """Modes (vanilla among them), numbers, seeds, trees of as many nodes, and other accuracies; to and fro."""
     trees = families()[family]
     assert {len(tree) for tree in trees} == {12}
@@ -170,9 +211,14 @@ def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> N
     for tree in families()["fixed"]:
         for engine in (eager, fixed):
             engine.use_tree(tree)
-        for sampling in (*SAMPLINGS.values(), Sampling(mode="vanilla"), Sampling(mode="vanilla", sample=True)):
+        for sampling in (
+            *SAMPLINGS.values(),
+            Sampling(mode="vanilla"),
+            Sampling(mode="vanilla", sample=True),
+        ):
             said = [
-                ids_of(list(engine.generate(PROMPT, replace(sampling, max_new_tokens=8)))) for engine in (eager, fixed)
+                ids_of(list(engine.generate(PROMPT, replace(sampling, max_new_tokens=8))))
+                for engine in (eager, fixed)
             ]
             assert said[0] == said[1]
     assert tape.made.total() == first
@@ -200,7 +246,9 @@ def test_what_is_recorded_and_buffered_does_not_grow_with_a_chat(
     for number in range(60):
         superset = random_tree(number, 20 + number, 4, 4, spine=4)
         tree = (
-            DynamicTree(superset, 5 + number % 9) if number % 2 else random_tree(number, 3 + number % 13, 4, 4, spine=3)
+            DynamicTree(superset, 5 + number % 9)
+            if number % 2
+            else random_tree(number, 3 + number % 13, 4, 4, spine=3)
         )
         root = same_step(both, root, tree, rules[number % 5], COPIED if number % 3 else None)
         sizes.add(len(tree))
@@ -212,10 +260,14 @@ def test_what_is_recorded_and_buffered_does_not_grow_with_a_chat(
     before = {id(tensor) for tensor in vars(step._buffers[32]).values()}
     both[1].step(root, random_tree(1, 40, 4, 4, spine=4), rules[0])
     assert list(step._buffers) == [32, 64]
-    assert {id(tensor) for tensor in vars(step._buffers[32]).values()} == before  # recorded, so they may not move
+    assert {
+        id(tensor) for tensor in vars(step._buffers[32]).values()
+    } == before  # recorded, so they may not move
 
 
-def test_what_the_noise_is_made_of_is_held_though_its_cache_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_noise_is_made_of_is_held_though_its_cache_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(runner_module, "as_it_is", captured.as_it_is)
     runner = runners(random_backbone("llama"))[1]
     rule = make_rule(SAMPLINGS["exact"])
@@ -238,7 +290,9 @@ class Failing(Recorder):
     def __init__(self, sort: str, fine: int = 0, error: Exception | None = None) -> None:
         super().__init__()
         self.sort, self.fine = sort, fine
-        self.error = error or RuntimeError("operation not permitted when stream is capturing\nCompile with `...`")
+        self.error = error or RuntimeError(
+            "operation not permitted when stream is capturing\nCompile with `...`"
+        )
 
     def __call__(self, key: Key, program: Program) -> Program:
         if key[0] == self.sort and self.made.total() >= self.fine:
@@ -249,7 +303,9 @@ class Failing(Recorder):
 
 @pytest.mark.parametrize("sort", ["nodes", "forward", "settle"])
 @pytest.mark.parametrize("fine", [0, 14], ids=["at once", "when the text grows"])
-def test_a_step_that_cannot_be_recorded_is_taken_eagerly(sort: str, fine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_recorded_is_taken_eagerly(
+    sort: str, fine: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Failing(sort, fine)
     monkeypatch.setattr(runner_module, "as_it_is", recorder)
     eager, fixed = pair("llama", tree=families()["fixed"][0])
@@ -272,9 +328,12 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(sort: str, fine: int, m
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), NotImplementedError(), KeyError("x")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), NotImplementedError(), KeyError("x")],
 )
-def test_whatever_it_is_that_cannot_be_recorded(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_it_is_that_cannot_be_recorded(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner_module, "as_it_is", Failing("settle", 9, error))
     both = runners(random_backbone("llama"))
     rule = make_rule(Sampling())
@@ -302,7 +361,9 @@ def test_int8_in_backbone_or_heads_and_dynamic_rope_cannot_be_recorded() -> None
     backbone = random_backbone("llama")
 
     def heads(quant: Any) -> Any:
-        return decoding_heads(random_heads(backbone, own=True), quant, CPU, torch.float32, backbone.lm_head)
+        return decoding_heads(
+            random_heads(backbone, own=True), quant, CPU, torch.float32, backbone.lm_head
+        )
 
     assert not captured.reads_the_host(backbone, None)
     for quant in ("none", "nf4", "nf4-double"):
@@ -323,12 +384,25 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 @pytest.mark.parametrize(
     ("rope", "reads"),
     [
-        ({"rope_type": "default", "rope_theta": 1e4}, False), ({"rope_type": "linear", **ROPE}, False),
+        ({"rope_type": "default", "rope_theta": 1e4}, False),
+        ({"rope_type": "linear", **ROPE}, False),
         ({"rope_type": "dynamic", **ROPE}, True),
-        ({"full_attention": {"rope_type": "dynamic", **ROPE}, "sliding_attention": {"rope_type": "default"}}, True),
-        ({"full_attention": {"rope_type": "linear", **ROPE}, "sliding_attention": {"rope_type": "default"}}, False),
+        (
+            {
+                "full_attention": {"rope_type": "dynamic", **ROPE},
+                "sliding_attention": {"rope_type": "default"},
+            },
+            True,
+        ),
+        (
+            {
+                "full_attention": {"rope_type": "linear", **ROPE},
+                "sliding_attention": {"rope_type": "default"},
+            },
+            False,
+        ),
     ],
-)  # fmt: skip
+)
 def test_rope_that_compares_the_position_cannot_be_recorded(rope: Any, reads: bool) -> None:
     backbone = random_backbone("llama")
     backbone.config.rope_parameters = rope

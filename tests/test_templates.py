@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
-from hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
-from tiny import decode, make_engine, random_backbone, reply, tokenizer
 from transformers import AutoTokenizer
 
-from medusa_chat.arguments import parser
+from medusa_chat.commands.flags import parser
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.model.loading import _tokenizer_settings
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
+from tests.helpers.hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
+from tests.helpers.tiny import decode, make_engine, random_backbone, reply, tokenizer
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -24,7 +24,10 @@ TURNS = ("Hi", "Hello!", "And now?\n\nTwo lines", "Yes.", "Ж 你 🙂")
 
 
 def talk(*turns: str, system: str | None = None) -> list[Any]:
-    said = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 3, turns, strict=False)]
+    said = [
+        {"role": role, "content": turn}
+        for role, turn in zip(("user", "assistant") * 3, turns, strict=False)
+    ]
     return [*([] if system is None else [{"role": "system", "content": system}]), *said]
 
 
@@ -32,7 +35,9 @@ def template(name: str = "vicuna_v1.1", **settings: Any) -> ChatTemplate:
     return resolve_template(llama_tokenizer(), ModelSpec("m", "m", template=name, **settings))
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1.1", "zephyr", "mistral", "llama-2", "qwen-7b-chat", "one_shot"])
+@pytest.mark.parametrize(
+    "name", ["vicuna_v1.1", "zephyr", "mistral", "llama-2", "qwen-7b-chat", "one_shot"]
+)
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 @pytest.mark.parametrize("turns", [1, 3, 5])
 def test_fastchat_makes_the_same_prompt(name: str, system: str | None, turns: int) -> None:
@@ -75,7 +80,9 @@ def test_which_template_is_taken() -> None:
         (ModelSpec("m", "FasterDecoding/medusa-1.0-zephyr-7b-beta"), "zephyr"),
     ):
         assert resolve_template(bare, spec).name == name
-    with pytest.raises(UserError, match=r"neither the tokenizer of m nor fastchat .* --template NAME .*list"):
+    with pytest.raises(
+        UserError, match=r"neither the tokenizer of m nor fastchat .* --template NAME .*list"
+    ):
         resolve_template(bare, ModelSpec("m", "owner/unheard-of"))
     with pytest.raises(UserError, match=r"no chat template 'vicuna_v1.2'; close are vicuna_v1.1"):
         named_template("vicuna_v1.2")
@@ -84,10 +91,14 @@ def test_which_template_is_taken() -> None:
 @pytest.mark.parametrize("own", [ZEPHYR, MISTRAL])
 def test_there_is_one_bos_where_the_template_wants_one(own: str) -> None:
     bos = llama_tokenizer().bos_token_id
-    assert template().encode(talk("Hi")).count(bos) == template().encode(talk(*TURNS)).count(bos) == 1
+    assert (
+        template().encode(talk("Hi")).count(bos) == template().encode(talk(*TURNS)).count(bos) == 1
+    )
     ids = ChatTemplate(llama_tokenizer(own), "m").encode(talk(*TURNS))
     assert ids.count(bos) == (own == MISTRAL)  # zephyr's own has none
-    written = Conversation("odd", system_message="<s>", sep_style=SeparatorStyle.NO_COLON_SINGLE, roles=("U", "A"))
+    written = Conversation(
+        "odd", system_message="<s>", sep_style=SeparatorStyle.NO_COLON_SINGLE, roles=("U", "A")
+    )
     assert ChatTemplate(llama_tokenizer(), "m", written).encode(talk("Hi"))[:2].count(bos) == 1
 
 
@@ -102,7 +113,11 @@ def test_where_a_reply_ends(reply: str) -> None:
 
 def test_a_tokenizers_own_template_takes_no_empty_system_message() -> None:
     own = ChatTemplate(llama_tokenizer(ZEPHYR), "m")
-    assert own.render(talk("Hi", system="")) == own.render(talk("Hi")) == "<|user|>\nHi</s>\n<|assistant|>\n"
+    assert (
+        own.render(talk("Hi", system=""))
+        == own.render(talk("Hi"))
+        == "<|user|>\nHi</s>\n<|assistant|>\n"
+    )
     assert own.render(talk("Hi", system="S")).startswith("<|system|>\nS</s>")
 
 
@@ -125,7 +140,9 @@ def test_conversations_that_no_template_was_made_for(messages: list[Any], words:
 
 def test_a_model_without_a_template_says_how_to_name_one() -> None:
     engine = make_engine(random_backbone(), tokenizer=tokenizer(None))
-    with pytest.raises(UserError, match=r"model has no chat template: name one with --template NAME"):
+    with pytest.raises(
+        UserError, match=r"model has no chat template: name one with --template NAME"
+    ):
         engine.encode(talk("Hi"))
 
 

@@ -5,16 +5,28 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import REPLY, script
-from pseudo_terminal import CTRL_C, CTRL_D, ENTER, NEW_LINE, ROOT, UP, Chat, assert_colours
 
 from medusa_chat.config import UserError
 from medusa_chat.stats import Stats
-from medusa_chat.terminal.repl import chat
+from medusa_chat.terminal.chat.repl import chat
+from tests.helpers.fake_engine import REPLY, script
+from tests.helpers.pseudo_terminal import (
+    CTRL_C,
+    CTRL_D,
+    ENTER,
+    NEW_LINE,
+    ROOT,
+    UP,
+    Chat,
+    assert_colours,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 FAKE_CHAT = str(ROOT / "tests" / "fake_engine.py")
 STATS = Stats.of(script(REPLY))
@@ -41,7 +53,9 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) ->
     terminal.replies(1)
     row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
     assert_colours(terminal, row, script(REPLY))
-    footer = f"acceptance length {STATS.acceptance_length:.2f} · {STATS.tokens_per_second:.1f} tokens/s"
+    footer = (
+        f"acceptance length {STATS.acceptance_length:.2f} · {STATS.tokens_per_second:.1f} tokens/s"
+    )
     assert f"{footer} · speedup {STATS.speedup:.2f}× measured here" in terminal.text
 
     terminal.say("/typical")
@@ -62,7 +76,9 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) ->
     assert terminal.status() == 0
 
 
-def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(start: Callable[..., Chat], tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(
+    start: Callable[..., Chat], tmp_path: Path
+) -> None:
     terminal = start("--delay", "0.3")
     terminal.say("Tell me a story")
     text = terminal.see(lambda text: "speedup" in text and "tokens/s" in text)
@@ -237,9 +253,11 @@ def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Chat]) 
 def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
-        chat(lambda progress: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h")  # type: ignore[arg-type]
+        chat(
+            lambda progress: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h"
+        )  # type: ignore[arg-type]
 
 
 def test_the_package_imports_no_torch() -> None:
-    code = "import sys, medusa_chat.terminal.repl; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, medusa_chat.terminal.chat.repl; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

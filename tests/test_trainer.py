@@ -6,17 +6,19 @@ import gc
 import hashlib
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tiny_runs import backbone_folder, do, log_of, products, tiny_run
 
 from medusa_chat.config import UserError
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
 from medusa_chat.training import trainer as module
 from medusa_chat.training.trainee import Trainee
+from tests.helpers.tiny_runs import backbone_folder, do, log_of, products, tiny_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ PROBE = torch.arange(1, 60)[None]
 @torch.no_grad()
 def weights_hash(model: Any) -> str:
     """Of every weight in memory, with the scales of quantized ones, and of what they answer."""
-    logits = model(PROBE).logits  # first: on a CPU, bitsandbytes lays its weights out anew when they are first used
+    logits = model(
+        PROBE
+    ).logits  # first: on a CPU, bitsandbytes lays its weights out anew when they are first used
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), "logits": logits}
     for name, parameter in model.named_parameters():
         for part in ("absmax", "SCB"):
@@ -40,7 +44,9 @@ def weights_hash(model: Any) -> str:
                 tensors[f"{name}.{part}"] = scales
     whole = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        whole.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        whole.update(
+            name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return whole.hexdigest()
 
 
@@ -67,7 +73,13 @@ def test_medusa1_learns_and_leaves_the_backbone_alone(
     shape = {} if quant == "none" else {"hidden_size": 64, "intermediate_size": 128}
     folder = backbone_folder(tmp_path / "backbone", **shape)
     before = products(folder)
-    settings = {"layers": 2, "max_steps": 20, "learning_rate": 0.02, "batch_size": 4, "quant": quant}
+    settings = {
+        "layers": 2,
+        "max_steps": 20,
+        "learning_rate": 0.02,
+        "batch_size": 4,
+        "quant": quant,
+    }
     steps, _ = do(tiny_run(tmp_path, "out", **settings))
     ((trainee, untouched),) = trainees
     kinds = {type(module).__name__ for module in trainee.backbone.modules()}
@@ -82,20 +94,47 @@ def test_medusa1_learns_and_leaves_the_backbone_alone(
     assert all(heads.weight[layer, head].abs().max() > 0 for layer in range(2) for head in range(2))
     torch.testing.assert_close(heads.weight, trainee.heads.weight.to(torch.bfloat16))
     assert steps[-1].step == 20
-    assert all(last < 0.9 * first for first, last in zip(steps[0].head_loss, steps[-1].head_loss, strict=True))
+    assert all(
+        last < 0.9 * first
+        for first, last in zip(steps[0].head_loss, steps[-1].head_loss, strict=True)
+    )
 
 
 def test_the_optimizer_gets_the_rates_of_the_formulas(tmp_path: Path) -> None:
-    own = {"max_steps": 16, "warmup_steps": 3, "logging_steps": 1, "heads_first": 0.25, "ramp": "sine"}
-    do(tiny_run(tmp_path, "out", "medusa2", learning_rate=0.01, backbone_learning_rate=0.004, lambda_0=0.5, **own))
+    own = {
+        "max_steps": 16,
+        "warmup_steps": 3,
+        "logging_steps": 1,
+        "heads_first": 0.25,
+        "ramp": "sine",
+    }
+    do(
+        tiny_run(
+            tmp_path,
+            "out",
+            "medusa2",
+            learning_rate=0.01,
+            backbone_learning_rate=0.004,
+            lambda_0=0.5,
+            **own,
+        )
+    )
     log = log_of(tmp_path / "out")
     assert [line["step"] for line in log] == list(range(1, 17))
     for line in log:  # after t steps, the rates of the step to come
         t = line["step"]
         heads = t / 3 if t < 3 else (1 + math.cos(math.pi * (t - 3) / 13)) / 2
         since = t - 4
-        backbone = 0 if since < 0 else since / 3 if since < 3 else (1 + math.cos(math.pi * (since - 3) / 9)) / 2
-        assert line["learning_rates"] == pytest.approx([0.01 * heads, 0.004 * backbone], rel=1e-4, abs=1e-9)
+        backbone = (
+            0
+            if since < 0
+            else since / 3
+            if since < 3
+            else (1 + math.cos(math.pi * (since - 3) / 9)) / 2
+        )
+        assert line["learning_rates"] == pytest.approx(
+            [0.01 * heads, 0.004 * backbone], rel=1e-4, abs=1e-9
+        )
         assert line["heads_weight"] == pytest.approx(0.5 * math.sin(math.pi / 2 * t / 16), rel=1e-4)
         assert (line["backbone_loss"] is None) is (t <= 4)
     for line in log[1:4]:  # what was trained on had the weight that stood in the log before
@@ -105,12 +144,16 @@ def test_the_optimizer_gets_the_rates_of_the_formulas(tmp_path: Path) -> None:
         )
 
 
-def test_the_backbone_stands_still_while_the_heads_come_first(tmp_path: Path, trainees: list[Any]) -> None:
+def test_the_backbone_stands_still_while_the_heads_come_first(
+    tmp_path: Path, trainees: list[Any]
+) -> None:
     found: list[dict[str, torch.Tensor]] = []
 
     def watch(step: Any) -> None:
         named = trainees[-1][0].backbone.named_parameters()
-        found.append({name: p.detach().clone() for name, p in named if "lora_B" in name})  # which begin at zero
+        found.append(
+            {name: p.detach().clone() for name, p in named if "lora_B" in name}
+        )  # which begin at zero
 
     run = tiny_run(tmp_path, "out", "medusa2", heads_first=0.5, max_steps=10, logging_steps=5)
     module.train(run, watch, lambda line: None)
@@ -120,11 +163,15 @@ def test_the_backbone_stands_still_while_the_heads_come_first(tmp_path: Path, tr
     assert all(weight.any() for weight in last.values())
 
 
-def test_every_kind_of_layer_is_trained(tmp_path: Path, trainees: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_layer_is_trained(
+    tmp_path: Path, trainees: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for out, name, changes in (
-        ("1", "medusa1", {"lm_heads": "own"}), ("2", "medusa2", {}), ("3", "medusa2", {"lora_rank": 0}),
+        ("1", "medusa1", {"lm_heads": "own"}),
+        ("2", "medusa2", {}),
+        ("3", "medusa2", {"lora_rank": 0}),
         ("4", "distilled", {"lambda_0": 0.5, "layers": 2}),
-    ):  # fmt: skip
+    ):
         begun: dict[str, torch.Tensor] = {}
         fit = module._fit
 
@@ -167,7 +214,9 @@ def test_several_batches_make_the_step_of_one_large_batch(
     torch.testing.assert_close(small[3], large[3], rtol=0.05, atol=1e-4)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, trainees: list[Any], recwarn: Any) -> None:
+def test_gradient_checkpointing_gives_the_same_weights(
+    tmp_path: Path, trainees: list[Any], recwarn: Any
+) -> None:
     for out, on in (("plain", False), ("checkpointed", True)):
         do(tiny_run(tmp_path, out, "medusa2", gradient_checkpointing=on))
         layers = trainees[-1][0].backbone.model.layers
@@ -178,9 +227,15 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, trainees:
 
 def test_a_run_begins_with_the_heads_that_it_is_given(tmp_path: Path, trainees: list[Any]) -> None:
     do(tiny_run(tmp_path, "first", layers=2))
-    steps, _ = do(tiny_run(tmp_path, "second", "medusa2", heads_from=str(tmp_path / "first"), learning_rate=1e-9))
+    steps, _ = do(
+        tiny_run(
+            tmp_path, "second", "medusa2", heads_from=str(tmp_path / "first"), learning_rate=1e-9
+        )
+    )
     heads = read_heads(tmp_path / "first" / HEADS_FILE, 32, 320).heads
-    torch.testing.assert_close(trainees[-1][0].heads.weight, heads.weight.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        trainees[-1][0].heads.weight, heads.weight.float(), atol=1e-6, rtol=0
+    )
     assert trainees[-1][0].heads.layers == 2
     assert steps[0].backbone_loss is not None  # heads that have learnt need no stage of their own
 
@@ -212,19 +267,27 @@ def test_the_log_tells_each_step_once(tmp_path: Path) -> None:
 def poison(trainee: Trainee, kind: str, step: int) -> None:
     """Spoil the loss, or the gradient of a finite loss, from a step on."""
     if kind == "loss":
-        trainee.register_forward_hook(lambda made, _, output: output if made.step < step else (output[0] * math.nan,))
+        trainee.register_forward_hook(
+            lambda made, _, output: output if made.step < step else (output[0] * math.nan,)
+        )
     else:
-        trainee.heads.bias.register_hook(lambda gradient: gradient if trainee.step < step else gradient * math.inf)
+        trainee.heads.bias.register_hook(
+            lambda gradient: gradient if trainee.step < step else gradient * math.inf
+        )
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_run_stops_where_it_meets_nan(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_where_it_meets_nan(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = module._trainee
 
     def poisoned(*arguments: Any) -> tuple[Trainee, Any]:
         trainee, tokenizer = plain(*arguments)
         poison(trainee, kind, 6)
-        trainee.register_forward_pre_hook(lambda _, __, named: seen.append(named["rows"].tolist()), with_kwargs=True)
+        trainee.register_forward_pre_hook(
+            lambda _, __, named: seen.append(named["rows"].tolist()), with_kwargs=True
+        )
         return trainee, tokenizer
 
     monkeypatch.setattr(module, "_trainee", poisoned)
@@ -268,7 +331,9 @@ def test_nothing_of_the_run_is_held_while_the_backbones_are_compared(
 
 
 def test_data_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
-    (tmp_path / "open.jsonl").write_text('{"messages": [{"role": "user", "content": "Anybody?"}]}\n')
+    (tmp_path / "open.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Anybody?"}]}\n'
+    )
     run = tiny_run(tmp_path, "out", "medusa2", held_out=(tmp_path / "open.jsonl",))
     with pytest.raises(UserError, match="nothing to learn from"):
         do(run)
@@ -278,6 +343,8 @@ def test_data_are_checked_before_anything_is_trained(tmp_path: Path) -> None:
 def test_a_joint_recipe_does_not_overwrite_its_backbone(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "backbone", "medusa2")
     before = products(tmp_path / "backbone")
-    with pytest.raises(UserError, match=r"medusa2 would overwrite the backbone in .*backbone: choose another --out"):
+    with pytest.raises(
+        UserError, match=r"medusa2 would overwrite the backbone in .*backbone: choose another --out"
+    ):
         do(run)
     assert products(tmp_path / "backbone") == before

@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from complaints import complaint
-from tiny_runs import backbone_folder, do, log_of, products, tiny_run, write_talks
 
 from medusa_chat.cli import main
 from medusa_chat.config import ACCURACY_FILE
 from medusa_chat.model.layouts import HEADS_FILE
+from tests.helpers.complaints import complaint
+from tests.helpers.tiny_runs import backbone_folder, do, log_of, products, tiny_run, write_talks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -26,23 +28,32 @@ def asked(tmp_path: Path) -> list[Any]:
     return ["train", "--model", folder, "--out", tmp_path / "out", *flags.split(), "--data", data]
 
 
-def test_mistakes_are_one_line(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "no run to resume" in complaint(capsys, *asked, "--resume")
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text('{"text": "fine"}\n{"text": "cut o\n')
     assert f"{damaged}, line 2: not JSON" in complaint(capsys, *asked, damaged)
     assert "cannot read" in complaint(capsys, *asked, tmp_path / "absent.jsonl")
-    assert "there are medusa1, medusa2, distilled" in complaint(capsys, *asked, "--recipe", "medusa3")
+    assert "there are medusa1, medusa2, distilled" in complaint(
+        capsys, *asked, "--recipe", "medusa3"
+    )
     assert "heads must be above 0" in complaint(capsys, *asked, "--heads", 0)
     assert "--epochs" in complaint(capsys, *asked, "--epochs", "many")
     assert "unknown model" in complaint(capsys, *asked, "--model", "nothing")
     assert "no such file or folder" in complaint(capsys, *asked, "--heads-from", "./nowhere")
-    assert "would overwrite" in complaint(capsys, *asked, "--recipe", "medusa2", "--out", tmp_path / "backbone")
+    assert "would overwrite" in complaint(
+        capsys, *asked, "--recipe", "medusa2", "--out", tmp_path / "backbone"
+    )
     assert not (tmp_path / "out" / HEADS_FILE).exists()
 
 
 def test_damaged_data_are_told_before_anything_is_made(
-    asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    asked: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from medusa_chat.training import trainer
 
@@ -58,7 +69,10 @@ def test_without_the_extra_it_is_named(
     for name in ("trainer", "trainee", "export"):
         monkeypatch.delitem(sys.modules, f"medusa_chat.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert complaint(capsys, *asked) == "medusa-chat: error: training needs peft: pip install 'medusa-chat[train]'\n"
+    assert (
+        complaint(capsys, *asked)
+        == "medusa-chat: error: training needs peft: pip install 'medusa-chat[train]'\n"
+    )
 
 
 @pytest.mark.parametrize("recipe", ["medusa1", "distilled"])
@@ -68,7 +82,21 @@ def test_each_command_writes_what_the_next_one_needs(
     prompts, own, out = tmp_path / "prompts.txt", tmp_path / "own.jsonl", tmp_path / "out"
     prompts.write_text("".join(f"Say {number}\n" for number in range(12)))
     backbone = ["--model", str(tmp_path / "backbone")]
-    assert main(["distill", *backbone, "--prompts", str(prompts), "--out", str(own), "--max-new-tokens", "12"]) == 0
+    assert (
+        main(
+            [
+                "distill",
+                *backbone,
+                "--prompts",
+                str(prompts),
+                "--out",
+                str(own),
+                "--max-new-tokens",
+                "12",
+            ]
+        )
+        == 0
+    )
     assert len(own.read_text().splitlines()) > 9
     assert main([str(word) for word in asked[:-1]] + [str(own), "--recipe", recipe]) == 0
     told = capsys.readouterr()
@@ -82,7 +110,10 @@ def test_each_command_writes_what_the_next_one_needs(
     assert main(["calibrate", *exact, "--data", *limits[1:]]) == 0
     assert (out / ACCURACY_FILE).exists()
     capsys.readouterr()
-    assert main(["bench", *exact, *limits, "--rounds", "1", "--modes", "greedy", "--tree", "chain-2"]) == 0
+    assert (
+        main(["bench", *exact, *limits, "--rounds", "1", "--modes", "greedy", "--tree", "chain-2"])
+        == 0
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"device", "model", "versions", "prompts", "modes", "peers"} <= set(result)
     assert result["modes"]["greedy"]["acceptance_length"] >= 1
@@ -90,7 +121,17 @@ def test_each_command_writes_what_the_next_one_needs(
     assert "greedy, auto" in capsys.readouterr().out
     replies = []
     for mode in ("greedy", "vanilla"):
-        words = ["chat", *exact, "--prompt", "Say 3", "--json", "--mode", mode, "--max-new-tokens", "12"]
+        words = [
+            "chat",
+            *exact,
+            "--prompt",
+            "Say 3",
+            "--json",
+            "--mode",
+            mode,
+            "--max-new-tokens",
+            "12",
+        ]
         assert main(words) == 0
         *steps, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert {step["type"] for step in steps} == {"step"}
@@ -104,13 +145,28 @@ def test_a_model_without_a_template_of_its_own_takes_its_entrys(
 ) -> None:
     """Distilled, trained, calibrated and chatted with in one of fastchat's."""
     (tmp_path / "backbone" / "chat_template.jinja").unlink()
-    models, prompts, own = tmp_path / "models.yaml", tmp_path / "prompts.txt", tmp_path / "own.jsonl"
+    models, prompts, own = (
+        tmp_path / "models.yaml",
+        tmp_path / "prompts.txt",
+        tmp_path / "own.jsonl",
+    )
     models.write_text("models: {mine: {backbone: ./backbone, template: vicuna_v1.1}}")
     prompts.write_text("Say it\nAgain\n")
     assert "--template NAME" in complaint(capsys, *asked)
-    assert "no chat template 'vicuna'; close are" in complaint(capsys, *asked, "--template", "vicuna")
+    assert "no chat template 'vicuna'; close are" in complaint(
+        capsys, *asked, "--template", "vicuna"
+    )
     mine = ["--model", "mine", "--models", str(models)]
-    answer = ["distill", *mine, "--prompts", str(prompts), "--out", str(own), "--max-new-tokens", "12"]
+    answer = [
+        "distill",
+        *mine,
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(own),
+        "--max-new-tokens",
+        "12",
+    ]
     assert main(answer) == 0
     words = [str(word) for word in (*asked, "--recipe", recipe, *mine)]
     assert main(words) == 0
@@ -123,7 +179,9 @@ def test_a_model_without_a_template_of_its_own_takes_its_entrys(
     assert main(["chat", *shared, "--prompt", "Hi", "--max-new-tokens", "4"]) == 0
 
 
-def test_a_named_template_makes_another_run(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_named_template_makes_another_run(
+    asked: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(word) for word in asked]) == 0
     line = complaint(capsys, *asked, "--template", "vicuna_v1.1", "--resume")
     assert "had template None, not 'vicuna_v1.1'" in line
@@ -131,12 +189,36 @@ def test_a_named_template_makes_another_run(asked: list[Any], capsys: pytest.Cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["medusa1", "medusa2", "distilled"])
-def test_two_processes_train_as_one_and_only_the_first_speaks(recipe: str, asked: list[Any], tmp_path: Path) -> None:
+def test_two_processes_train_as_one_and_only_the_first_speaks(
+    recipe: str, asked: list[Any], tmp_path: Path
+) -> None:
     """What `accelerate launch` does for several GPUs, with two processes on the CPU: a batch of one row in each."""
-    more = ["--recipe", recipe, "--batch-size", "1", "--max-steps", "8", "--save-steps", "4", "--warmup-steps", "2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = [
+        "--recipe",
+        recipe,
+        "--batch-size",
+        "1",
+        "--max-steps",
+        "8",
+        "--save-steps",
+        "4",
+        "--warmup-steps",
+        "2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     words = [str(word) for word in (*asked, *more)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     command += ["-m", "medusa_chat.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -147,7 +229,9 @@ def test_two_processes_train_as_one_and_only_the_first_speaks(recipe: str, asked
         "checkpoint-4",
         "checkpoint-8",
     ]
-    steps, _ = do(tiny_run(tmp_path, "alone", recipe, max_steps=8, logging_steps=2))  # a batch of two rows
+    steps, _ = do(
+        tiny_run(tmp_path, "alone", recipe, max_steps=8, logging_steps=2)
+    )  # a batch of two rows
     for line, step in zip(log_of(tmp_path / "out"), steps, strict=True):
         assert line["learning_rates"] == pytest.approx(step.learning_rates, rel=1e-4)
         assert line["loss"] == pytest.approx(step.loss, rel=0.05)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import random
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from fastchat.conversation import get_conv_template
-from hub_checkpoints import llama_tokenizer, vicuna_tokenizer
-from tiny import CHAT_TEMPLATE, END, prompt_ids, random_model, tokenizer
 from transformers import AutoTokenizer
 
 from medusa_chat.config import BUNDLED, UserError, make_recipe
@@ -20,6 +17,11 @@ from medusa_chat.model.loading import _tokenizer_settings
 from medusa_chat.model.templates import ChatTemplate, named_template
 from medusa_chat.training.data import IGNORED, Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.trainee import Trainee, new_heads
+from tests.helpers.hub_checkpoints import llama_tokenizer, vicuna_tokenizer
+from tests.helpers.tiny import CHAT_TEMPLATE, END, prompt_ids, random_model, tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Qwen3's way: thoughts are written on lines of their own, and only in the last turn.
 FORGETFUL = (
@@ -33,7 +35,9 @@ FORGETFUL = (
 
 def talk(*contents: str, system: str = "") -> tuple[Any, ...]:
     roles = ("user", "assistant") * len(contents)
-    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    turns = [
+        {"role": role, "content": content} for role, content in zip(roles, contents, strict=False)
+    ]
     return (*([{"role": "system", "content": system}] if system else []), *turns)
 
 
@@ -57,8 +61,12 @@ def write_lines(file: Path, *items: Any) -> Path:
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_only_the_assistants_tokens_are_targets(system: str) -> None:
-    ((text, targets),) = examples(Document(talk("Hi there", "Hello!", "Bye", "So long.", system=system)))
-    assert text.startswith("<|system|>Be brief.<|end|><|user|>Hi there" if system else "<|user|>Hi there")
+    ((text, targets),) = examples(
+        Document(talk("Hi there", "Hello!", "Bye", "So long.", system=system))
+    )
+    assert text.startswith(
+        "<|system|>Be brief.<|end|><|user|>Hi there" if system else "<|user|>Hi there"
+    )
     assert targets == "Hello!<|end|>So long.<|end|>"
 
 
@@ -73,17 +81,24 @@ def test_a_reply_that_repeats_the_question_is_told_from_it() -> None:
 
 
 def test_everything_is_a_target_for_a_backbone_from_scratch() -> None:
-    (example,) = encode(ChatTemplate(tokenizer(), "m"), Document(talk("Hi", "Hello!", system="x")), everything=True)
+    (example,) = encode(
+        ChatTemplate(tokenizer(), "m"), Document(talk("Hi", "Hello!", system="x")), everything=True
+    )
     assert all(example.trained)
 
 
 def test_where_the_template_forgets_thoughts_each_reply_is_an_example() -> None:
-    document = Document(talk("Hi", "<think>Polite.</think>Hello!", "Bye", "<think>Sad.</think>So long."))
+    document = Document(
+        talk("Hi", "<think>Polite.</think>Hello!", "Bye", "<think>Sad.</think>So long.")
+    )
     first, second = examples(document, FORGETFUL)
     thought = "<think>\nPolite.\n</think>\n\nHello!<|end|>"
     assert first == ("<|user|>Hi<|end|><|assistant|>" + thought, thought)
     thought = "<think>\nSad.\n</think>\n\nSo long.<|end|>"
-    assert second[0] == "<|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|><|assistant|>" + thought
+    assert (
+        second[0]
+        == "<|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|><|assistant|>" + thought
+    )
     assert second[1] == thought
 
 
@@ -111,12 +126,19 @@ def test_a_reply_that_was_cut_off_does_not_teach_its_end(
 @pytest.mark.parametrize(
     ("name", "system", "targets"),
     [
-        ("vicuna_v1.1", None, " Hello!</s> So long.</s>"), ("vicuna_v1.1", "Be brief.", " Hello!</s> So long.</s>"),
-        ("llama-2", "Be brief.", " Hello! </s> So long. </s>"),  # and not <s>, which begins the next turn
-        ("mistral", None, " Hello!</s> So long.</s>"), ("zephyr", "Be brief.", "Hello!</s>So long.</s>"),
-        ("one_shot", None, " Hello!\n### So long.\n###"), ("qwen-7b-chat", None, "Hello!<|im_end|>So long.<|im_end|>"),
+        ("vicuna_v1.1", None, " Hello!</s> So long.</s>"),
+        ("vicuna_v1.1", "Be brief.", " Hello!</s> So long.</s>"),
+        (
+            "llama-2",
+            "Be brief.",
+            " Hello! </s> So long. </s>",
+        ),  # and not <s>, which begins the next turn
+        ("mistral", None, " Hello!</s> So long.</s>"),
+        ("zephyr", "Be brief.", "Hello!</s>So long.</s>"),
+        ("one_shot", None, " Hello!\n### So long.\n###"),
+        ("qwen-7b-chat", None, "Hello!<|im_end|>So long.<|im_end|>"),
     ],
-)  # fmt: skip
+)
 def test_fastchats_prompt_is_trained_on_and_the_replies_are_its_targets(
     name: str, system: str | None, targets: str
 ) -> None:
@@ -132,7 +154,9 @@ def test_fastchats_prompt_is_trained_on_and_the_replies_are_its_targets(
         conversation.append_message(conversation.roles[place % 2], message["content"])
     (example,) = encode(template, Document(messages))
     assert example.ids == tok(conversation.get_prompt().removeprefix("<s>"))["input_ids"]
-    assert tok.decode([i for i, on in zip(example.ids, example.trained, strict=True) if on]) == targets
+    assert (
+        tok.decode([i for i, on in zip(example.ids, example.trained, strict=True) if on]) == targets
+    )
 
 
 def test_a_reply_is_read_behind_the_very_ids_that_the_chat_prefills(tmp_path: Path) -> None:
@@ -148,7 +172,10 @@ def test_a_reply_is_read_behind_the_very_ids_that_the_chat_prefills(tmp_path: Pa
         prompt = template.encode(messages[:before])
         assert example.ids[: len(prompt)] == prompt
         end = example.ids.index(tok.eos_token_id, len(prompt)) + 1
-        assert tok.decode(example.ids[len(prompt) : end]).strip() == messages[before]["content"] + "</s>"
+        assert (
+            tok.decode(example.ids[len(prompt) : end]).strip()
+            == messages[before]["content"] + "</s>"
+        )
         expected[len(prompt) : end] = [True] * (end - len(prompt))
     assert example.trained == expected
 
@@ -176,7 +203,9 @@ def test_plain_text_is_all_targets_and_ends_once(tmp_path: Path) -> None:
     tok = tokenizer()
     (tmp_path / "book.txt").write_text("Once upon\na time.")
     (document,) = read_documents(tmp_path / "book.txt")
-    lines = write_lines(tmp_path / "d.jsonl", {"text": "One"}, {"text": "  "}, {"text": "Two<|end|>"})
+    lines = write_lines(
+        tmp_path / "d.jsonl", {"text": "One"}, {"text": "  "}, {"text": "Two<|end|>"}
+    )
     documents = [document, *read_documents(lines)]
     assert [d.text for d in documents] == ["Once upon\na time.", "One", "Two<|end|>"]
     (book,) = encode(ChatTemplate(tok, "m"), document)
@@ -198,7 +227,13 @@ def test_sharegpt_as_it_is_found(tmp_path: Path) -> None:
     items = [
         shared(("human", "Hi"), ("gpt", "Hello!")),
         shared(),
-        shared(("gpt", "I was"), ("gpt", "here first"), ("human", "Hi"), ("chatgpt", "Hello!"), ("human", "Bye")),
+        shared(
+            ("gpt", "I was"),
+            ("gpt", "here first"),
+            ("human", "Hi"),
+            ("chatgpt", "Hello!"),
+            ("human", "Bye"),
+        ),
         shared(("gpt", "Nobody asked")),
         shared(("human", "Anybody?")),
         shared(("system", "Be brief."), ("user", "Hi"), ("bard", "Yo")),
@@ -208,18 +243,36 @@ def test_sharegpt_as_it_is_found(tmp_path: Path) -> None:
     assert first == Document(talk("Hi", "Hello!"), place=f"{file}, item 1")
     assert third == Document(talk("Hi", "Hello!", "Bye"), place=f"{file}, item 3")
     assert last == Document(talk("Hi", "Yo", system="Be brief."), place=f"{file}, item 6")
-    assert list(read_documents(write_lines(tmp_path / "s.jsonl", *items)))[1].place.endswith("s.jsonl, line 3")
+    assert list(read_documents(write_lines(tmp_path / "s.jsonl", *items)))[1].place.endswith(
+        "s.jsonl, line 3"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
         ("d.jsonl", b'{"text": "a"}\n\n{"text": \n', "d.jsonl, line 3: not JSON (Expecting value)"),
-        ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "d.jsonl, line 2: not UTF-8 (invalid start byte)"),
-        ("d.jsonl", b'{"txt": "a"}\n', "d.jsonl, line 1: no 'messages', no ShareGPT 'conversations' and no 'text'"),
+        (
+            "d.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}\n',
+            "d.jsonl, line 2: not UTF-8 (invalid start byte)",
+        ),
+        (
+            "d.jsonl",
+            b'{"txt": "a"}\n',
+            "d.jsonl, line 1: no 'messages', no ShareGPT 'conversations' and no 'text'",
+        ),
         ("d.jsonl", b'{"text": "a"}\n[1]\n', "d.jsonl, line 2: no 'messages'"),
-        ("d.jsonl", b'{"messages": [{"role": "ghost", "content": "a"}]}', "line 1: a turn needs a known role and text"),
-        ("d.jsonl", b'{"messages": [{"role": "user", "content": ["a"]}]}', "line 1: a turn needs a known role"),
+        (
+            "d.jsonl",
+            b'{"messages": [{"role": "ghost", "content": "a"}]}',
+            "line 1: a turn needs a known role and text",
+        ),
+        (
+            "d.jsonl",
+            b'{"messages": [{"role": "user", "content": ["a"]}]}',
+            "line 1: a turn needs a known role",
+        ),
         ("d.jsonl", b'{"messages": ["a"]}', "line 1: a turn needs a known role"),
         ("d.json", b'[{"text": "a"},\n{"text": "b"]', "d.json, line 2: not JSON"),
         ("d.json", b'[{"text": "a"}, {"messages": 3}]', "d.json, item 2: no 'messages'"),
@@ -228,7 +281,9 @@ def test_sharegpt_as_it_is_found(tmp_path: Path) -> None:
         ("none.jsonl", None, "cannot read"),
     ],
 )
-def test_a_damaged_file_is_told_by_its_line(name: str, content: bytes | None, complaint: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_told_by_its_line(
+    name: str, content: bytes | None, complaint: str, tmp_path: Path
+) -> None:
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
@@ -241,10 +296,13 @@ def test_a_damaged_file_is_told_by_its_line(name: str, content: bytes | None, co
 
 def test_a_template_that_refuses_is_told_with_the_line() -> None:
     strict = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}" + CHAT_TEMPLATE
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
+        + CHAT_TEMPLATE
     )
     document = Document(talk("Hi", "Yo", system="x"), place="d.jsonl, line 7")
-    with pytest.raises(UserError, match=r"d\.jsonl, line 7: the chat template of m refuses .*: no system prompts"):
+    with pytest.raises(
+        UserError, match=r"d\.jsonl, line 7: the chat template of m refuses .*: no system prompts"
+    ):
         examples(document, strict + CHAT_TEMPLATE)
 
 
@@ -252,12 +310,20 @@ def test_a_template_that_refuses_is_told_with_the_line() -> None:
 
 
 def test_rows_keep_documents_apart() -> None:
-    documents = [Example(list(range(10 * n, 10 * n + size)), [True] * size) for n, size in enumerate((3, 9, 3))]
+    documents = [
+        Example(list(range(10 * n, 10 * n + size)), [True] * size)
+        for n, size in enumerate((3, 9, 3))
+    ]
     rows = PackedRows(documents, 4)
     assert rows.ids.tolist() == [[0, 1, 2, 10], [11, 12, 13, 14], [15, 16, 17, 18], [20, 21, 22, 0]]
     assert rows.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 0]]
     labels = [rows[i]["labels"].tolist() for i in range(4)]
-    assert labels[0] == [IGNORED, 1, 2, IGNORED]  # the first token of a document follows from nothing
+    assert labels[0] == [
+        IGNORED,
+        1,
+        2,
+        IGNORED,
+    ]  # the first token of a document follows from nothing
     assert labels[3] == [IGNORED, 21, 22, IGNORED]
     assert [int(rows[i]["rows"]) for i in range(4)] == [0, 1, 2, 3]
 
@@ -271,7 +337,9 @@ def test_no_token_is_lost_and_positions_count_within_a_document(seed: int) -> No
         ids = chance.choices(range(1, 99), k=chance.randrange(1, 3 * length))
         documents.append(Example(ids, [chance.random() < 0.7 for _ in ids], f"line {n}"))
     rows = PackedRows(documents, length)
-    flat = [(n, i, on) for n, d in enumerate(documents) for i, on in zip(d.ids, d.trained, strict=True)]
+    flat = [
+        (n, i, on) for n, d in enumerate(documents) for i, on in zip(d.ids, d.trained, strict=True)
+    ]
     padding = -len(flat) % length
     assert rows.ids.flatten().tolist() == [i for _, i, _ in flat] + [0] * padding
     position, labels = -1, []
@@ -285,11 +353,15 @@ def test_no_token_is_lost_and_positions_count_within_a_document(seed: int) -> No
 
 def test_a_row_names_where_its_documents_come_from() -> None:
     sizes = (3, 9, 2, 1)
-    documents = [Example([1] * size, [True] * size, f"d.jsonl, line {n}") for n, size in enumerate(sizes, 1)]
+    documents = [
+        Example([1] * size, [True] * size, f"d.jsonl, line {n}") for n, size in enumerate(sizes, 1)
+    ]
     rows = PackedRows(documents, 4)
     places = ["d.jsonl, line 1 to d.jsonl, line 2", "d.jsonl, line 2", "d.jsonl, line 2"]
     assert [rows.place(row) for row in range(4)] == [*places, "d.jsonl, line 3 to d.jsonl, line 4"]
-    assert PackedRows([Example([1, 2], [True] * 2, "d.txt")], 4).place(0) == "d.txt"  # the filling has no place
+    assert (
+        PackedRows([Example([1, 2], [True] * 2, "d.txt")], 4).place(0) == "d.txt"
+    )  # the filling has no place
 
 
 def test_data_without_a_target_are_refused() -> None:
@@ -300,22 +372,38 @@ def test_data_without_a_target_are_refused() -> None:
 def test_a_long_text_is_packed_in_time_that_grows_with_its_length() -> None:
     started = time.perf_counter()
     rows = PackedRows([Example([1] * 1_000_003, [True] * 1_000_003)], 10)
-    assert time.perf_counter() - started < 60  # a second; a sum over all pieces for each piece takes many minutes
+    assert (
+        time.perf_counter() - started < 60
+    )  # a second; a sum over all pieces for each piece takes many minutes
     assert len(rows) == 100_001
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "qwen3-mixed", "mistral", "phi3-sliding"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma2", "gemma3", "qwen3-mixed", "mistral", "phi3-sliding"]
+)
 def test_a_packed_document_is_read_as_if_alone(kind: str) -> None:
     backbone = random_model(kind).double().requires_grad_(False)
-    trainee = Trainee(backbone, new_heads(backbone, make_recipe("medusa1")).double(), make_recipe("medusa1"))
+    trainee = Trainee(
+        backbone, new_heads(backbone, make_recipe("medusa1")).double(), make_recipe("medusa1")
+    )
     documents = [prompt_ids(size, seed=size) for size in (17, 30, 40, 25)]
     rows = PackedRows([Example(ids, [True] * len(ids)) for ids in documents], 60)
     batch = [rows[0], rows[1]]
-    hidden = trainee._hidden(*(torch.stack([row[key] for row in batch]) for key in ("input_ids", "position_ids")))
+    hidden = trainee._hidden(
+        *(torch.stack([row[key] for row in batch]) for key in ("input_ids", "position_ids"))
+    )
     # Where each document, or what is left of one on the second row, stands.
-    for row, start, ids in ((0, 0, documents[0]), (0, 17, documents[1]), (0, 47, documents[2][:13]),
-                            (1, 0, documents[2][13:]), (1, 27, documents[3]), (1, 52, [0] * 8)):  # fmt: skip
-        alone = backbone.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+    for row, start, ids in (
+        (0, 0, documents[0]),
+        (0, 17, documents[1]),
+        (0, 47, documents[2][:13]),
+        (1, 0, documents[2][13:]),
+        (1, 27, documents[3]),
+        (1, 52, [0] * 8),
+    ):
+        alone = backbone.base_model(
+            input_ids=torch.tensor([ids]), use_cache=False
+        ).last_hidden_state[0]
         torch.testing.assert_close(
             hidden[row, start : start + len(ids)], alone, rtol=1e-5, atol=1e-5
         )  # norms are in float32

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from complaints import complaint, refusal
-from tiny import random_model, save_model
-from tiny_runs import backbone_folder, do, tiny_run
 
 from medusa_chat.config import ModelSpec, Recipe, make_recipe
-from medusa_chat.model import memory
-from medusa_chat.model.contents import contents_of
-from medusa_chat.registry import packaged_file, read_models
-from medusa_chat.training import distill, trainer
-from medusa_chat.training.memory import Needs, answer_needs, check_answers, check_training, training_needs
+from medusa_chat.hub.model_list import packaged_file, read_models
+from medusa_chat.machine import memory
+from medusa_chat.machine.contents import contents_of
+from medusa_chat.training import distillation as distill
+from medusa_chat.training import trainer
+from medusa_chat.training.memory import (
+    Needs,
+    answer_needs,
+    check_answers,
+    check_training,
+    training_needs,
+)
+from tests.helpers.complaints import complaint, refusal
+from tests.helpers.tiny import random_model, save_model
+from tests.helpers.tiny_runs import backbone_folder, do, tiny_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GB = 10**9
 SHIPPED = read_models(packaged_file())
@@ -33,7 +42,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return found
 
 
-def told(spec: ModelSpec, recipe: Recipe, device: str = "cpu", width: int = 2, heads: int | None = None) -> Needs:
+def told(
+    spec: ModelSpec, recipe: Recipe, device: str = "cpu", width: int = 2, heads: int | None = None
+) -> Needs:
     contents = contents_of(spec)
     assert contents is not None
     return training_needs(contents, recipe, device, width, heads)
@@ -50,42 +61,59 @@ def held(tensors: Any) -> int:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("medusa1", {"lm_heads": "own"}), ("medusa1", {"lm_heads": "shared", "layers": 2}), ("medusa1", {}),
-        ("medusa2", {}), ("distilled", {"lora_rank": 5}), ("medusa2", {"lora_rank": 0, "lm_heads": "own"}),
+        ("medusa1", {"lm_heads": "own"}),
+        ("medusa1", {"lm_heads": "shared", "layers": 2}),
+        ("medusa1", {}),
+        ("medusa2", {}),
+        ("distilled", {"lora_rank": 5}),
+        ("medusa2", {"lora_rank": 0, "lm_heads": "own"}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_a_run_holds_is_what_was_told(
     kind: str, name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[trainer.MedusaTrainer] = []
     plain = trainer.MedusaTrainer.train
-    monkeypatch.setattr(trainer.MedusaTrainer, "train", lambda self, **how: [seen.append(self), plain(self, **how)])
+    monkeypatch.setattr(
+        trainer.MedusaTrainer, "train", lambda self, **how: [seen.append(self), plain(self, **how)]
+    )
     width = trainer.choose_dtype(torch.device("cpu"), None).itemsize
     folder = backbone_folder(tmp_path / "backbone", kind)
     run = tiny_run(tmp_path, "out", name, max_steps=2, heads_first=0.0, **changes)
     do(run)
     parameters = list(seen[0].model.parameters())
-    moments = [state[key] for state in seen[0].optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        state[key]
+        for state in seen[0].optimizer.state.values()
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
     parts = told(ModelSpec("tiny", str(folder)), run.recipe, width=width)["cpu"]
     assert parts["weights"] == held(parameters)
     assert parts["Adam's moments"] == held(moments)
     if "gradients" in parts:
-        assert parts["gradients"] == held(parameter for parameter in parameters if parameter.requires_grad)
+        assert parts["gradients"] == held(
+            parameter for parameter in parameters if parameter.requires_grad
+        )
     else:
-        assert parts["the copy that is written"] == 4 * sum(p.numel() for p in random_model(kind, 320).parameters())
+        assert parts["the copy that is written"] == 4 * sum(
+            p.numel() for p in random_model(kind, 320).parameters()
+        )
 
 
 def test_quantized_backbones_and_heads_that_are_given() -> None:
-    spec, recipe = SHIPPED["vicuna-7b"], make_recipe("medusa1", quant="nf4", lm_heads="own", heads=5)
+    spec, recipe = (
+        SHIPPED["vicuna-7b"],
+        make_recipe("medusa1", quant="nf4", lm_heads="own", heads=5),
+    )
     assert VICUNA is not None
     new = told(spec, recipe)["cpu"]
     assert new["weights"] == int(VICUNA.layers * 0.5625) + 2 * VICUNA.plain + 4 * VICUNA.heads
     assert new["Adam's moments"] == 8 * VICUNA.heads
     assert told(spec, make_recipe("medusa1"), heads=7)["cpu"]["gradients"] == 28
-    assert told(spec, replace(recipe, quant="int8"))["cpu"]["weights"] - new["weights"] == VICUNA.layers - int(
-        VICUNA.layers * 0.5625
-    )
+    assert told(spec, replace(recipe, quant="int8"))["cpu"]["weights"] - new[
+        "weights"
+    ] == VICUNA.layers - int(VICUNA.layers * 0.5625)
 
 
 def test_a_gpu_leaves_the_copy_to_the_host() -> None:
@@ -137,27 +165,62 @@ def test_a_smaller_batch_of_answers_may_fit(free: dict[str, int]) -> None:
 
 
 def test_nothing_is_loaded_or_written_where_it_does_not_fit(
-    tmp_path: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    free: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tiny_run(tmp_path, "out")
     (tmp_path / "prompts.txt").write_text("Say it\n")
-    train = ["train", "--model", run.model, "--data", run.data[0], "--out", run.out, "--max-steps", 2, "--length", 32]
-    answer = ["distill", "--model", run.model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "own.jsonl"]
+    train = [
+        "train",
+        "--model",
+        run.model,
+        "--data",
+        run.data[0],
+        "--out",
+        run.out,
+        "--max-steps",
+        2,
+        "--length",
+        32,
+    ]
+    answer = [
+        "distill",
+        "--model",
+        run.model,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--out",
+        tmp_path / "own.jsonl",
+    ]
     free["cpu"] = 10**6
     with monkeypatch.context() as patch:
         patch.setattr("medusa_chat.model.loading.load_pretrained", None)
         patch.setattr(trainer, "load_pretrained", None)
-        assert "backbone with recipe medusa1 needs 0.5 GB (0.0 GB for weights" in complaint(capsys, *train)
+        assert "backbone with recipe medusa1 needs 0.5 GB (0.0 GB for weights" in complaint(
+            capsys, *train
+        )
         assert "backbone with 64 replies at once needs 0.5 GB" in complaint(capsys, *answer)
-    assert [file.name for file in run.out.iterdir()] == ["training.json"]  # which the next run replaces
+    assert [file.name for file in run.out.iterdir()] == [
+        "training.json"
+    ]  # which the next run replaces
     assert (tmp_path / "own.jsonl").read_text() == ""
     do(replace(run, ignore_memory=True))
-    distill.distill(run.model, [tmp_path / "prompts.txt"], tmp_path / "own.jsonl", distill.Plan(1, 1, 8, 0, 0),
-                    ignore_memory=True, progress=lambda *_: None)  # fmt: skip
+    distill.distill(
+        run.model,
+        [tmp_path / "prompts.txt"],
+        tmp_path / "own.jsonl",
+        distill.Plan(1, 1, 8, 0, 0),
+        ignore_memory=True,
+        progress=lambda *_: None,
+    )
 
 
-def test_what_cannot_fit_is_told_before_a_download(free: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_chat.model.hub.fetch", None)
+def test_what_cannot_fit_is_told_before_a_download(
+    free: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_chat.hub.fetch.fetch", None)
     free["cpu"] = GB
     assert "vicuna-7b with recipe" in refusal(
         check_training, SHIPPED["vicuna-7b"], make_recipe("medusa1"), "cpu", 2, False

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_tree
 
 from medusa_chat.config import UserError
-from medusa_chat.decoding.tree import Tree, chain, named_tree, paper_trees
+from medusa_chat.decoding.trees.tree import Tree, chain, named_tree, paper_trees
+from tests.helpers.tiny import random_tree
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-def test_a_tree_by_hand():
+def test_a_tree_by_hand() -> None:
     tree = Tree.of([[1], [0, 2], [0], [0, 2, 0]], "hand")
     assert tree.paths == ((), (0,), (1,), (0, 2), (0, 2, 0))
     assert tree.parents == (0, 0, 0, 1, 3)
@@ -26,13 +30,15 @@ def test_a_tree_by_hand():
 
 @given(seed=st.integers(0, 10**6), nodes=st.integers(1, 60))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_topology_of_random_trees(seed, nodes):
+def test_topology_of_random_trees(seed: Any, nodes: Any) -> None:
     tree = random_tree(seed, nodes, depth=5, width=6)
     assert list(tree.depths) == sorted(tree.depths)
     for row, path in enumerate(tree.paths):
         assert tree.paths[tree.parents[row]] == path[:-1]
         assert tree.parents[row] <= row
-        assert [tree.paths[node] for node in tree.branches[row]] == [path[:n] for n in range(len(path) + 1)]
+        assert [tree.paths[node] for node in tree.branches[row]] == [
+            path[:n] for n in range(len(path) + 1)
+        ]
     shuffled = Tree.of(reversed(tree.paths), tree.origin)
     assert shuffled == tree
     assert hash(shuffled) == hash(tree)
@@ -52,7 +58,7 @@ def test_topology_of_random_trees(seed, nodes):
         ([[[0]]], "not a list of ranks"),
     ],
 )
-def test_what_is_no_tree_is_refused(paths, complaint, tmp_path):
+def test_what_is_no_tree_is_refused(paths: Any, complaint: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"tree test: .*{complaint}"):
         Tree.of(paths, "test")
     file = tmp_path / "tree.json"
@@ -74,7 +80,7 @@ def test_what_is_no_tree_is_refused(paths, complaint, tmp_path):
         ("7", "must hold a list of paths"),
     ],
 )
-def test_a_file_that_is_no_tree_is_refused(text, complaint, tmp_path):
+def test_a_file_that_is_no_tree_is_refused(text: Any, complaint: Any, tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=complaint) as refusal:
@@ -82,13 +88,13 @@ def test_a_file_that_is_no_tree_is_refused(text, complaint, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_tree_from_a_file(tmp_path):
+def test_a_tree_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text("[[0], [1], [0, 0]]")
     assert named_tree(str(file)) == Tree.of([[0], [1], [0, 0]], str(file))
 
 
-def test_named_trees():
+def test_named_trees() -> None:
     assert len(paper_trees()) == 9
     for name, paths in paper_trees().items():
         tree = named_tree(name)
@@ -100,7 +106,7 @@ def test_named_trees():
             named_tree(name)
 
 
-def test_pruning_to_heads_and_width():
+def test_pruning_to_heads_and_width() -> None:
     tree = Tree.of([[0], [1], [5], [0, 0], [0, 0, 0], [5, 0], [1, 3]], "t")
     assert tree.pruned(3, 6) is tree
     assert tree.pruned(2, 6).paths == ((), (0,), (1,), (5,), (0, 0), (1, 3), (5, 0))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyte
 import pytest
-from fake_engine import REPLY, coloured, script
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
@@ -22,13 +20,22 @@ from medusa_chat.terminal.panel import footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
 from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
 from medusa_chat.terminal.wrapping import Flow, breaks, cells, sanitize
+from tests.helpers.fake_engine import REPLY, coloured, script
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 LONG = (
     "A reply that is longer than the screen: supercalifragilisticexpialidociousandthenfivemoreforgoodmeasure ends.\n\n"
     "- first, 你好世界，这是一个很长的句子没有空格可以断行所以要在字间断开。 Then on.\n"
     "    indented code = [1, 2]\n- an emoji 🦊🦊🦊, an accent e\u0301, and [red]no markup[/red] :smile:\n"
 ) * 4
-REPLIES = {"plain": REPLY, "long": LONG, "lines": "\n\n a\n\n\nb\n", "spaces": "x" + " " * 130 + "y z"}
+REPLIES = {
+    "plain": REPLY,
+    "long": LONG,
+    "lines": "\n\n a\n\n\nb\n",
+    "spaces": "x" + " " * 130 + "y z",
+}
 WIDTHS = (20, 33, 80, 100)
 FIGURES = "acceptance length 2.00"
 
@@ -60,8 +67,14 @@ class Screen:
     @property
     def rows(self) -> list[list[Any]]:
         """Scrollback and screen, each row its characters (the empty right half of a wide one left out)."""
-        kept = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
-        return [[row[column] for column in range(self.screen.columns) if row[column].data] for row in kept]
+        kept = [
+            *self.screen.history.top,
+            *(self.screen.buffer[row] for row in range(self.screen.lines)),
+        ]
+        return [
+            [row[column] for column in range(self.screen.columns) if row[column].data]
+            for row in kept
+        ]
 
     @property
     def lines(self) -> list[str]:
@@ -90,7 +103,9 @@ def two_rows(width: int) -> list[Text]:
 
 def show(screen: Screen, steps: Iterable[Step], **options: Any) -> None:
     marks = options.pop("marks", False)
-    with ReplyView(console(screen, **options), two_rows, marks=marks, clock=itertools.count().__next__) as view:
+    with ReplyView(
+        console(screen, **options), two_rows, marks=marks, clock=itertools.count().__next__
+    ) as view:
         for step in steps:
             view.add(step)
 
@@ -104,10 +119,14 @@ def test_scrollback_is_the_whole_text_wrapped_and_coloured(name: str, width: int
     show(screen, steps)
     at_once = Flow()
     at_once.feed(text, Style())
-    wrapped = [unicodedata.normalize("NFC", row.plain) for row in (*at_once.take(width), at_once.growing)]
+    wrapped = [
+        unicodedata.normalize("NFC", row.plain) for row in (*at_once.take(width), at_once.growing)
+    ]
     assert "\n".join(screen.lines).rstrip("\n").split("\n") == wrapped
     assert solid("".join(wrapped)) == solid(text)
-    on_screen = [(char.data, char.fg) for row in screen.rows for char in row if not char.data.isspace()]
+    on_screen = [
+        (char.data, char.fg) for row in screen.rows for char in row if not char.data.isspace()
+    ]
     accents = [(char, colour) for char, colour in coloured(steps) if char != "\u0301"]
     assert [(char if char != "é" else "e", colour) for char, colour in on_screen] == accents
 
@@ -184,7 +203,9 @@ def test_a_narrower_terminal_in_mid_reply() -> None:
     before = "".join(step.text for step in steps[:9])
     with ReplyView(terminal, two_rows, clock=itertools.count().__next__) as view:
         for number, step in enumerate(steps):
-            if number == 9:  # the emulator cuts what is beyond, so let the text begin a fresh row there
+            if (
+                number == 9
+            ):  # the emulator cuts what is beyond, so let the text begin a fresh row there
                 view.add(Step((Token(0, "\n", 0),), 1, 0.1, "vanilla"))
                 screen.screen.resize(columns=24)
                 terminal.width = 24
@@ -268,7 +289,13 @@ def test_an_escape_sequence_over_two_tokens_does_nothing() -> None:
 
 def test_marks_follow_their_tokens() -> None:
     screen = Screen(100)
-    tokens = (Token(0, "Hel", 0), Token(1, "lo", 1), Token(2, " world\n", 2), Token(3, "\n", 3), Token(4, "!", COPIED))
+    tokens = (
+        Token(0, "Hel", 0),
+        Token(1, "lo", 1),
+        Token(2, " world\n", 2),
+        Token(3, "\n", 3),
+        Token(4, "!", COPIED),
+    )
     show(screen, [Step(tokens, 5, 0.1, "tree", 4)], marks=True)
     assert screen.lines[:3] == ["Hello¹ world²", "", "!ᶜ"]
     assert head_mark(12) == "¹²" and head_mark(0) == ""
@@ -317,7 +344,11 @@ def test_the_panel_shows_the_figures_of_stats() -> None:
     ):
         assert figure in shown
     row = panel(stats, Sampling(), 130)[1]
-    colours = [span.style.color.name for span in row.spans if isinstance(span.style, Style) and span.style.color]
+    colours = [
+        span.style.color.name
+        for span in row.spans
+        if isinstance(span.style, Style) and span.style.color
+    ]
     assert set(colours) == set(HEAD_COLOURS[:4])
 
 
@@ -347,9 +378,13 @@ def test_the_panel_says_that_the_heads_rest_and_why() -> None:
         "heads do not pay here: 0.87× over the last 60 steps · decoding vanilla, trying again in 250 tokens"
     )
     narrower = panel(stats, Sampling(), 80)[1].plain
-    assert narrower == "heads do not pay here: 0.87× over the last 60 steps · vanilla for 250 tokens"
+    assert (
+        narrower == "heads do not pay here: 0.87× over the last 60 steps · vanilla for 250 tokens"
+    )
     assert panel(stats, Sampling(), 30)[1].plain == "vanilla: 0.87×"
-    assert footer(stats, stats, Sampling(), 80).plain.endswith(" tokens/s · vanilla: heads do not pay here (0.87×)")
+    assert footer(stats, stats, Sampling(), 80).plain.endswith(
+        " tokens/s · vanilla: heads do not pay here (0.87×)"
+    )
     stats.add(next(script(REPLY)))
     assert "speedup" in panel(stats, Sampling(), 80)[1].plain  # the heads are in use again
     assert "acceptance length" in footer(stats, stats, Sampling(), 100).plain
@@ -362,7 +397,10 @@ def test_the_footer() -> None:
     assert row.endswith(" · context is full")
     assert "context is full" in footer(stats, stats, Sampling(), 80).plain
     assert "context is full" in footer(stats, stats, Sampling(), 20).plain
-    assert "length limit" in footer(Stats.of(script(REPLY, finish="length")), stats, Sampling(), 80).plain
+    assert (
+        "length limit"
+        in footer(Stats.of(script(REPLY, finish="length")), stats, Sampling(), 80).plain
+    )
     short = Stats.of(list(script(REPLY))[:1])
     assert "measured over this conversation" in footer(short, stats, Sampling(), 100).plain
     assert "not measured yet" in footer(short, short, Sampling(), 100).plain
@@ -373,9 +411,21 @@ def test_the_footer() -> None:
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB
 DEFICIENCIES = {
     "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+    "protan": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deutan": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "tritan": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
 }
 LUMINANCE = (0.2126, 0.7152, 0.0722)
 Vector = tuple[float, ...]
@@ -383,7 +433,9 @@ Vector = tuple[float, ...]
 
 def linear(colour: str) -> Vector:
     parts = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
-    return tuple(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return tuple(
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
 
 
 def dot(one: Vector, other: Vector) -> float:
@@ -393,8 +445,12 @@ def dot(one: Vector, other: Vector) -> float:
 def lab(colour: str, deficiency: str) -> Vector:
     seen = tuple(min(max(dot(row, linear(colour)), 0), 1) for row in DEFICIENCIES[deficiency])
     rows = ((0.4124, 0.3576, 0.1805), LUMINANCE, (0.0193, 0.1192, 0.9505))
-    ratios = (dot(row, seen) / white for row, white in zip(rows, (0.95047, 1, 1.08883), strict=True))
-    x, y, z = (ratio ** (1 / 3) if ratio > 0.008856 else 7.787 * ratio + 16 / 116 for ratio in ratios)
+    ratios = (
+        dot(row, seen) / white for row, white in zip(rows, (0.95047, 1, 1.08883), strict=True)
+    )
+    x, y, z = (
+        ratio ** (1 / 3) if ratio > 0.008856 else 7.787 * ratio + 16 / 116 for ratio in ratios
+    )
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
@@ -408,7 +464,13 @@ def test_colours_are_readable_on_light_and_dark(colour: str, background: str) ->
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_colour_blind_users_can_tell_the_heads_apart(deficiency: str) -> None:
     for one, other in itertools.combinations(HEAD_COLOURS, 2):
-        distance = sum((a - b) ** 2 for a, b in zip(lab(one, deficiency), lab(other, deficiency), strict=True)) ** 0.5
+        distance = (
+            sum(
+                (a - b) ** 2
+                for a, b in zip(lab(one, deficiency), lab(other, deficiency), strict=True)
+            )
+            ** 0.5
+        )
         assert distance >= 15, (one, other)
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from medusa_chat.decoding.runner import Runner
-from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.devices import free_memory, last_level_cache
+from medusa_chat.machine.devices import free_memory, last_level_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from medusa_chat.decoding.runner import Runner
+    from medusa_chat.model.backbone import Backbone
 
 BUFFER = 2**30  # bytes of the buffer that is read, where memory allows
 READS = 8  # in a row, so that starting them and waiting for the last one count little
 REPEATS = 3  # the fastest of which is the limit
 # Reductions that read every byte once; which one is limited by the memory alone differs by device.
-_READERS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.sum(), lambda x: x.view(torch.int32).amax())
+_READERS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x.sum(),
+    lambda x: x.view(torch.int32).amax(),
+)
 
 
 def read_limit(device: torch.device, size: int) -> float:
     """Bytes/s at which a buffer of `size` bytes is read, with as many threads as decoding has."""
     buffer = torch.ones(max(size // 4, 1), device=device)  # float32
-    return max(buffer.nbytes / _seconds(reader, buffer) for reader in _READERS for _ in range(REPEATS + 1))
+    return max(
+        buffer.nbytes / _seconds(reader, buffer) for reader in _READERS for _ in range(REPEATS + 1)
+    )
 
 
 def _seconds(reader: Callable[[Tensor], Tensor], buffer: Tensor) -> float:
@@ -47,9 +55,12 @@ def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
     size = max(min(BUFFER, free_memory(str(device)) // 4), 4 * cache)
     memory = read_limit(device, size) / 1e9
     limit: dict[str, Any] = {
-        "memory_gb_per_second": round(memory, 2), "buffer_bytes": size, "cache_bytes": cache,
-        "in_cache": model_bytes <= cache, "gb_per_second": round(memory, 2),
-    }  # fmt: skip
+        "memory_gb_per_second": round(memory, 2),
+        "buffer_bytes": size,
+        "cache_bytes": cache,
+        "in_cache": model_bytes <= cache,
+        "gb_per_second": round(memory, 2),
+    }
     if limit["in_cache"]:
         cached = read_limit(device, model_bytes) / 1e9
         limit |= {"cached_gb_per_second": round(cached, 2), "gb_per_second": round(cached, 2)}
@@ -63,7 +74,9 @@ def resident_bytes(modules: Iterable[nn.Module]) -> int:
     """
     spans: set[tuple[int, int]] = set()
     opaque: dict[int, int] = {}
-    for tensor in {id(tensor): tensor for module in modules for tensor in _tensors(module)}.values():
+    for tensor in {
+        id(tensor): tensor for module in modules for tensor in _tensors(module)
+    }.values():
         if tensor.layout == torch.strided:
             spans.add((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
         else:  # oneDNN's own layout tells no address
@@ -77,7 +90,11 @@ def resident_bytes(modules: Iterable[nn.Module]) -> int:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """The tensors of one module, without those of its children."""
-    held = [*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()]
+    held = [
+        *module.parameters(recurse=False),
+        *module.buffers(recurse=False),
+        *vars(module).values(),
+    ]
     for value in held:
         yield from _held(value)
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.bench.plan import Consume, Plan, Progress, RandomModel
 from medusa_chat.bench.run import bench, bench_steps, header
@@ -18,18 +14,29 @@ from medusa_chat.bench.shapes import SHAPE_CONTEXTS, SHAPES_OF_GPU, parse_shapes
 from medusa_chat.bench.steps import measure_steps, room_for
 from medusa_chat.bench.twin import compare_in_float32
 from medusa_chat.config import Sampling, UserError, out_of_memory
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.model.devices import reset_peak_memory
+from medusa_chat.machine.devices import reset_peak_memory
+from medusa_chat.model.linear.quantization import as_quant
 from medusa_chat.model.loading import choose_device, choose_dtype
-from medusa_chat.model.quantization import as_quant
 from medusa_chat.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable
+
+    import torch
+
+    from medusa_chat.decoding.engine import Engine
 
 FLOAT32_PROMPTS = 4  # that the CPU answers too
 OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 
 def measure(
-    options: Namespace, sampling: Sampling, load: Callable[..., Engine], progress: Progress, view: Consume | None = None
+    options: Namespace,
+    sampling: Sampling,
+    load: Callable[..., Engine],
+    progress: Progress,
+    view: Consume | None = None,
 ) -> dict[str, Any]:
     """Measure the model that the flags name on its prompts, and the random ones.
 
@@ -48,7 +55,9 @@ def measure(
     device = choose_device(options.device)
     named = any((options.model, options.heads, options.prompts))
     if options.shape and not named and (options.peer or options.view):
-        raise UserError("--peer and --view compare replies, which random weights have not: name --model or --prompts")
+        raise UserError(
+            "--peer and --view compare replies, which random weights have not: name --model or --prompts"
+        )
     plan, shapes = _plan(options, sampling, view), _shapes(options)
     result = header(device, options.words) | {"model": "", "prompts": 0, "modes": {}, "peers": {}}
     if named or not options.shape:
@@ -56,7 +65,9 @@ def measure(
     if is_gpu(device) and not named and not options.shape:
         result |= whole_story(options, plan, load, device, progress)
     elif shapes:
-        result["shapes"] = {each.name: _shape(each, options, plan, device, progress) for each in shapes}
+        result["shapes"] = {
+            each.name: _shape(each, options, plan, device, progress) for each in shapes
+        }
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -66,7 +77,11 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def whole_story(
-    options: Namespace, plan: Plan, load: Callable[..., Engine], device: torch.device, progress: Progress
+    options: Namespace,
+    plan: Plan,
+    load: Callable[..., Engine],
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What is told of a GPU besides the bundled model's figures there: `float32`, `shapes` and `left_out_shapes`.
 
@@ -74,7 +89,11 @@ def whole_story(
     """
     with progress("float32") as tick:
         opening = [prompt.opening() for prompt in plan.prompts[:FLOAT32_PROMPTS]]
-        told: dict[str, Any] = {"float32": compare_in_float32(load, opening), "shapes": {}, "left_out_shapes": {}}
+        told: dict[str, Any] = {
+            "float32": compare_in_float32(load, opening),
+            "shapes": {},
+            "left_out_shapes": {},
+        }
         tick(1, 1)
     for each in SHAPES_OF_GPU:
         try:
@@ -91,9 +110,15 @@ def whole_story(
 def _plan(options: Namespace, sampling: Sampling, view: Consume | None) -> Plan:
     modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
     plan = Plan(
-        read_prompts(options.prompts or [OWN_PROMPTS], options.limit), modes, sampling, options.rounds, options.turns,
-        options.peer is not None, view, histories=options.history,
-    )  # fmt: skip
+        read_prompts(options.prompts or [OWN_PROMPTS], options.limit),
+        modes,
+        sampling,
+        options.rounds,
+        options.turns,
+        options.peer is not None,
+        view,
+        histories=options.history,
+    )
     return replace(plan, contexts=options.context) if options.context else plan
 
 
@@ -102,7 +127,11 @@ def _shapes(options: Namespace) -> list[RandomModel]:
         return []
     quant, quant_heads = as_quant(options.quant), as_quant(options.quant_heads)
     return parse_shapes(
-        options.shape, quant, quant_heads=quant_heads, heads=options.shape_heads, own=options.own_lm_heads
+        options.shape,
+        quant,
+        quant_heads=quant_heads,
+        heads=options.shape_heads,
+        own=options.own_lm_heads,
     )
 
 
@@ -121,8 +150,11 @@ def _shape(
     engine, plan = _random(wanted, options, plan, device, progress)
     seconds = round(time.perf_counter() - started, 3)
     return bench_steps(engine, plan, progress) | {
-        "load_seconds": seconds, "quant": wanted.quant, "quant_heads": wanted.quant_heads, "own": wanted.own,
-    }  # fmt: skip
+        "load_seconds": seconds,
+        "quant": wanted.quant,
+        "quant_heads": wanted.quant_heads,
+        "own": wanted.own,
+    }
 
 
 def _apart(

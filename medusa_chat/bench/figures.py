@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medusa_chat.bench.plan import Plan
 from medusa_chat.bench.replies import PEERS, Round, Run, Turn, baseline_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medusa_chat.bench.plan import Plan
 
 Figures = dict[str, Any]
 
@@ -51,14 +54,17 @@ def _figures(rounds: Sequence[Round], mode: str, baseline: str) -> Figures:
     tested = {head: sum(stats.reached[head] for stats in whole) for head in heads}
     return figures | {
         "head_acceptance": {
-            str(head): round(sum(stats.accepted[head] for stats in whole) / tested[head], 4) for head in heads
+            str(head): round(sum(stats.accepted[head] for stats in whole) / tested[head], 4)
+            for head in heads
         },
         "new_tokens": sum(stats.new_tokens for stats in whole),
         "prompts": len(rounds[0][mode]),
     }
 
 
-def _round_figures(tree_runs: Sequence[Run], vanilla_runs: Sequence[Run]) -> dict[str, float | None]:
+def _round_figures(
+    tree_runs: Sequence[Run], vanilla_runs: Sequence[Run]
+) -> dict[str, float | None]:
     tree, vanilla = _turns(tree_runs), _turns(vanilla_runs)
     step, vanilla_step = _step(tree), _step(vanilla)
     rate, vanilla_rate = _rate(tree), _rate(vanilla)
@@ -102,7 +108,9 @@ def _step(turns: Sequence[Turn]) -> float | None:
 
 def _rate(turns: Sequence[Turn]) -> float | None:
     """New tokens per second inside the engine, prefill aside."""
-    return _over(sum(turn.stats.new_tokens for turn in turns), sum(turn.stats.seconds for turn in turns))
+    return _over(
+        sum(turn.stats.new_tokens for turn in turns), sum(turn.stats.seconds for turn in turns)
+    )
 
 
 def _wall_rate(runs: Sequence[Run]) -> float:

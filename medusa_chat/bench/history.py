@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medusa_chat.bench.plan import Tick
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medusa_chat.bench.plan import Tick
+    from medusa_chat.decoding.engine import Engine
 
 NEW_TOKENS = 32  # of the second turn
 REPLY_TOKENS = 8  # room for the reply whose first step is timed
@@ -27,7 +30,9 @@ def check_histories(engine: Engine, lengths: Sequence[int]) -> None:
             )
 
 
-def measure_history(engine: Engine, lengths: Sequence[int], rounds: int, tick: Tick) -> list[dict[str, Any]]:
+def measure_history(
+    engine: Engine, lengths: Sequence[int], rounds: int, tick: Tick
+) -> list[dict[str, Any]]:
     """A second turn of NEW_TOKENS behind histories of each length: with the cache kept, and with all prefilled anew.
 
     Returns:
@@ -50,10 +55,13 @@ def measure_history(engine: Engine, lengths: Sequence[int], rounds: int, tick: T
             anew.append(_first_token(engine, whole))
         found.append(
             {
-                "history": length, "new_tokens": NEW_TOKENS, "prefilled": prefilled,
-                "kept_ms": round(1000 * median(kept), 3), "anew_ms": round(1000 * median(anew), 3),
+                "history": length,
+                "new_tokens": NEW_TOKENS,
+                "prefilled": prefilled,
+                "kept_ms": round(1000 * median(kept), 3),
+                "anew_ms": round(1000 * median(anew), 3),
             }
-        )  # fmt: skip
+        )
         tick(done, len(lengths))
     engine.forget()
     return found
@@ -61,7 +69,9 @@ def measure_history(engine: Engine, lengths: Sequence[int], rounds: int, tick: T
 
 def _first_token(engine: Engine, ids: list[int]) -> float:
     """Seconds until the first step of a reply is there; the reply ends with it."""
-    sampling = Sampling(mode="greedy" if engine.heads else "vanilla", max_new_tokens=REPLY_TOKENS, ignore_eos=True)
+    sampling = Sampling(
+        mode="greedy" if engine.heads else "vanilla", max_new_tokens=REPLY_TOKENS, ignore_eos=True
+    )
     started = time.perf_counter()
     with closing(engine.generate(ids, sampling)) as steps:
         next(steps)

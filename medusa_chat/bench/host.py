@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medusa_chat.config import Sampling
-from medusa_chat.decoding.engine import Engine
+if TYPE_CHECKING:
+    from medusa_chat.config import Sampling
+    from medusa_chat.decoding.engine import Engine
 
 
 def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str, Any] | None:
@@ -33,4 +34,8 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     if len(gaps) < 2:
         return None
     tenths = quantiles(gaps, n=10, method="inclusive")
-    return {"steps": len(gaps), "median_ms": round(1000 * median(gaps), 4), "p90_ms": round(1000 * tenths[-1], 4)}
+    return {
+        "steps": len(gaps),
+        "median_ms": round(1000 * median(gaps), 4),
+        "p90_ms": round(1000 * tenths[-1], 4),
+    }

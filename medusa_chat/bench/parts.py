@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medusa_chat.config import Sampling
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.runner import Runner
-from medusa_chat.events import Step
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from medusa_chat.config import Sampling
+    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.runner import Runner
+    from medusa_chat.events import Step
 
 PARTS = ("forward", "heads", "acceptance", "commit")
 REST = "rest"  # detokenizing, Python, and on a GPU the time in which it waits
@@ -68,7 +70,9 @@ def watching(runner: Runner) -> Iterator[Stopwatch]:
         runner.mark = before
 
 
-def step_parts(engine: Engine, prompts: Sequence[list[int]], sampling: Sampling) -> dict[str, Any] | None:
+def step_parts(
+    engine: Engine, prompts: Sequence[list[int]], sampling: Sampling
+) -> dict[str, Any] | None:
     """Median milliseconds of each part of the steps that answer the prompts, and the parts' shares of the step.
 
     Args:
@@ -88,7 +92,9 @@ def step_parts(engine: Engine, prompts: Sequence[list[int]], sampling: Sampling)
         return None
     wholes = [step.seconds for step in steps]
     ms = {part: 1000 * median(step.get(part, 0.0) for step in timed) for part in PARTS}
-    rests = (max(whole - sum(parts.values()), 0.0) for whole, parts in zip(wholes, timed, strict=True))
+    rests = (
+        max(whole - sum(parts.values()), 0.0) for whole, parts in zip(wholes, timed, strict=True)
+    )
     ms[REST] = 1000 * median(rests)
     total = sum(ms.values())
     shares = {part: round(value / total, 4) for part, value in ms.items()}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from medusa_chat.config import Mode, Quant, Sampling
-from medusa_chat.decoding.tuning import TIMED_LENGTH
+from medusa_chat.decoding.trees.choice import TIMED_LENGTH
 from medusa_chat.events import Step
-from medusa_chat.prompts import Prompt
+
+if TYPE_CHECKING:
+    from medusa_chat.config import Mode, Quant, Sampling
+    from medusa_chat.prompts import Prompt
 
 Consume = Callable[[Iterable[Step]], object]
 Tick = Callable[[int, int], None]  # (done, total)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from medusa_chat.bench.plan import Consume, Plan, Tick
+from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.events import Step
-from medusa_chat.peers import TransformersPeer
-from medusa_chat.prompts import Prompt
 from medusa_chat.stats import Stats
 
-PEERS = {"transformers": 0, "transformers-lookup": 10}  # -> tokens copied at once (prompt_lookup_num_tokens)
+if TYPE_CHECKING:
+    from medusa_chat.bench.plan import Consume, Plan, Tick
+    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.events import Step
+    from medusa_chat.prompts import Prompt
+
+PEERS = {
+    "transformers": 0,
+    "transformers-lookup": 10,
+}  # -> tokens copied at once (prompt_lookup_num_tokens)
 WARM_UPS = 2
 
 
@@ -58,7 +64,10 @@ def ways_of(engine: Engine, plan: Plan) -> dict[str, Answer]:
         ways["view"] = _ours(engine, replace(plan.sampling, mode=plan.modes[0]), plan.view)
     if plan.peer:
         peer = TransformersPeer(engine)
-        ways |= {name: _peers(engine, peer, plan.sampling.max_new_tokens, lookup) for name, lookup in PEERS.items()}
+        ways |= {
+            name: _peers(engine, peer, plan.sampling.max_new_tokens, lookup)
+            for name, lookup in PEERS.items()
+        }
     return ways
 
 
@@ -83,7 +92,9 @@ def fitting(engine: Engine, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts whose first turn leaves room for a reply; raises UserError if there is none."""
     fit = [prompt for prompt in prompts if len(engine.encode(prompt.opening())) < engine.context]
     if not fit:
-        raise UserError(f"none of the {len(prompts)} prompts fits into the {engine.context} tokens of {engine.name}")
+        raise UserError(
+            f"none of the {len(prompts)} prompts fits into the {engine.context} tokens of {engine.name}"
+        )
     return fit
 
 

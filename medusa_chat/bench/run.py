@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,14 +14,16 @@ from medusa_chat.bench.figures import mode_figures, peer_figures, wall_ratio
 from medusa_chat.bench.history import check_histories, measure_history
 from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.parts import step_parts
-from medusa_chat.bench.plan import Plan, Progress
 from medusa_chat.bench.replies import baseline_name, fitting, measure_replies
 from medusa_chat.bench.steps import check_contexts, measure_steps, reached
 from medusa_chat.bench.twin import compare_with_eager
 from medusa_chat.config import Mode, Sampling, UserError
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.model.devices import device_name, peak_memory, versions
-from medusa_chat.model.faster_attention import FasterAttention
+from medusa_chat.machine.devices import device_name, peak_memory, versions
+from medusa_chat.model.attention.choice import FasterAttention
+
+if TYPE_CHECKING:
+    from medusa_chat.bench.plan import Plan, Progress
+    from medusa_chat.decoding.engine import Engine
 
 PARTS_PROMPTS = 8  # that are decoded once more to time the parts of their steps
 PARTS_TOKENS = 32
@@ -54,7 +56,10 @@ def bench(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
     eager = _captured_check(engine, ids)
     with progress("replies") as tick:
         rounds = measure_replies(engine, replace(plan, prompts=prompts), tick)
-    modes = {mode: mode_figures(rounds, mode, baseline_name(replace(plan.sampling, mode=mode))) for mode in plan.modes}
+    modes = {
+        mode: mode_figures(rounds, mode, baseline_name(replace(plan.sampling, mode=mode)))
+        for mode in plan.modes
+    }
     result: dict[str, Any] = _about(engine) | {
         "prompts": len(prompts),
         "left_out": len(plan.prompts) - len(prompts),
@@ -68,7 +73,10 @@ def bench(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
     }
     if plan.view:
         first = plan.modes[0]
-        result["view"] = {"mode": first, "share_of_tokens_per_second": wall_ratio(rounds, "view", first)}
+        result["view"] = {
+            "mode": first,
+            "share_of_tokens_per_second": wall_ratio(rounds, "view", first),
+        }
     return result | _machine(engine, plan, ids, progress) | ({"eager": eager} if eager else {})
 
 
@@ -79,7 +87,9 @@ def bench_steps(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any
     context = min(plan.contexts, default=engine.context // 2)
     ids = [random.Random(0).choices(range(engine.backbone.vocabulary), k=context)]
     eager = _captured_check(engine, ids)
-    return _about(engine) | _machine(engine, plan, ids, progress) | ({"eager": eager} if eager else {})
+    return (
+        _about(engine) | _machine(engine, plan, ids, progress) | ({"eager": eager} if eager else {})
+    )
 
 
 def _captured_check(engine: Engine, prompts: list[list[int]]) -> dict[str, Any] | None:
@@ -98,7 +108,9 @@ def _about(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _machine(engine: Engine, plan: Plan, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
+def _machine(
+    engine: Engine, plan: Plan, prompts: list[list[int]], progress: Progress
+) -> dict[str, Any]:
     """Cost of steps, the parts of a step, a second turn by its history, peak memory, the limit of the memory."""
     with progress("steps") as tick:
         steps = measure_steps(engine, plan.contexts, tick) if engine.heads else []
@@ -130,7 +142,9 @@ def _machine(engine: Engine, plan: Plan, prompts: list[list[int]], progress: Pro
 def _sampled(engine: Engine, plan: Plan) -> list[Sampling]:
     """Vanilla and the plan's modes, each once, in short replies."""
     modes: list[Mode] = (
-        ["vanilla", *(mode for mode in plan.modes if mode != "vanilla")] if engine.heads else ["vanilla"]
+        ["vanilla", *(mode for mode in plan.modes if mode != "vanilla")]
+        if engine.heads
+        else ["vanilla"]
     )
     short = replace(plan.sampling, max_new_tokens=PARTS_TOKENS)
     return [replace(short, mode=mode) for mode in modes]

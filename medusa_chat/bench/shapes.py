@@ -10,16 +10,16 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from medusa_chat.bench.plan import RandomModel
+from medusa_chat.bench.random_model import random_heads, random_model
 from medusa_chat.config import ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tree import chain
-from medusa_chat.model import memory
+from medusa_chat.decoding.trees.tree import chain
+from medusa_chat.machine import memory
+from medusa_chat.machine.devices import free_memory
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.devices import free_memory
-from medusa_chat.model.fusing import fuse_linears
 from medusa_chat.model.heads import decoding_heads
-from medusa_chat.model.packing import pack_linears
-from medusa_chat.model.random_model import random_heads, random_model
+from medusa_chat.model.linear.joined import fuse_linears
+from medusa_chat.model.linear.packed import pack_linears
 from medusa_chat.shapes import SHAPES
 
 SHAPE_CONTEXTS = (512, 2048)
@@ -37,12 +37,16 @@ def parse_shapes(text: str, quant: Quant, **heads: Any) -> list[RandomModel]:
         if shape not in SHAPES:
             raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
         if colon and named not in quants:
-            raise UserError(f"--shape {entry}: behind the colon stands {', '.join(quants)}, not {named!r}")
+            raise UserError(
+                f"--shape {entry}: behind the colon stands {', '.join(quants)}, not {named!r}"
+            )
         found.append(RandomModel(shape, named if colon else quant, **heads))  # type: ignore[arg-type]
     return found
 
 
-def random_engine(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> Engine:
+def random_engine(
+    wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype
+) -> Engine:
     """An engine over random weights, made in memory, with room for `positions` tokens whatever the shape was made for.
 
     Raises UserError if the memory does not suffice.
@@ -64,19 +68,32 @@ def random_engine(wanted: RandomModel, positions: int, device: torch.device, dty
         heads = decoding_heads(drawn, wanted.quant_heads, device, dtype, backbone.lm_head)
         pack_linears(backbone.model)
         return Engine(
-            backbone, heads, numbers(shape.vocabulary), name=wanted.name, tree=chain(1), context=positions,
-            eos=frozenset(), probing=False,
-        )  # fmt: skip
+            backbone,
+            heads,
+            numbers(shape.vocabulary),
+            name=wanted.name,
+            tree=chain(1),
+            context=positions,
+            eos=frozenset(),
+            probing=False,
+        )
     except (torch.OutOfMemoryError, MemoryError):
-        raise UserError(f"a model of shape {wanted.name} does not fit into the memory of {device}") from None
+        raise UserError(
+            f"a model of shape {wanted.name} does not fit into the memory of {device}"
+        ) from None
 
 
-def memory_plan(wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype) -> memory.Plan:
+def memory_plan(
+    wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype
+) -> memory.Plan:
     """What such a model needs, as memory.plan foretells it of a real one."""
     spec = ModelSpec(
-        wanted.name, wanted.name, shape=wanted.shape, medusa_heads=wanted.heads,
+        wanted.name,
+        wanted.name,
+        shape=wanted.shape,
+        medusa_heads=wanted.heads,
         lm_heads="own" if wanted.own else "shared",
-    )  # fmt: skip
+    )
     contents = memory.contents_of(spec)
     assert contents is not None
     load = memory.Load(str(device), wanted.quant, wanted.quant_heads, positions, dtype.itemsize)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.bench.bandwidth import step_bytes
-from medusa_chat.bench.plan import Tick
 from medusa_chat.config import MAX_NODES, UserError
-from medusa_chat.decoding.accuracy import PUBLISHED
-from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.tuning import StepCost, fastest, kinds, measure, options
+from medusa_chat.decoding.trees.accuracy import PUBLISHED
+from medusa_chat.decoding.trees.choice import StepCost, fastest, kinds, measure, options
+
+if TYPE_CHECKING:
+    from medusa_chat.bench.plan import Tick
+    from medusa_chat.decoding.engine import Engine
 
 SIMULATED = "published accuracies of the Vicuna-7B Medusa-1 heads (FasterDecoding/Medusa, assets/medusa_acc.csv)"
 
@@ -35,7 +37,9 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
     """
     check_contexts(engine, contexts)
     measured = engine.accuracy
-    accuracy = (PUBLISHED if measured is None else measured).pruned(engine.heads, engine.backbone.vocabulary)
+    accuracy = (PUBLISHED if measured is None else measured).pruned(
+        engine.heads, engine.backbone.vocabulary
+    )
     found = []
     for done, context in enumerate(contexts, 1):
         engine.forget()
@@ -46,10 +50,14 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
         best = fastest(options(accuracy, costs))
         vanilla = costs[best.kind].vanilla
         picked: dict[str, Any] = {
-            "kind": best.kind, "nodes": best.nodes, "acceptance_length": round(best.length, 4),
-            "overhead": round(best.seconds / vanilla, 4), "speedup": round(best.rate * vanilla, 4),
-            "tokens_per_second": round(best.rate, 2), "simulated": SIMULATED if measured is None else None,
-        }  # fmt: skip
+            "kind": best.kind,
+            "nodes": best.nodes,
+            "acceptance_length": round(best.length, 4),
+            "overhead": round(best.seconds / vanilla, 4),
+            "speedup": round(best.rate * vanilla, 4),
+            "tokens_per_second": round(best.rate, 2),
+            "simulated": SIMULATED if measured is None else None,
+        }
         found.append(_told(context, costs["static"]) | {"tree": picked})
         tick(done, len(contexts))
     return found
@@ -61,7 +69,10 @@ def _told(context: int, cost: StepCost) -> dict[str, Any]:
         "vanilla_ms": round(1000 * cost.vanilla, 4),
         "vanilla_tokens_per_second": round(1 / cost.vanilla, 2),
         "nodes": {
-            str(nodes): {"ms": round(1000 * seconds, 4), "overhead": round(seconds / cost.vanilla, 4)}
+            str(nodes): {
+                "ms": round(1000 * seconds, 4),
+                "overhead": round(seconds / cost.vanilla, 4),
+            }
             for nodes, seconds in cost.by_nodes.items()
         },
     }
@@ -69,14 +80,19 @@ def _told(context: int, cost: StepCost) -> dict[str, Any]:
 
 def reached(engine: Engine, step: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
     """Bytes that a vanilla step and a step of the picked tree must read, the GB/s that this is, and its share of the
-    limit: {"vanilla": {"bytes", "gb_per_second", "share_of_limit"}, "tree": ...}."""
+    limit: {"vanilla": {"bytes", "gb_per_second", "share_of_limit"}, "tree": ...}.
+    """
     told = {}
     vanilla = step["vanilla_ms"] / 1000
     for kind, seconds in (("vanilla", vanilla), ("tree", step["tree"]["overhead"] * vanilla)):
         size = step_bytes(engine.runner, step["context"], tree=kind == "tree")
         rate = size / seconds / 1e9
         share = rate / limit["gb_per_second"]
-        told[kind] = {"bytes": size, "gb_per_second": round(rate, 3), "share_of_limit": round(share, 4)}
+        told[kind] = {
+            "bytes": size,
+            "gb_per_second": round(rate, 3),
+            "share_of_limit": round(share, 4),
+        }
     return told
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import MAX_NODES, MODES, Sampling
-from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.runner import Runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from medusa_chat.decoding.engine import Engine
 
 TOKENS = 64  # of a reply
 # What both sides of a comparison verify: left to themselves they might choose different trees, and a typical reply
@@ -29,7 +32,9 @@ def compare_with_eager(engine: Engine, prompts: Ids) -> Figures:
         {mode: {"replies", "equal", "agreed", "tokens_per_second", "eager_tokens_per_second"}}; see `agreement`.
     """
     fast = engine.runner
-    capacity = min(fast.cache.capacity, max(map(len, prompts)) + TOKENS + MAX_NODES)  # no second cache of full size
+    capacity = min(
+        fast.cache.capacity, max(map(len, prompts)) + TOKENS + MAX_NODES
+    )  # no second cache of full size
     eager = Runner(fast.backbone, fast.heads, capacity, fast.accuracy, eager=True)
     found: Figures = {}
     with same_tree(engine):
@@ -57,7 +62,9 @@ def compare_in_float32(load: Callable[..., Engine], conversations: Sequence[Any]
     prompts = [engine.encode(conversation) for conversation in conversations]
     with same_tree(engine), same_tree(on_cpu):
         found = {
-            sampling.mode: agreement(*(_replies(each, prompts, sampling)[0] for each in (engine, on_cpu)))
+            sampling.mode: agreement(
+                *(_replies(each, prompts, sampling)[0] for each in (engine, on_cpu))
+            )
             for sampling in _samplings(engine)
         }
     return {"tree": TREE, "cpu": found, "eager": compare_with_eager(engine, prompts)}
@@ -84,18 +91,29 @@ def agreement(ours: Ids, theirs: Ids) -> Figures:
         reply's first difference}
     """
     pairs = list(zip(ours, theirs, strict=True))
-    same = sum(sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(a, b, strict=False))) for a, b in pairs)
+    same = sum(
+        sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(a, b, strict=False)))
+        for a, b in pairs
+    )
     longest = sum(max(len(a), len(b)) for a, b in pairs)
-    return {"replies": len(pairs), "equal": sum(a == b for a, b in pairs), "agreed": round(same / longest, 4)}
+    return {
+        "replies": len(pairs),
+        "equal": sum(a == b for a, b in pairs),
+        "agreed": round(same / longest, 4),
+    }
 
 
 def _samplings(engine: Engine) -> list[Sampling]:
     """All four modes in replies of TOKENS; vanilla alone for a model without heads."""
     modes = MODES if engine.heads else MODES[-1:]
-    return [replace(Sampling(), mode=mode, max_new_tokens=TOKENS, ignore_eos=True) for mode in modes]
+    return [
+        replace(Sampling(), mode=mode, max_new_tokens=TOKENS, ignore_eos=True) for mode in modes
+    ]
 
 
-def _replies_of(runner: Runner, engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, float]:
+def _replies_of(
+    runner: Runner, engine: Engine, prompts: Ids, sampling: Sampling
+) -> tuple[Ids, float]:
     """`_replies` of the engine over another runner."""
     engine.forget()
     before, engine.runner = engine.runner, runner
@@ -117,7 +135,10 @@ def _replies(engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, flo
             steps = list(engine.generate(prompt, sampling))
             if number:
                 ids.append([token.id for step in steps for token in step.tokens])
-                tokens, seconds = tokens + len(ids[-1]), seconds + sum(step.seconds for step in steps)
+                tokens, seconds = (
+                    tokens + len(ids[-1]),
+                    seconds + sum(step.seconds for step in steps),
+                )
     finally:
         engine.copies = copies
     return ids, round(tokens / seconds, 2) if seconds else 0.0

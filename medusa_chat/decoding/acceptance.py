@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from medusa_chat.config import Sampling
-from medusa_chat.decoding.tree import Tree
+if TYPE_CHECKING:
+    from medusa_chat.config import Sampling
+    from medusa_chat.decoding.trees.tree import Tree
 
 _MIX_1, _MIX_2, _STRIDE = 0x7FEB352D, 0x846CA68B - 2**32, 0x2545F4914F6CDD1D
 
@@ -45,7 +46,10 @@ class TreeTensors:
         ancestors = torch.zeros(len(tree), len(tree), dtype=torch.bool)
         for row, branch in enumerate(tree.branches):
             ancestors[row, list(branch)] = True
-        parents, depths = torch.tensor(tree.parents, device=device), torch.tensor(tree.depths, device=device)
+        parents, depths = (
+            torch.tensor(tree.parents, device=device),
+            torch.tensor(tree.depths, device=device),
+        )
         return cls(parents, depths, ancestors.to(device), tree.depth)
 
 
@@ -69,19 +73,29 @@ class Rule:
     sampling: Sampling
     decide: Callable[[Tensor, Tensor, TreeTensors, int], Verdict]
 
-    def __call__(self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
+    def __call__(
+        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int
+    ) -> Verdict:
         return self.decide(logits, candidates, tree, position)
 
 
-def greedy(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor) -> Verdict:
+def greedy(
+    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
+) -> Verdict:
     """A candidate stays while it is the argmax after its parent: the output is that of greedy decoding."""
     # As float32 because the CPU's argmax over 16 bits is five times as slow.
     return _matching(logits.float().argmax(-1), candidates, tree)
 
 
 def exact(
-    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor, *, warp: Warp, seed: int | Tensor,
-) -> Verdict:  # fmt: skip
+    logits: Tensor,
+    candidates: Tensor,
+    tree: TreeTensors,
+    position: int | Tensor,
+    *,
+    warp: Warp,
+    seed: int | Tensor,
+) -> Verdict:
     """Lossless sampling: after every node a token is drawn, and a child stays if it is that token.
 
     The noise is keyed by (seed, position, token), so a draw does not depend on the tree: the text is that of
@@ -89,14 +103,23 @@ def exact(
     """
     scores = warp(logits)
     positions = torch.arange(1, tree.depth + 2, device=scores.device) + position
-    noise = gumbel(seed, positions, scores.shape[-1])[tree.depths]  # nodes of one depth share theirs
+    noise = gumbel(seed, positions, scores.shape[-1])[
+        tree.depths
+    ]  # nodes of one depth share theirs
     return _matching((scores + noise).argmax(-1), candidates, tree)
 
 
 def typical(
-    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor, *,
-    warp: Warp, seed: int | Tensor, epsilon: Number, delta: Number,
-) -> Verdict:  # fmt: skip
+    logits: Tensor,
+    candidates: Tensor,
+    tree: TreeTensors,
+    position: int | Tensor,
+    *,
+    warp: Warp,
+    seed: int | Tensor,
+    epsilon: Number,
+    delta: Number,
+) -> Verdict:
     """Typical acceptance (paper, section 2.3.1): x stays if p(x) > min(epsilon, delta * exp(-H(p))).
 
     The longest accepted path wins, ties by summed log-likelihood; the next token is drawn from what the same
@@ -132,7 +155,9 @@ def _deepest(kept: Tensor, tree: TreeTensors, log_p: Tensor | None) -> Tensor:
     depth = tree.depths.masked_fill(~alive, -1)
     if log_p is None:
         return depth.argmax()
-    likelihood = log_p.expand(len(depth), -1).masked_fill(~tree.ancestors | (tree.depths == 0), 0.0).sum(-1)
+    likelihood = (
+        log_p.expand(len(depth), -1).masked_fill(~tree.ancestors | (tree.depths == 0), 0.0).sum(-1)
+    )
     return likelihood.masked_fill(depth < depth.max(), float("-inf")).argmax()
 
 
@@ -181,7 +206,9 @@ def gumbel(seed: int | Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     keys = positions * _STRIDE + seed * 0x9E3779B1
     bits = token_keys(vocabulary, positions.device) ^ _mix((keys ^ (keys >> 32)).int())[:, None]
     # Float32 is finest near 0, where the large values come from; 0 and 1 have none.
-    uniform = _mix(bits).bitwise_and_(2**31 - 1).float().mul_(2.0**-31).clamp_(2.0**-32, 1 - 2.0**-24)
+    uniform = (
+        _mix(bits).bitwise_and_(2**31 - 1).float().mul_(2.0**-31).clamp_(2.0**-32, 1 - 2.0**-24)
+    )
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -4,13 +4,15 @@ with others. Nothing here reads a tensor on the host.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, exact, greedy, typical
+
+if TYPE_CHECKING:
+    from medusa_chat.config import Sampling
 
 # As double, which holds each of them exactly: top_k and the 32-bit seed too.
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "epsilon", "delta", "seed")
@@ -32,7 +34,12 @@ def numbers_of(sampling: Sampling) -> list[float]:
 
 
 def decide(
-    kind: Kind, numbers: Tensor, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: Tensor
+    kind: Kind,
+    numbers: Tensor,
+    logits: Tensor,
+    candidates: Tensor,
+    tree: TreeTensors,
+    position: Tensor,
 ) -> Verdict:
     """What `acceptance.make_rule` decides, from NUMBERS [7] in double and a position [] on the device."""
     if kind == "greedy":
@@ -45,14 +52,20 @@ def decide(
 
     if kind.startswith("typical"):
         return typical(
-            logits, candidates, tree, position, warp=warp, seed=seed.long(), epsilon=epsilon.float(),
+            logits,
+            candidates,
+            tree,
+            position,
+            warp=warp,
+            seed=seed.long(),
+            epsilon=epsilon.float(),
             delta=delta.float(),
-        )  # fmt: skip
+        )
     return exact(logits, candidates, tree, position, warp=warp, seed=seed.long())
 
 
 def truncated(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """transformers' top-k, top-p and min-p warpers in turn, each off where it would be off in a Sampling.
+    """Transformers' top-k, top-p and min-p warpers in turn, each off where it would be off in a Sampling.
 
     Args:
         scores: float32 [n, V]; top_k, top_p, min_p: double [].

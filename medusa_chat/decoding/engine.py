@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, Message, Sampling, UserError
-from medusa_chat.decoding import tuning
 from medusa_chat.decoding.acceptance import Rule, make_rule
-from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy, shaped_tree
-from medusa_chat.decoding.copying import CHAIN, Copied, Copies
-from medusa_chat.decoding.cost_cache import step_costs
-from medusa_chat.decoding.plans import Outcome
-from medusa_chat.decoding.policy import VANILLA, Policy
+from medusa_chat.decoding.draft.copies import CHAIN, Copied, Copies
 from medusa_chat.decoding.reply import Reply
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.tree import AnyTree, DynamicTree, paper_trees
+from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy, shaped_tree
+from medusa_chat.decoding.trees.costs import step_costs
+from medusa_chat.decoding.trees.policy import VANILLA, Policy
+from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, paper_trees
 from medusa_chat.events import Candidates, Step, proposer
-from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import Heads
 from medusa_chat.model.templates import ChatTemplate
 
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+    from pathlib import Path
+
+    from medusa_chat.decoding.draft.plans import Outcome
+    from medusa_chat.decoding.trees import choice as tuning
+    from medusa_chat.model.backbone import Backbone
+    from medusa_chat.model.heads import Heads
+
 COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
-WORTHWHILE = 1.5  # tokens that a step of copies alone has to promise, or it is taken as a vanilla one
+WORTHWHILE = (
+    1.5  # tokens that a step of copies alone has to promise, or it is taken as a vanilla one
+)
 
 
 class Engine:
@@ -38,25 +43,44 @@ class Engine:
     """
 
     def __init__(
-        self, backbone: Backbone, heads: Heads | None, tokenizer: Any, *, name: str = "model",
-        tree: str | AnyTree = "auto", accuracy: Accuracy | None = None, context: int | None = None,
-        system: str = "", eos: frozenset[int] | None = None, probing: bool = True, copies: bool = True,
-        template: ChatTemplate | None = None, costs: Path | None = None, eager: bool | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        backbone: Backbone,
+        heads: Heads | None,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        tree: str | AnyTree = "auto",
+        accuracy: Accuracy | None = None,
+        context: int | None = None,
+        system: str = "",
+        eos: frozenset[int] | None = None,
+        probing: bool = True,
+        copies: bool = True,
+        template: ChatTemplate | None = None,
+        costs: Path | None = None,
+        eager: bool | None = None,
+    ) -> None:
         """`probing`: tree modes take a vanilla step now and then, to measure the speedup (bench measures apart);
-        `costs`: folder that keeps what steps cost, from one run to the next."""
+        `costs`: folder that keeps what steps cost, from one run to the next.
+        """
         self.template = template or ChatTemplate(tokenizer, name)
         self.name, self.system = name, system or self.template.system
         self.tokenizer, self.backbone = tokenizer, backbone
         self.context = min(backbone.context, MAX_CONTEXT) if context is None else context
         if not 1 < self.context <= backbone.context:
-            raise UserError(f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}")
-        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager)
+            raise UserError(
+                f"the context of {name} can hold 2 to {backbone.context} tokens, not {self.context}"
+            )
+        self.runner = Runner(
+            backbone, heads, self.context + MAX_NODES, accuracy or PUBLISHED, eager
+        )
         self.notices = self.runner.notices
         self.prefilled, self.prefill_seconds = 0, 0.0
         self._accuracy, self._costs, self._probing = accuracy, costs, probing
         self.policy = self._new_policy()
-        self._eos = eos_ids(backbone.model, tokenizer) | self.template.stop_ids if eos is None else eos
+        self._eos = (
+            eos_ids(backbone.model, tokenizer) | self.template.stop_ids if eos is None else eos
+        )
         self._tokens: list[int] = []  # the text behind the cache
         self._reply: Generator[Step] | None = None
         self._last: Outcome | None = None
@@ -89,7 +113,9 @@ class Engine:
             return list(prompt)  # type: ignore[arg-type]
         return self.template.encode(prompt)  # type: ignore[arg-type]
 
-    def generate(self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling) -> Generator[Step]:
+    def generate(
+        self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling
+    ) -> Generator[Step]:
         """Decode a reply, step by step. Close the iterator at any time: the cache holds what was yielded.
 
         Raises:
@@ -99,13 +125,17 @@ class Engine:
         if not ids:
             raise UserError("the prompt is empty")
         if len(ids) >= self.context:
-            raise UserError(f"the prompt has {len(ids)} tokens; the context of {self.name} holds {self.context}")
+            raise UserError(
+                f"the prompt has {len(ids)} tokens; the context of {self.name} holds {self.context}"
+            )
         if sampling.mode != "vanilla" and self.tree is VANILLA:
             raise UserError(
                 f"{self.name} has no Medusa heads: {sampling.mode} mode needs them or copies, vanilla does not"
             )
         if not 0 <= min(ids) <= max(ids) < self.backbone.vocabulary:
-            raise UserError(f"the prompt has ids that are not among the {self.backbone.vocabulary} of {self.name}")
+            raise UserError(
+                f"the prompt has ids that are not among the {self.backbone.vocabulary} of {self.name}"
+            )
         if self._reply is not None:
             self._reply.close()  # there is one cache: an older reply cannot go on beside the new one
         self._reply = self._decode(ids, sampling)
@@ -149,7 +179,7 @@ class Engine:
     def _step(self, root: int, rule: Rule, reply: Reply) -> tuple[Step, int]:
         """One forward: its Step, and the root of the next."""
         started = time.perf_counter()
-        tree, gated = self.policy.next()
+        tree, paused = self.policy.next()
         copied = self._copied(root) if self.copies and tree is not VANILLA else None
         if tree is COPIES_ALONE and (copied is None or copied.promise < WORTHWHILE):
             tree = VANILLA
@@ -161,7 +191,9 @@ class Engine:
         self._tokens += ids[: len(tokens)]
         self.runner.cache.rewind(len(self._tokens))
         if not reply.finish and reply.ends_at(outcome.next):
-            tokens += reply.take([outcome.next], [0])  # known already: it needs no forward of its own
+            tokens += reply.take(
+                [outcome.next], [0]
+            )  # known already: it needs no forward of its own
         if tree is not VANILLA:
             self._last = outcome
         self.policy.learn(ids[: len(tokens)], outcome.guesses, copied)
@@ -169,7 +201,7 @@ class Engine:
         tested = outcome.tested(len(tokens) - bool(reply.finish)) if tree is not VANILLA else ()
         depth = max(map(len, outcome.paths))
         seconds = time.perf_counter() - started
-        step = Step(tuple(tokens), len(tree), seconds, kind, depth, reply.finish, tested, gated)
+        step = Step(tuple(tokens), len(tree), seconds, kind, depth, reply.finish, tested, paused)
         self.policy.record(step)
         return step, outcome.next
 
@@ -210,7 +242,8 @@ class Engine:
 
     def use_tree(self, tree: str | AnyTree) -> None:
         """Switch to `auto`, `retune` (auto, with steps timed anew), dynamic-N, static-N, chain-N, a released tree by
-        name, a JSON file or a tree itself."""
+        name, a JSON file or a tree itself.
+        """
         if self.runner.heads is None:
             if tree not in ("auto", "retune"):
                 raise UserError(f"{self.name} has no Medusa heads to fill a tree")
@@ -227,7 +260,9 @@ class Engine:
                 f" and {wanted.width} wide, {self.name} has {self.heads} heads over {self.backbone.vocabulary} tokens"
             )
         if not 1 < len(fitting) <= MAX_NODES:
-            raise UserError(f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible")
+            raise UserError(
+                f"tree {wanted.origin} has {len(fitting) - 1} guesses; 1 to {MAX_NODES - 1} are possible"
+            )
         self.policy.fix(fitting)
 
     def _known_accuracy(self) -> Accuracy:
@@ -236,11 +271,15 @@ class Engine:
     def _step_costs(self, anew: bool) -> dict[str, tuning.StepCost]:
         """What steps cost here, by the kind of tree: as known from an earlier run, or as measured now."""
         if self._accuracy is None:
-            self.notices.append("nobody has measured these heads: auto uses published accuracies; see calibrate")
+            self.notices.append(
+                "nobody has measured these heads: auto uses published accuracies; see calibrate"
+            )
         if anew or not self._step_cost:
             self.forget()
             accuracy = self._known_accuracy()
-            self._step_cost = step_costs(self.runner, self.name, accuracy, self.copies, self._costs, anew=anew)
+            self._step_cost = step_costs(
+                self.runner, self.name, accuracy, self.copies, self._costs, anew=anew
+            )
         return self._step_cost
 
     def describe_tree(self) -> str:
@@ -254,7 +293,13 @@ class Engine:
         if not self.heads:
             return ["auto"]
         shaped = [f"{kind}-{nodes}" for kind in ("dynamic", "static") for nodes in (8, 16, 32, 64)]
-        return ["auto", *(f"chain-{n}" for n in range(1, self.heads + 1)), *shaped, *paper_trees(), "retune"]
+        return [
+            "auto",
+            *(f"chain-{n}" for n in range(1, self.heads + 1)),
+            *shaped,
+            *paper_trees(),
+            "retune",
+        ]
 
 
 def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 
-from medusa_chat.config import Sampling
 from medusa_chat.events import Finish, Token
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medusa_chat.config import Sampling
 
 
 class Reply:
@@ -57,7 +60,9 @@ class Reply:
         self._pending.append(token)
         try:
             piece = self._stream.step(self._tokenizer, token)
-        except Exception:  # bytes that make no character spoil those before them, and the stream (tokenizers 0.22)
+        except (
+            Exception
+        ):  # bytes that make no character spoil those before them, and the stream (tokenizers 0.22)
             piece = self._tokenizer.decode(self._pending, skip_special_tokens=True)
             self._stream = DecodeStream(skip_special_tokens=True)
             self._stream.step(self._tokenizer, token)
@@ -79,4 +84,6 @@ class Reply:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

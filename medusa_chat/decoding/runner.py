@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import Rule
-from medusa_chat.decoding.accuracy import PUBLISHED, Accuracy
-from medusa_chat.decoding.captured import Captured, as_it_is, capturable
-from medusa_chat.decoding.copying import Copied
-from medusa_chat.decoding.plans import ChosenPlan, FixedPlan, Outcome, to_send, told_guesses
-from medusa_chat.decoding.static import Plan, StaticStep, Unrecordable
-from medusa_chat.decoding.tree import AnyTree, Tree
-from medusa_chat.model import attention
-from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import Heads
+from medusa_chat.decoding.draft.plans import (
+    DynamicDraft,
+    FixedDraft,
+    Outcome,
+    to_send,
+    told_guesses,
+)
+from medusa_chat.decoding.graphs.capture import Captured, as_it_is, capturable
+from medusa_chat.decoding.graphs.static_step import Plan, StaticStep, Unrecordable
+from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.trees.tree import AnyTree, Tree
+from medusa_chat.model.attention import tree_attention as attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.draft.copies import Copied
+    from medusa_chat.model.backbone import Backbone
+    from medusa_chat.model.heads import Heads
 
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
 
@@ -34,9 +44,13 @@ class Runner:
     """
 
     def __init__(
-        self, backbone: Backbone, heads: Heads | None, capacity: int, accuracy: Accuracy = PUBLISHED,
+        self,
+        backbone: Backbone,
+        heads: Heads | None,
+        capacity: int,
+        accuracy: Accuracy = PUBLISHED,
         eager: bool | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start with an empty text.
 
         Args:
@@ -49,9 +63,11 @@ class Runner:
         self.cache = backbone.new_cache(capacity)
         self.accuracy = accuracy
         # [1, hidden] of the last committed row
-        self._hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+        self._hidden = torch.zeros(
+            1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
+        )
         self._count = heads.heads if heads else 0
-        self._root = FixedPlan(Tree(), self._count, backbone)
+        self._root = FixedDraft(Tree(), self._count, backbone)
         self._plans: dict[tuple[AnyTree, bool], Plan] = {}
         self.mark: Callable[[str], None] = _nobody_times
         self.notices: list[str] = []
@@ -59,7 +75,9 @@ class Runner:
         self.static: StaticStep | None = None
         if not (not can_capture if eager is None else eager):
             record = Captured(backbone.device) if can_capture else as_it_is
-            self.static = StaticStep(backbone, self._count, self.cache, self._hidden, self._guesses, record)
+            self.static = StaticStep(
+                backbone, self._count, self.cache, self._hidden, self._guesses, record
+            )
 
     def trust(self, accuracy: Accuracy) -> None:
         """Take other figures for how likely the heads' guesses are."""
@@ -75,7 +93,11 @@ class Runner:
             self.cache.commit(tuple(range(len(chunk))))
         self._hidden.copy_(hidden[-1:])
         last = torch.tensor(tokens[-1:], device=self.backbone.device)
-        return int(rule(self.backbone.logits(self._hidden), last, self._root.tensors, self.cache.length - 1).next)
+        return int(
+            rule(
+                self.backbone.logits(self._hidden), last, self._root.tensors, self.cache.length - 1
+            ).next
+        )
 
     @torch.inference_mode()
     def step(self, root: int, tree: AnyTree, rule: Rule, copied: Copied | None = None) -> Outcome:
@@ -110,7 +132,9 @@ class Runner:
         """The accepted row, the token behind it, the nodes' tokens, what the plan tells, and the heads' guesses."""
         self.mark("begin")
         guesses, log_p = self._guesses(plan)
-        nodes = plan.nodes(torch.tensor(sent, dtype=torch.float64, device=self.backbone.device), guesses, log_p)
+        nodes = plan.nodes(
+            torch.tensor(sent, dtype=torch.float64, device=self.backbone.device), guesses, log_p
+        )
         self.mark("heads")
         position = self.cache.length
         # Guesses beyond the last position can't be kept, but some position encodings change or fail there.
@@ -119,7 +143,13 @@ class Runner:
         logits = self.backbone.logits(hidden)
         self.mark("forward")
         verdict = rule(logits, nodes.candidates, nodes.tensors, position)
-        told = (verdict.row[None], verdict.next[None], nodes.candidates, *nodes.told, told_guesses(guesses))
+        told = (
+            verdict.row[None],
+            verdict.next[None],
+            nodes.candidates,
+            *nodes.told,
+            told_guesses(guesses),
+        )
         settled: list[int] = torch.cat(told).tolist()
         self._hidden.copy_(hidden[settled[0]])
         self.mark("acceptance")
@@ -153,10 +183,15 @@ class Runner:
             if len(self._plans) > 64:
                 self._plans.clear()
             if isinstance(tree, Tree) and not copied:
-                self._plans[key] = FixedPlan(tree, self._count, self.backbone)
+                self._plans[key] = FixedDraft(tree, self._count, self.backbone)
             else:
-                self._plans[key] = ChosenPlan(
-                    tree, copied, self._count, self.accuracy, self.backbone, roomy=self.static is not None
+                self._plans[key] = DynamicDraft(
+                    tree,
+                    copied,
+                    self._count,
+                    self.accuracy,
+                    self.backbone,
+                    roomy=self.static is not None,
                 )
         return self._plans[key]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import metadata_load
 
-from medusa_chat.decoding.accuracy import Accuracy
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from medusa_chat.decoding.trees.accuracy import Accuracy
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ class Card:
             " model decodes several tokens per step. Written by medusa-chat; reading the files back gave the same"
             " logits.",
             _table(["", ""], facts.items()),
-            "## Use\n\n" + "\n\n".join(f"{program}:\n\n```sh\n{line}\n```" for program, line in self.use.items()),
+            "## Use\n\n"
+            + "\n\n".join(
+                f"{program}:\n\n```sh\n{line}\n```" for program, line in self.use.items()
+            ),
         ]
         if self.notices:
             sections.append("## To know\n\n" + "\n".join(f"- {line}" for line in self.notices))
@@ -71,15 +77,22 @@ def licence_of(folder: Path) -> str:
 
 def card_of(folder: Path) -> Path | None:
     """A model's own card."""
-    return next((folder / name for name in ("README.md", "MODEL_CARD.md") if (folder / name).is_file()), None)
+    return next(
+        (folder / name for name in ("README.md", "MODEL_CARD.md") if (folder / name).is_file()),
+        None,
+    )
 
 
 def _measured(accuracy: Accuracy) -> str:
     ranks = [k for k in (1, 2, 3, 5, 10) if k <= min(accuracy.widths)]
-    rows = [[str(k), *(f"{row[rank - 1]:.1%}" for rank in ranks)] for k, row in enumerate(accuracy.top, 1)]
+    rows = [
+        [str(k), *(f"{row[rank - 1]:.1%}" for rank in ranks)]
+        for k, row in enumerate(accuracy.top, 1)
+    ]
     return (
         "## Measured\n\nHow often the model's own greedy token is among a head's likeliest guesses"
-        " (`medusa-chat calibrate`).\n\n" + _table(["head", *(f"top-{rank}" for rank in ranks)], rows)
+        " (`medusa-chat calibrate`).\n\n"
+        + _table(["head", *(f"top-{rank}" for rank in ranks)], rows)
     )
 
 

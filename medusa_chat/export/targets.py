@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from medusa_chat.model.file_names import HEADS_FILE, PICKLE_FILE
+from medusa_chat.hub.file_names import HEADS_FILE, PICKLE_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,23 @@ class Target:
         lines = []
         if self.copies(facts):
             size = facts.heads * facts.vocabulary * facts.hidden * facts.width
-            lines.append(f"each head gets a copy of the LM head, which this layout wants: {_size(size)} more")
+            lines.append(
+                f"each head gets a copy of the LM head, which this layout wants: {_size(size)} more"
+            )
         elif self.one_lm_head and not facts.own:
             size = facts.vocabulary * facts.hidden * facts.width
-            lines.append(f"the file holds a copy of the LM head, which this layout wants: {_size(size)} more")
+            lines.append(
+                f"the file holds a copy of the LM head, which this layout wants: {_size(size)} more"
+            )
         if self.one_block and facts.layers > 1:
             lines.append(
                 f"the program that reads this layout applies one block {facts.layers} times, not {facts.layers} blocks:"
                 " there the heads will guess badly"
             )
         if self.backbones and not facts.model_type.startswith(self.backbones):
-            lines.append(f"the program that reads this layout may not take {facts.model_type} models")
+            lines.append(
+                f"the program that reads this layout may not take {facts.model_type} models"
+            )
         return lines
 
 
@@ -126,10 +134,16 @@ def _tensorrt(facts: Facts) -> dict[str, Any]:
 def _vllm(facts: Facts) -> dict[str, Any]:
     # No other key may hold "num" and "heads" or "layers": vLLM would take it for one of these two.
     return {
-        "architectures": ["MedusaModel"], "model_type": "medusa", "hidden_size": facts.hidden,
-        "vocab_size": facts.vocabulary, "truncated_vocab_size": None, "num_heads": facts.heads,
-        "num_hidden_layers": facts.layers, "medusa_fc_bias": True, "original_lm_head": not facts.own,
-    }  # fmt: skip
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": facts.hidden,
+        "vocab_size": facts.vocabulary,
+        "truncated_vocab_size": None,
+        "num_heads": facts.heads,
+        "num_hidden_layers": facts.layers,
+        "medusa_fc_bias": True,
+        "original_lm_head": not facts.own,
+    }
 
 
 def _modelopt(facts: Facts) -> dict[str, Any]:
@@ -141,7 +155,9 @@ def _use_official(facts: Facts, name: str) -> dict[str, str]:
 
 
 def _use_tgi(facts: Facts, name: str) -> dict[str, str]:
-    return {"Text Generation Inference": f"text-generation-launcher --model-id {name} --speculate {facts.heads}"}
+    return {
+        "Text Generation Inference": f"text-generation-launcher --model-id {name} --speculate {facts.heads}"
+    }
 
 
 def _use_vllm(facts: Facts, name: str) -> dict[str, str]:
@@ -152,7 +168,9 @@ def _use_vllm(facts: Facts, name: str) -> dict[str, str]:
 def _use_tensorrt(facts: Facts, name: str) -> dict[str, str]:
     folders = f"--model_dir {facts.base} --medusa_model_dir {name} --output_dir converted"
     line = f"python examples/medusa/convert_checkpoint.py {folders}"
-    return {"TensorRT-LLM": f"{line} --num_medusa_heads {facts.heads} --num_medusa_layers {facts.layers}"}
+    return {
+        "TensorRT-LLM": f"{line} --num_medusa_heads {facts.heads} --num_medusa_layers {facts.layers}"
+    }
 
 
 def _use_nothing(facts: Facts, name: str) -> dict[str, str]:
@@ -161,25 +179,59 @@ def _use_nothing(facts: Facts, name: str) -> dict[str, str]:
 
 TARGETS = {
     "v0.1": Target(
-        "the official one of Medusa-1", "official", PICKLE_FILE, "copies", _official, _use_official, one_block=True
+        "the official one of Medusa-1",
+        "official",
+        PICKLE_FILE,
+        "copies",
+        _official,
+        _use_official,
+        one_block=True,
     ),
     "v2": Target(
-        "the official one with the base model's LM head", "official", HEADS_FILE, "keep", _version_2, _use_tgi,
-        one_block=True, only_shared=True,
+        "the official one with the base model's LM head",
+        "official",
+        HEADS_FILE,
+        "keep",
+        _version_2,
+        _use_tgi,
+        one_block=True,
+        only_shared=True,
     ),
     "v1.0": Target(
-        "the official one of Medusa-2, a whole model", "v1.0", None, "copies", _counts, _use_official, one_block=True
+        "the official one of Medusa-2, a whole model",
+        "v1.0",
+        None,
+        "copies",
+        _counts,
+        _use_official,
+        one_block=True,
     ),
     "tgi": Target(
-        "Text Generation Inference's", "official", HEADS_FILE, "keep", _tgi, _use_tgi, one_layer_shared=True
+        "Text Generation Inference's",
+        "official",
+        HEADS_FILE,
+        "keep",
+        _tgi,
+        _use_tgi,
+        one_layer_shared=True,
     ),
     "vllm": Target("vLLM's", "vllm", "model.safetensors", "once", _vllm, _use_vllm),
     "tensorrt-llm": Target(
-        "what TensorRT-LLM converts", "official", HEADS_FILE, "copies", _tensorrt, _use_tensorrt,
+        "what TensorRT-LLM converts",
+        "official",
+        HEADS_FILE,
+        "copies",
+        _tensorrt,
+        _use_tensorrt,
         backbones=("llama", "qwen"),
     ),
     "modelopt": Target(
         "NVIDIA ModelOpt's, a whole model (TensorRT-LLM reads it with scales for FP8 only, which are not there)",
-        "modelopt", None, "copies", _modelopt, _use_nothing, one_block=True,
+        "modelopt",
+        None,
+        "copies",
+        _modelopt,
+        _use_nothing,
+        one_block=True,
     ),
-}  # fmt: skip
+}

@@ -6,30 +6,36 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_chat import __version__
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
-from medusa_chat.decoding.accuracy import read_accuracy
+from medusa_chat.decoding.trees.accuracy import read_accuracy
+from medusa_chat.export.backbone_files import LICENCES, BackboneFiles, write_json, write_tensors
 from medusa_chat.export.card import Card, card_of, licence_of
 from medusa_chat.export.targets import TARGETS, Facts, Target
-from medusa_chat.model import hub
-from medusa_chat.model.backbone_files import LICENCES, BackboneFiles, write_json, write_tensors
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.hub import fetch as hub
 from medusa_chat.model.layouts import find_heads, read_heads
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.write import named_tensors
 from medusa_chat.model.loading import DTYPES, heads_file
+from medusa_chat.version import __version__
 
-RECORD_FILE = "medusa_chat_export.json"  # by which a later export knows that it may replace a folder
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from medusa_chat.model.heads import MedusaHeads
+
+RECORD_FILE = (
+    "medusa_chat_export.json"  # by which a later export knows that it may replace a folder
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -74,7 +80,9 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
         raise UserError(f"these heads cannot be written in the layout {job.layout}: {refusal}")
     notices = list(read.notices)  # of files on this machine, so that they are not for the card
     if job.push and not facts.public:
-        notices.append(f"the base model is named by its folder, {facts.base}: others need a hub id there")
+        notices.append(
+            f"the base model is named by its folder, {facts.base}: others need a hub id there"
+        )
     with _new_folder(job.out) as folder:
         _write(folder, target, facts, read.heads, lm_head, files)
         _travel_along(folder, files, source.parent)
@@ -82,7 +90,10 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
         del read  # large heads are not held twice
         _read_back(folder, facts, lm_head, logits)
         _write_card(folder, job, spec, files, facts)
-        write_json(folder / RECORD_FILE, {"layout": job.layout, "base": facts.base, "medusa_chat": __version__})
+        write_json(
+            folder / RECORD_FILE,
+            {"layout": job.layout, "base": facts.base, "medusa_chat": __version__},
+        )
     if job.push:
         _push(job)
     return [*notices, *target.notices(facts)]
@@ -92,15 +103,30 @@ def _facts(spec: ModelSpec, files: BackboneFiles, heads: MedusaHeads) -> Facts:
     named, _ = hub.split_revision(spec.backbone)
     if Path(spec.backbone).is_dir():
         told = str(files.config.get("_name_or_path") or "")
-        named = told if _HUB_ID.fullmatch(told) and not Path(told).exists() else str(files.folder.resolve())
+        named = (
+            told
+            if _HUB_ID.fullmatch(told) and not Path(told).exists()
+            else str(files.folder.resolve())
+        )
     return Facts(
-        heads.heads, heads.layers, files.hidden, files.vocabulary, heads.lm_heads is not None, named,
-        heads.weight.element_size(), str(files.config.get("model_type", "")),
-    )  # fmt: skip
+        heads.heads,
+        heads.layers,
+        files.hidden,
+        files.vocabulary,
+        heads.lm_heads is not None,
+        named,
+        heads.weight.element_size(),
+        str(files.config.get("model_type", "")),
+    )
 
 
 def _write(
-    folder: Path, target: Target, facts: Facts, heads: MedusaHeads, lm_head: Tensor | None, files: BackboneFiles
+    folder: Path,
+    target: Target,
+    facts: Facts,
+    heads: MedusaHeads,
+    lm_head: Tensor | None,
+    files: BackboneFiles,
 ) -> None:
     tensors = dict(named_tensors(heads, target.naming, lm_head if target.copies(facts) else None))
     if target.file is None:
@@ -141,10 +167,14 @@ def _read_back(folder: Path, facts: Facts, lm_head: Tensor | None, logits: Tenso
         raise UserError(f"what was written to {folder} cannot be found again, and is removed")
     heads = read_heads(file, facts.hidden, facts.vocabulary, lm_head=lm_head).heads
     if not torch.equal(_logits(heads, lm_head), logits):
-        raise UserError(f"what was written as {file.name} gives other logits when it is read back, and is removed")
+        raise UserError(
+            f"what was written as {file.name} gives other logits when it is read back, and is removed"
+        )
 
 
-def _write_card(folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts) -> None:
+def _write_card(
+    folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts
+) -> None:
     target, told = TARGETS[job.layout], licence_of(files.folder)
     name = job.push or job.out.resolve().name
     own = facts.own or target.copies(facts)
@@ -154,13 +184,25 @@ def _write_card(folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles
         "layout": f"{job.layout}: {target.description}",
     }
     whole = target.file is None
-    here = f"medusa-chat --model {name}" if whole else f"medusa-chat --model {facts.base} --heads {name}"
+    here = (
+        f"medusa-chat --model {name}"
+        if whole
+        else f"medusa-chat --model {facts.base} --heads {name}"
+    )
     card = Card(
-        f"{facts.base.rpartition('/')[2]} with Medusa heads" if whole else f"Medusa heads for {facts.base}",
-        facts.base, facts.public, told or spec.licence, told, whole, rows,
-        {"medusa-chat": here, **target.use(facts, name)}, tuple(target.notices(facts)),
+        f"{facts.base.rpartition('/')[2]} with Medusa heads"
+        if whole
+        else f"Medusa heads for {facts.base}",
+        facts.base,
+        facts.public,
+        told or spec.licence,
+        told,
+        whole,
+        rows,
+        {"medusa-chat": here, **target.use(facts, name)},
+        tuple(target.notices(facts)),
         read_accuracy(folder / ACCURACY_FILE),
-    )  # fmt: skip
+    )
     (folder / "README.md").write_text(card.text(), encoding="utf-8")
 
 
@@ -170,7 +212,9 @@ def _check_out(job: Export, sources: set[Path]) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {job.out} is a file; it has to be a folder")
     if any(place.resolve().is_relative_to(out) for place in (*sources, Path.cwd(), Path.home())):
-        raise UserError(f"--out {job.out} holds the model, or the folder that you are in; choose another one")
+        raise UserError(
+            f"--out {job.out} holds the model, or the folder that you are in; choose another one"
+        )
     if not out.is_dir() or job.overwrite or not any(out.iterdir()):
         return
     if "layout" not in read_config(out / RECORD_FILE):
@@ -206,9 +250,13 @@ def _push(job: Export) -> None:
         api = HfApi()
         api.create_repo(job.push, private=job.private, exist_ok=True)
         api.upload_folder(
-            repo_id=job.push, folder_path=job.out, commit_message=f"Medusa heads in the layout {job.layout}"
-        )  # fmt: skip
+            repo_id=job.push,
+            folder_path=job.out,
+            commit_message=f"Medusa heads in the layout {job.layout}",
+        )
     except Exception as error:  # network, authorization, names: huggingface_hub raises many kinds
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = re.sub(r"\bhf_\w+", "hf_***", lines[0] if lines else type(error).__name__)
-        raise UserError(f"cannot upload to {job.push}: {reason}; the files are in {job.out}") from None
+        raise UserError(
+            f"cannot upload to {job.push}: {reason}; the files are in {job.out}"
+        ) from None

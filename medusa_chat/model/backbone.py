@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from medusa_chat.config import UserError
-from medusa_chat.model import attention
+from medusa_chat.model.attention import tree_attention as attention
+from medusa_chat.model.attention.choice import FasterAttention
 from medusa_chat.model.cache import KVCache
-from medusa_chat.model.faster_attention import FasterAttention
 
 _REWINDABLE = {"full_attention", "sliding_attention"}
 
@@ -31,7 +31,7 @@ class Backbone:
     """A causal LM, its masks and its cache shapes.
 
     Attributes:
-        model: the transformers model, in eval mode, loaded with the attention function of model/attention.py.
+        model: the transformers model, in eval mode, loaded with the attention function of model/attention/tree_attention.py.
         attend: how `hidden_at` attends.
     """
 
@@ -46,9 +46,13 @@ class Backbone:
             self._window = None
         self._mixed = len(set(kinds)) > 1
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self.attend: attention.Attend = FasterAttention() if self.device.type == "cuda" else attention.plain
+        self.attend: attention.Attend = (
+            FasterAttention() if self.device.type == "cuda" else attention.plain
+        )
         takes = inspect.signature(model.base_model.forward).parameters
-        self._cache_argument = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
+        self._cache_argument = (
+            "cache" if "cache" in takes else "past_key_values"
+        )  # renamed in transformers 5.24
         self._set_attention()
 
     @property
@@ -85,11 +89,17 @@ class Backbone:
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache of `capacity` positions."""
         config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return KVCache(config.num_hidden_layers, kv_heads, head_dim, capacity, self.dtype, self.device)
+        return KVCache(
+            config.num_hidden_layers, kv_heads, head_dim, capacity, self.dtype, self.device
+        )
 
-    def hidden(self, tokens: Tensor, positions: Tensor, ancestors: Tensor | None, cache: KVCache) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, ancestors: Tensor | None, cache: KVCache
+    ) -> Tensor:
         """Run n rows behind the cached text.
 
         Args:
@@ -100,10 +110,18 @@ class Backbone:
             [n, hidden]: the last hidden states, after the final norm. Their keys and values stand in the cache,
             not yet committed.
         """
-        return self._forward(tokens, positions, self._masks(ancestors, positions, cache.length), cache)
+        return self._forward(
+            tokens, positions, self._masks(ancestors, positions, cache.length), cache
+        )
 
     def hidden_at(
-        self, tokens: Tensor, positions: Tensor, ancestors: Tensor, start: Tensor, span: int, cache: KVCache
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        ancestors: Tensor,
+        start: Tensor,
+        span: int,
+        cache: KVCache,
     ) -> Tensor:
         """The same with shapes that do not depend on the text, whose length `start` [] is read on the device alone.
 
@@ -149,7 +167,11 @@ class Backbone:
         if self._window is None:
             return mask
         # No row lies further along than length + n, so a shorter text can't outgrow the window.
-        near = mask if mask.shape[-1] <= self._window else attention.windowed(mask, positions, length, self._window)
+        near = (
+            mask
+            if mask.shape[-1] <= self._window
+            else attention.windowed(mask, positions, length, self._window)
+        )
         return {"full_attention": mask, "sliding_attention": near} if self._mixed else near
 
     @torch.inference_mode()
@@ -160,15 +182,27 @@ class Backbone:
         of the model's own attention over the text alone.
         """
         text, rows = [0, 1, 1], torch.tensor([0, 1, 3], device=self.device)
-        ancestors = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], device=self.device).bool()
-        theirs = self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False).logits[0].float()
+        ancestors = torch.tensor(
+            [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], device=self.device
+        ).bool()
+        theirs = (
+            self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False)
+            .logits[0]
+            .float()
+        )
         try:
             self.model.set_attn_implementation(attention.register())
             tokens, positions = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 2]], device=self.device)
             mask = attention.additive(ancestors, self.dtype)
-            ours = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))[rows].float()
+            ours = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))[
+                rows
+            ].float()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.config.model_type} models do not take tree attention: {error!r}") from None
+            raise UserError(
+                f"{self.config.model_type} models do not take tree attention: {error!r}"
+            ) from None
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         if not (ours - theirs).abs().max() <= tolerance * theirs.abs().max():
-            raise UserError(f"{self.config.model_type} models attend or make logits in a way that is not supported")
+            raise UserError(
+                f"{self.config.model_type} models attend or make logits in a way that is not supported"
+            )

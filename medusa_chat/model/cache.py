@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from medusa_chat.config import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class KVCache(Cache):
@@ -21,12 +23,22 @@ class KVCache(Cache):
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         # Zeros: a step that reads a fixed span masks what is not text yet, which must be finite for that.
-        self.buffer = torch.zeros(2, layers, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.buffer = torch.zeros(
+            2, layers, kv_heads, capacity, head_dim, dtype=dtype, device=device
+        )
         self.length = 0
-        self.places: Tensor | None = None  # [n], where a forward writes its rows if not behind `length`
+        self.places: Tensor | None = (
+            None  # [n], where a forward writes its rows if not behind `length`
+        )
         self.span = capacity
         super().__init__(layers=[_Layer(self, layer) for layer in range(layers)])
 
@@ -76,13 +88,20 @@ class _Layer(CacheLayerMixin):
         self.cache = cache
         self.keys: Tensor
         self.values: Tensor
-        self.keys, self.values = cache.buffer[0, layer].unsqueeze(0), cache.buffer[1, layer].unsqueeze(0)
+        self.keys, self.values = (
+            cache.buffer[0, layer].unsqueeze(0),
+            cache.buffer[1, layer].unsqueeze(0),
+        )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write n rows behind the committed length; returns keys and values [1, kv_heads, length + n, head_dim]."""
         if key_states.shape[1::2] != self.keys.shape[1::2]:
-            raise UserError("this backbone's layers differ in their key and value shapes, which one cache can't hold")
+            raise UserError(
+                "this backbone's layers differ in their key and value shapes, which one cache can't hold"
+            )
         if self.cache.places is not None:
             self.keys.index_copy_(2, self.cache.places, key_states)
             self.values.index_copy_(2, self.cache.places, value_states)

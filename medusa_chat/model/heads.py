@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_chat.config import Quant
-from medusa_chat.model.packing import pack_linear
-from medusa_chat.model.quantization import quantize_linear
+from medusa_chat.model.linear.packed import pack_linear
+from medusa_chat.model.linear.quantization import quantize_linear
+
+if TYPE_CHECKING:
+    from medusa_chat.config import Quant
 
 
 class MedusaHeads(nn.Module):
@@ -68,9 +70,13 @@ class LinearHeads(nn.Module):
     """
 
     def __init__(
-        self, heads: int, first: nn.Module, blocks: list[nn.Module], lm_heads: list[nn.Module],
+        self,
+        heads: int,
+        first: nn.Module,
+        blocks: list[nn.Module],
+        lm_heads: list[nn.Module],
         lm_head: nn.Module | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.heads, self.layers = heads, 1 + len(blocks)
         self.first, self.blocks = first, nn.ModuleList(blocks)
@@ -78,7 +84,9 @@ class LinearHeads(nn.Module):
 
     def features(self, hidden: Tensor) -> Tensor:
         """The blocks alone: [n, hidden] -> [K, n, hidden]."""
-        x = hidden + functional.silu(self.first(hidden).unflatten(-1, (self.heads, -1)).transpose(0, 1))
+        x = hidden + functional.silu(
+            self.first(hidden).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        )
         for block in self.blocks:
             # Every head's rows meet every head's matrix: one matmul that reads each weight once, as K small ones
             # would, and costs one call. [K, n, K * hidden] -> [n, hidden, K], head by head its own.
@@ -90,7 +98,9 @@ class LinearHeads(nn.Module):
         """Guesses of every head: [n, hidden] -> [K, n, V]; `lm_head` is the backbone's."""
         x = self.features(hidden)
         if len(self.lm_heads):
-            return torch.stack([linear(rows) for linear, rows in zip(self.lm_heads, x, strict=True)])
+            return torch.stack(
+                [linear(rows) for linear, rows in zip(self.lm_heads, x, strict=True)]
+            )
         shared: Tensor = (self.lm_head or lm_head)(x)
         return shared
 
@@ -98,7 +108,9 @@ class LinearHeads(nn.Module):
 Heads = MedusaHeads | LinearHeads
 
 
-def decoding_heads(heads: MedusaHeads, quant: Quant, device: torch.device, dtype: torch.dtype, lm_head: Any) -> Heads:
+def decoding_heads(
+    heads: MedusaHeads, quant: Quant, device: torch.device, dtype: torch.dtype, lm_head: Any
+) -> Heads:
     """Heads in the form that decodes fastest, on `device`; the heads given are used up, stack by stack.
 
     Args:
@@ -121,7 +133,9 @@ def decoding_heads(heads: MedusaHeads, quant: Quant, device: torch.device, dtype
     count, weight, bias, own = heads.heads, heads.weight.data, heads.bias.data, heads.lm_heads
     del heads.weight, heads.bias
     heads.lm_heads = None
-    first, *blocks = [convert(each.flatten(0, 1), its.flatten()) for each, its in zip(weight, bias, strict=True)]
+    first, *blocks = [
+        convert(each.flatten(0, 1), its.flatten()) for each, its in zip(weight, bias, strict=True)
+    ]
     del weight
     if own is not None:
         return LinearHeads(count, first, blocks, [convert(own.data[k]) for k in range(count)], None)

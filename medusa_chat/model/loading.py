@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -17,14 +16,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
-from medusa_chat.model import hub, memory
+from medusa_chat.hub import fetch as hub
+from medusa_chat.machine import memory
+from medusa_chat.machine.devices import frugal_heap
 from medusa_chat.model.backbone import Backbone, check_rewindable
-from medusa_chat.model.devices import frugal_heap
-from medusa_chat.model.fusing import fuse_linears
 from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
-from medusa_chat.model.packing import leave_files, pack_linears
-from medusa_chat.model.quantization import (
+from medusa_chat.model.linear.joined import fuse_linears
+from medusa_chat.model.linear.packed import leave_files, pack_linears
+from medusa_chat.model.linear.quantization import (
     as_quant,
     check_quantization,
     compute_dtype,
@@ -32,6 +32,9 @@ from medusa_chat.model.quantization import (
     settle_4bit,
 )
 from medusa_chat.model.templates import ChatTemplate, resolve_template
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,16 +60,22 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec, device: str = "auto", dtype: str | None = None, files: hub.Files | None = None, *,
-    context: int | None = None, ignore_memory: bool = False, fuse: bool = True,
-) -> Loaded:  # fmt: skip
+    spec: ModelSpec,
+    device: str = "auto",
+    dtype: str | None = None,
+    files: hub.Files | None = None,
+    *,
+    context: int | None = None,
+    ignore_memory: bool = False,
+    fuse: bool = True,
+) -> Loaded:
     """Load a backbone, its heads and its tokenizer.
 
     Args:
         files: where they lie, if that is known already; otherwise they are fetched.
         context: tokens that the engine's cache will hold, for the check that all fits into memory.
         ignore_memory: load without that check.
-        fuse: join matmuls that read the same rows (model/fusing.py); off only to measure what that brings.
+        fuse: join matmuls that read the same rows (model/linear/joined.py); off only to measure what that brings.
 
     Raises:
         UserError: for all that is the user's to put right.
@@ -74,7 +83,9 @@ def load_model(
     chosen = choose_device(device)
     number = choose_dtype(chosen, dtype)
     files = files or hub.fetch(spec)
-    here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
+    here = replace(
+        spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None
+    )
     if not ignore_memory:
         memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
     with frugal_heap():
@@ -82,7 +93,12 @@ def load_model(
 
 
 def _read(
-    spec: ModelSpec, here: ModelSpec, device: torch.device, dtype: torch.dtype, notices: list[str], fuse: bool
+    spec: ModelSpec,
+    here: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    notices: list[str],
+    fuse: bool,
 ) -> Loaded:
     """What `spec` names, from the files that `here` names."""
     model, tokenizer = load_pretrained(here, dtype, spec.quant, device, notices)
@@ -94,12 +110,21 @@ def _read(
     if file is not None:
         lm_head = getattr(backbone.lm_head, "weight", None)
         read = read_heads(
-            file, backbone.hidden_size, backbone.vocabulary, dtype=dtype, lm_head=lm_head, layout=spec.layout
+            file,
+            backbone.hidden_size,
+            backbone.vocabulary,
+            dtype=dtype,
+            lm_head=lm_head,
+            layout=spec.layout,
         )
         notices += read.notices
-        heads = decoding_heads(read.heads, as_quant(spec.quant_heads), device, dtype, backbone.lm_head)
+        heads = decoding_heads(
+            read.heads, as_quant(spec.quant_heads), device, dtype, backbone.lm_head
+        )
         accuracy = _known_accuracy(spec, file)
-    pack_linears(backbone.model)  # after the heads: packed, the LM head could neither be compared nor quantized
+    pack_linears(
+        backbone.model
+    )  # after the heads: packed, the LM head could neither be compared nor quantized
     leave_files(backbone.model)
     return Loaded(backbone, heads, tokenizer, template, accuracy, tuple(notices))
 
@@ -111,10 +136,13 @@ def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
 
 
 def load_pretrained(
-    spec: ModelSpec, dtype: torch.dtype | None, quant: str = "auto", device: torch.device = _CPU,
+    spec: ModelSpec,
+    dtype: torch.dtype | None,
+    quant: str = "auto",
+    device: torch.device = _CPU,
     notices: list[str] | None = None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
+) -> tuple[Any, Any]:
+    """Transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
 
     Args:
         quant: a Quant, or auto: as the files are, which may be quantized in any way that transformers loads.
@@ -125,13 +153,19 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if model_class is None:
-            raise UserError(f"{config.model_type} models are not causal language models that transformers can load")
+            raise UserError(
+                f"{config.model_type} models are not causal language models that transformers can load"
+            )
         check_rewindable(model_class, config.get_text_config())
         own = check_quantization(spec.name, config, quant)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_tokenizer_settings(Path(folder)))
-        asked = attention_settings(config)  # not even None may be said of weights that are quantized already
+        asked = attention_settings(
+            config
+        )  # not even None may be said of weights that are quantized already
         if not own and as_quant(quant) != "none":
-            asked["quantization_config"] = quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
+            asked["quantization_config"] = quantization_config(
+                quant, compute_dtype(device, dtype or torch.bfloat16)
+            )
         quantized = own is not None or "quantization_config" in asked
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -163,7 +197,11 @@ def attention_settings(config: Any) -> dict[str, Any]:
 
 def choose_device(device: str) -> torch.device:
     """`auto` is the first of cuda, mps, cpu that is there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if device == "auto":
         return torch.device(next(name for name, there in present.items() if there))
     if not present.get(device.split(":")[0], False):
@@ -195,7 +233,11 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
         return {}
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {"legacy": True} if config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config else {}
+    return (
+        {"legacy": True}
+        if config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config
+        else {}
+    )
 
 
 @contextmanager
@@ -211,19 +253,28 @@ def one_line(backbone: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # whatever transformers runs into over files that are not ours
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise UserError(f"cannot load the model {backbone}: {first}") from None
 
 
 def _check_report(backbone: str, report: dict[str, Any]) -> str:
     """A weight that is missing or does not fit would be random. Returns a line on those that are too many, or ""."""
-    for kind, fault in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape than the config says")):
+    for kind, fault in (
+        ("missing_keys", "is missing"),
+        ("mismatched_keys", "has another shape than the config says"),
+    ):
         if report.get(kind):
             key = min(key if isinstance(key, str) else key[0] for key in report[kind])
             raise UserError(f"cannot load the model {backbone}: weight {key} {fault}")
     strange = sorted(key for key in report.get("unexpected_keys") or () if not is_heads_tensor(key))
     more = f" and {len(strange) - 1} more" if strange[1:] else ""
-    return f"{backbone} holds weights that the model has no place for: {strange[0]}{more}" if strange else ""
+    return (
+        f"{backbone} holds weights that the model has no place for: {strange[0]}{more}"
+        if strange
+        else ""
+    )
 
 
 def heads_file(spec: ModelSpec) -> Path | None:
@@ -233,5 +284,7 @@ def heads_file(spec: ModelSpec) -> Path | None:
         return place
     file = find_heads(place)
     if file is None and spec.heads:
-        raise UserError(f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor those of another layout")
+        raise UserError(
+            f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor those of another layout"
+        )
     return file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from jinja2 import TemplateError
 from medusa_chat.config import Message, ModelSpec, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastchat.conversation import Conversation
 
 HOW_TO_NAME = "name one with --template NAME (`--template list` lists them)"
@@ -60,7 +61,11 @@ class ChatTemplate:
         # The tokenizer's own template brings its special tokens; fastchat's leave BOS to the tokenizer, most of them.
         found = self.tokenizer(text, add_special_tokens=self.conversation is not None, **asked)
         bos = self.tokenizer.bos_token_id
-        twice = self.conversation is not None and bos is not None and found["input_ids"][:2] == [bos, bos]
+        twice = (
+            self.conversation is not None
+            and bos is not None
+            and found["input_ids"][:2] == [bos, bos]
+        )
         return {name: items[twice:] for name, items in found.items()}
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -72,7 +77,9 @@ class ChatTemplate:
             UserError: there is no template, it refuses the conversation, or the last message is no user's.
         """
         if messages and messages[-1]["role"] == "assistant":
-            raise UserError("the conversation ends with a reply, which cannot be continued: the user speaks next")
+            raise UserError(
+                "the conversation ends with a reply, which cannot be continued: the user speaks next"
+            )
         return self.text(messages, replying=True)
 
     def text(self, messages: Sequence[Message], replying: bool = False) -> str:
@@ -89,18 +96,28 @@ class ChatTemplate:
             return len(text)
         said = text.find(reply.strip(), start)  # templates may strip it
         said = start if said < 0 else said + len(reply.strip())
-        marks = (*self.stop, *self.tokenizer.convert_ids_to_tokens([*self.stop_ids]), self.tokenizer.eos_token)
+        marks = (
+            *self.stop,
+            *self.tokenizer.convert_ids_to_tokens([*self.stop_ids]),
+            self.tokenizer.eos_token,
+        )
         places = ((text.find(mark, said), mark) for mark in marks if mark)
         return min((place + len(mark) for place, mark in places if place >= 0), default=len(text))
 
     def _by_tokenizer(self, messages: Sequence[Message], replying: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
-        said = [message for message in messages if message["role"] != "system" or message["content"]]
+        said = [
+            message for message in messages if message["role"] != "system" or message["content"]
+        ]
         try:
-            text: str = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=replying)
+            text: str = self.tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=replying
+            )
         except TemplateError as error:
-            raise UserError(f"the chat template of {self.model} refuses this conversation: {error}") from None
+            raise UserError(
+                f"the chat template of {self.model} refuses this conversation: {error}"
+            ) from None
         return text
 
     def _by_fastchat(self, messages: Sequence[Message], replying: bool) -> str:
@@ -137,7 +154,9 @@ def resolve_template(tokenizer: Any, spec: ModelSpec) -> ChatTemplate:
     for name in (spec.name, Path(spec.backbone.partition("@")[0]).name):
         if conversation := matching_template(name):
             return ChatTemplate(tokenizer, spec.name, conversation)
-    raise UserError(f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it: {HOW_TO_NAME}")
+    raise UserError(
+        f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it: {HOW_TO_NAME}"
+    )
 
 
 def named_template(name: str) -> Conversation:

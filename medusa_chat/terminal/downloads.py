@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +17,10 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from medusa_chat.config import size_text
+from medusa_chat.text import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 SETTLING = 2.0  # seconds before a speed is told
 
@@ -47,7 +50,9 @@ class Download:
         speed = (self._there - self._first) / seconds if seconds > SETTLING else 0
         if speed < 1:
             return text
-        return f"{text} · {size_text(speed)}/s · {_duration((self._total - self._there) / speed)} left"
+        return (
+            f"{text} · {size_text(speed)}/s · {_duration((self._total - self._there) / speed)} left"
+        )
 
 
 def _duration(seconds: float) -> str:
@@ -67,8 +72,15 @@ def downloads() -> Iterator[Callable[[str, int, int], None]]:
     def show(name: str, there: int, total: int) -> None:
         if name not in bars:
             whole = Column(no_wrap=True)
-            columns = (BarColumn(), DownloadColumn(table_column=whole), TransferSpeedColumn(), TimeRemainingColumn())
-            bars[name] = Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+            columns = (
+                BarColumn(),
+                DownloadColumn(table_column=whole),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            bars[name] = Progress(
+                TextColumn("{task.description}"), *columns, console=console, transient=True
+            )
             bars[name].add_task(name.split("/")[-1], total=total, completed=there)
             bars[name].start()
         bar = bars[name]

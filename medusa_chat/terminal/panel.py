@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from medusa_chat.config import Sampling
-from medusa_chat.events import COPIED, Gated
-from medusa_chat.stats import Stats
+from medusa_chat.events import COPIED, Pause
 from medusa_chat.terminal.theme import LABEL, STRONG, VALUE, head_style
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from medusa_chat.config import Sampling
+    from medusa_chat.stats import Stats
 
 SEPARATOR = " · "
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -53,7 +57,7 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
     tokens = item("", str(stats.new_tokens), " tokens")
     rate = number(stats.tokens_per_second, 1)
     length = number(stats.acceptance_length)
-    if sampling.mode == "vanilla" or stats.gated:
+    if sampling.mode == "vanilla" or stats.paused:
         return fit([[mode, tokens, item("", rate, " tokens/s")], [item("", rate, " tok/s")]], width)
     return fit(
         [
@@ -69,15 +73,15 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
 def _second_row(stats: Stats, sampling: Sampling, width: int) -> Text:
     if sampling.mode == "vanilla":
         return fit([[item("vanilla decoding is ", "", BASELINE)], [item("", "baseline")]], width)
-    if stats.gated:
-        return fit(_gated_rows(stats.gated), width)
+    if stats.paused:
+        return fit(_gated_rows(stats.paused), width)
     return fit(([part for part in parts if part] for parts in _measured_rows(stats)), width)
 
 
-def _gated_rows(gated: Gated) -> list[list[Text]]:
+def _gated_rows(paused: Pause) -> list[list[Text]]:
     """Why a mode with heads decodes vanilla, from the widest to the narrowest."""
-    speedup, again = number(gated.speedup, 2, "×"), f"{gated.retry_in} tokens"
-    pay = item("heads do not pay here: ", speedup, f" over the last {gated.steps} steps")
+    speedup, again = number(paused.speedup, 2, "×"), f"{paused.retry_in} tokens"
+    pay = item("heads do not pay here: ", speedup, f" over the last {paused.steps} steps")
     short = item("heads do not pay: ", speedup)
     return [
         [pay, item("decoding vanilla, trying again in ", again)],
@@ -135,8 +139,8 @@ def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
     """What stays under a finished reply: one dim row."""
     rate = item("", number(last.tokens_per_second, 1), " tokens/s")
     finish = [Text(FINISHES[last.finish])] if last.finish in FINISHES else []
-    if last.gated:
-        speedup = number(last.gated.speedup, 2, "×")
+    if last.paused:
+        speedup = number(last.paused.speedup, 2, "×")
         variants = [
             [rate, Text(f"vanilla: heads do not pay here ({speedup})"), *finish],
             [rate, Text("vanilla"), *finish],
@@ -148,7 +152,11 @@ def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
         length = item("acceptance length ", number(last.acceptance_length))
         accepts = item("accepts ", number(last.acceptance_length))
         long, short = _measured(last, conversation)
-        variants = [[length, rate, long, *finish], [length, rate, short, *finish], [accepts, short, *finish]]
+        variants = [
+            [length, rate, long, *finish],
+            [length, rate, short, *finish],
+            [accepts, short, *finish],
+        ]
         variants += [[accepts, *finish], finish or [short]]
     row = fit(variants, width)
     row.stylize(LABEL)
@@ -161,4 +169,6 @@ def _measured(last: Stats, conversation: Stats) -> tuple[Text, Text]:
         return Text("speedup not measured yet"), Text("speedup –")
     where = "here" if last.speedup is not None else "over this conversation"
     speedup = last.speedup if last.speedup is not None else conversation.speedup
-    return Text(f"speedup {number(speedup, 2, '×')} measured {where}"), Text(f"speedup {number(speedup, 2, '×')}")
+    return Text(f"speedup {number(speedup, 2, '×')} measured {where}"), Text(
+        f"speedup {number(speedup, 2, '×')}"
+    )

@@ -58,4 +58,6 @@ def _entry(head: int, marks: bool) -> Text:
     # no-break spaces: a narrow terminal breaks the line between entries only
     said = str(head) if head > 1 else head_name(head)  # "head" once: the line should fit 80 columns
     name = f"{said}{ahead}".replace(" ", "\N{NO-BREAK SPACE}")
-    return Text.assemble(("■\N{NO-BREAK SPACE}", head_style(head)), (name, LABEL), (mark, head_style(head)))
+    return Text.assemble(
+        ("■\N{NO-BREAK SPACE}", head_style(head)), (name, LABEL), (mark, head_style(head))
+    )

@@ -24,8 +24,12 @@ def draw(candidates: Candidates) -> Tree:
     return tree
 
 
-def _grow(branch: Tree, path: Path, texts: dict[Path, str], accepted: set[Path], fold: bool) -> None:
-    children = sorted(other for other in texts if len(other) == len(path) + 1 and other[:-1] == path)
+def _grow(
+    branch: Tree, path: Path, texts: dict[Path, str], accepted: set[Path], fold: bool
+) -> None:
+    children = sorted(
+        other for other in texts if len(other) == len(path) + 1 and other[:-1] == path
+    )
     others = [child for child in children if child not in accepted]
     if fold:
         others = others[: SIBLINGS if path in accepted else 0]
@@ -55,7 +59,9 @@ def _label(path: Path, text: str, accepted: bool) -> Text:
 
 def visible(text: str) -> str:
     """A token's text with white space and control characters made visible."""
-    shown = "".join("␣" if char == " " else char if char.isprintable() else repr(char)[1:-1] for char in text)
+    shown = "".join(
+        "␣" if char == " " else char if char.isprintable() else repr(char)[1:-1] for char in text
+    )
     return shown or "(end or part of a character)"
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
-from medusa_chat.events import Step
 from medusa_chat.terminal.theme import LABEL, head_mark, head_style
 from medusa_chat.terminal.wrapping import Flow
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+
+    from medusa_chat.events import Step
 
 REFRESH_SECONDS = 0.05
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -34,7 +39,12 @@ class ReplyView:
     """
 
     def __init__(
-        self, console: Console, panel: Panel, *, marks: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        panel: Panel,
+        *,
+        marks: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._panel = panel
@@ -50,7 +60,10 @@ class ReplyView:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.empty:
             self._flow.feed(" " + STOPPED, LABEL)
@@ -63,7 +76,9 @@ class ReplyView:
         """Take in the tokens of a step; redraw if the last refresh is long enough ago."""
         for token in step.tokens:
             if token.text:
-                self._flow.feed(token.text, head_style(token.head), head_mark(token.head) if self._marks else "")
+                self._flow.feed(
+                    token.text, head_style(token.head), head_mark(token.head) if self._marks else ""
+                )
                 self.empty = self.empty and not token.text.strip()
         if self._clock() - self._drawn_at >= REFRESH_SECONDS:
             self._draw()

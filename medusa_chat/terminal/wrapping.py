@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from rich.cells import get_character_cell_size
-from rich.style import Style
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from rich.style import Style
+
 TAB = "    "
-ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]*[0-~])", re.DOTALL)
+ESCAPE_SEQUENCE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]*[0-~])", re.DOTALL
+)
 LINE_END = re.compile(r"\r\n|[\u2028\u2029]")
 # control characters, marks that reorder what follows them, halves of surrogate pairs (no terminal takes those)
 UNSAFE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
-IDEOGRAPH = r"[\u2e80-\u303f\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+IDEOGRAPH = (
+    r"[\u2e80-\u303f\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+)
 STAYS = r"[\u0300-\u036f\u200d\ufe0f、。，．！？：；」』）】》〉]"  # may not begin a row
 # What a row is never broken inside of: an ideograph, or a run of other letters. A space hangs at the row's end.
 ATOM = re.compile(rf"(?P<space>\s+)|{IDEOGRAPH}{STAYS}*|(?:(?!{IDEOGRAPH})\S)+{STAYS}*")

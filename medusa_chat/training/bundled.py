@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,23 +27,46 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from medusa_chat.config import Message
 from medusa_chat.model.templates import ChatTemplate
 from medusa_chat.training.data import Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.stories import story_conversation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from medusa_chat.config import Message
 
 SYSTEM = "You are Medusa, a friendly assistant that runs on this computer."
 CONTEXT = 1024
 # How often each source is seen in an epoch of each phase (advice of the corpus's README).
 LANGUAGE_MIX = {
-    "sgd_accentor": 1, "star": 1, "taskmaster4_coffee": 1, "taskmaster3_movies": 1, "multiwoz21": 1, "woz2": 1,
-    "synthetic_persona_chat": 1, "bot_smalltalk": 3, "own_templates": 3, "country_facts": 2, "fairytale": 1,
-    "self_dialogue": 0.35, "stories": 1,
-}  # fmt: skip
+    "sgd_accentor": 1,
+    "star": 1,
+    "taskmaster4_coffee": 1,
+    "taskmaster3_movies": 1,
+    "multiwoz21": 1,
+    "woz2": 1,
+    "synthetic_persona_chat": 1,
+    "bot_smalltalk": 3,
+    "own_templates": 3,
+    "country_facts": 2,
+    "fairytale": 1,
+    "self_dialogue": 0.35,
+    "stories": 1,
+}
 ASSISTANT_MIX = {
-    "sgd_accentor": 0.35, "star": 0.5, "taskmaster4_coffee": 0.5, "taskmaster3_movies": 0.5, "multiwoz21": 1, "woz2": 1,
-    "bot_smalltalk": 2, "own_templates": 2, "country_facts": 2, "fairytale": 0.2, "stories": 0.6,
-}  # fmt: skip
+    "sgd_accentor": 0.35,
+    "star": 0.5,
+    "taskmaster4_coffee": 0.5,
+    "taskmaster3_movies": 0.5,
+    "multiwoz21": 1,
+    "woz2": 1,
+    "bot_smalltalk": 2,
+    "own_templates": 2,
+    "country_facts": 2,
+    "fairytale": 0.2,
+    "stories": 0.6,
+}
 STORIES = 3000
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>"
@@ -52,20 +74,31 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(conversations: list[list[Message]], size: int = 4096) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    conversations: list[list[Message]], size: int = 4096
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE with single digits, so that times and prices are spelt from ten tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator((m["content"] for c in conversations for m in c), trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>", model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|end|>",
+        pad_token="<pad>",
+        model_max_length=CONTEXT,
     )
     wrapped.add_special_tokens({"additional_special_tokens": special[3:]})
     wrapped.chat_template = TEMPLATE
@@ -75,12 +108,17 @@ def train_tokenizer(conversations: list[list[Message]], size: int = 4096) -> Pre
 def read_sources(folder: Path, seed: int) -> dict[str, list[list[Message]]]:
     """The conversations of every source, and of the story grammar, by name."""
     rng = random.Random(seed)
-    sources = {path.stem: [list(d.messages) for d in read_documents(path)] for path in sorted(folder.glob("*.jsonl"))}
+    sources = {
+        path.stem: [list(d.messages) for d in read_documents(path)]
+        for path in sorted(folder.glob("*.jsonl"))
+    }
     sources["stories"] = [story_conversation(rng) for _ in range(STORIES)]
     return sources
 
 
-def mixed(sources: dict[str, list[list[Message]]], mix: dict[str, float], seed: int) -> list[list[Message]]:
+def mixed(
+    sources: dict[str, list[list[Message]]], mix: dict[str, float], seed: int
+) -> list[list[Message]]:
     """One epoch: each source as often as the mix says, shuffled, some with the system prompt."""
     rng = random.Random(seed)
     chosen: list[list[Message]] = []
@@ -104,35 +142,72 @@ def chained(conversations: list[list[Message]], seed: int) -> Iterator[list[Mess
         yield joined
 
 
-def encoded(tokenizer: Any, conversations: list[list[Message]], everything: bool = False) -> Iterator[Example]:
+def encoded(
+    tokenizer: Any, conversations: list[list[Message]], everything: bool = False
+) -> Iterator[Example]:
     """The conversations as examples."""
     template = ChatTemplate(tokenizer, "bundled")
     for conversation in conversations:
         yield from encode(template, Document(tuple(conversation)), everything)
 
 
-def new_backbone(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int) -> LlamaForCausalLM:
+def new_backbone(
+    tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int
+) -> LlamaForCausalLM:
     """A Llama with random weights and tied embeddings."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
-def fit(model: Any, rows: PackedRows, out: Path, *, steps: int, batch: int, rate: float, schedule: str, seed: int,
-        resume: bool) -> None:  # fmt: skip
+def fit(
+    model: Any,
+    rows: PackedRows,
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    schedule: str,
+    seed: int,
+    resume: bool,
+) -> None:
     """Run transformers' Trainer and leave the result in the model."""
     arguments = TrainingArguments(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate,
-        lr_scheduler_type=schedule, warmup_steps=min(100, steps // 10), weight_decay=0.1, adam_beta2=0.95,
-        optim="adamw_torch_fused", bf16=True, use_cpu=not torch.cuda.is_available(), torch_compile=True,
-        logging_steps=25, save_steps=250, save_total_limit=2, report_to=[], seed=seed, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=min(100, steps // 10),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused",
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=True,
+        logging_steps=25,
+        save_steps=250,
+        save_total_limit=2,
+        report_to=[],
+        seed=seed,
+        disable_tqdm=True,
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume and out.is_dir() else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(str(out)) if resume and out.is_dir() else None
+    )
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -140,7 +215,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     model.bfloat16()
     model.config.use_cache = True  # Trainer leaves it off, and generate() would do without a cache
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -148,7 +225,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled backbone from scratch.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of conversations, a JSONL file a source")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of conversations, a JSONL file a source"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--phase", choices=["language", "assistant"], required=True)
     parser.add_argument("--steps", type=int, required=True)
@@ -165,17 +244,40 @@ def main() -> None:
         conversations = mixed(sources, LANGUAGE_MIX, options.seed)
         rows = PackedRows(encoded(tokenizer, conversations, everything=True), 256)
         tokenizer.save_pretrained(language)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows) * 256:,} tokens", flush=True)
-        fit(model, rows, language, steps=options.steps, batch=16, rate=options.learning_rate,
-            schedule="constant_with_warmup", seed=options.seed, resume=options.resume)  # fmt: skip
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows) * 256:,} tokens",
+            flush=True,
+        )
+        fit(
+            model,
+            rows,
+            language,
+            steps=options.steps,
+            batch=16,
+            rate=options.learning_rate,
+            schedule="constant_with_warmup",
+            seed=options.seed,
+            resume=options.resume,
+        )
         return
     tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
-    model = LlamaForCausalLM.from_pretrained(get_last_checkpoint(str(language)), dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(
+        get_last_checkpoint(str(language)), dtype=torch.float32
+    )
     conversations = list(chained(mixed(sources, ASSISTANT_MIX, options.seed + 1), options.seed))
     rows = PackedRows(encoded(tokenizer, conversations), CONTEXT)
     print(f"{len(rows) * CONTEXT:,} tokens", flush=True)
-    fit(model, rows, assistant, steps=options.steps, batch=4, rate=options.learning_rate, schedule="linear",
-        seed=options.seed, resume=options.resume)  # fmt: skip
+    fit(
+        model,
+        rows,
+        assistant,
+        steps=options.steps,
+        batch=4,
+        rate=options.learning_rate,
+        schedule="linear",
+        seed=options.seed,
+        resume=options.resume,
+    )
     save(model, tokenizer, options.out)
 
 

@@ -6,23 +6,26 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import UserError, out_of_memory
-from medusa_chat.files import write_whole
+from medusa_chat.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 SETTINGS_FILE = "training.json"
 _WRITE_FAILED = (
     *(os.strerror(number).lower() for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
-    "failed writing", "unexpected pos",
-)  # fmt: skip
+    "failed writing",
+    "unexpected pos",
+)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -33,7 +36,9 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(
+            (checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")
+        )
     except (OSError, ValueError):
         return None
     return state
@@ -41,7 +46,7 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    write_whole(file, json.dumps(content, indent=1) + "\n")
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True) -> Path | None:
@@ -67,7 +72,9 @@ def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"there is no run to resume in {out}: {SETTINGS_FILE} is missing or damaged") from None
+        raise UserError(
+            f"there is no run to resume in {out}: {SETTINGS_FILE} is missing or damaged"
+        ) from None
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(
@@ -89,11 +96,17 @@ def one_line(run: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         whole = whole_checkpoints(run)
-        kept = f"{whole[-1]} is whole, and --resume goes on from it" if whole else "there is no checkpoint yet"
+        kept = (
+            f"{whole[-1]} is whole, and --resume goes on from it"
+            if whole
+            else "there is no checkpoint yet"
+        )
         if out_of_memory(error):
             remedy = "--batch-size, --length, --gradient-checkpointing and --quant nf4 need less"
             raise UserError(f"out of memory; {remedy}; {kept}") from None
-        if not isinstance(error, OSError) and not any(sign in str(error).lower() for sign in _WRITE_FAILED):
+        if not isinstance(error, OSError) and not any(
+            sign in str(error).lower() for sign in _WRITE_FAILED
+        ):
             raise
         raise UserError(f"cannot write to {run}: {_first_line(error)}; {kept}") from None
 

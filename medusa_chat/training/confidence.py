@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.accuracy import Accuracy, dynamic_tree
-from medusa_chat.decoding.selection import Selector
-from medusa_chat.decoding.tree import DynamicTree, NodePath
+from medusa_chat.decoding.draft.selection import Selector
+from medusa_chat.decoding.trees.accuracy import Accuracy, dynamic_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from medusa_chat.decoding.trees.tree import DynamicTree, NodePath
 
 SUREST = -1e-3  # log p above which a guess counts as no surer: a miss must not cost without bound
 
@@ -29,7 +33,10 @@ class Guessed:
 
 
 def calibrated(
-    accuracy: Accuracy, replies: Sequence[Guessed], begun: Sequence[Sequence[int]], sizes: Sequence[int]
+    accuracy: Accuracy,
+    replies: Sequence[Guessed],
+    begun: Sequence[Sequence[int]],
+    sizes: Sequence[int],
 ) -> Accuracy:
     """Add what makes dynamic trees: the heads' calibration, and the acceptance length at each of `sizes` nodes.
 
@@ -38,11 +45,17 @@ def calibrated(
     """
     pairs = [head_pairs(replies, begun, head) for head in range(1, len(accuracy.top) + 1)]
     fitted = replace(accuracy, calibration=tuple(fit(log_p, right) for log_p, right in pairs))
-    lengths = {nodes: dynamic_length(dynamic_tree(fitted, nodes), fitted, replies) for nodes in sizes}
-    return replace(fitted, dynamic={nodes: length for nodes, length in lengths.items() if length is not None})
+    lengths = {
+        nodes: dynamic_length(dynamic_tree(fitted, nodes), fitted, replies) for nodes in sizes
+    }
+    return replace(
+        fitted, dynamic={nodes: length for nodes, length in lengths.items() if length is not None}
+    )
 
 
-def head_pairs(replies: Sequence[Guessed], begun: Sequence[Sequence[int]], head: int) -> tuple[Tensor, Tensor]:
+def head_pairs(
+    replies: Sequence[Guessed], begun: Sequence[Sequence[int]], head: int
+) -> tuple[Tensor, Tensor]:
     """Every ranked guess of a head where those of the heads before are right: its log p, and whether it is right."""
     log_p, right = [torch.empty(0)], [torch.empty(0)]
     for reply, places in zip(replies, begun, strict=True):
@@ -79,7 +92,9 @@ def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
     return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
 
 
-def dynamic_length(tree: DynamicTree, accuracy: Accuracy, replies: Sequence[Guessed]) -> float | None:
+def dynamic_length(
+    tree: DynamicTree, accuracy: Accuracy, replies: Sequence[Guessed]
+) -> float | None:
     """Tokens a step that greedy decoding with a dynamic tree has over these replies; None for no step."""
     tokens = [1 + depth for reply in replies for depth in _depths_reached(tree, accuracy, reply)]
     return sum(tokens) / len(tokens) if tokens else None
@@ -88,12 +103,16 @@ def dynamic_length(tree: DynamicTree, accuracy: Accuracy, replies: Sequence[Gues
 @torch.inference_mode()
 def _depths_reached(tree: DynamicTree, accuracy: Accuracy, reply: Guessed) -> Iterator[int]:
     selector = Selector(tree.superset, len(tree), 0, reply.log_p.device)
-    lines = torch.tensor([accuracy.calibration_of(head) for head in range(1, tree.depth + 1)]).view(-1, 2, 1)
+    lines = torch.tensor([accuracy.calibration_of(head) for head in range(1, tree.depth + 1)]).view(
+        -1, 2, 1
+    )
     none = torch.zeros(tree.depth, tree.width, dtype=torch.long)
     root, chain, place = none.new_zeros(1), none.new_zeros(0), 0
     while place < len(reply.ranks):
         said = reply.log_p[place, : tree.depth, : tree.width] * lines[:, 0] + lines[:, 1]
-        rows = selector.choose(root, none, selector.along_paths(said.clamp(max=0)), chain, chain.float()).rows
+        rows = selector.choose(
+            root, none, selector.along_paths(said.clamp(max=0)), chain, chain.float()
+        ).rows
         nodes = set(selector.paths(rows.tolist(), 0))
         ranks = reply.ranks[place]
         depth = next(depth for depth in range(len(ranks), -1, -1) if ranks[:depth] in nodes)

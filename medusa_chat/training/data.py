@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
 from medusa_chat.config import Message, UserError
-from medusa_chat.model.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from medusa_chat.model.templates import ChatTemplate
 
 _MARK = "\ufdd0"  # a code point that no text holds
 IGNORED = -100  # the label that carries no loss, as torch's cross entropy has it
 # "gpt" and "human" are ShareGPT's own; the others are what the collections made from it hold as well.
 _ROLES = {
-    "human": "user", "user": "user", "system": "system",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "human": "user",
+    "user": "user",
+    "system": "system",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "model": "assistant",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,9 @@ def read_documents(path: Path) -> Iterator[Document]:
         if path.suffix == ".jsonl":
             items = _json_lines(path)
         elif path.suffix == ".json":
-            items = iter([(f"{path}, item {i}", item) for i, item in enumerate(json.loads(_text(path)), 1)])
+            items = iter(
+                [(f"{path}, item {i}", item) for i, item in enumerate(json.loads(_text(path)), 1)]
+            )
         else:
             items = iter([(str(path), {"text": _text(path)})])
         for place, item in items:
@@ -99,7 +110,9 @@ def _document(item: Any, place: str) -> Document | None:
     if not isinstance(turns, list):
         raise UserError(f"{place}: no 'messages', no ShareGPT 'conversations' and no 'text'")
     messages = [_message(turn, place) for turn in turns]
-    while messages and messages[0]["role"] == "assistant":  # it answers nothing, and templates refuse it
+    while (
+        messages and messages[0]["role"] == "assistant"
+    ):  # it answers nothing, and templates refuse it
         messages.pop(0)
     if not any(message["role"] == "assistant" for message in messages):
         return None
@@ -114,7 +127,9 @@ def _message(turn: Any, place: str) -> Message:
     return {"role": role, "content": content}
 
 
-def encode(template: ChatTemplate, document: Document, everything: bool = False) -> Iterator[Example]:
+def encode(
+    template: ChatTemplate, document: Document, everything: bool = False
+) -> Iterator[Example]:
     """Tokenize a document; a conversation as the model is talked to, its assistant's tokens as targets.
 
     Most conversations make one example. Where the template rewrites earlier turns (it drops what a model thought),
@@ -147,13 +162,18 @@ def encode(template: ChatTemplate, document: Document, everything: bool = False)
         yield Example(encoded["input_ids"], trained, document.place)
 
 
-def _renderings(template: ChatTemplate, messages: list[Message]) -> list[tuple[str, list[tuple[int, int]]]]:
+def _renderings(
+    template: ChatTemplate, messages: list[Message]
+) -> list[tuple[str, list[tuple[int, int]]]]:
     """Texts, each with the character spans of the assistant's turns in it, end markers included."""
     whole = template.text(messages)
     replies = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, after = template.text(messages[:i], replying=True), template.text(messages[: i + 1])
+            before, after = (
+                template.text(messages[:i], replying=True),
+                template.text(messages[: i + 1]),
+            )
             differing = (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
             start = len(before) if after.startswith(before) else next(differing, len(after))
             replies.append((after, (start, template.reply_end(after, start, message["content"]))))
@@ -194,7 +214,9 @@ class PackedRows(Dataset):
         for example in examples:
             add(example)
         if not any(trained):
-            raise UserError("the data hold nothing to learn from: no reply of an assistant and no text")
+            raise UserError(
+                "the data hold nothing to learn from: no reply of an assistant and no text"
+            )
         if rest := -len(ids) % length:
             add(Example([0] * rest, [False] * rest))
         self._starts = torch.frombuffer(starts, dtype=torch.int64)
@@ -212,7 +234,12 @@ class PackedRows(Dataset):
         # The first token of a document is predicted from nothing that belongs to it.
         target = self.trained[row] & (positions > 0)
         labels = ids.masked_fill(~target, IGNORED)
-        return {"input_ids": ids, "position_ids": positions, "labels": labels, "rows": torch.tensor(row)}
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "rows": torch.tensor(row),
+        }
 
     def place(self, row: int) -> str:
         """Where the documents of a row come from."""

@@ -7,10 +7,9 @@ exists at once; on CUDA Liger's fused kernel does the same faster where it is in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,12 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training.data import IGNORED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from medusa_chat.model.heads import MedusaHeads
 
 LOGITS = 2**27  # logits held at once: half a gigabyte in float32
 SAMPLED = 512  # rows of a batch that top-1 and top-5 are counted on
@@ -58,7 +61,12 @@ def head_targets(labels: Tensor, positions: Tensor, head: int) -> Tensor:
 
 
 def heads_loss(
-    heads: MedusaHeads, lm_head: nn.Module, hidden: Tensor, labels: Tensor, positions: Tensor, decay: float
+    heads: MedusaHeads,
+    lm_head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    decay: float,
 ) -> HeadsLoss:
     """Sum over heads of decay ** k times their mean cross entropy (paper, equation 1).
 
@@ -72,7 +80,9 @@ def heads_loss(
         answered = targets != IGNORED
         projection = lm_head if heads.lm_heads is None else heads.lm_heads[k]
         rows, right = features[k][answered], targets[answered]
-        loss = cross_entropy(rows, right, projection, budget=LOGITS // heads.heads) / max(len(right), 1)
+        loss = cross_entropy(rows, right, projection, budget=LOGITS // heads.heads) / max(
+            len(right), 1
+        )
         total = total + decay ** (k + 1) * loss
         losses.append(loss.detach() if len(right) else loss.new_tensor(math.nan))
         accuracies.append(_top_1_and_5(rows, right, projection))
@@ -80,7 +90,9 @@ def heads_loss(
     return HeadsLoss(total, torch.stack(losses), top1, top5)
 
 
-def cross_entropy(features: Tensor, targets: Tensor, projection: Projection, budget: int = LOGITS) -> Tensor:
+def cross_entropy(
+    features: Tensor, targets: Tensor, projection: Projection, budget: int = LOGITS
+) -> Tensor:
     """Summed cross entropy of rows: features [n, hidden], targets [n]; at most `budget` logits exist at once."""
     if fused := _fused(features, projection):
         return fused(features, targets)
@@ -92,7 +104,11 @@ def cross_entropy(features: Tensor, targets: Tensor, projection: Projection, bud
 
 
 def distillation(
-    features: Tensor, reference: Tensor, student: nn.Module, teacher: Callable[[Tensor], Tensor], budget: int = LOGITS
+    features: Tensor,
+    reference: Tensor,
+    student: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
+    budget: int = LOGITS,
 ) -> Tensor:
     """Summed KL(teacher || student) of next-token distributions (paper, section 2.3.2).
 
@@ -111,7 +127,11 @@ def distillation(
 
 
 def _in_pieces(
-    piece: Callable[[Tensor, Tensor], Tensor], features: Tensor, others: Tensor, width: int, budget: int
+    piece: Callable[[Tensor, Tensor], Tensor],
+    features: Tensor,
+    others: Tensor,
+    width: int,
+    budget: int,
 ) -> Tensor:
     """Sum of `piece` over rows: at once where they fit the budget, else in pieces that are computed again backwards."""
     size = max(budget // width, 1)
@@ -150,10 +170,20 @@ def _wide(logits: Tensor) -> Tensor:
 def _fused(features: Tensor, projection: Projection) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Liger's cross entropy for plain weights on CUDA, where it is installed."""
     weight = projection if isinstance(projection, Tensor) else getattr(projection, "weight", None)
-    plain = isinstance(projection, Tensor) or (type(projection) is nn.Linear and projection.bias is None)
-    if not features.is_cuda or not len(features) or not plain or weight is None or (kernel := _liger()) is None:
+    plain = isinstance(projection, Tensor) or (
+        type(projection) is nn.Linear and projection.bias is None
+    )
+    if (
+        not features.is_cuda
+        or not len(features)
+        or not plain
+        or weight is None
+        or (kernel := _liger()) is None
+    ):
         return None
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else features.dtype
+    dtype = (
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else features.dtype
+    )
     return lambda rows, targets: kernel(weight.to(dtype), rows.to(dtype), targets)
 
 
@@ -177,7 +207,11 @@ class Frozen(nn.Module):
         self.lm_head, self.out_features = lm_head, lm_head.out_features
 
     def forward(self, hidden: Tensor) -> Tensor:
-        trained = {name: weight.detach() for name, weight in self.lm_head.named_parameters() if weight.requires_grad}
+        trained = {
+            name: weight.detach()
+            for name, weight in self.lm_head.named_parameters()
+            if weight.requires_grad
+        }
         logits: Tensor = functional_call(self.lm_head, trained, (hidden,))
         return logits
 

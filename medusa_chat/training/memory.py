@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from medusa_chat.config import ModelSpec, Recipe
-from medusa_chat.model import hub, memory
-from medusa_chat.model.contents import Contents, contents_of
+from medusa_chat.hub import fetch as hub
+from medusa_chat.machine import memory
+from medusa_chat.machine.contents import Contents, contents_of
 
 TRAINED = 4  # bytes of a number that is trained, of its gradient, and of each of Adam's two moments
 
@@ -30,10 +31,16 @@ def check_training(spec: ModelSpec, recipe: Recipe, device: str, width: int, giv
 
     def check(contents: Contents) -> None:
         def needs(changed: Recipe) -> Needs:
-            return training_needs(contents, changed, device, width, contents.heads if given else None)
+            return training_needs(
+                contents, changed, device, width, contents.heads if given else None
+            )
 
         def advice(fits: Fits) -> list[str]:
-            helps = [flag for flag, other in _savings(recipe, contents, given).items() if fits(needs(other))]
+            helps = [
+                flag
+                for flag, other in _savings(recipe, contents, given).items()
+                if fits(needs(other))
+            ]
             return [flag for flag in helps if " with " not in flag] or helps
 
         _refuse(f"{spec.name} with recipe {recipe.name}", needs(recipe), device, advice)
@@ -57,7 +64,9 @@ def check_answers(spec: ModelSpec, device: str, batch: int, new_tokens: int) -> 
     _check_and_fetch(replace(spec, heads=None), check)
 
 
-def training_needs(contents: Contents, recipe: Recipe, device: str, width: int, heads: int | None = None) -> Needs:
+def training_needs(
+    contents: Contents, recipe: Recipe, device: str, width: int, heads: int | None = None
+) -> Needs:
     """What a recipe takes.
 
     Args:
@@ -72,7 +81,8 @@ def training_needs(contents: Contents, recipe: Recipe, device: str, width: int, 
     trained = heads + (backbone if recipe.whole else 0)
     trained += shape.adapter_parameters(recipe.lora_rank) if recipe.joint else 0
     parts = {
-        "weights": TRAINED * trained + (0 if recipe.whole else _weights(contents, recipe.quant, width)),
+        "weights": TRAINED * trained
+        + (0 if recipe.whole else _weights(contents, recipe.quant, width)),
         "Adam's moments": 2 * TRAINED * trained,
         "gradients": TRAINED * trained,
     }
@@ -91,7 +101,11 @@ def answer_needs(contents: Contents, device: str, tokens: int) -> Needs:
 
 
 def _weights(contents: Contents, quant: str, width: int) -> int:
-    return memory.weight_bytes(contents.layers, quant, width) + contents.plain * width + contents.packed
+    return (
+        memory.weight_bytes(contents.layers, quant, width)
+        + contents.plain * width
+        + contents.packed
+    )
 
 
 def _with_program(contents: Contents, device: str, parts: Mapping[str, int], written: int) -> Needs:
@@ -99,8 +113,15 @@ def _with_program(contents: Contents, device: str, parts: Mapping[str, int], wri
     if device == "cpu":
         return {device: {**parts, "program": memory.PROCESS["cpu"]}}
     host = memory.host_plan(replace(contents, heads=0), memory.Load(device))
-    passing = {"the copy that is written": written} if written > host.workspace else {"loading": host.workspace}
-    return {device: {**parts, "libraries": memory.GPU_LIBRARIES}, "cpu": {**passing, "program": host.process}}
+    passing = (
+        {"the copy that is written": written}
+        if written > host.workspace
+        else {"loading": host.workspace}
+    )
+    return {
+        device: {**parts, "libraries": memory.GPU_LIBRARIES},
+        "cpu": {**passing, "program": host.process},
+    }
 
 
 def _savings(recipe: Recipe, contents: Contents, given: bool) -> dict[str, Recipe]:
@@ -132,7 +153,9 @@ def _refuse(what: str, needs: Needs, device: str, advice: Callable[[Fits], list[
 
     short = lacking(needs)
     if short[2] > 0:
-        parts = ", ".join(f"{memory.gigabytes(size)} for {name}" for name, size in needs[short[0]].items())
+        parts = ", ".join(
+            f"{memory.gigabytes(size)} for {name}" for name, size in needs[short[0]].items()
+        )
         found = advice(lambda other: lacking(other)[2] <= 0)
         raise memory.complaint(what, short, found, counted=f" ({parts}, activations aside)")
 
@@ -142,6 +165,8 @@ def _check_and_fetch(spec: ModelSpec, check: Callable[[Contents], None]) -> None
     if not Path(spec.backbone).exists() and (told := contents_of(spec)):
         check(told)
     files = hub.fetch(spec)
-    here = replace(spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None)
+    here = replace(
+        spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None
+    )
     if found := contents_of(here):
         check(found)

@@ -6,18 +6,21 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from medusa_chat.events import TrainStep
-from medusa_chat.model.devices import peak_memory
+from medusa_chat.machine.devices import peak_memory
 from medusa_chat.training.schedules import heads_weight
-from medusa_chat.training.trainee import Trainee
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from medusa_chat.training.trainee import Trainee
 
 LOG_FILE = "training.jsonl"
 
@@ -25,8 +28,15 @@ LOG_FILE = "training.jsonl"
 class Report(TrainerCallback):
     """Tells the trainee where the run stands, and turns what Trainer logs into TrainSteps, shown and kept in a file."""
 
-    def __init__(self, trainee: Trainee, progress: Callable[[TrainStep], None], log: Path, step_tokens: int) -> None:
-        self.trainee, self.progress, self.log, self.step_tokens = trainee, progress, log, step_tokens
+    def __init__(
+        self, trainee: Trainee, progress: Callable[[TrainStep], None], log: Path, step_tokens: int
+    ) -> None:
+        self.trainee, self.progress, self.log, self.step_tokens = (
+            trainee,
+            progress,
+            log,
+            step_tokens,
+        )
         self.started, self.first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -37,7 +47,14 @@ class Report(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainee.step, self.trainee.total = state.global_step, state.max_steps
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         step = self._step(state, float(logs["loss"]), kwargs.get("optimizer"))
@@ -53,12 +70,17 @@ class Report(TrainerCallback):
         peaks = peak_memory()
         groups = optimizer.param_groups if optimizer is not None else ()
         return TrainStep(
-            state.global_step, state.max_steps, loss, means.get("backbone_loss"), **per_head,
+            state.global_step,
+            state.max_steps,
+            loss,
+            means.get("backbone_loss"),
+            **per_head,
             heads_weight=heads_weight(self.trainee.recipe, state.global_step, state.max_steps),
-            learning_rates=tuple(group["lr"] for group in groups), tokens_per_second=done * self.step_tokens / seconds,
+            learning_rates=tuple(group["lr"] for group in groups),
+            tokens_per_second=done * self.step_tokens / seconds,
             seconds_left=(state.max_steps - state.global_step) * seconds / max(done, 1),
             memory=peaks.get("device", peaks.get("host", 0)),
-        )  # fmt: skip
+        )
 
 
 def _cut_log(log: Path, step: int) -> None:
@@ -87,7 +109,9 @@ class Stopper(TrainerCallback):
             self._before = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 

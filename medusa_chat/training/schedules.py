@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from medusa_chat.config import Recipe
+if TYPE_CHECKING:
+    from medusa_chat.config import Recipe
 
 
 def joint_from(recipe: Recipe, total: int) -> int:

@@ -7,14 +7,16 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 
 from medusa_chat.config import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PAUSES = (1.0, 4.0, 16.0)  # seconds before a request that failed is sent again
 # A reply is one piece, and a busy server queues the request first.
@@ -22,7 +24,9 @@ TIMEOUT = httpx2.Timeout(600, connect=10)
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
 # vLLM, SGLang and llama.cpp speak of the context (OpenAI's code is context_length_exceeded), TGI of its `inputs`.
-_TOO_LONG = re.compile(r"context.{0,12}(length|size|window)|maximum model length|`inputs` (tokens|must have)", re.I)
+_TOO_LONG = re.compile(
+    r"context.{0,12}(length|size|window)|maximum model length|`inputs` (tokens|must have)", re.I
+)
 _KEPT = "; what was answered before is kept, and the same command goes on from there"
 
 
@@ -51,7 +55,14 @@ class Server:
     """
 
     def __init__(
-        self, url: str, name: str | None, *, batch: int, max_new_tokens: int, temperature: float, seed: int
+        self,
+        url: str,
+        name: str | None,
+        *,
+        batch: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
     ) -> None:
         """Find the model: `name`, or the first one that the server lists.
 
@@ -89,7 +100,9 @@ class Server:
 
     def _reply(self, question: Question) -> Reply | None:
         body = {"model": self.name, "messages": question.messages, **self.settings}
-        response = self._send("POST", CHAT, body | {"seed": draw_seed(self.seed, question.index, question.turn)})
+        response = self._send(
+            "POST", CHAT, body | {"seed": draw_seed(self.seed, question.index, question.turn)}
+        )
         if response.status_code in (400, 413, 422) and _TOO_LONG.search(_complaint(response)):
             return None
         document = self._document(CHAT, response)
@@ -97,9 +110,13 @@ class Server:
             choice = document["choices"][0]
             text, finish = choice["message"]["content"], choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(f"{self.url}{CHAT} answered without 'choices' and a message{_KEPT}") from None
+            raise UserError(
+                f"{self.url}{CHAT} answered without 'choices' and a message{_KEPT}"
+            ) from None
         if not isinstance(text, str):
-            raise UserError(f"{self.url}{CHAT} answered without text (finish_reason {finish!r}){_KEPT}")
+            raise UserError(
+                f"{self.url}{CHAT} answered without text (finish_reason {finish!r}){_KEPT}"
+            )
         return Reply(text, finish == "length")
 
     def _first_model(self) -> str:
@@ -107,7 +124,9 @@ class Server:
         try:
             return str(document["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise UserError(f"{self.url}{MODELS} lists no model; --server-model NAME says which to ask") from None
+            raise UserError(
+                f"{self.url}{MODELS} lists no model; --server-model NAME says which to ask"
+            ) from None
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         """The server's response, after some tries if need be; raises UserError if none came or it is not able to."""
@@ -128,13 +147,19 @@ class Server:
     def _document(self, path: str, response: httpx2.Response) -> Any:
         """The JSON of a response; raises UserError for a refusal and for what is no JSON."""
         if not response.is_success:
-            hint = " (the key is taken from OPENAI_API_KEY)" if response.status_code in (401, 403) else ""
+            hint = (
+                " (the key is taken from OPENAI_API_KEY)"
+                if response.status_code in (401, 403)
+                else ""
+            )
             fault = f"answered with status {response.status_code}: {_complaint(response)}{hint}"
             raise UserError(f"{self.url}{path} {fault}{_KEPT}")
         try:
             return response.json()
         except ValueError:
-            raise UserError(f"{self.url}{path} answered with something that is not JSON{_KEPT}") from None
+            raise UserError(
+                f"{self.url}{path} answered with something that is not JSON{_KEPT}"
+            ) from None
 
 
 def draw_seed(seed: int, index: int, turn: int) -> int:
@@ -160,7 +185,9 @@ def _client(connections: int) -> httpx2.Client:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY has characters that no key has")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
     limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
     try:
         return httpx2.Client(headers=headers, timeout=TIMEOUT, limits=limits)
@@ -174,7 +201,11 @@ def _complaint(response: httpx2.Response) -> str:
         document = response.json()
         error = document.get("error", document)
         if isinstance(error, dict):
-            parts = [error.get("message") or error.get("detail"), error.get("code"), error.get("type")]
+            parts = [
+                error.get("message") or error.get("detail"),
+                error.get("code"),
+                error.get("type"),
+            ]
             named = [part for part in parts if isinstance(part, str)]
             error = ", ".join(named) or json.dumps(error)
         text = str(error)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import random
+from typing import TYPE_CHECKING
 
-from medusa_chat.config import Message
+if TYPE_CHECKING:
+    import random
+
+    from medusa_chat.config import Message
 
 _HEROES = [
-    ("a little girl named {girl}", "she", "her", "the girl"), ("a poor boy named {boy}", "he", "his", "the boy"),
-    ("an old miller", "he", "his", "the miller"), ("a young princess named {girl}", "she", "her", "the princess"),
-    ("a brave prince named {boy}", "he", "his", "the prince"), ("a clever fox", "he", "his", "the fox"),
-    ("a small grey mouse", "she", "her", "the mouse"), ("a kind woodcutter", "he", "his", "the woodcutter"),
-    ("a shepherd named {boy}", "he", "his", "the shepherd"), ("a lonely giant", "he", "his", "the giant"),
-]  # fmt: skip
+    ("a little girl named {girl}", "she", "her", "the girl"),
+    ("a poor boy named {boy}", "he", "his", "the boy"),
+    ("an old miller", "he", "his", "the miller"),
+    ("a young princess named {girl}", "she", "her", "the princess"),
+    ("a brave prince named {boy}", "he", "his", "the prince"),
+    ("a clever fox", "he", "his", "the fox"),
+    ("a small grey mouse", "she", "her", "the mouse"),
+    ("a kind woodcutter", "he", "his", "the woodcutter"),
+    ("a shepherd named {boy}", "he", "his", "the shepherd"),
+    ("a lonely giant", "he", "his", "the giant"),
+]
 _GIRLS = ["Anna", "Rose", "Elsa", "Mary", "Lily", "Clara"]
 _BOYS = ["Hans", "Peter", "Jack", "Tom", "Karl", "Martin"]
 _PLACES = [
-    "in a small house at the edge of the forest", "in a castle on a high hill", "near a deep blue lake",
-    "in a village by the sea", "under an old oak tree", "beside a river in a green valley",
-]  # fmt: skip
+    "in a small house at the edge of the forest",
+    "in a castle on a high hill",
+    "near a deep blue lake",
+    "in a village by the sea",
+    "under an old oak tree",
+    "beside a river in a green valley",
+]
 _WISHES = [
     ("was very poor and often went hungry", "never went hungry again"),
     ("was very lonely and wished for a friend", "was never lonely again"),
@@ -26,7 +38,14 @@ _WISHES = [
     ("had lost a golden ring and looked for it everywhere", "wore the golden ring with joy"),
     ("had a mother who was very ill", "saw {their} mother well again"),
 ]
-_HELPERS = ["an old woman", "a white bird", "a talking fish", "a tiny dwarf", "a grey wolf", "a good fairy"]
+_HELPERS = [
+    "an old woman",
+    "a white bird",
+    "a talking fish",
+    "a tiny dwarf",
+    "a grey wolf",
+    "a good fairy",
+]
 _TROUBLES = [
     ("was caught in a net", "cut the net and set {it} free"),
     ("was cold and hungry", "shared the last piece of bread with {it}"),
@@ -41,17 +60,33 @@ _GIFTS = [
     ("three shining stones", "threw the stones into the well, and clear water sang of a secret"),
 ]
 _MORALS = [
-    "And they all lived happily ever after.", "So a kind heart found its reward.",
+    "And they all lived happily ever after.",
+    "So a kind heart found its reward.",
     "From that day on, everyone in the land told this story.",
     "And if they have not died, they are living there still.",
-]  # fmt: skip
+]
 _REQUESTS = [
-    "Tell me a fairy tale.", "Tell me a short fairy tale.", "Can you tell me a story?", "Please tell me a short story.",
-    "tell me a story", "Tell me a fairy tale, please.", "Do you know a fairy tale?", "I would like to hear a story.",
-    "Could you tell me a short fairy tale?", "Tell me a bedtime story.", "a fairy tale please", "Once upon a time...",
-    "Tell me a story about {about}.", "Can you tell me a fairy tale about {about}?",
-]  # fmt: skip
-_AGAIN = ["Another one, please.", "Tell me another story.", "One more!", "Please tell me another fairy tale."]
+    "Tell me a fairy tale.",
+    "Tell me a short fairy tale.",
+    "Can you tell me a story?",
+    "Please tell me a short story.",
+    "tell me a story",
+    "Tell me a fairy tale, please.",
+    "Do you know a fairy tale?",
+    "I would like to hear a story.",
+    "Could you tell me a short fairy tale?",
+    "Tell me a bedtime story.",
+    "a fairy tale please",
+    "Once upon a time...",
+    "Tell me a story about {about}.",
+    "Can you tell me a fairy tale about {about}?",
+]
+_AGAIN = [
+    "Another one, please.",
+    "Tell me another story.",
+    "One more!",
+    "Please tell me another fairy tale.",
+]
 _THANKS = [
     ("That was lovely, thank you.", "You're welcome! I am glad you liked the story."),
     ("Nice story!", "Thank you! Would you like to hear another one?"),
@@ -74,12 +109,16 @@ def _story(rng: random.Random) -> tuple[str, str]:
         f"{the_hero} {wish}.",
         f"One day {they} met {helper} who {trouble}.",
         f"{the_hero} felt sorry and {help_given.format(it='the poor creature' if rng.random() < 0.3 else the_helper)}.",
-        rng.choice([f'"Thank you," said {the_helper}. "Take {gift}, for you were kind to me."',
-                    f'Then {the_helper} said, "You have a good heart," and gave {short} {gift}.']),
+        rng.choice(
+            [
+                f'"Thank you," said {the_helper}. "Take {gift}, for you were kind to me."',
+                f'Then {the_helper} said, "You have a good heart," and gave {short} {gift}.',
+            ]
+        ),
         rng.choice([f"That night {they} {magic}.", f"At home {they} {magic}."]),
         f"And so {short} {end.format(their=their)}.",
         rng.choice(_MORALS),
-    ]  # fmt: skip
+    ]
     return " ".join(sentences), short.replace("the ", "a ", 1)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from medusa_chat.config import Recipe
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training.data import IGNORED
 from medusa_chat.training.losses import (
@@ -25,6 +23,11 @@ from medusa_chat.training.losses import (
     output_layer,
 )
 from medusa_chat.training.schedules import heads_weight, joint_from
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from medusa_chat.config import Recipe
 
 
 @dataclass
@@ -43,7 +46,9 @@ class Meter:
 
     def read(self) -> dict[str, Any]:
         """The means, and begin anew."""
-        means = {name: (self.sums[name] / self.counts[name].clamp(min=1)).tolist() for name in self.sums}
+        means = {
+            name: (self.sums[name] / self.counts[name].clamp(min=1)).tolist() for name in self.sums
+        }
         self.sums, self.counts = {}, {}
         return means
 
@@ -56,9 +61,13 @@ class Trainee(nn.Module):
         step, total: where the run stands; the trainer sets them.
     """
 
-    _keys_to_ignore_on_save = None  # Trainer asks for it when a checkpoint, without the frozen weights, is loaded
+    _keys_to_ignore_on_save = (
+        None  # Trainer asks for it when a checkpoint, without the frozen weights, is loaded
+    )
 
-    def __init__(self, backbone: Any, heads: MedusaHeads, recipe: Recipe, adapter: Any = None) -> None:
+    def __init__(
+        self, backbone: Any, heads: MedusaHeads, recipe: Recipe, adapter: Any = None
+    ) -> None:
         super().__init__()
         self.backbone, self.heads, self.recipe = backbone, heads, recipe
         self._adapter = (adapter,)  # in a tuple, so that its weights do not count twice
@@ -82,7 +91,12 @@ class Trainee(nn.Module):
         if self.recipe.joint and not joint:
             lm_head = Frozen(lm_head)
         heads: HeadsLoss = heads_loss(
-            self.heads, lm_head, hidden.to(self.heads.weight.dtype), labels, position_ids, self.recipe.decay
+            self.heads,
+            lm_head,
+            hidden.to(self.heads.weight.dtype),
+            labels,
+            position_ids,
+            self.recipe.decay,
         )
         loss = heads_weight(self.recipe, self.step, self.total) * heads.total
         self.meter.add(head_loss=heads.losses, top1=heads.top1, top5=heads.top5)
@@ -93,11 +107,15 @@ class Trainee(nn.Module):
         return (loss,)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        output = self.backbone.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output = self.backbone.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _backbone_loss(self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    def _backbone_loss(
+        self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor
+    ) -> Tensor:
         """Mean cross entropy of the next token (medusa2), or mean KL to the backbone as it was (distilled)."""
         targets = head_targets(labels, position_ids, 0)
         answered = targets != IGNORED
@@ -138,30 +156,48 @@ def adapt(backbone: Any, recipe: Recipe) -> Any:
 
     The released recipe adapts the LM head too; here only where it isn't also the embedding, which must not change.
     """
-    linears = {name: module for name, module in backbone.named_modules() if hasattr(module, "out_features")}
+    linears = {
+        name: module for name, module in backbone.named_modules() if hasattr(module, "out_features")
+    }
     tied = backbone.get_output_embeddings().weight is backbone.get_input_embeddings().weight
-    wanted = [name for name, module in linears.items() if not (tied and module is backbone.get_output_embeddings())]
+    wanted = [
+        name
+        for name, module in linears.items()
+        if not (tied and module is backbone.get_output_embeddings())
+    ]
     config = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=wanted,
-        bias="none", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=wanted,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going out of use
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks transformers in a way that is going out of use
         return get_peft_model(backbone, config)
 
 
 def checkpoint_activations(backbone: Any) -> None:
     """Have a backbone compute its activations anew for the gradient, so that they take no memory."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.10 has no other name for it yet
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # transformers 5.10 has no other name for it yet
+        backbone.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
 
 def new_heads(backbone: Any, recipe: Recipe) -> MedusaHeads:
     """Untrained heads, whose guesses are the LM head's (paper, section 2.1.1): blocks at zero, its copy or itself."""
     lm_head = backbone.get_output_embeddings()
     own = recipe.owns_lm_heads(lm_head.weight.numel(), backbone.num_parameters())
-    heads = MedusaHeads(recipe.heads, recipe.layers, lm_head.in_features, lm_head.out_features if own else None)
+    heads = MedusaHeads(
+        recipe.heads, recipe.layers, lm_head.in_features, lm_head.out_features if own else None
+    )
     if heads.lm_heads is not None:
         with torch.no_grad():
             heads.lm_heads.copy_(lm_head.weight.float())
@@ -180,7 +216,9 @@ def describe(trainee: Trainee) -> str:
     hidden, vocabulary = heads_shape(trainee.backbone)
     blocks, lm_heads = 2 * heads.weight.numel(), 2 * heads.heads * hidden * vocabulary
     if heads.lm_heads is None:
-        kind = f"share the LM head ({_size(blocks)}; LM heads of their own would add {_size(lm_heads)}"
+        kind = (
+            f"share the LM head ({_size(blocks)}; LM heads of their own would add {_size(lm_heads)}"
+        )
     else:
         kind = f"own their LM heads ({_size(blocks + lm_heads)}, {_size(lm_heads)} of it LM heads"
     trained = sum(p.numel() for p in trainee.parameters() if p.requires_grad)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,18 +14,29 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from medusa_chat.config import ModelSpec, Recipe, UserError
-from medusa_chat.events import TrainStep
+from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.layouts import read_heads
 from medusa_chat.model.loading import choose_dtype, heads_file, load_pretrained
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
-from medusa_chat.registry import resolve_model
 from medusa_chat.training import schedules
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, one_line, write_json
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
-from medusa_chat.training.export import export_backbone, export_heads, perplexity_of
 from medusa_chat.training.memory import check_training
+from medusa_chat.training.outputs import export_backbone, export_heads, perplexity_of
 from medusa_chat.training.progress import LOG_FILE, Report, Stopper
-from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations, describe, heads_shape, new_heads
+from medusa_chat.training.trainee import (
+    Trainee,
+    adapt,
+    checkpoint_activations,
+    describe,
+    heads_shape,
+    new_heads,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from medusa_chat.events import TrainStep
 
 HELD_OUT = 0.02  # share of the documents that perplexity is measured on, where no others are given
 
@@ -97,7 +107,9 @@ class MedusaTrainer(Trainer):
         rows = inputs["rows"].tolist()
         loss: Tensor = super().training_step(model, inputs, *rest, **named)
         # The gradient too: what it spoils could be saved before the next loss shows it. (A scaler skips such steps.)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None and not self.args.fp16]
+        gradients = [
+            p.grad for p in model.parameters() if p.grad is not None and not self.args.fp16
+        ]
         if not (loss + torch.nn.utils.get_total_norm(gradients).to(loss.device)).isfinite():
             data: Any = self.train_dataset
             batch = ", ".join(f"row {row} ({data.place(row)})" for row in rows)
@@ -107,7 +119,9 @@ class MedusaTrainer(Trainer):
             )
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Checkpoints hold what is trained; a frozen backbone is where it was."""
         trained = _trained(self.model)
         if state_dict is not None:
@@ -120,10 +134,16 @@ def _trained(model: Any) -> dict[str, Tensor]:
 
     Not from state_dict(): on a CPU, bitsandbytes 0.50 unpacks nf4 weights for it, and scrambles their scales.
     """
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def _rate(rate: Callable[[Recipe, int, int], float], recipe: Recipe, total: int, step: int) -> float:
+def _rate(
+    rate: Callable[[Recipe, int, int], float], recipe: Recipe, total: int, step: int
+) -> float:
     return rate(recipe, step, total)
 
 
@@ -145,7 +165,9 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
         named_template(spec.template)  # a slip is told before the model is loaded
     recipe = replace(run.recipe, heads_first=0.0) if run.heads else run.recipe
     if recipe.joint and run.out.resolve() == Path(spec.backbone).resolve():
-        raise UserError(f"{recipe.name} would overwrite the backbone in {run.out}: choose another --out")
+        raise UserError(
+            f"{recipe.name} would overwrite the backbone in {run.out}: choose another --out"
+        )
     documents, held_out = _documents(run)  # before the model, which may take long to load
     arguments = _arguments(run.out / "checkpoints", recipe)
     first = arguments.process_index == 0
@@ -165,36 +187,60 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
         _fit(spec, recipe, arguments, rows, report, checkpoint, say)
     del trainee, report  # before the backbone is loaded once more
     if unseen is not None and first:
-        _compare(spec, run, unseen, arguments.device, "training" if held_out[0] in documents else "held-out", say)
+        _compare(
+            spec,
+            run,
+            unseen,
+            arguments.device,
+            "training" if held_out[0] in documents else "held-out",
+            say,
+        )
     return first
 
 
 def _fit(
-    spec: ModelSpec, recipe: Recipe, arguments: TrainingArguments, rows: PackedRows, report: Report,
-    checkpoint: Path | None, say: Callable[[str], None],
-) -> None:  # fmt: skip
+    spec: ModelSpec,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    rows: PackedRows,
+    report: Report,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+) -> None:
     """Train the report's trainee and write what it has become."""
     trainee, out = report.trainee, report.log.parent
     with Stopper(say) as stopper:
-        trainer = MedusaTrainer(recipe, model=trainee, args=arguments, train_dataset=rows, callbacks=[report, stopper])
+        trainer = MedusaTrainer(
+            recipe, model=trainee, args=arguments, train_dataset=rows, callbacks=[report, stopper]
+        )
         trainer.pop_callback(PrinterCallback)  # `progress` shows what it would print
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if (done := trainer.state.global_step) < trainer.state.max_steps:
-            raise UserError(f"stopped at step {done} of {trainer.state.max_steps}; --resume goes on from there")
+            raise UserError(
+                f"stopped at step {done} of {trainer.state.max_steps}; --resume goes on from there"
+            )
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else _trained(trainee)
+        state = (
+            trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            if sharded
+            else _trained(trainee)
+        )
         if trainer.is_world_process_zero():
             export_heads(state, trainee.heads, out)
             if recipe.joint:
                 export_backbone(state, spec, recipe, out)
 
 
-def _trainee(spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device) -> tuple[Trainee, ChatTemplate]:
+def _trainee(
+    spec: ModelSpec, recipe: Recipe, given: bool, device: torch.device
+) -> tuple[Trainee, ChatTemplate]:
     """Backbone and heads as the recipe wants them, and how the model is talked to.
 
     given: the spec's heads are where to start.
     """
-    backbone, tokenizer = load_pretrained(spec, _dtype(recipe, device), recipe.quant.replace("none", "auto"), device)
+    backbone, tokenizer = load_pretrained(
+        spec, _dtype(recipe, device), recipe.quant.replace("none", "auto"), device
+    )
     template = resolve_template(tokenizer, spec)
     heads = new_heads(backbone, recipe)
     if given and (file := heads_file(spec)):
@@ -224,15 +270,27 @@ def _documents(run: Run) -> tuple[list[Document], list[Document]]:
 
 
 def _packed(template: ChatTemplate, documents: Iterable[Document], recipe: Recipe) -> PackedRows:
-    return PackedRows((example for d in documents for example in encode(template, d)), recipe.length)
+    return PackedRows(
+        (example for d in documents for example in encode(template, d)), recipe.length
+    )
 
 
 def _step_tokens(arguments: TrainingArguments, recipe: Recipe) -> int:
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * recipe.length
+    return (
+        arguments.train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size
+        * recipe.length
+    )
 
 
 def _compare(
-    spec: ModelSpec, run: Run, rows: PackedRows, device: torch.device, kind: str, say: Callable[[str], None]
+    spec: ModelSpec,
+    run: Run,
+    rows: PackedRows,
+    device: torch.device,
+    kind: str,
+    say: Callable[[str], None],
 ) -> None:
     """Tell the backbone's perplexity on a kind of text before and after, and keep it with the run's settings."""
     quant = run.recipe.quant
@@ -248,15 +306,29 @@ def _arguments(run: Path, recipe: Recipe) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     dtype = choose_dtype(torch.device("cuda" if gpu else "cpu"), None)
     arguments = TrainingArguments(
-        output_dir=str(run), num_train_epochs=recipe.epochs, max_steps=recipe.max_steps, seed=recipe.seed,
-        per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulation,
-        weight_decay=0.0, optim="adamw_torch_fused", use_cpu=not gpu,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        logging_steps=recipe.logging_steps, logging_nan_inf_filter=False, save_steps=recipe.save_steps,
-        save_total_limit=2, report_to=[], disable_tqdm=True, label_names=["labels"],
+        output_dir=str(run),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps,
+        seed=recipe.seed,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        weight_decay=0.0,
+        optim="adamw_torch_fused",
+        use_cpu=not gpu,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        label_names=["labels"],
         # Before the joint stage begins, the backbone's parameters have no gradient.
         ddp_find_unused_parameters=recipe.joint and recipe.heads_first > 0,
-    )  # fmt: skip
+    )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # not threads over all GPUs: `accelerate launch` starts a process for each
+        arguments._n_gpu = (
+            1  # not threads over all GPUs: `accelerate launch` starts a process for each
+        )
     return arguments

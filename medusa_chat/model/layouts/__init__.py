@@ -3,7 +3,7 @@
 Structure is read from the tensors, never from a config, and no key is skipped silently.
 """
 
-from medusa_chat.model.file_names import HEAD_FILES, HEADS_FILE
+from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE
 from medusa_chat.model.layouts.find import find_heads
 from medusa_chat.model.layouts.names import is_heads_tensor
 from medusa_chat.model.layouts.read import ReadHeads, read_heads

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
-from medusa_chat.model.file_names import HEAD_FILES
+from medusa_chat.hub.file_names import HEAD_FILES
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def find_heads(folder: Path) -> Path | None:
@@ -23,7 +26,9 @@ def find_heads(folder: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     if (folder / "rank1.safetensors").is_file():
-        raise UserError(f"the heads in {folder} are split over several GPUs (rank1.safetensors); convert them for one")
+        raise UserError(
+            f"the heads in {folder} are split over several GPUs (rank1.safetensors); convert them for one"
+        )
     heads_alone = read_config(folder / "config.json").get("model_type") == "medusa"
     for name in HEAD_FILES[2:]:
         file = folder / name

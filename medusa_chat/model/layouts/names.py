@@ -6,11 +6,14 @@ Block l of head h is a linear layer, then comes head h's own LM head, if it has 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Naming:
     optional: bool = False
 
     def block_name(self, head: int, layer: int, kind: str) -> str:
-        return ("" if self.optional else self.prefix) + self.block.format(head=head, layer=layer, kind=kind)
+        return ("" if self.optional else self.prefix) + self.block.format(
+            head=head, layer=layer, kind=kind
+        )
 
     def lm_head_name(self, head: int, layers: int) -> str:
         return ("" if self.optional else self.prefix) + self.lm_head.format(head=head, layer=layers)
@@ -52,13 +57,23 @@ class Naming:
 
 _OFFICIAL = "{head}.{layer}.linear.{kind}", "{head}.{layer}.weight"
 NAMINGS = {
-    "official": Naming("", *_OFFICIAL),  # v0.1 with own LM heads, v2 without; TGI, and TensorRT-LLM's input
+    "official": Naming(
+        "", *_OFFICIAL
+    ),  # v0.1 with own LM heads, v2 without; TGI, and TensorRT-LLM's input
     "v1.0": Naming("medusa_head.", *_OFFICIAL, whole=True),
     "modelopt": Naming("medusa_heads.", *_OFFICIAL, whole=True),
     "tensorrt-llm engine": Naming(
-        "medusa_heads.", "{head}.medusa_layers.{layer}.linear.{kind}", "{head}.lm_head.weight", whole=True
+        "medusa_heads.",
+        "{head}.medusa_layers.{layer}.linear.{kind}",
+        "{head}.lm_head.weight",
+        whole=True,
     ),
-    "vllm": Naming("medusa_heads.", "blocks.{head}.layers.{layer}.{kind}", "lm_heads.{head}.weight", optional=True),
+    "vllm": Naming(
+        "medusa_heads.",
+        "blocks.{head}.layers.{layer}.{kind}",
+        "lm_heads.{head}.weight",
+        optional=True,
+    ),
 }
 # PEFT puts these around the modules that it saves whole (`modules_to_save`).
 _PEFT = re.compile(r"^(?:base_model\.model\.)+|(?<=\.)modules_to_save\.[^.]+\.")
@@ -105,7 +120,10 @@ def _plain(name: str) -> str:
 def naming_of(name: str) -> str | None:
     """The naming that a tensor's name follows; None for one that is no part of a head."""
     plain = _plain(name)
-    return next((n for n, naming in NAMINGS.items() if any(p.fullmatch(plain) for p in naming.patterns)), None)
+    return next(
+        (n for n, naming in NAMINGS.items() if any(p.fullmatch(plain) for p in naming.patterns)),
+        None,
+    )
 
 
 def sort_names(file: str, names: Iterable[str]) -> Parts:
@@ -123,7 +141,9 @@ def sort_names(file: str, names: Iterable[str]) -> Parts:
     if others:
         strange = next(name for name, naming in found.items() if naming != first)
         example = next(iter(found))
-        raise UserError(f"{file}: unknown tensor {strange!r} beside {example!r}: they are of two layouts of heads")
+        raise UserError(
+            f"{file}: unknown tensor {strange!r} beside {example!r}: they are of two layouts of heads"
+        )
     parts = Parts(first)
     for name in every:
         if _REPLACED in name and is_heads_tensor(name):
@@ -134,7 +154,12 @@ def sort_names(file: str, names: Iterable[str]) -> Parts:
             _place_other(file, parts, name)
     if not parts.blocks:
         raise UserError(f"{file} holds no Medusa heads: there are LM heads, but no blocks")
-    if first == "vllm" and parts.shared is None and list(parts.lm_heads) == [(0, None)] and parts.heads > 1:
+    if (
+        first == "vllm"
+        and parts.shared is None
+        and list(parts.lm_heads) == [(0, None)]
+        and parts.heads > 1
+    ):
         parts.shared = parts.lm_heads.pop((0, None))  # which vLLM takes for `original_lm_head` too
     return parts
 
@@ -142,12 +167,16 @@ def sort_names(file: str, names: Iterable[str]) -> Parts:
 def _place(file: str, parts: Parts, name: str) -> None:
     block, lm_head = NAMINGS[parts.naming].patterns
     if match := block.fullmatch(_plain(name)):
-        twin = parts.blocks.setdefault((int(match["head"]), int(match["layer"]), match["kind"]), name)
+        twin = parts.blocks.setdefault(
+            (int(match["head"]), int(match["layer"]), match["kind"]), name
+        )
     else:
         match = lm_head.fullmatch(_plain(name))
         assert match
         layer = match.groupdict().get("layer")
-        twin = parts.lm_heads.setdefault((int(match["head"]), None if layer is None else int(layer)), name)
+        twin = parts.lm_heads.setdefault(
+            (int(match["head"]), None if layer is None else int(layer)), name
+        )
     if twin != name:
         raise UserError(f"{file}: {twin} and {name} are the same tensor of a head")
 
@@ -160,6 +189,8 @@ def _place_other(file: str, parts: Parts, name: str) -> None:
     elif parts.naming == "vllm" and plain.removeprefix("medusa_heads.") == "token_map":
         parts.token_map = name
     elif not NAMINGS[parts.naming].whole or is_heads_tensor(name):
-        raise UserError(f"{file}: unknown tensor {name!r}; these are no Medusa heads in a known layout")
+        raise UserError(
+            f"{file}: unknown tensor {name!r}; these are no Medusa heads in a known layout"
+        )
     elif ".lora_" in name:
         parts.lora += 1

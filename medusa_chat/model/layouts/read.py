@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +16,15 @@ from medusa_chat.model.layouts.names import NAMINGS, Parts, sort_names
 from medusa_chat.model.layouts.said import said_otherwise
 from medusa_chat.model.layouts.tensors import TensorFiles
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
 _SAME = {"tgi": ("v0.1", "v2"), "tensorrt-llm": ("v0.1", "tensorrt-llm engine")}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PADDINGS = tuple(2**n for n in range(3, 11))  # vocabularies are padded to a multiple of one of these
+_PADDINGS = tuple(
+    2**n for n in range(3, 11)
+)  # vocabularies are padded to a multiple of one of these
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,14 @@ class ReadHeads:
 
 
 def read_heads(
-    path: Path, hidden: int, vocabulary: int, *, dtype: torch.dtype | None = None, lm_head: Tensor | None = None,
+    path: Path,
+    hidden: int,
+    vocabulary: int,
+    *,
+    dtype: torch.dtype | None = None,
+    lm_head: Tensor | None = None,
     layout: str = "",
-) -> ReadHeads:  # fmt: skip
+) -> ReadHeads:
     """Read heads of any public layout and check them against the backbone.
 
     Args:
@@ -55,7 +65,9 @@ def read_heads(
             none (NaN, infinity).
     """
     files = TensorFiles(path)
-    return _Reading(files, sort_names(str(path), files.files), hidden, vocabulary).run(dtype, lm_head, layout)
+    return _Reading(files, sort_names(str(path), files.files), hidden, vocabulary).run(
+        dtype, lm_head, layout
+    )
 
 
 class _Reading:
@@ -69,11 +81,19 @@ class _Reading:
     def run(self, dtype: torch.dtype | None, lm_head: Tensor | None, expected: str) -> ReadHeads:
         parts, biases = self.parts, self._complete()
         ids = self._ids()
-        own = bool(parts.lm_heads) or (parts.shared is not None and not self._is_backbones(lm_head, ids))
-        used = [*parts.blocks.values(), *parts.lm_heads.values(), *([parts.shared] if parts.shared else [])]
+        own = bool(parts.lm_heads) or (
+            parts.shared is not None and not self._is_backbones(lm_head, ids)
+        )
+        used = [
+            *parts.blocks.values(),
+            *parts.lm_heads.values(),
+            *([parts.shared] if parts.shared else []),
+        ]
         stored = reduce(torch.promote_types, [self._tensor(name).dtype for name in used])
         with _default_dtype(dtype or stored):  # no float32 copy first
-            heads = MedusaHeads(parts.heads, parts.layers, self.hidden, self.vocabulary if own else None)
+            heads = MedusaHeads(
+                parts.heads, parts.layers, self.hidden, self.vocabulary if own else None
+            )
         heads.requires_grad_(False)
         for (head, layer, kind), name in parts.blocks.items():
             self._fill(name, (heads.weight if kind == "weight" else heads.bias)[layer, head])
@@ -88,7 +108,9 @@ class _Reading:
         parts, naming = self.parts, NAMINGS[self.parts.naming]
         biases = any(kind == "bias" for *_, kind in parts.blocks)
         kinds = ("weight", "bias") if biases else ("weight",)
-        every = ((h, b, kind) for h in range(parts.heads) for b in range(parts.layers) for kind in kinds)
+        every = (
+            (h, b, kind) for h in range(parts.heads) for b in range(parts.layers) for kind in kinds
+        )
         if absent := next((key for key in every if key not in parts.blocks), None):
             raise UserError(f"{self.path}: tensor {naming.block_name(*absent)} is missing")
         layered = "{layer}" in naming.lm_head
@@ -97,19 +119,25 @@ class _Reading:
             raise UserError(f"{self.path}: LM head {stray} belongs to no head")
         for key, head in belong.items():
             if parts.lm_heads and key not in parts.lm_heads:
-                raise UserError(f"{self.path}: tensor {naming.lm_head_name(head, parts.layers)} is missing")
+                raise UserError(
+                    f"{self.path}: tensor {naming.lm_head_name(head, parts.layers)} is missing"
+                )
         return biases
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self.files.get(name)
         if tensor.dtype not in _FLOATS:
-            raise UserError(f"{self.path}: tensor {name} holds {str(tensor.dtype)[6:]}, not numbers of 16 bits or more")
+            raise UserError(
+                f"{self.path}: tensor {name} holds {str(tensor.dtype)[6:]}, not numbers of 16 bits or more"
+            )
         return tensor
 
     def _finite(self, name: str) -> Tensor:
         tensor = self._tensor(name)
         if not _all_finite(tensor):
-            raise UserError(f"{self.path}: tensor {name} holds NaN or infinity; the heads are damaged")
+            raise UserError(
+                f"{self.path}: tensor {name} holds NaN or infinity; the heads are damaged"
+            )
         return tensor
 
     def _fill(self, name: str, target: Tensor) -> None:
@@ -119,7 +147,9 @@ class _Reading:
 
     def _check_range(self, name: str, target: Tensor) -> None:
         if target.dtype == torch.float16 and not _all_finite(target):
-            raise UserError(f"{self.path}: tensor {name} holds numbers too large for float16; bfloat16 takes them")
+            raise UserError(
+                f"{self.path}: tensor {name} holds numbers too large for float16; bfloat16 takes them"
+            )
 
     def _check_shape(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
@@ -136,8 +166,12 @@ class _Reading:
         ids = self.files.get(name)
         if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 1 or not len(ids):
             raise UserError(f"{self.path}: {name} is not a list of token ids")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary or len(ids.unique()) < len(ids):
-            raise UserError(f"{self.path}: {name} names tokens twice, or beyond the backbone's {self.vocabulary}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary or len(ids.unique()) < len(
+            ids
+        ):
+            raise UserError(
+                f"{self.path}: {name} names tokens twice, or beyond the backbone's {self.vocabulary}"
+            )
         return ids.long().clone()
 
     def _fill_lm_heads(self, lm_heads: Tensor, ids: Tensor | None) -> None:
@@ -154,15 +188,21 @@ class _Reading:
         rows = self._rows(name, ids)
         if ids is not None:
             if rows not in (len(ids), self.vocabulary):
-                raise UserError(f"{self.path}: tensor {name} has {rows} rows, token_map names {len(ids)} tokens")
+                raise UserError(
+                    f"{self.path}: tensor {name} has {rows} rows, token_map names {len(ids)} tokens"
+                )
             if tell:
-                self.notices.append(f"the heads know {len(ids)} of {self.vocabulary} tokens and guess no others")
+                self.notices.append(
+                    f"the heads know {len(ids)} of {self.vocabulary} tokens and guess no others"
+                )
             kept = self._finite(name) if rows == len(ids) else self._finite(name)[ids]
         else:
             kept = self._finite(name)[: self.vocabulary]
             ids = torch.arange(len(kept))
             if tell and rows != self.vocabulary:
-                self.notices.append(f"the heads have {rows} rows for {self.vocabulary} tokens, taken for padding")
+                self.notices.append(
+                    f"the heads have {rows} rows for {self.vocabulary} tokens, taken for padding"
+                )
         if len(ids) < self.vocabulary:
             target[:] = kept.mean(0, dtype=torch.float32)
         target.index_copy_(0, ids, kept.to(target.dtype))
@@ -186,13 +226,19 @@ class _Reading:
         if ids is not None and len(ids) < self.vocabulary:
             return False
         if lm_head is None or not lm_head.is_floating_point():
-            self.notices.append(f"{name} is taken to be the backbone's LM head: they cannot be compared")
+            self.notices.append(
+                f"{name} is taken to be the backbone's LM head: they cannot be compared"
+            )
             return True
         rows = min(len(theirs), len(lm_head))
         pairs = zip(theirs[:rows].split(4096), lm_head[:rows].split(4096), strict=True)
-        same = all(torch.allclose(a.float(), b.float().cpu(), rtol=0.01, atol=1e-5) for a, b in pairs)
+        same = all(
+            torch.allclose(a.float(), b.float().cpu(), rtol=0.01, atol=1e-5) for a, b in pairs
+        )
         if not same:
-            self.notices.append(f"{name} is not the backbone's LM head, so that each head keeps a copy of it")
+            self.notices.append(
+                f"{name} is not the backbone's LM head, so that each head keeps a copy of it"
+            )
         return same
 
     def _layout(self, own: bool) -> str:
@@ -209,13 +255,21 @@ class _Reading:
         if expected and expected not in LAYOUTS:
             raise UserError(f"unknown layout {expected!r} of heads; there are {', '.join(LAYOUTS)}")
         if expected and layout not in _SAME.get(expected, (expected,)):
-            self.notices.append(f"the heads were expected in the layout {expected}, and are in {layout}")
+            self.notices.append(
+                f"the heads were expected in the layout {expected}, and are in {layout}"
+            )
         if not biases:
-            self.notices.append("the heads have no biases, which some converters drop: they may guess worse for it")
+            self.notices.append(
+                "the heads have no biases, which some converters drop: they may guess worse for it"
+            )
         if parts.replaced:
-            self.notices.append(f"tensors that training replaced ({parts.replaced} original_module) are left out")
+            self.notices.append(
+                f"tensors that training replaced ({parts.replaced} original_module) are left out"
+            )
         if parts.lora:
-            self.notices.append(f"an adapter's tensors ({parts.lora}) are left out: the heads were trained with it on")
+            self.notices.append(
+                f"an adapter's tensors ({parts.lora}) are left out: the heads were trained with it on"
+            )
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -36,9 +38,21 @@ def said_otherwise(file: Path, facts: Mapping[str, int]) -> list[str]:
     lines = []
     for what, value in said.items():
         if value != facts[what]:
-            shown = f"{value} {what}" if what in ("heads", "layers") else ("" if value else "no ") + _WORDS[what]
-            found = str(facts[what]) if what in ("heads", "layers") else "some" if facts[what] else "none"
-            lines.append(f"{file} says that there are {shown}; the tensors tell {found}, and are believed")
+            shown = (
+                f"{value} {what}"
+                if what in ("heads", "layers")
+                else ("" if value else "no ") + _WORDS[what]
+            )
+            found = (
+                str(facts[what])
+                if what in ("heads", "layers")
+                else "some"
+                if facts[what]
+                else "none"
+            )
+            lines.append(
+                f"{file} says that there are {shown}; the tensors tell {found}, and are believed"
+            )
     return lines
 
 
@@ -50,12 +64,21 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     nested = config.get("medusa") if isinstance(config.get("medusa"), dict) else {}
     keys = {
         "heads": ["medusa_num_heads", "num_medusa_heads", *(["num_heads"] if vllm else [])],
-        "layers": ["medusa_num_layers", "num_medusa_layers", *(["num_hidden_layers"] if vllm else [])],
+        "layers": [
+            "medusa_num_layers",
+            "num_medusa_layers",
+            *(["num_hidden_layers"] if vllm else []),
+        ],
         "shared": ["original_lm_head"] if vllm else [],
         "biases": ["medusa_fc_bias"] if vllm else [],
     }
     merged = {**config, **(nested or {})}
-    found = {what: merged[key] for what, names in keys.items() for key in names if merged.get(key) is not None}
+    found = {
+        what: merged[key]
+        for what, names in keys.items()
+        for key in names
+        if merged.get(key) is not None
+    }
     if str(config.get("version")) == "2" and "medusa_num_heads" in config:
         found["shared"] = True
     return found

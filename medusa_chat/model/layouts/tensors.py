@@ -48,7 +48,9 @@ class TensorFiles:
             if not is_mappable(file):
                 self._old[file] = found
             if name not in found:
-                raise UserError(f"cannot read {file}: the tensor {name} that {self.path.name} places there is missing")
+                raise UserError(
+                    f"cannot read {file}: the tensor {name} that {self.path.name} places there is missing"
+                )
             tensor = found[name]
         else:
             try:
@@ -100,30 +102,42 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 # torch stores records as they are; compressed ones could grow without bounds.
                 if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                    raise UserError(f"cannot read {path}: its records are compressed, which torch never does")
+                    raise UserError(
+                        f"cannot read {path}: its records are compressed, which torch never does"
+                    )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it calls {called[1]}" if called else "it is damaged, or not what torch writes"
-        raise UserError(f"cannot read {path}: {what}; only pickles of tensors alone are opened") from None
+        raise UserError(
+            f"cannot read {path}: {what}; only pickles of tensors alone are opened"
+        ) from None
     except UserError:
         raise
     except Exception as error:  # damaged pickles fail in many ways, in torch and in the unpickler
         raise _unreadable(path, error) from None
     if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it holds a {type(found).__name__}, not tensors by name")
+        raise UserError(
+            f"cannot read {path}: it holds a {type(found).__name__}, not tensors by name"
+        )
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"cannot read {path}: {name!r} is a {type(value).__name__}, not a tensor")
+            raise UserError(
+                f"cannot read {path}: {name!r} is a {type(value).__name__}, not a tensor"
+            )
         if value.layout is not torch.strided or value.device.type != "cpu":
-            raise UserError(f"cannot read {path}: {name!r} is a {value.layout} tensor on {value.device}: no plain one")
+            raise UserError(
+                f"cannot read {path}: {name!r} is a {value.layout} tensor on {value.device}: no plain one"
+            )
     return found
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"cannot read {path}: {error.strerror}")
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return UserError(f"cannot read {path}: {reason}; the file is damaged or not what its name says")

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medusa_chat.model.file_names import HEADS_FILE
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.hub.file_names import HEADS_FILE
 from medusa_chat.model.layouts.names import NAMINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from medusa_chat.model.heads import MedusaHeads
 
 
 def write_heads(heads: MedusaHeads, folder: Path) -> Path:
     """Write heads in the official layout as bfloat16 safetensors; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / HEADS_FILE
-    tensors = {name: t.to(torch.bfloat16).contiguous().cpu() for name, t in named_tensors(heads, "official")}
+    tensors = {
+        name: t.to(torch.bfloat16).contiguous().cpu()
+        for name, t in named_tensors(heads, "official")
+    }
     save_file(tensors, file, {"format": "pt"})
     return file
 
 
-def named_tensors(heads: MedusaHeads, naming: str, lm_head: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(
+    heads: MedusaHeads, naming: str, lm_head: Tensor | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of heads by the names of NAMINGS[naming].
 
     Args:

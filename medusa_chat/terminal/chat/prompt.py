@@ -1,0 +1,133 @@
+"""The prompt: history, completion, several lines, keys and toolbar."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import redirect_stderr
+from typing import TYPE_CHECKING
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import Application, get_app, run_in_terminal
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.patch_stdout import StdoutProxy
+from prompt_toolkit.styles import Style
+
+from medusa_chat.terminal.chat.completion import CommandCompleter
+from medusa_chat.terminal.chat.loading import FRAME_SECONDS, Loading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
+
+    from medusa_chat.terminal.chat.session import Session
+
+PROMPT = "› "
+KEYS = "Alt+Enter new line · /help"
+LEAVE_HINT = "Ctrl+D or /exit leaves"
+STYLE = Style.from_dict(
+    {"prompt": "bold", "bottom-toolbar": "noreverse dim", "bottom-toolbar.hint": "nodim bold"}
+)
+
+
+class Prompt:
+    """Reads messages. `status` gives the left side of the toolbar at each redraw."""
+
+    def __init__(
+        self, history: History, session: Callable[[], Session | None], status: Callable[[], str]
+    ) -> None:
+        self._status = status
+        self._hint = ""
+        self._prompt: PromptSession[str] = PromptSession(
+            [("class:prompt", PROMPT)],
+            multiline=True,
+            prompt_continuation=lambda width, line, wrapped: " " * width,
+            history=history,
+            completer=CommandCompleter(session),
+            complete_while_typing=True,
+            key_bindings=self._keys(),
+            bottom_toolbar=self._toolbar,
+            enable_open_in_editor=True,
+            tempfile_suffix=".md",
+            style=STYLE,
+            reserve_space_for_menu=6,
+        )
+        self._prompt.default_buffer.on_text_changed += lambda _: self._set_hint("")
+
+    def read(self, loading: Loading, when_loaded: Callable[[], None]) -> str:
+        """A message or command as the user sent it. Raises EOFError on Ctrl-D.
+
+        While `loading` is under way the toolbar moves; then `when_loaded` prints above the prompt, or a failure
+        ends the prompt with LoadFailed.
+        """
+
+        def watch() -> None:
+            app = get_app()
+            app.create_background_task(_watch(app, loading, when_loaded))
+
+        if loading.done:
+            return self._prompt.prompt()
+        # what libraries write to standard error while the model loads goes above the prompt, not into it
+        with StdoutProxy(raw=True) as above, redirect_stderr(above):
+            return self._prompt.prompt(pre_run=watch)
+
+    def _set_hint(self, hint: str) -> None:
+        self._hint = hint
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+        typing = has_focus(DEFAULT_BUFFER)  # not while searching the history
+
+        @keys.add("enter", filter=typing)
+        def send(event: KeyPressEvent) -> None:
+            event.current_buffer.validate_and_handle()
+
+        @keys.add("escape", "enter", filter=typing)
+        @keys.add("c-j", filter=typing)
+        def new_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c", filter=typing)
+        def clear(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset(append_to_history=True)
+            else:
+                self._set_hint(LEAVE_HINT)
+
+        return keys
+
+    def _toolbar(self) -> StyleAndTextTuples:
+        left = self._status()
+        if self._hint:
+            return [("", f"{left}  "), ("class:bottom-toolbar.hint", self._hint)]
+        space = get_app().output.get_size().columns - len(left) - len(KEYS)
+        return [("", left + " " * space + KEYS if space > 1 else left)]
+
+
+async def _watch(app: Application[str], loading: Loading, when_loaded: Callable[[], None]) -> None:
+    while not loading.done:
+        app.invalidate()
+        await asyncio.sleep(FRAME_SECONDS)
+    failure = loading.failure
+    if failure is None:
+        await run_in_terminal(when_loaded)
+    elif app.is_running and not app.is_done:
+        app.exit(exception=failure)
+
+
+def open_history(path: Path) -> tuple[History, str]:
+    """The history kept in `path`; where it cannot be written, one in memory and a notice."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        with path.open("ab"):
+            return FileHistory(str(path)), ""
+    except OSError as error:
+        return (
+            InMemoryHistory(),
+            f"the history of prompts is not kept: {path}: {error.strerror or error}",
+        )

@@ -1,0 +1,106 @@
+"""Tables of the figures: `/stats`, `/heads`, `/set`, `/help`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from medusa_chat.config import SAMPLING_HELP, Sampling
+from medusa_chat.terminal.panel import UNKNOWN, bar, number
+from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from medusa_chat.stats import Stats
+    from medusa_chat.terminal.chat.engine import ChatEngine
+
+GAUGE = 20
+
+FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
+    ("new tokens", lambda stats: str(stats.new_tokens)),
+    ("steps", lambda stats: str(stats.steps)),
+    ("tokens/s", lambda stats: number(stats.tokens_per_second, 1)),
+    ("vanilla tokens/s", lambda stats: number(stats.vanilla_tokens_per_second, 1)),
+    ("acceptance length", lambda stats: number(stats.acceptance_length)),
+    ("overhead", lambda stats: number(stats.overhead, 2, "×")),
+    ("speedup", lambda stats: number(stats.speedup, 2, "×")),
+)
+RESTED = "vanilla steps, as heads did not pay"
+
+
+def _table(*columns: str, right: Iterable[int] = ()) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, header_style=LABEL, border_style=LABEL, show_edge=False, pad_edge=False
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def stats_table(last: Stats, conversation: Stats, engine: ChatEngine) -> Table:
+    """All figures of the last reply beside those of the conversation."""
+    table = _table("", "this reply", "conversation", right=(1, 2))
+    for name, figure in FIGURES:
+        table.add_row(
+            name, figure(last), figure(conversation), style=STRONG if name == "speedup" else ""
+        )
+    if conversation.paused_steps:
+        table.add_row(RESTED, str(last.paused_steps), str(conversation.paused_steps))
+    mine, all_of_them = last.head_acceptance(), conversation.head_acceptance()
+    for head in all_of_them:
+        label = Text(f"accepted of {head_name(head)}", head_style(head))
+        table.add_row(label, _percent(mine.get(head)), _percent(all_of_them[head]))
+    table.add_row("prefill", f"{engine.prefilled} tokens", UNKNOWN)
+    table.add_row("prefill time", number(engine.prefill_seconds, 3, " s"), UNKNOWN)
+    return table
+
+
+def heads_table(stats: Stats) -> Table:
+    """Per head: guesses that were put to the test, and how many of them were accepted."""
+    table = _table("", "guesses", "tested", "accepted", "rate", "", right=(2, 3, 4))
+    for head, rate in stats.head_acceptance().items():
+        table.add_row(
+            Text(f"■ {head_name(head)}", head_style(head)),
+            f"token +{head}" if head > 0 else "any token",
+            str(stats.reached[head]),
+            str(stats.accepted[head]),
+            f"{rate:.1%}",
+            bar(rate, GAUGE, head),
+        )
+    return table
+
+
+def settings_table(sampling: Sampling) -> Table:
+    """All settings with their values."""
+    table = _table("setting", "value", "")
+    for name, value in asdict(sampling).items():
+        table.add_row(name, Text(shown(value), STRONG), Text(SAMPLING_HELP[name], LABEL))
+    return table
+
+
+def help_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Commands with their arguments, and what they do."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold", min_width=12)
+    table.add_column(overflow="fold", style=LABEL)
+    for usage, text in rows:
+        table.add_row(Text(usage), Text(text))
+    return table
+
+
+def shown(value: object) -> str:
+    """A setting's value as `/set` takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _percent(rate: float | None) -> str:
+    return UNKNOWN if rate is None else f"{rate:.1%}"

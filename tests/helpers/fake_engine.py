@@ -1,0 +1,209 @@
+"""An engine without a model: scripted Steps, for tests of the terminal and for looking at it.
+
+Run as a program it opens a chat: `python tests/fake_engine.py [--delay S] [--load S] [--history FILE] ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.events import Candidates, Finish, Pause, Step, Token
+from medusa_chat.terminal.theme import head_style
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+REPLY = (
+    "Once upon a time a small fox lived under the old bridge. Every morning he counted the boats, "
+    "and every evening he told the river how many he had seen."
+)
+DEPTHS = (3, 1, 4, 0, 2, 1)  # accepted guesses of the tree steps, in turn
+VANILLA_EVERY = 4
+TREE_SECONDS, VANILLA_SECONDS = 0.012, 0.010
+
+
+def coloured(steps: Iterable[Step]) -> list[tuple[str, str]]:
+    """Each visible character of the steps with the colour of its token's head."""
+    found = []
+    for step in steps:
+        for token in step.tokens:
+            colour = head_style(token.head).color
+            name = colour.get_truecolor().hex[1:] if colour else "default"
+            found += [(char, name) for char in token.text if not char.isspace()]
+    return found
+
+
+def pieces(text: str) -> list[str]:
+    """Text cut into tokens: words with the space before them, long words in two."""
+    found = []
+    for word in re.findall(r"\s*\S+|\s+", text):
+        middle = len(word) // 2 if len(word) > 7 else len(word)
+        found += [part for part in (word[:middle], word[middle:]) if part]
+    return found
+
+
+def script(
+    text: str,
+    *,
+    mode: str = "greedy",
+    heads: int = 4,
+    finish: Finish | None = "eos",
+    rest_after: int | None = None,
+) -> Iterator[Step]:
+    """The steps that decode `text`; every fourth is a vanilla probe. The heads rest after so many steps."""
+    parts = pieces(text)
+    depths = cycle(DEPTHS)
+    number = 0
+    while parts:
+        number += 1
+        resting = rest_after is not None and number > rest_after
+        paused = Pause(0.87, 60, 256 - number) if resting else None
+        vanilla = mode == "vanilla" or resting or number % VANILLA_EVERY == 0
+        count = 1 if vanilla else min(next(depths), heads) + 1
+        taken, parts = parts[:count], parts[count:]
+        tokens = tuple(Token(id=7, text=part, head=index) for index, part in enumerate(taken))
+        yield Step(
+            tokens=tokens,
+            nodes=1 if vanilla else 16,
+            seconds=VANILLA_SECONDS if vanilla else TREE_SECONDS,
+            kind="vanilla" if vanilla else "tree",
+            depth=0 if vanilla else heads,
+            finish=None if parts else finish,
+            tested=() if vanilla else tuple(range(1, min(heads, count) + 1)),
+            paused=paused,
+        )
+
+
+class FakeEngine:
+    """Implements ChatEngine. `replies` are given in turn; an exception among them is raised instead."""
+
+    def __init__(
+        self,
+        replies: Sequence[str | BaseException] = (REPLY,),
+        *,
+        delay: float = 0.0,
+        prefill: float = 0.0,
+        heads: int = 4,
+        finish: Finish | None = "eos",
+        fails_after: int | None = None,
+    ) -> None:
+        self.name = "fake"
+        self.context = 1024
+        self.heads = heads
+        self.system = "You are a helpful assistant."
+        self.copies = True
+        self.notices: list[str] = []
+        self.prefilled = 0
+        self.prefill_seconds = 0.0
+        self.prompts: list[list[Message]] = []
+        self.samplings: list[Sampling] = []
+        self.closed = 0
+        self._replies = cycle(replies)
+        self._delay, self._prefill, self._finish, self._fails_after = (
+            delay,
+            prefill,
+            finish,
+            fails_after,
+        )
+        self._tokens = 0
+        self._tree = "auto"
+
+    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
+        self.prompts.append([message for message in prompt if not isinstance(message, int)])
+        self.samplings.append(sampling)
+        reply = next(self._replies)
+        self._tokens = sum(len(message["content"].split()) for message in self.prompts[-1])
+        self.prefilled, self.prefill_seconds = len(self.prompts[-1][-1]["content"].split()), 0.25
+        try:
+            time.sleep(self._prefill)
+            if isinstance(reply, BaseException):
+                raise reply
+            for number, step in enumerate(
+                script(reply, mode=sampling.mode, heads=self.heads, finish=self._finish)
+            ):
+                if number == self._fails_after:
+                    raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+                time.sleep(self._delay)
+                self._tokens += len(step.tokens)
+                yield step
+        finally:
+            self.closed += 1
+
+    @property
+    def tokens_in_context(self) -> int:
+        return self._tokens
+
+    def candidates(self) -> Candidates | None:
+        if not self.prompts:
+            return None
+        paths = [(), (0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 1, 0)]
+        texts = (" river", " how", " that", "\n", " many", " far", "[red]", " he", "é")
+        return Candidates(paths=tuple(paths), texts=texts, accepted=(0, 1, 5, 8))
+
+    def describe_tree(self) -> str:
+        return f"{self._tree}: 9 nodes, depth 3; forecast 2.60 tokens a step"
+
+    def use_tree(self, name: str) -> None:
+        if name not in self.tree_names():
+            raise UserError(f"no tree {name!r}")
+        self._tree = name
+
+    def use_copies(self, on: bool) -> None:
+        self.copies = on
+
+    def tree_names(self) -> list[str]:
+        return ["auto", "chain", "vicuna-7b"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--prefill", type=float, default=0.0)
+    parser.add_argument("--load", type=float, default=0.0)
+    parser.add_argument("--load-error")
+    parser.add_argument("--notice")
+    parser.add_argument("--fails-after", type=int)
+    parser.add_argument("--finish", default="eos")
+    parser.add_argument("--marks", action="store_true")
+    parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
+    parser.add_argument("--transcript", type=Path)
+    parser.add_argument("--reply", action="append")
+    arguments = parser.parse_args()
+    from medusa_chat.terminal.chat.repl import chat
+
+    def load(progress: object) -> FakeEngine:
+        if arguments.load:
+            time.sleep(arguments.load / 2)
+            print("a library warns", file=sys.stderr)
+            time.sleep(arguments.load / 2)
+        if arguments.load_error:
+            raise UserError(arguments.load_error)
+        engine = FakeEngine(
+            arguments.reply or (REPLY,),
+            delay=arguments.delay,
+            prefill=arguments.prefill,
+            fails_after=arguments.fails_after,
+            finish=arguments.finish,
+        )
+        engine.notices += [arguments.notice] if arguments.notice else []
+        return engine
+
+    return chat(
+        load,
+        model="fake",
+        sampling=Sampling(),
+        marks=arguments.marks,
+        history=arguments.history,
+        transcript=arguments.transcript,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

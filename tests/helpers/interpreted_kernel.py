@@ -1,0 +1,134 @@
+"""The Triton kernel against its plain twin, in Triton's interpreter. tests/test_tree_kernel.py runs this file, in a
+process of its own: the interpreter has to be chosen before anything imports triton."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from medusa_chat.decoding.acceptance import TreeTensors
+from medusa_chat.decoding.graphs import static_step as static
+from medusa_chat.model.attention.kernel import Launch, attend
+from medusa_chat.model.attention.tree_attention import TreeMask, plain
+from tests.helpers.tiny import (
+    WINDOW,
+    make_engine,
+    prompt_ids,
+    random_backbone,
+    random_heads,
+    random_tree,
+    reply,
+)
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:divide by zero:RuntimeWarning"
+)  # a part without keys has log 0
+
+# The interpreter multiplies no bfloat16 matrices: those are for tests/test_gpu.py.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def random_mask(seed: int, nodes: int, length: int, span: int, window: int | None) -> TreeMask:
+    """A random tree behind `length` positions."""
+    tree = random_tree(seed, nodes - 1, 6, 4)
+    tensors = TreeTensors.of(tree, torch.device("cpu"))
+    return TreeMask.of(
+        tensors.ancestors,
+        tensors.depths + length,
+        torch.tensor(length),
+        span,
+        torch.float32,
+        window=window,
+    )
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    kv_heads=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 5]),
+    size=st.sampled_from([8, 16, 64, 80, 96, 128, 256]),
+    nodes=st.integers(1, 24),
+    length=st.integers(0, 330),
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    softcap=st.sampled_from([None, None, 1.5, 50.0]),
+    number=st.sampled_from(list(TOLERANCE)),
+    programs=st.sampled_from([1, 7, 24]),
+    seed=st.integers(0, 99),
+)
+@example(1, 1, 16, 128, 0, None, None, torch.float32, 1, 0)  # more rows than a tile, no text
+@example(2, 4, 128, 64, 320, 3, None, torch.float32, 16, 1)  # windows shorter than the tree is deep
+@example(
+    2, 1, 64, 1, 383, None, None, torch.float16, 64, 2
+)  # a vanilla step up to the end of the span
+@example(1, 2, 64, 9, 64, 64, None, torch.float32, 4, 3)  # text that ends where a block does
+def test_the_kernel_is_its_twin(
+    kv_heads: Any,
+    groups: Any,
+    size: Any,
+    nodes: Any,
+    length: Any,
+    window: Any,
+    softcap: Any,
+    number: Any,
+    programs: Any,
+    seed: Any,
+) -> None:
+    """Keys and values are cut out of a longer cache, and what lies behind the text is not a number."""
+    span = 384
+    mask = random_mask(seed, nodes, length, span, window)
+    rows = len(mask.ancestors)
+    generator = torch.Generator().manual_seed(seed)
+    query = (
+        torch.randn(1, rows, kv_heads * groups, size, generator=generator)
+        .to(number)
+        .transpose(1, 2)
+    )
+    cache = torch.randn(2, 1, kv_heads, span + 8, size, generator=generator).to(number)
+    key, value = cache[:, :, :, :span]
+    expected = plain(query.float(), key.float(), value.float(), mask, size**-0.5, softcap)
+    cache[:, :, :, length + rows :] = torch.nan
+    ours = attend(query, key, value, mask, size**-0.5, softcap, launch=Launch(programs))
+    assert ours.dtype == number
+    torch.testing.assert_close(
+        ours.float(), expected, rtol=TOLERANCE[number], atol=TOLERANCE[number]
+    )
+
+
+def test_the_text_ends_where_the_device_says() -> None:
+    """One mask and one launch, as in a recording, with lengths written into its buffers."""
+    mask = random_mask(0, 12, 0, 256, 100)
+    depths = mask.positions.clone()
+    query, key, value = (torch.randn(1, 4, rows, 32) for rows in (len(depths), 256, 256))
+    for length in (0, 5, 120, 256 - len(depths)):
+        mask.start.fill_(length)
+        mask.positions.copy_(depths + length)
+        expected = plain(query, key, value, mask.behind(length), 0.2)
+        torch.testing.assert_close(
+            attend(query, key, value, mask, 0.2), expected, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3-mixed", "gemma2"])
+def test_text_is_that_of_the_eager_step(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through transformers' own layers: groups, windows in some layers, softcaps, spans that the text outgrows."""
+    monkeypatch.setattr(static, "SHORTEST_SPAN", 16)
+    used = []
+
+    def counted(*arguments: Any) -> Any:
+        used.append(arguments[3].window)
+        return attend(*arguments)
+
+    backbone = random_backbone(kind)
+    backbone.attend = counted
+    heads, tree = random_heads(backbone), random_tree(3, 12, 4, 4, spine=4)
+    eager, fixed = (make_engine(backbone, heads, tree=tree, eager=eager) for eager in (True, False))
+    assert reply(eager, prompt_ids(20), max_new_tokens=30) == reply(
+        fixed, prompt_ids(20), max_new_tokens=30
+    )
+    assert set(used) == ({WINDOW} if kind == "mistral" else {None, WINDOW})

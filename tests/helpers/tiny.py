@@ -1,0 +1,249 @@
+"""The smallest real things to test the engine on: random models of a few thousand weights, heads, a tokenizer."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from medusa_chat.config import Sampling
+from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.layouts import write_heads
+from medusa_chat.model.loading import attention_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from medusa_chat.events import Step
+
+torch.set_num_threads(1)
+
+WINDOW = 12
+SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+END = 256 + SPECIAL.index("<|end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+# Grouped queries, a head_dim that is not hidden / heads, windows shorter than the texts, softcaps that bite.
+MIXED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+}
+ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama-wide-heads": (LlamaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW, "head_dim": 8}),
+    "mistral-full": (MistralConfig, {"sliding_window": None, "head_dim": 8}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2-mixed": (
+        Qwen2Config,
+        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": WINDOW},
+    ),
+    "qwen2-sliding": (
+        Qwen2Config,
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": WINDOW},
+    ),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "qwen3-mixed": (
+        Qwen3Config,
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "sliding_window": WINDOW,
+        },
+    ),
+    "phi3": (Phi3Config, {}),
+    "phi3-sliding": (Phi3Config, {"sliding_window": WINDOW}),
+    "gemma2": (
+        Gemma2Config,
+        MIXED
+        | {
+            "head_dim": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        MIXED
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 2.0,
+        },
+    ),
+}
+
+
+def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **changes: Any) -> Any:
+    """A transformers model with random weights, in float32."""
+    config_class, own = ARCHITECTURES[kind]
+    torch.manual_seed(seed)
+    config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
+    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
+    model.generation_config.eos_token_id = None
+    return model.float().eval()
+
+
+def random_backbone(
+    kind: str = "llama", vocabulary: int = 64, seed: int = 2, **changes: Any
+) -> Backbone:
+    return Backbone(random_model(kind, vocabulary, seed, **changes))
+
+
+def random_heads(
+    backbone: Backbone, heads: int = 4, layers: int = 1, own: bool = True, seed: int = 1
+) -> MedusaHeads:
+    made = MedusaHeads(heads, layers, backbone.hidden_size, backbone.vocabulary if own else None)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        parameter.data.normal_(0, 0.5, generator=generator)
+    return made.requires_grad_(False)
+
+
+class OracleHeads:
+    """Stands in for MedusaHeads: knows the reply, and puts the right token at a random rank, or nowhere.
+
+    `ranks` is the law: the rank of the truth is drawn from it, -1 means that the head misses.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        vocabulary: int,
+        text: Sequence[int],
+        ranks: Sequence[int] = (0,),
+        seed: int = 0,
+    ) -> None:
+        self.heads, self.vocabulary = heads, vocabulary
+        self.text, self.ranks, self.random = list(text), list(ranks), random.Random(seed)
+        self.engine: Engine | None = None
+
+    def logits(self, hidden: Tensor, lm_head: Any) -> Tensor:
+        assert self.engine is not None
+        rows = [
+            self._guesses(self.engine.runner.cache.length + head)
+            for head in range(1, self.heads + 1)
+        ]
+        return torch.stack(rows)[:, None]
+
+    def _guesses(self, position: int) -> Tensor:
+        order = self.random.sample(range(self.vocabulary), self.vocabulary)
+        rank = self.random.choice(self.ranks)
+        if position < len(self.text):
+            order.remove(self.text[position])
+            order.insert(rank if rank >= 0 else self.vocabulary - 1, self.text[position])
+        logits = torch.empty(self.vocabulary)
+        logits[order] = -torch.arange(self.vocabulary, dtype=torch.float32)
+        return logits
+
+
+def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Bytes 0 to 255 in the order of ByteLevel's alphabet (ids 0 to 93 are printable ASCII), then SPECIAL."""
+    alphabet = {
+        character: index
+        for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    made.chat_template = template
+    return made
+
+
+def make_engine(
+    backbone: Backbone, heads: Any = None, tree: str | Tree = "chain-2", **settings: Any
+) -> Engine:
+    """An engine that never stops at an EOS, takes no probes and copies nothing unless told."""
+    settings = {"eos": frozenset(), "probing": False, "copies": False} | settings
+    tree = "auto" if heads is None else tree
+    engine = Engine(
+        backbone, heads, settings.pop("tokenizer", None) or tokenizer(), tree=tree, **settings
+    )
+    if isinstance(heads, OracleHeads):
+        heads.engine = engine
+    return engine
+
+
+def decode(engine: Engine, prompt: Any, **settings: Any) -> list[Step]:
+    return list(engine.generate(prompt, Sampling(**settings)))
+
+
+def ids_of(steps: Sequence[Step]) -> list[int]:
+    return [token.id for step in steps for token in step.tokens]
+
+
+def reply(engine: Engine, prompt: Any, **settings: Any) -> list[int]:
+    return ids_of(decode(engine, prompt, **settings))
+
+
+def prompt_ids(length: int, vocabulary: int = 64, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(vocabulary), k=length)
+
+
+PROMPT, NEW = prompt_ids(12), 48  # of the fixture `greedy_text`, and tokens of its reply
+
+
+def random_tree(seed: int, nodes: int, depth: int, width: int, spine: int = 0) -> Tree:
+    """A random prefix-closed set of paths, with the likeliest guesses of the first `spine` heads among them."""
+    chance = random.Random(seed)
+    paths: set[tuple[int, ...]] = {(0,) * length for length in range(spine + 1)}
+    for _ in range(50 * nodes):
+        if len(paths) > nodes:
+            break
+        parent = chance.choice(sorted(path for path in paths if len(path) < depth))
+        paths.add((*parent, chance.randrange(width)))
+    return Tree.of(paths - {()}, f"random {seed}")
+
+
+def save_with_heads(folder: Path) -> Path:
+    """The folder of a model that answers in bytes and ends at an EOS, with four heads."""
+    save_model(folder, random_model("llama", 320, pad_token_id=0, eos_token_id=END))
+    write_heads(random_heads(random_backbone("llama", 320), own=False), folder)
+    return folder
+
+
+def save_model(folder: Path, model: Any, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """A folder as transformers makes it: weights, configs, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer(chat_template).save_pretrained(folder)
+    return folder
