@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import medusa_chat
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.trees.accuracy import Accuracy, grow
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import (

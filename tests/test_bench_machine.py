@@ -24,7 +24,7 @@ from medusa_chat.config import Quant, Sampling, UserError
 from medusa_chat.decoding import runner as runner_module
 from medusa_chat.decoding.graphs.capture import as_it_is
 from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.decoding.trees import costs
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.devices import (
@@ -57,7 +57,7 @@ TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr(bandwidth, "BUFFER", 2**20)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 

@@ -12,7 +12,8 @@ import torch
 
 import medusa_chat
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.trees.accuracy import Accuracy, grow
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree, chain, named_tree
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.prompts import Prompt

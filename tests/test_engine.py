@@ -407,7 +407,7 @@ def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone: Any) -> No
 def test_auto_tree_is_measured_and_says_what_it_forecasts(
     backbone: Any, greedy_text: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_chat.decoding.trees.choice.REPEATS", 1)
+    monkeypatch.setattr("medusa_chat.decoding.trees.costs.REPEATS", 1)
     accuracy = Accuracy(((0.6, 0.8), (0.4, 0.5), (0.3, 0.4)))
     engine = make_engine(backbone, random_heads(backbone, 3), "auto", accuracy=accuracy)
     assert engine.notices == []

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.bench.bandwidth import step_bytes
 from medusa_chat.config import MAX_NODES, UserError
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
-from medusa_chat.decoding.trees.choice import StepCost, fastest, kinds, measure, options
+from medusa_chat.decoding.trees.choice import StepCost, fastest, options
+from medusa_chat.decoding.trees.costs import measure
+from medusa_chat.decoding.trees.growth import kinds
 
 if TYPE_CHECKING:
     from medusa_chat.bench.plan import Tick
@@ -28,7 +30,7 @@ def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
 
 
 def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list[dict[str, Any]]:
-    """Time vanilla steps and tree steps over the ladder of tuning.measure behind each number of cached positions.
+    """Time vanilla steps and tree steps over the ladder of costs.measure behind each number of cached positions.
 
     Returns:
         for each context {"context", "vanilla_ms", "vanilla_tokens_per_second", "nodes": {n: {"ms", "overhead"}},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.decoding.acceptance import gumbel, make_warp
-from medusa_chat.decoding.trees.accuracy import dynamic_tree
+from medusa_chat.decoding.trees.growth import dynamic_tree
 from medusa_chat.decoding.trees.tree import AnyTree, Tree, chain, named_tree, paper_trees
 from medusa_chat.model.attention.tree_attention import chain_mask
 from medusa_chat.model.linear.quantization import quant_of

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.decoding.trees.accuracy import Accuracy, dynamic_tree, grow, likeliest
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
 from medusa_chat.stats import Stats
 from medusa_chat.training.confidence import Guessed, calibrated

@@ -1,4 +1,4 @@
-"""How often the heads are right: the figures of `medusa-chat calibrate` and their file. No torch."""
+"""How often the heads are right: figures of `medusa-chat calibrate` and their file. No torch."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def cost_key(runner: Runner, model: str, forecast: float) -> Key:
 
 
 def _fingerprint(module: Any) -> str:
-    """Hash a module's layers, and its weights' shapes, dtypes and quantization; not their values."""
+    """Hash a module's layers, and its weights' shapes, dtypes and quantization."""
     if not isinstance(module, nn.Module):
         return f"{type(module).__name__}"
     parts = []
