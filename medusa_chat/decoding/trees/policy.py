@@ -208,15 +208,17 @@ class Policy:
         if self._option is None:
             parts = [f"{self.tree.origin}: {size}"]
             expected = self.accuracy.forecast(self.tree) if self._calibrated else None
-            if expected is not None:
-                parts.append(f"expected {expected:.1f} tokens per step")
+            pace = ""
         else:
             parts = [f"auto: {self._option.kind}, {size}", self._source()]
-            speedup = self._option.rate * self._costs[self._option.kind].vanilla
-            expected = f"expected {self._option.length:.1f} tokens per step"
-            parts.append(f"{expected} ({_pace(speedup)})")
-        if self._pauses.stats.acceptance_length is not None:
-            parts.append(_measured(self._pauses.stats))
+            expected = self._option.length
+            pace = f" ({_pace(self._option.rate * self._costs[self._option.kind].vanilla)})"
+        if expected is not None:
+            parts.append(f"expected {expected:.1f} tokens per step{pace}")
+        got = self._pauses.stats
+        if got.acceptance_length is not None:
+            unit = " tokens per step" if expected is None else ""
+            parts.append(f"got {got.acceptance_length:.1f}{unit} ({_window(got)})")
         if self._pauses.pause:
             parts.append(str(self._pauses.pause))
         return "; ".join(parts)
@@ -228,11 +230,9 @@ class Policy:
         return source
 
 
-def _measured(stats: Stats) -> str:
-    window = f"last {stats.tree_steps} steps"
-    if stats.speedup is not None:
-        window = f"{_pace(stats.speedup)}, {window}"
-    return f"got {stats.acceptance_length:.1f} ({window})"
+def _window(stats: Stats) -> str:
+    steps = f"last {stats.tree_steps} steps"
+    return steps if stats.speedup is None else f"{_pace(stats.speedup)}, {steps}"
 
 
 def _pace(speedup: float) -> str:
