@@ -152,14 +152,14 @@ def test_a_second_engine_need_not_measure(tmp_path: Path, monkeypatch: pytest.Mo
         engine = make_engine(
             backbone, random_heads(backbone), "auto", accuracy=PUBLISHED, costs=tmp_path
         )
-        assert len(engine.tree) == 8
+        assert len(engine.trees.current) == 8
         assert len(calls) == 1
-    engine.use_tree("chain-2")
-    engine.use_tree("auto")
+    engine.trees.use("chain-2")
+    engine.trees.use("auto")
     assert len(calls) == 1
-    engine.use_tree("retune")
+    engine.trees.use("retune")
     assert len(calls) == 2
-    assert "auto: static, 8 nodes" in engine.describe_tree()
+    assert "auto: static, 8 nodes" in engine.trees.describe()
     make_engine(backbone, random_heads(backbone), "retune", accuracy=PUBLISHED, costs=tmp_path)
     assert len(calls) == 3
 
