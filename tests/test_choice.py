@@ -104,7 +104,8 @@ def test_switching_to_auto_in_a_conversation_keeps_replies_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(costs, "REPEATS", 1)
-    backbone, prompt = random_backbone(), prompt_ids(9)
+    backbone = random_backbone()
+    prompt = prompt_ids(9)
     expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=40)
     engine = make_engine(
         backbone, OracleHeads(4, 64, prompt + expected), "chain-2", accuracy=PUBLISHED

@@ -1,11 +1,11 @@
-"""Step costs on disk: measured once, anew where anything differs, and never in the way."""
+"""Step costs on disk: measured once, and anew if anything differs."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch
 import medusa_chat
 from medusa_chat.commands.flags import parser
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.trees import costs as cost_cache
+from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.choice import StepCost
 from medusa_chat.decoding.trees.costs import cached, cost_key
@@ -26,6 +26,9 @@ from tests.helpers.tiny import (
     random_model,
     save_model,
 )
+
+if TYPE_CHECKING:
+    from medusa_chat.model.heads import Heads
 
 KEY = {"device": "abacus", "positions": 256}
 COST, OTHER = StepCost(1.0, {2: 1.5, 8: 2.5}), StepCost(3.0, {4: 4.0})
@@ -112,15 +115,13 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
 
     def key(
         backbone: Backbone = backbone, heads: object = heads, capacity: int = 512, **settings: Any
-    ) -> dict:
-        return cost_key(
-            Runner(backbone, heads, capacity), **({"model": "m", "forecast": 2.34} | settings)
-        )
+    ) -> dict[str, Any]:
+        settings = {"model": "m", "forecast": 2.34} | settings
+        return cost_key(Runner(backbone, cast("Heads", heads), capacity), **settings)
 
     same = key()
-    assert same == key(
-        random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3
-    )  # weights do not matter
+    # Weights' values do not matter.
+    assert same == key(random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3)
     assert json.loads(json.dumps(same)) == same
     others = [
         key(model="n"),
@@ -136,7 +137,7 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     others.append(key())
     monkeypatch.undo()
-    monkeypatch.setattr(cost_cache, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(costs, "versions", lambda: {"torch": "0"})
     others.append(key())
     texts = [json.dumps(each, sort_keys=True) for each in (same, *others)]
     assert len(set(texts)) == len(texts)
@@ -144,9 +145,12 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_second_engine_need_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(
-        cost_cache, "measure", lambda *_, **__: calls.append(1) or StepCost(1.0, {2: 1.1, 8: 1.2})
-    )
+
+    def measured(*_: object, **__: object) -> StepCost:
+        calls.append(1)
+        return StepCost(1.0, {2: 1.1, 8: 1.2})
+
+    monkeypatch.setattr(costs, "measure", measured)
     backbone = random_backbone()
     for _ in range(2):
         engine = make_engine(
@@ -164,13 +168,39 @@ def test_a_second_engine_need_not_measure(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(calls) == 3
 
 
+def test_costs_with_copies_are_not_those_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def measured(*_: object, copied: object, **__: object) -> StepCost:
+        seen.append(copied is not None)
+        return StepCost(1.0, {2: 1.1, 8: 1.2 if copied else 9.0})
+
+    monkeypatch.setattr(costs, "measure", measured)
+    backbone = random_backbone()
+    heads = random_heads(backbone)
+    for _ in range(2):  # the second engine reads both from the disk
+        engine = make_engine(backbone, heads, "auto", copies=True, costs=tmp_path)
+        assert len(engine.trees.current) == 8
+        engine.trees.use_copies(False)
+        assert not engine.trees.copies
+        assert len(engine.trees.current) < 8
+        engine.trees.use_copies(True)
+        assert len(engine.trees.current) == 8
+        assert seen == [True, False]
+    engine.trees.use("chain-2")
+    engine.trees.use_copies(False)  # a named tree stays
+    assert engine.trees.current.origin == "chain of 2"
+
+
 def test_load_keeps_costs_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import save_file
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: StepCost(1.0, {2: 1.1, 8: 1.2}))
+    monkeypatch.setattr(costs, "measure", lambda *_, **__: StepCost(1.0, {2: 1.1, 8: 1.2}))
     folder = save_model(tmp_path / "model", random_model(vocabulary=260))
     weights = random_heads(random_backbone(vocabulary=260), 2)
     tensors = {}
@@ -182,7 +212,7 @@ def test_load_keeps_costs_in_the_users_cache(
     medusa_chat.load(str(folder))
     (file,) = (tmp_path / "cache").rglob("*.json")
     assert file.parent == Path(tmp_path / "cache" / "medusa-chat" / "step-costs")
-    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: never())
+    monkeypatch.setattr(costs, "measure", lambda *_, **__: never())
     medusa_chat.load(str(folder))
     with pytest.raises(AssertionError, match="although"):
         medusa_chat.load(str(folder), tree="retune")

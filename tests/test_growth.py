@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.config import UserError
+from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy, read_accuracy, write_accuracy
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree
@@ -68,9 +69,8 @@ def test_growth_by_hand() -> None:
     assert forecast == pytest.approx([1.0, 1.5, 1.75, 1.95, 2.05])
     published, lengths = grow(PUBLISHED, 64)
     assert len(published) == 64
-    assert lengths[-1] == pytest.approx(
-        2.35, abs=0.1
-    )  # third parties measure 2.31 to 2.39 with these heads
+    # Third parties measure 2.31 to 2.39 with these heads.
+    assert lengths[-1] == pytest.approx(2.35, abs=0.1)
 
 
 # ---- the file of accuracies ----
@@ -80,9 +80,8 @@ def test_accuracies_are_read_from_their_file(tmp_path: Path) -> None:
     file = tmp_path / "head_accuracy.json"
     assert read_accuracy(file) is None
     file.write_text(json.dumps({"accuracy": [[0.5, 0.6], [0.25, 1]], "extra": 1}))
-    assert read_accuracy(file) == Accuracy(
-        ((0.5, 0.6), (0.25, 1.0))
-    )  # as written before paths were
+    # Older versions wrote no paths.
+    assert read_accuracy(file) == Accuracy(((0.5, 0.6), (0.25, 1.0)))
     accuracy = Accuracy(((0.5, 0.6), (0.25, 1 / 3)), {(0,): 0.48, (1,): 0.1, (0, 1): 0.1})
     write_accuracy(accuracy, file, "test")
     assert read_accuracy(file) == Accuracy(((0.5, 0.6), (0.25, 0.33333)), accuracy.paths)
@@ -155,23 +154,21 @@ def test_measured_paths_come_before_the_product() -> None:
     # (0, 1) and (1, 1) were not measured: at most as frequent as the rarest that was.
     assert accuracy.frequency((0, 1)) == 0.01
     assert Accuracy(top, {(0,): 0.5}).frequency((0, 0)) == pytest.approx(0.5 * 0.4)
-    assert accuracy.forecast(Tree.of([(0,), (7,), (0, 0), (0, 0, 0)])) == pytest.approx(
-        1.9
-    )  # nobody ranked the rest
+    # The other paths were not ranked.
+    assert accuracy.forecast(Tree.of([(0,), (7,), (0, 0), (0, 0, 0)])) == pytest.approx(1.9)
     fewer = accuracy.pruned(1, 1)
     assert (fewer.top, fewer.paths) == (((0.5,),), {(0,): 0.5})
 
 
-def test_a_tree_by_name_is_forecast_where_the_heads_were_measured(
+def test_a_tree_by_name_has_a_forecast_if_the_heads_are_calibrated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(costs, "REPEATS", 1)
     backbone = random_backbone()
     accuracy = Accuracy(((0.5, 0.8), (0.4, 0.5)), {(0,): 0.5, (0, 0): 0.4})
     engine = make_engine(backbone, random_heads(backbone, 2), "chain-2", accuracy=accuracy)
-    assert engine.trees.describe() == "chain of 2: 3 nodes, depth 2; forecast 1.90 tokens a step"
+    expected = "chain of 2: 3 nodes, depth 2; expected 1.9 tokens per step"
+    assert engine.trees.describe() == expected
     engine.trees.use("auto")
-    assert (
-        f"forecast {accuracy.forecast(engine.trees.current):.2f} tokens a step"
-        in engine.trees.describe()
-    )
+    forecast = accuracy.forecast(engine.trees.current)
+    assert f"calibrated accuracies; expected {forecast:.1f} tokens per" in engine.trees.describe()
