@@ -117,7 +117,7 @@ def length(accuracy: Accuracy, nodes: int, replies: list[Ranks]) -> float:
 def typical(
     engine: Engine, accuracy: Accuracy, nodes: int, prompts: list[Prompt], max_new_tokens: int
 ) -> float:
-    engine.use_tree(grow(accuracy, nodes)[0])
+    engine.trees.use(grow(accuracy, nodes)[0])
     sampling = Sampling(mode="typical", temperature=0.7, max_new_tokens=max_new_tokens)
     stats = Stats.of(
         step

@@ -356,7 +356,7 @@ def test_a_captured_step_is_compared_with_the_eager_one(
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone))
     engine.runner = fast = TwoStepped(backbone, random_heads(backbone), 512)
-    tree = engine.tree
+    tree = engine.trees.current
     found = twin.compare_with_eager(engine, [prompt_ids(9), prompt_ids(5)])
     assert set(found) == {"greedy", "typical", "exact", "vanilla"}
     for check in found.values():
@@ -364,7 +364,7 @@ def test_a_captured_step_is_compared_with_the_eager_one(
         assert (check["agreed"] == 1) is not lies
         assert check["tokens_per_second"] > 0
     assert engine.runner is fast
-    assert engine.tree is tree
+    assert engine.trees.current is tree
 
 
 def test_agreement_ends_at_a_replys_first_difference() -> None:
@@ -376,11 +376,11 @@ def test_agreement_ends_at_a_replys_first_difference() -> None:
 def test_a_comparison_is_over_one_tree_that_no_clock_chose() -> None:
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone), "chain-2")
-    policy, tree = engine.policy, engine.tree
+    policy, tree = engine.trees.policy, engine.trees.current
     with twin.same_tree(engine):
-        assert engine.tree.origin == twin.TREE
-        assert len(engine.tree) == 32
-    assert (engine.policy, engine.tree) == (policy, tree)
+        assert engine.trees.current.origin == twin.TREE
+        assert len(engine.trees.current) == 32
+    assert (engine.trees.policy, engine.trees.current) == (policy, tree)
 
 
 def test_a_device_that_says_something_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

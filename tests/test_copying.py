@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.acceptance import greedy
+from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, GRAMS, LONGEST, PRIOR, Copied, Copies
 from medusa_chat.events import COPIED
 from medusa_chat.stats import Stats
@@ -125,14 +125,14 @@ def test_a_model_without_heads_gains_from_copies_alone(
     assert ids_of(steps) == expected
     assert {token.head for step in steps for token in step.tokens} == {0, COPIED}
     assert Stats.of(steps).acceptance_length > 3
-    assert "copies of the conversation alone" in engine.describe_tree()
+    assert "copies of the conversation alone" in engine.trees.describe()
     sampling = {"mode": "exact", "temperature": 0.8, "seed": 3, "max_new_tokens": NEW}
     drawn = reply(make_engine(backbone), prompt, **(sampling | {"mode": "vanilla"}), sample=True)
     assert reply(engine, prompt, **sampling) == drawn
-    engine.use_copies(False)
+    engine.trees.use_copies(False)
     with pytest.raises(UserError, match="no Medusa heads"):
         engine.generate(prompt, Sampling())
-    engine.use_copies(True)
+    engine.trees.use_copies(True)
     monkeypatch.setattr(
         "medusa_chat.decoding.engine.WORTHWHILE", 1 + CHAIN
     )  # no chain promises so much
@@ -148,12 +148,12 @@ def test_copies_fill_a_tree_whose_heads_know_nothing(loop_text: Any, tree: Any) 
     steps = decode(engine, text[:12], max_new_tokens=NEW)
     assert text[:12] + ids_of(steps) == text
     assert max(step.accepted for step in steps) >= 3
-    assert all(step.nodes == len(engine.tree) for step in steps)
+    assert all(step.nodes == len(engine.trees.current) for step in steps)
     copied = [token for step in steps for token in step.tokens if token.head == COPIED]
     stats = Stats.of(steps)
     assert stats.accepted[COPIED] == len(copied) > 10
     assert stats.reached[COPIED] >= stats.accepted[COPIED]
-    engine.use_copies(False)
+    engine.trees.use_copies(False)
     assert (
         Stats.of(decode(engine, text[:12], max_new_tokens=NEW)).acceptance_length
         < stats.acceptance_length / 1.5
@@ -183,10 +183,10 @@ def test_a_reply_that_is_cut_and_regenerated_copies_from_what_stayed(loop_text: 
     for _ in range(6):
         next(steps)
     steps.close()
-    kept = engine._tokens[:]
+    kept = engine.text[:]
     assert kept == text[: len(kept)]
     fresh = make_engine(backbone)
-    fresh.runner.prefill(kept, greedy)
+    fresh.runner.prefill(kept, make_rule(Sampling()))
     ours, theirs = (each.runner.cache.buffer[:, :, :, : len(kept)] for each in (engine, fresh))
     assert ours.allclose(theirs, atol=1e-4)
     other = [*text[:8], *LOOP, *LOOP]

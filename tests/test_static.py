@@ -210,7 +210,7 @@ def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> N
     first = tape.made.total()
     for tree in families()["fixed"]:
         for engine in (eager, fixed):
-            engine.use_tree(tree)
+            engine.trees.use(tree)
         for sampling in (
             *SAMPLINGS.values(),
             Sampling(mode="vanilla"),
@@ -225,7 +225,7 @@ def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> N
     decode(fixed, PROMPT, max_new_tokens=60)  # the text outgrows its span
     assert tape.kinds()["forward"] == 4
     assert tape.made.total() == first + 2
-    fixed.use_tree("chain-2")
+    fixed.trees.use("chain-2")
     decode(fixed, PROMPT, max_new_tokens=5)
     assert tape.made.total() == first + 2 + 7
 
@@ -314,8 +314,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(
         said = [list(engine.generate(PROMPT, how)) for engine in (eager, fixed)]
         assert ids_of(said[0]) == ids_of(said[1])
         assert [len(step.tokens) for step in said[0]] == [len(step.tokens) for step in said[1]]
-        fixed.use_tree(families()["fixed"][number % 3])
-        eager.use_tree(families()["fixed"][number % 3])
+        fixed.trees.use(families()["fixed"][number % 3])
+        eager.trees.use(families()["fixed"][number % 3])
     fails = fine == 0 or sort == "forward"
     assert (fixed.runner.static is None) is fails
     assert len(fixed.notices) == fails

@@ -38,7 +38,7 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
         where the model's own were never measured.
     """
     check_contexts(engine, contexts)
-    measured = engine.accuracy
+    measured = engine.trees.accuracy
     accuracy = (PUBLISHED if measured is None else measured).pruned(
         engine.heads, engine.backbone.vocabulary
     )

@@ -237,10 +237,10 @@ def check_forecast(
     """
     trees = [tree for nodes in SIZES for tree in _best(accuracy, nodes)]
     checks = []
-    engine.use_copies(False)
-    engine.use_accuracy(accuracy)
+    engine.trees.use_copies(False)
+    engine.trees.use_accuracy(accuracy)
     for number, (tree, forecast) in enumerate(trees):
-        engine.use_tree(tree)
+        engine.trees.use(tree)
         conversations: list[Stats] = []
         for prompt in prompts:
             sampling = Sampling(max_new_tokens=max_new_tokens)
