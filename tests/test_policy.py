@@ -289,23 +289,23 @@ def test_the_node_count_changes_when_the_forecast_does_and_only_then() -> None:
 @pytest.mark.parametrize("copying", [True, False])
 def test_copies_that_are_right_call_for_nodes_to_hold_them(copying: bool) -> None:
     """Heads that are never right, in a text that repeats itself."""
-    used = adapting(SLOPE, copying=copying)
+    steep = StepCost(1.0, {n: 1.0 + n / 20 for n in range(2, 65)})
+    used = adapting(steep, copying=copying)
     assert len(used.tree) <= CHAIN
     text: list[int] = []
-    for _ in range(400):
+    for _ in range(200):
         root = len(text) % 12
         choice = used.next(text, root)
-        tokens = [root] if choice.tree is VANILLA else [root, (root + 1) % 12]
-        guesses = [] if choice.tree is VANILLA else [[-9]] * 4
-        kept = tuple(Token(token, "a", head) for head, token in enumerate(tokens))
-        kind = "vanilla" if choice.tree is VANILLA else "tree"
-        seconds = 1.0 if choice.tree is VANILLA else 1.3
-        used.learn(
-            report(tokens, guesses, (tokens[-1] + 1) % 12),
-            Step(kept, len(choice.tree), seconds, kind),
-        )
+        if choice.tree is VANILLA:
+            made = Step((Token(root, "a", 0),), 1, 1.0, "vanilla")
+            taken = report([root], [], (root + 1) % 12)
+        else:
+            kept = (Token(root, "a", 0), Token((root + 1) % 12, "a", 1))
+            made = Step(kept, len(choice.tree), 1.3, "tree")
+            taken = report([token.id for token in kept], [[-9]] * 4, (root + 2) % 12)
+        used.learn(taken, made)
         assert copying or choice.copied is None
-        text += tokens
+        text += taken.tokens
     assert (len(used.tree) > CHAIN) is copying
     used.use_copies(False)
     drive(used, 2 * policy.RESHAPE, lambda _: 1)
