@@ -18,6 +18,7 @@ from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.choice import StepCost
 from medusa_chat.decoding.trees.costs import cached, cost_key
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.layouts import write_heads
 from tests.helpers.tiny import (
     OracleHeads,
     make_engine,
@@ -114,10 +115,13 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
     heads = random_heads(backbone)
 
     def key(
-        backbone: Backbone = backbone, heads: object = heads, capacity: int = 512, **settings: Any
+        backbone: Backbone = backbone,
+        heads: object = heads,
+        capacity: int = 512,
+        model: str = "m",
+        forecast: float = 2.34,
     ) -> dict[str, Any]:
-        settings = {"model": "m", "forecast": 2.34} | settings
-        return cost_key(Runner(backbone, cast("Heads", heads), capacity), **settings)
+        return cost_key(Runner(backbone, cast("Heads", heads), capacity), model, forecast)
 
     same = key()
     # Weights' values do not matter.
@@ -197,18 +201,10 @@ def test_costs_with_copies_are_not_those_without(
 def test_load_keeps_costs_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import save_file
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(costs, "measure", lambda *_, **__: StepCost(1.0, {2: 1.1, 8: 1.2}))
     folder = save_model(tmp_path / "model", random_model(vocabulary=260))
-    weights = random_heads(random_backbone(vocabulary=260), 2)
-    tensors = {}
-    for head in range(2):
-        tensors[f"{head}.0.linear.weight"] = weights.weight[0, head].contiguous()
-        tensors[f"{head}.0.linear.bias"] = weights.bias[0, head].contiguous()
-        tensors[f"{head}.1.weight"] = weights.lm_heads[head].contiguous()
-    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    write_heads(random_heads(random_backbone(vocabulary=260), 2), folder)
     medusa_chat.load(str(folder))
     (file,) = (tmp_path / "cache").rglob("*.json")
     assert file.parent == Path(tmp_path / "cache" / "medusa-chat" / "step-costs")

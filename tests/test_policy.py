@@ -105,10 +105,12 @@ def test_counts_stay_finite_over_a_long_conversation(monkeypatch: pytest.MonkeyP
     assert learned.frequency((0,)) == pytest.approx((4 + prior * chance) / (4 + prior))
 
 
-def test_guesses_are_compared_with_the_tokens_that_followed() -> None:
+def test_guesses_are_compared_with_the_tokens_that_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     used = GuessTracker(OnlineAccuracy(PUBLISHED.pruned(3, 5)))
     counted: list[Sequence[int]] = []
-    used.accuracy.add = counted.append  # type: ignore[method-assign]
+    monkeypatch.setattr(used.accuracy, "add", counted.append)
     used.begin()
     # Two tokens stay: the second is head 1's first guess.
     used.observe([10, 11], [[11, 1], [12, 2], [3, 13]])
@@ -141,14 +143,14 @@ def recorded(engine: Engine) -> list[tuple[int, list[list[int]]]]:
     return steps
 
 
-def test_a_conversation_is_counted_as_its_text_says() -> None:
+def test_a_conversation_is_counted_as_its_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies that end, one that is interrupted, and one that is partly kept and regenerated."""
     backbone = random_backbone()
     text = PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=120)
     heads = OracleHeads(3, 64, text, (0, 1, 4, -1))
     engine = make_engine(backbone, heads, "mc_sim_7b_63", probing=True)
     counted: list[Sequence[int]] = []
-    engine.trees.policy.accuracy.add = counted.append  # type: ignore[method-assign]
+    monkeypatch.setattr(engine.trees.policy.accuracy, "add", counted.append)
     steps = recorded(engine)
     expected: list[list[int]] = []
 

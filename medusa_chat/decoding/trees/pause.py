@@ -30,7 +30,7 @@ def speedup_bound(stats: Stats) -> float:
     if steps < LEAST_STEPS or probes < LEAST_PROBES:
         return inf
     # Steps that were all alike might have held one more accepted guess.
-    length_error = ((pvariance(stats.lengths) + 1 / steps) / steps) ** 0.5
+    length_error: float = ((pvariance(stats.lengths) + 1 / steps) / steps) ** 0.5
     overhead = median(stats.overheads)
     # The median absolute deviation ignores a step that another program held up.
     deviation = 1.4826 * median(abs(ratio - overhead) for ratio in stats.overheads)

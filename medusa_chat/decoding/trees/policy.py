@@ -52,6 +52,7 @@ class Policy:
     Attributes:
         tree: the tree in use.
         copying: propose copied text too.
+        copies: the text that is copied from, and how often copies were right.
         accuracy: the heads' accuracies, updated by this conversation.
     """
 
@@ -68,7 +69,7 @@ class Policy:
         """
         self.tree: AnyTree = VANILLA
         self.copying = copying
-        self._copies = Copies()
+        self.copies = Copies()
         self._copied: Copied | None = None  # of the last choice
         self._pauses = PauseRule(probing=probing)
         self._costs: Mapping[str, StepCost] = {}  # by kind of tree
@@ -123,7 +124,7 @@ class Policy:
 
     def rewind(self, length: int) -> None:
         """Cut the text that copies are taken from to its first `length` tokens."""
-        self._copies.rewind(length)
+        self.copies.rewind(length)
 
     def next(self, text: Sequence[int], root: int) -> Choice:
         """Choose what the next step verifies.
@@ -137,8 +138,8 @@ class Policy:
         if tree is VANILLA:
             return Choice(VANILLA, pause=None if self._vanilla else self._pauses.pause)
         if self.copying:
-            self._copies.extend([*text[len(self._copies) :], root])
-            self._copied = self._copies.propose()
+            self.copies.extend([*text[len(self.copies) :], root])
+            self._copied = self.copies.propose()
         if tree is COPIES_ALONE and (not self._copied or self._copied.promise < LEAST_PROMISE):
             return Choice(VANILLA)
         return Choice(tree, self._copied)
@@ -151,7 +152,7 @@ class Policy:
             step: the tokens that the reply kept, and the time that the step took.
         """
         if self._copied:
-            self._copies.learn(self._copied, [*report.tokens[1:], report.next])
+            self.copies.learn(self._copied, [*report.tokens[1:], report.next])
         kept = [token.id for token in step.tokens[: step.settled]]
         self._tracker.observe(kept, report.guesses, self._copied)
         if not self._vanilla:

@@ -39,7 +39,7 @@ class Tree:
             UserError: a path is listed twice, lacks its prefix, or is no list of ranks from 0.
         """
         listed = [tuple(path) for path in paths]
-        nodes = {()}
+        nodes: set[NodePath] = {()}
         for path in listed:
             if not all(type(rank) is int and rank >= 0 for rank in path):
                 raise UserError(
