@@ -49,7 +49,7 @@ def test_the_fastest_tree_has_the_most_tokens_per_second(
         max(forecast[n - 1] / cost.seconds(n) for n in range(2, len(whole) + 1))
     )
     assert best.length == pytest.approx(accuracy.forecast(grow(accuracy, best.nodes)[0]))
-    assert best.seconds == pytest.approx(0.5 * cost.overhead(best.nodes))
+    assert best.seconds == cost.seconds(best.nodes)
 
 
 def test_a_steep_cost_makes_the_tree_small_and_a_flat_one_large() -> None:
@@ -69,9 +69,9 @@ def test_the_fastest_of_several_kinds() -> None:
 
 def test_step_cost_is_interpolated_between_measured_counts() -> None:
     cost = StepCost(0.5, {4: 2.0, 2: 1.0, 8: 2.0})
-    assert [cost.overhead(n) for n in (2, 3, 4, 6, 8)] == [2.0, 3.0, 4.0, 4.0, 4.0]
-    assert StepCost(0.5, {2: 1.0}).overhead(2) == 2.0
-    assert StepCost(0.5, {8: 1.0, 32: 2.0}).overhead(3) == 2.0  # no cheaper than was measured
+    assert [cost.seconds(n) for n in (2, 3, 4, 6, 8)] == [1.0, 1.5, 2.0, 2.0, 2.0]
+    assert StepCost(0.5, {2: 1.0}).seconds(2) == 1.0
+    assert StepCost(0.5, {8: 1.0, 32: 2.0}).seconds(3) == 1.0  # no cheaper than was measured
     assert (cost.seconds(9), cost.most) == (2.0, 8)
 
 

@@ -46,8 +46,8 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
     for done, context in enumerate(contexts, 1):
         engine.forget()
         costs = {
-            kind: measure(engine.runner, accuracy, tree_of=tree_of, length=context, budget=inf)
-            for kind, tree_of in kinds(accuracy).items()
+            kind: measure(engine.runner, accuracy, kind, length=context, budget=inf)
+            for kind in kinds(accuracy)
         }
         best = fastest(options(accuracy, costs))
         vanilla = costs[best.kind].vanilla

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 from medusa_chat.decoding.trees.growth import likeliest
@@ -20,8 +20,8 @@ class StepCost:
     """Measured seconds of a step.
 
     Attributes:
-        vanilla: of a vanilla step.
-        by_nodes: of a tree step, by its nodes.
+        vanilla: seconds of a vanilla step.
+        by_nodes: seconds of a tree step by its nodes.
     """
 
     vanilla: float
@@ -41,18 +41,13 @@ class StepCost:
         share = (nodes - low) / (high - low) if high > low else 1.0
         return self.by_nodes[low] * (1 - share) + self.by_nodes[high] * share
 
-    def overhead(self, nodes: int) -> float:
-        """Cost of a tree step relative to a vanilla step."""
-        return self.seconds(nodes) / self.vanilla
-
 
 @dataclass(frozen=True)
 class Option:
     """A tree to choose from.
 
     Attributes:
-        kind: dynamic, with nodes chosen at each step; or static, with the same nodes at each.
-        nodes: how many it has.
+        kind: dynamic, if its nodes are chosen at each step; or static.
         length: forecast acceptance length.
         seconds: measured cost of a step.
     """
@@ -73,13 +68,10 @@ def fastest(options: Iterable[Option]) -> Option:
     return max(options, key=lambda option: option.rate)
 
 
-def no_gain(nodes: int) -> float:  # noqa: ARG001
-    """Gain of copies for a tree of `nodes` nodes, if none is known."""
-    return 0.0
-
-
 def options(
-    accuracy: Frequencies, costs: Mapping[str, StepCost], gain: Callable[[int], float] = no_gain
+    accuracy: Frequencies,
+    costs: Mapping[str, StepCost],
+    gain: Callable[[int], float] = lambda _: 0.0,
 ) -> list[Option]:
     """List the best tree of every kind and node count whose steps were timed.
 
@@ -100,7 +92,7 @@ def static_lengths(accuracy: Frequencies, most: int) -> dict[int, float]:
     """Forecast acceptance length of the best static tree of 2 to `most` nodes."""
     found = likeliest(accuracy.frequency, accuracy.widths, most - 1)
     lengths = accumulate((frequency for _, frequency in found), initial=1.0)
-    return {nodes: length for nodes, length in enumerate(lengths, 1) if nodes > 1}
+    return dict(islice(enumerate(lengths, 1), 1, None))
 
 
 def dynamic_lengths(accuracy: Frequencies, most: int) -> dict[int, float]:

@@ -17,7 +17,7 @@ from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.trees.choice import StepCost
-from medusa_chat.decoding.trees.growth import grow, kinds
+from medusa_chat.decoding.trees.growth import grow, kinds, tree_of
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.files import write_json
 from medusa_chat.machine.devices import device_name, versions
@@ -55,15 +55,12 @@ def step_costs(
     """
     copied = Copied((0,) * CHAIN, (-1.0,) * CHAIN, 1) if copies else None
     forecast = grow(accuracy, max(LADDER))[1][-1]
-    return {
-        kind: cached(
-            folder,
-            cost_key(runner, model, forecast) | {"kind": kind, "copies": copies},
-            partial(measure, runner, accuracy, tree_of=tree_of, copied=copied),
-            anew=anew,
-        )
-        for kind, tree_of in kinds(accuracy).items()
-    }
+    key = cost_key(runner, model, forecast) | {"copies": copies}
+    found = {}
+    for kind in kinds(accuracy):
+        timed = partial(measure, runner, accuracy, kind, copied=copied)
+        found[kind] = cached(folder, key | {"kind": kind}, timed, anew=anew)
+    return found
 
 
 # ---- measuring ----
@@ -72,8 +69,8 @@ def step_costs(
 def measure(
     runner: Runner,
     accuracy: Accuracy,
+    kind: str = "static",
     *,
-    tree_of: Callable[[int], AnyTree] | None = None,
     copied: Copied | None = None,
     length: int = TIMED_LENGTH,
     budget: float = BUDGET,
@@ -88,16 +85,17 @@ def measure(
     Args:
         runner: takes the steps.
         accuracy: how often the heads are right.
-        tree_of: makes the tree of n nodes; by default the best static one.
+        kind: of the trees.
         copied: copies that compete with the guesses; None without copies.
         length: cached positions of the steps that are timed, if the model has as many.
         budget: seconds; infinite for every count of the ladder, REPEATS times.
         clock: seconds, to measure by.
     """
     forecast = grow(accuracy, max(LADDER))[1]
-    tree_of = tree_of or kinds(accuracy)["static"]
-    ladder = list(dict.fromkeys(min(nodes, len(forecast)) for nodes in LADDER))
-    trees: dict[int, AnyTree] = {1: Tree(), **{nodes: tree_of(nodes) for nodes in ladder}}
+    trees: dict[int, AnyTree] = {1: Tree()}
+    for nodes in LADDER:
+        most = min(nodes, len(forecast))
+        trees[most] = tree_of(kind, accuracy, most)
     times = _Times(forecast, {nodes: [] for nodes in trees})
     length = timed_length(runner, length)
     rule = make_rule(Sampling())

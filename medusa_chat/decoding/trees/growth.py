@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -23,13 +22,8 @@ def likeliest(
 ) -> list[tuple[NodePath, float]]:
     """Find the `count` most frequent paths and their frequencies, most frequent first.
 
-    No path may be more frequent than its prefix. So the paths form a tree, and no tree of as many
-    has a larger sum.
-
-    Args:
-        frequency: of a path.
-        widths: widths[k]: ranks of head k + 1.
-        count: paths to find, if there are as many.
+    `widths[k]` is the number of ranks of head k + 1. No path may be more frequent than its prefix.
+    So the paths form a tree, and no tree of as many has a larger sum.
     """
     found: list[tuple[NodePath, float]] = []
     frontier: list[tuple[float, NodePath]] = []
@@ -63,15 +57,14 @@ def dynamic_tree(accuracy: Frequencies, nodes: int) -> DynamicTree:
     return DynamicTree(superset, min(nodes, len(superset)))
 
 
-def kinds(accuracy: Accuracy) -> dict[str, Callable[[int], AnyTree]]:
-    """A function for each kind of tree worth timing, which makes one of n nodes.
+def kinds(accuracy: Accuracy) -> list[str]:
+    """Kinds of trees worth timing: dynamic ones only if their acceptance length was measured."""
+    return ["static", "dynamic"] if accuracy.dynamic else ["static"]
 
-    Dynamic trees are among them only if their acceptance length was measured.
-    """
-    found: dict[str, Callable[[int], AnyTree]] = {"static": lambda nodes: grow(accuracy, nodes)[0]}
-    if accuracy.dynamic:
-        found["dynamic"] = partial(dynamic_tree, accuracy)
-    return found
+
+def tree_of(kind: str, accuracy: Frequencies, nodes: int) -> AnyTree:
+    """The best tree of a kind with up to `nodes` nodes."""
+    return dynamic_tree(accuracy, nodes) if kind == "dynamic" else grow(accuracy, nodes)[0]
 
 
 def shaped_tree(name: str, accuracy: Accuracy) -> AnyTree:
@@ -85,6 +78,5 @@ def shaped_tree(name: str, accuracy: Accuracy) -> AnyTree:
         return named_tree(name)
     if not 1 < int(count) <= SUPERSET:
         raise UserError(f"{kind}-N has 2 to {SUPERSET} nodes, not {count}")
-    if kind == "dynamic":
-        return dynamic_tree(accuracy, int(count))
-    return Tree(grow(accuracy, int(count))[0].paths, name)
+    tree = tree_of(kind, accuracy, int(count))
+    return Tree(tree.paths, name) if isinstance(tree, Tree) else tree

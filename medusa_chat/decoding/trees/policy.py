@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.decoding.draft.copies import CHAIN, Copied, Copies
 from medusa_chat.decoding.trees.choice import Option, StepCost, fastest, options
-from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
+from medusa_chat.decoding.trees.growth import grow, likeliest, tree_of
 from medusa_chat.decoding.trees.pause import PauseRule
 from medusa_chat.decoding.trees.tracker import GuessTracker, OnlineAccuracy
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
@@ -185,11 +185,6 @@ class Policy:
     def _options(self) -> list[Option]:
         return options(self.accuracy, self._costs, self._tracker.gain.of)
 
-    def _grown(self, option: Option) -> AnyTree:
-        if option.kind == "dynamic":
-            return dynamic_tree(self.accuracy, option.nodes)
-        return grow(self.accuracy, option.nodes)[0]
-
     def _in_use(self, option: Option) -> bool:
         used = self._option
         return used is not None and (used.kind, used.nodes) == (option.kind, option.nodes)
@@ -198,7 +193,7 @@ class Policy:
         if not self._in_use(option):
             self._pauses.restart()
         self._option = option
-        self.tree = self._grown(option)
+        self.tree = tree_of(option.kind, self.accuracy, option.nodes)
         most = max(cost.most for cost in self._costs.values())
         paths = likeliest(self.accuracy.frequency, self.accuracy.widths, most - 1)
         self._tracker.gain.set_paths(paths)
