@@ -76,7 +76,9 @@ def test_costs_are_kept_under_their_key(tmp_path: Path) -> None:
         {"key": {"device": "another"}},
     ],
 )
-def test_a_damaged_file_is_measured_anew_and_mended(damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_file_is_measured_anew_and_mended(
+    damage: str | dict[str, Any], tmp_path: Path
+) -> None:
     cached(tmp_path, KEY, lambda: COST)
     (file,) = tmp_path.iterdir()
     whole = json.loads(file.read_text())

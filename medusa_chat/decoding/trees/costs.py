@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,7 @@ def measure(
         clock: seconds, to measure by.
     """
     forecast = grow(accuracy, max(LADDER))[1]
-    trees: dict[int, AnyTree] = {1: Tree()}
-    for nodes in LADDER:
-        most = min(nodes, len(forecast))
-        trees[most] = tree_of(kind, accuracy, most)
+    trees = _ladder(kind, accuracy, len(forecast))
     times = _Times(forecast, {nodes: [] for nodes in trees})
     length = timed_length(runner, length)
     rule = make_rule(Sampling())
@@ -112,15 +110,23 @@ def measure(
         runner.cache.fill(length)
         # The first vanilla step pays for more than itself, so a slow model takes two at once.
         times.add(1, step_seconds)
-        for turn in range(REPEATS + 1):
-            for nodes in trees:
-                if clock() - started > budget and times.enough(turn):
-                    return times.cost()
-                if budget == inf or times.may_win(nodes):
-                    times.add(nodes, step_seconds)
+        for turn, nodes in product(range(REPEATS + 1), trees):
+            if clock() - started > budget and times.enough(turn):
+                break
+            if budget == inf or times.may_win(nodes):
+                times.add(nodes, step_seconds)
         return times.cost()
     finally:
         runner.cache.rewind(0)
+
+
+def _ladder(kind: str, accuracy: Accuracy, most: int) -> dict[int, AnyTree]:
+    """Trees to time by their nodes, in the order of the ladder; 1 node is a vanilla step."""
+    trees: dict[int, AnyTree] = {1: Tree()}
+    for wanted in LADDER:
+        nodes = min(wanted, most)
+        trees[nodes] = tree_of(kind, accuracy, nodes)
+    return trees
 
 
 def timed_length(runner: Runner, length: int = TIMED_LENGTH) -> int:
