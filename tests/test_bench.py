@@ -20,7 +20,8 @@ from medusa_chat.bench.replies import PEERS, Run, Turn, converse, fitting, ways_
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.runner import Outcome, Runner
+from medusa_chat.decoding.report import StepReport
+from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
@@ -242,13 +243,13 @@ def test_a_stopwatch_gives_each_part_the_time_since_the_mark_before(
 
 
 def test_the_runner_marks_its_parts_in_order_and_only_while_watched(engine: Engine) -> None:
-    before = engine.runner.mark
+    before = engine.runner.eager.mark
     with watching(engine.runner) as stopwatch:
         list(engine.generate([1, 2, 3], Sampling(max_new_tokens=5, ignore_eos=True)))
     parts = [part for part, _ in stopwatch._marks]
     assert parts[:5] == ["begin", "heads", "forward", "acceptance", "commit"]
     assert len(parts) % 5 == 0
-    assert engine.runner.mark is before
+    assert engine.runner.eager.mark is before
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
@@ -435,10 +436,10 @@ def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 
     def lying(
         self: Runner, root: int, tree: object, rule: object, copied: object = None
-    ) -> Outcome:
-        outcome = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
+    ) -> StepReport:
+        result = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
         wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
-        return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
+        return replace(result, next=(result.next + 1) % 256) if wrong else result
 
     monkeypatch.setattr(Runner, "step", lying)
     checks = {

@@ -328,15 +328,15 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
         heard = zip(lines, likeliest.values.tolist(), strict=True)
         said = [[min(0.0, scale * value + shift) for value in row] for (scale, shift), row in heard]
         copied = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2) if step % 2 else None
-        outcome = runner.step(root, DynamicTree(superset, 12), rule, copied)
+        report = runner.step(root, DynamicTree(superset, 12), rule, copied)
         chain = (list(copied.tokens), list(copied.log_p)) if copied else ([], [])
         expected = chosen_by_heap(superset, 12, guesses, said, *chain)
-        assert set(outcome.paths) == {path for _, _, path in expected}
-        assert [row[: superset.width] for row in outcome.guesses] == guesses
-        assert outcome.candidates[0] == root
-        seen.add(outcome.paths)
-        text += [outcome.candidates[row] for row in outcome.rows]
-        root = outcome.next
+        assert set(report.paths) == {path for _, _, path in expected}
+        assert [row[: superset.width] for row in report.guesses] == guesses
+        assert report.candidates[0] == root
+        seen.add(report.paths)
+        text += [report.candidates[row] for row in report.rows]
+        root = report.next
         assert text == PROMPT + text[12:]
         assert runner.cache.length == len(text)
     assert len(seen) > 5

@@ -377,13 +377,13 @@ def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone
         with torch.inference_mode():
             hidden = backbone.hidden_of_text(torch.tensor(text))[-1:]
             guesses = heads.logits(hidden, backbone.lm_head)[:, 0].topk(5).indices.tolist()
-        outcome = runner.step(root, tree, rule)
-        assert outcome.candidates == [
+        report = runner.step(root, tree, rule)
+        assert report.candidates == [
             root,
             *(guesses[len(path) - 1][path[-1]] for path in tree.paths[1:]),
         ]
-        text += [outcome.candidates[row] for row in outcome.rows]
-        root = outcome.next
+        text += [report.candidates[row] for row in report.rows]
+        root = report.next
 
 
 def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone: Any) -> None:
