@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, sqrt
 from statistics import fmean, median, pvariance
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,11 @@ def speedup_bound(stats: Stats) -> float:
     if steps < LEAST_STEPS or probes < LEAST_PROBES:
         return inf
     # Steps that were all alike might have held one more accepted guess.
-    length_error: float = ((pvariance(stats.lengths) + 1 / steps) / steps) ** 0.5
+    length_error = sqrt((pvariance(stats.lengths) + 1 / steps) / steps)
     overhead = median(stats.overheads)
     # The median absolute deviation ignores a step that another program held up.
     deviation = 1.4826 * median(abs(ratio - overhead) for ratio in stats.overheads)
-    overhead_error = 1.2533 * max(deviation, SPREAD * overhead) / probes**0.5
+    overhead_error = 1.2533 * max(deviation, SPREAD * overhead) / sqrt(probes)
     least_overhead = overhead - ERRORS * overhead_error
     if least_overhead <= 0:
         return inf
