@@ -405,7 +405,7 @@ def test_without_matplotlib_plot_is_refused_in_one_line(
 
 
 def test_measured_heads_are_not_called_simulated(engine: Engine) -> None:
-    engine._accuracy = Accuracy(((0.5, 0.6), (0.3, 0.4)))
+    engine.trees.accuracy = Accuracy(((0.5, 0.6), (0.3, 0.4)))
     plan = Plan(PROMPTS[:1], ["greedy"], Sampling(max_new_tokens=4), 1, contexts=(16,))
     told = bench(engine, plan, silent) | {"load_seconds": 1.0, "device": "d"}
     assert told["steps"][0]["tree"]["simulated"] is None

@@ -337,15 +337,13 @@ class TwoStepped(Runner):
 
     def __init__(self, *arguments: Any, eager: bool = False) -> None:
         super().__init__(*arguments)
-        self.eager = eager
+        self.honest = eager or not self.lies
 
     def step(self, *arguments: Any) -> StepReport:
         report = super().step(*arguments)
-        return (
-            report
-            if self.eager or not self.lies
-            else replace(report, next=(report.next + 1) % 64)
-        )
+        if self.honest:
+            return report
+        return replace(report, next=(report.next + 1) % 64)
 
 
 @pytest.mark.parametrize("lies", [False, True])
