@@ -32,7 +32,7 @@ from torch.nn import functional
 import medusa_chat
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import engine as engine_module
-from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
+from medusa_chat.decoding.acceptance import Numbers, Rule, TreeTensors, Verdict, greedy
 from medusa_chat.machine.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
@@ -150,16 +150,23 @@ def edited(text: str) -> str:
     )
 
 
-def following(text: list[int]) -> Rule:
-    """A rule that accepts what a given text says, whatever the backbone thinks of it."""
-    known = torch.tensor(text + [0] * 64)
+@dataclass(frozen=True)
+class Following(Rule):
+    """A rule that accepts a given text, whatever the backbone thinks of it."""
 
-    def rule(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
-        places = (tree.depths + position + 1).clamp(max=len(known) - 1)
-        said = functional.one_hot(known.to(logits.device)[places], logits.shape[-1])
-        return greedy(said, candidates, tree, position)
+    text: Tensor
 
-    return rule
+    def __call__(
+        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
+    ) -> Verdict:
+        """Accept the candidates that are the text's tokens."""
+        places = (tree.depths + position + 1).clamp(max=len(self.text) - 1)
+        wanted = functional.one_hot(self.text.to(logits.device)[places], logits.shape[-1])
+        return greedy(wanted, candidates, tree)
+
+
+def following(text: list[int]) -> Following:
+    return Following("greedy", Numbers.of(Sampling()), torch.tensor(text + [0] * 64))
 
 
 def answered(engine: Engine, task: Task, mode: str, max_new_tokens: int) -> Stats:
@@ -186,8 +193,8 @@ def measure(
     for task in [*tasks] * rounds:
         totals.setdefault("vanilla", []).append(answered(engine, task, "vanilla", max_new_tokens))
         for tree, copies in WAYS:
-            engine.use_tree(tree)
-            engine.use_copies(copies)
+            engine.trees.use(tree)
+            engine.trees.use_copies(copies)
             name = f"{tree} copies" if copies else tree
             totals.setdefault(name, []).append(answered(engine, task, "greedy", max_new_tokens))
     vanilla = pace(totals.pop("vanilla"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.config import ModelSpec, Sampling, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, Sampling, UserError
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
@@ -79,15 +79,17 @@ def load(
         loaded.backbone,
         loaded.heads,
         loaded.tokenizer,
+        LoadOptions(
+            tree=spec.tree if tree == "auto" else tree,
+            context=context,
+            probing=probing,
+            copies=copies,
+            eager=eager,
+        ),
         name=spec.name,
         system=spec.system,
-        context=context,
-        tree=spec.tree if tree == "auto" else tree,
-        probing=probing,
-        copies=copies,
         template=loaded.template,
         costs=user_cache_path("medusa-chat") / "step-costs",
-        eager=eager,
         accuracy=read_accuracy(loaded.accuracy) if loaded.accuracy and measured else None,
     )
     engine.notices[:0] = loaded.notices

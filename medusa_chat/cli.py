@@ -280,7 +280,8 @@ def _distill(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from medusa_chat.decoding.trees.accuracy import grow, write_accuracy
+    from medusa_chat.decoding.trees.accuracy import write_accuracy
+    from medusa_chat.decoding.trees.growth import grow
     from medusa_chat.hub.fetch import accuracy_file
     from medusa_chat.hub.model_list import resolve_model
     from medusa_chat.prompts import read_prompts

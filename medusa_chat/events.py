@@ -1,13 +1,11 @@
-"""Step, TrainStep: all that leaves the engine and the trainer. No torch here; stats.py adds it up."""
+"""Step and TrainStep: the events that leave the engine and the trainer. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-COPIED = (
-    -1
-)  # Token.head of a token that was copied from earlier text, and its place in a path of head ranks
+COPIED = -1  # in Token.head and in a path of head ranks: copied from earlier text
 
 Finish = Literal["eos", "length", "stop", "context"]
 
@@ -17,8 +15,8 @@ class Token:
     """One token of a reply.
 
     Attributes:
-        text: what it adds to the visible text; empty while a character or a stop string is incomplete.
-        head: who proposed it: 0 the backbone's LM head, k Medusa head k, COPIED earlier text.
+        text: visible text that it adds; empty while a character or a stop string is incomplete.
+        head: its proposer: 0 is the backbone's LM head, k is Medusa head k, COPIED earlier text.
     """
 
     id: int
@@ -28,11 +26,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Pause:
-    """Why a mode with heads decodes vanilla for now: they did not pay.
+    """Why the heads are not in use: they made decoding slower than vanilla.
 
     Attributes:
-        speedup: what was measured over the last `steps` tree steps.
-        retry_in: tokens until the heads are tried again.
+        speedup: as measured over the last `steps` tree steps.
+        retry_in: tokens until the heads are used again.
     """
 
     speedup: float
@@ -40,27 +38,25 @@ class Pause:
     retry_in: int
 
     def __str__(self) -> str:
-        return (
-            f"heads do not pay here: {self.speedup:.2f}x over the last {self.steps} steps; decoding vanilla,"
-            f" trying again in {self.retry_in} tokens"
-        )
+        return f"heads are slower here ({self.speedup:.2f}x): off for {self.retry_in} tokens"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward of the backbone and the tokens that it settled.
+    """One forward of the backbone, and the tokens that it added to the reply.
 
-    The first token is the root, which the backbone itself chose one forward earlier; the others are accepted
-    guesses. A last token with head 0 behind the root closes the reply and needed no forward of its own.
+    The first token is the root, which the backbone chose one forward earlier; the others are
+    accepted guesses. A second token with head 0 comes last: it closes the reply and needed no
+    forward of its own.
 
     Attributes:
-        nodes: rows of the forward, the root included; 0 if the step needed no forward at all.
-        seconds: time inside the engine, without that of its consumer and without prefill.
-        depth: depth of the tree that was verified (0 for a vanilla step).
+        nodes: rows of the forward, the root included; 0 if the step needed no forward.
+        seconds: time inside the engine, without prefill and without the consumer's time.
+        depth: depth of the verified tree; 0 for a vanilla step.
         finish: why the reply ended with this step, else None.
-        tested: the heads, or COPIED, whose guesses were put to the test: they stood behind a token of this step. A head
-            is in it once, COPIED once for every depth.
-        paused: set on a vanilla step that would have been a tree step if the heads paid.
+        tested: the proposers of the guesses that followed a token of this step. A head is in it
+            once, COPIED once for every depth.
+        paused: why this is a vanilla step, if the heads are paused.
     """
 
     tokens: tuple[Token, ...]
@@ -74,6 +70,7 @@ class Step:
 
     @property
     def text(self) -> str:
+        """Visible text that the step adds."""
         return "".join(token.text for token in self.tokens)
 
     @property
@@ -84,7 +81,7 @@ class Step:
 
     @property
     def accepted(self) -> int:
-        """Accepted guesses: the depth reached in the tree."""
+        """Accepted guesses: the depth of the accepted path."""
         return max(self.settled - 1, 0)
 
     def as_json(self) -> dict[str, Any]:
@@ -93,7 +90,7 @@ class Step:
 
 
 def proposer(path: tuple[int, ...]) -> int:
-    """Who made the last guess of a candidate's path, as Token.head says it."""
+    """The proposer of a path's last guess, as in Token.head."""
     return COPIED if path and path[-1] == COPIED else len(path)
 
 
@@ -102,9 +99,9 @@ class Candidates:
     """The candidate tree of a step, as `/tree` draws it.
 
     Attributes:
-        paths: node i's path of head ranks, COPIED for a copied guess; the root's is empty.
-        texts: node i's token as text.
-        accepted: rows on the accepted path, root first.
+        paths: each node's path of head ranks, COPIED for a copied guess; the root's is empty.
+        texts: each node's token as text.
+        accepted: rows of the accepted path, root first.
     """
 
     paths: tuple[tuple[int, ...], ...]
@@ -114,14 +111,17 @@ class Candidates:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Progress of training: means over the steps since the one before.
+    """Progress of training: means over the steps since the last event.
 
     Attributes:
-        loss: what is minimized; backbone_loss: its part for the backbone, None while that is frozen.
-        head_loss, top1, top5: per head its cross entropy, and how often its likeliest guess, and one of its five
-            likeliest, is right.
+        loss: the minimized loss.
+        backbone_loss: the backbone's part of it; None while the backbone is frozen.
+        head_loss: cross entropy of each head.
+        top1: share of each head's likeliest guesses that are right.
+        top5: share of each head's five likeliest guesses that include the right one.
         heads_weight: lambda_0 at this step.
-        seconds_left: at the pace so far; memory: peak bytes, of the GPU where there is one, else of the process.
+        seconds_left: at the pace so far.
+        memory: peak bytes of the GPU, or of the process if there is no GPU.
     """
 
     step: int
@@ -143,9 +143,11 @@ class TrainStep:
 
 
 def rounded(value: Any) -> Any:
-    """A figure of a JSON line in five digits; the figures in a tuple or a mapping."""
+    """Round the figures of a JSON value to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, tuple):
         return [rounded(item) for item in value]
-    return {key: rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return value

@@ -1,4 +1,4 @@
-"""Prompts for benchmarks, verification, calibration and distillation: MT-Bench, messages or plain text. No torch."""
+"""Read prompt files: MT-Bench questions, conversations or plain text. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Prompt:
     """The user's turns of one conversation.
 
     Attributes:
-        reference: the conversation's own messages where the file has them, with the answers of others.
+        category: of the question, else the name of its source or file.
+        turns: the user's messages.
+        reference: all messages of the conversation, if the file has answers too.
     """
 
     category: str
@@ -32,20 +34,24 @@ class Prompt:
 
 
 def read_prompts(paths: Iterable[Path], limit: int | None = None) -> list[Prompt]:
-    """Prompts of files and of the *.jsonl files of folders, taken in turn from each file, `limit` at most.
+    """Read prompts from files, taking one of each file in turn, `limit` at most.
 
-    Raises UserError with the file and line of what cannot be read.
+    Args:
+        paths: files, and folders whose *.jsonl files are read.
+        limit: prompts at most.
+
+    Raises:
+        UserError: a file or one of its lines cannot be read, or there are no prompts.
     """
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
-    ]
-    by_file = [_read_file(file) for file in files]
+    by_file = [_read_file(file) for path in paths for file in _files(path)]
     mixed = [prompt for row in zip_longest(*by_file) for prompt in row if prompt is not None]
     if not mixed:
         raise UserError(f"there are no prompts in {', '.join(map(str, paths))}")
     return list(islice(mixed, limit))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
 
 
 def _read_file(file: Path) -> list[Prompt]:
@@ -53,8 +59,7 @@ def _read_file(file: Path) -> list[Prompt]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts {file}: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return [_prompt(line, file, number) for number, line in numbered]
+    return [_prompt(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _prompt(line: str, file: Path, number: int) -> Prompt:
@@ -69,9 +74,9 @@ def _prompt(line: str, file: Path, number: int) -> Prompt:
 
 
 def _from_json(item: dict[str, Any], stem: str) -> Prompt:
+    reference: tuple[Message, ...] = ()
     if "turns" in item:
         turns = tuple(item["turns"])
-        reference: tuple[Message, ...] = ()
     else:
         reference = tuple(
             Message(role=turn["role"], content=turn["content"]) for turn in item["messages"]

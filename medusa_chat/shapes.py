@@ -1,4 +1,4 @@
-"""Shapes of well-known backbones: what weights and caches weigh before anything is loaded. No torch here."""
+"""Shapes of well-known backbones, to count weights and cache before loading. No torch here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama-like decoder: paused MLP, grouped-query attention.
+    """The sizes of a Llama-like decoder: gated MLP, grouped-query attention.
 
     Attributes:
-        tied: whether the LM head is the embedding matrix itself.
-        context: positions that it was made for.
+        context: positions that the model was trained for.
+        head_dim: 0 is hidden / heads.
+        tied: the LM head is the embedding matrix.
     """
 
     layers: int
@@ -25,7 +26,7 @@ class Shape:
     kv_heads: int
     vocabulary: int
     context: int = 4096
-    head_dim: int = 0  # 0: hidden / heads
+    head_dim: int = 0
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -34,7 +35,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """The shape that a config.json tells; raises KeyError for one without the sizes."""
+        """Read the shape of a config.json; raises KeyError if a size is missing."""
         heads = config["num_attention_heads"]
         return cls(
             layers=config["num_hidden_layers"],
@@ -50,29 +51,31 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the matrices inside the layers: what bitsandbytes quantizes."""
+        """Weights of the matrices inside the layers, which bitsandbytes quantizes."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of the embedding matrix; the LM head has as many, and is the same matrix if tied."""
+        """Weights of the embedding matrix; the LM head has as many."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All weights, the norms' too."""
+        """All weights, those of the norms included."""
         norms = self.hidden * (2 * self.layers + 1)
-        return self.linear_parameters + self.embedding_parameters * (1 if self.tied else 2) + norms
+        matrices = 1 if self.tied else 2
+        return self.linear_parameters + matrices * self.embedding_parameters + norms
 
     def adapter_parameters(self, rank: int) -> int:
-        """Weights of a LoRA adapter of all linear layers, the LM head's too where it is not tied."""
+        """Weights of a LoRA adapter of all linear layers, and of the LM head if it is not tied."""
         heads = self.head_dim * (self.heads + self.kv_heads)
         layer = 4 * self.hidden + 2 * heads + 3 * (self.hidden + self.intermediate)
-        return rank * (self.layers * layer + (0 if self.tied else self.hidden + self.vocabulary))
+        lm_head = 0 if self.tied else self.hidden + self.vocabulary
+        return rank * (self.layers * layer + lm_head)
 
     def cache_bytes(self, positions: int, width: int = 2) -> int:
-        """Bytes of keys and values of `positions` tokens, at `width` bytes a number."""
+        """Bytes of the keys and values of `positions` tokens, with `width` bytes per number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * positions * width
 
 

@@ -1,4 +1,4 @@
-"""How steps add up: the one definition of every figure that is shown. No torch here."""
+"""Stats: the one definition of every figure that is computed from Steps. No torch here."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
 
 @dataclass
 class Stats:
-    """A fold of Steps: of one reply, of a conversation, of a benchmark.
+    """A fold of Steps: of one reply, a conversation, a benchmark, or a window of recent steps.
 
-    Steps that are paused count as vanilla steps but not in the comparison: speedup is what the heads bring where they
-    are used, and tokens_per_second what all steps together gave.
+    A step of a pause counts as a vanilla step but not in the comparison: `speedup` is that of the
+    heads in use, and `tokens_per_second` covers all steps.
 
     Attributes:
-        paused: of the last step: why the heads are not in use.
+        paused: why the heads were not in use in the last step.
+        reached: for each head, the steps that tested its guess.
+        accepted: for each head, its guesses that were accepted.
+        window: limits acceptance length and overhead, and so the speedup, to the last `window` tree
+            steps and half as many vanilla steps among them; None takes all.
+        lengths: tokens of each of the last tree steps.
+        overheads: time of a tree step over that of the vanilla step after it, for the last pairs.
     """
 
     new_tokens: int = 0
@@ -34,49 +40,59 @@ class Stats:
     paused_steps: int = 0
     finish: Finish | None = None
     paused: Pause | None = None
-    reached: Counter[int] = field(
-        default_factory=Counter
-    )  # head -> steps that put its guess to the test
-    accepted: Counter[int] = field(
-        default_factory=Counter
-    )  # head -> its guesses that were accepted
-    _tree_times: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
-    _vanilla_times: deque[float] = field(
-        default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False
-    )
-    _overheads: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_STEPS), repr=False)
-    _before: Step | None = field(default=None, repr=False)
+    reached: Counter[int] = field(default_factory=Counter)
+    accepted: Counter[int] = field(default_factory=Counter)
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        steps = self.window or TIMED_STEPS
+        self.lengths: deque[int] = deque(maxlen=steps)
+        self.overheads: deque[float] = deque(maxlen=steps // 2 if self.window else steps)
+        self._tree_times: deque[float] = deque(maxlen=steps)
+        self._vanilla_times: deque[float] = deque(maxlen=steps)
+        self._before: Step | None = None
 
     @classmethod
     def of(cls, steps: Iterable[Step]) -> Stats:
+        """Fold steps into the figures of all of them."""
         stats = cls()
         for step in steps:
             stats.add(step)
         return stats
 
     def add(self, step: Step) -> None:
+        """Take in the next step."""
         self.new_tokens += len(step.tokens)
         self.seconds += step.seconds
         self.finish = step.finish
         if not step.nodes:
             return
         self.paused = step.paused
-        before, self._before = self._before, None if step.finish else step
-        if step.kind == "vanilla":
-            self.vanilla_steps += 1
-            if step.paused:
-                self.paused_steps += 1
-                return
-            self._vanilla_times.append(step.seconds)
-            if before is not None and before.kind == "tree":
-                self._overheads.append(before.seconds / step.seconds)
-            return
+        if step.kind == "tree":
+            self._add_tree_step(step)
+        else:
+            self._add_vanilla_step(step)
+        self._before = None if step.finish else step
+
+    def _add_tree_step(self, step: Step) -> None:
+        if self.window and len(self.lengths) == self.window:
+            self.tree_steps -= 1
+            self.tree_tokens -= self.lengths[0]
         self.tree_steps += 1
         self.tree_tokens += step.settled
+        self.lengths.append(step.settled)
         self._tree_times.append(step.seconds)
         self.reached.update(step.tested)
-        for token in step.tokens[1 : step.settled]:
-            self.accepted[token.head] += 1
+        self.accepted.update(token.head for token in step.tokens[1 : step.settled])
+
+    def _add_vanilla_step(self, step: Step) -> None:
+        self.vanilla_steps += 1
+        if step.paused:
+            self.paused_steps += 1
+            return
+        self._vanilla_times.append(step.seconds)
+        if self._before is not None and self._before.kind == "tree":
+            self.overheads.append(self._before.seconds / step.seconds)
 
     @property
     def steps(self) -> int:
@@ -95,26 +111,27 @@ class Stats:
 
     @property
     def tree_step_seconds(self) -> float | None:
+        """Median time of a tree step."""
         return median(self._tree_times) if self._tree_times else None
 
     @property
     def vanilla_step_seconds(self) -> float | None:
-        """Median of the vanilla steps; among tree steps, what they would have taken at the tree steps' pace."""
-        if self._overheads and self.tree_step_seconds:
-            return self.tree_step_seconds / median(self._overheads)
+        """Median time of a vanilla step; among tree steps, at the pace of these."""
+        if self.overheads and self.tree_step_seconds:
+            return self.tree_step_seconds / median(self.overheads)
         return median(self._vanilla_times) if self._vanilla_times else None
 
     @property
     def vanilla_tokens_per_second(self) -> float | None:
-        """What vanilla decoding does here: from the vanilla steps taken among the tree steps."""
+        """Speed of vanilla decoding, from the vanilla steps taken among the tree steps."""
         return 1 / self.vanilla_step_seconds if self.vanilla_step_seconds else None
 
     @property
     def overhead(self) -> float | None:
         """Time of a tree step over time of a vanilla step.
 
-        Each vanilla step is compared with the tree step right before it, and the median of these ratios is told:
-        a machine's pace drifts by more within a conversation than the two kinds of step differ.
+        This is the median of the ratios of each vanilla step and the tree step right before it: a
+        machine's pace drifts by more within a conversation than the two kinds of step differ.
         """
         if not self.tree_step_seconds or not self.vanilla_step_seconds:
             return None
@@ -122,13 +139,13 @@ class Stats:
 
     @property
     def speedup(self) -> float | None:
-        """Acceptance length / overhead: tokens per second of tree steps over those of vanilla steps."""
+        """Acceptance length / overhead: tokens per second of tree steps over vanilla steps."""
         if self.acceptance_length is None or self.overhead is None:
             return None
         return self.acceptance_length / self.overhead
 
     def head_acceptance(self) -> dict[int, float]:
-        """Per head: accepted guesses / steps in which its guess was put to the test; COPIED last."""
+        """Share of each head's tested guesses that were accepted; COPIED is the last key."""
         heads = sorted(self.reached, key=lambda head: (head == COPIED, head))
         return {head: self.accepted[head] / self.reached[head] for head in heads}
 

@@ -1,18 +1,38 @@
-"""The rules of acceptance against plain loops in float64, and the keyed noise of exact sampling."""
+"""The rules of acceptance against plain loops in float64, with numbers of the host and of the device; and the noise."""
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from medusa_chat.config import Sampling
-from medusa_chat.decoding.acceptance import TreeTensors, gumbel, make_rule, make_warp, typical
+from medusa_chat.config import Mode, Sampling
+from medusa_chat.decoding.acceptance import (
+    KINDS,
+    Kind,
+    Numbers,
+    Rule,
+    TreeTensors,
+    make_rule,
+    path_to,
+    temper,
+    truncate,
+    typical,
+)
+from medusa_chat.decoding.noise import gumbel, token_keys
 from medusa_chat.decoding.trees.tree import Tree
 from tests.helpers.tiny import random_tree
 
@@ -174,13 +194,10 @@ def test_typical_entropy_is_finite_where_tokens_are_cut_off() -> None:
     logits = torch.tensor([[3.0, 2.9, -1, -2], [3.0, 2.0, 1, 0], [0, 0, 0, 0]])
     logits[2, 1:] = float("-inf")
     candidates = torch.tensor([0, 1, 2])
-    cut = make_warp(Sampling(temperature=1.0, top_k=1))
-    verdict = typical(logits, candidates, tree, 0, warp=cut, seed=0, epsilon=0.09, delta=0.3)
+    numbers = Numbers.of(Sampling(epsilon=0.09, delta=0.3))
+    verdict = typical(truncate(logits, 1, 1.0, 0.0), candidates, tree, 0, numbers)
     assert (int(verdict.row), int(verdict.next)) == (0, 0)
-    wide = make_warp(Sampling(temperature=1.0))
-    kept = typical(
-        logits, torch.tensor([0, 1, 0]), tree, 0, warp=wide, seed=0, epsilon=0.09, delta=0.3
-    )
+    kept = typical(logits, torch.tensor([0, 1, 0]), tree, 0, numbers)
     assert (int(kept.row), int(kept.next)) == (2, 0)
 
 
@@ -199,6 +216,127 @@ def test_a_tiny_temperature_is_the_argmax(mode: Any, temperature: Any) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.5]])
     rule = make_rule(Sampling(mode=mode, temperature=temperature))
     assert int(rule(logits, torch.tensor([0]), TreeTensors.of(Tree(), CPU), 0).next) == 1
+
+
+# ---- truncation, and numbers on the device ----
+
+cuts = st.fixed_dictionaries(
+    {
+        "top_k": st.sampled_from([0, 1, 2, 5, 40, 10**6]),
+        "top_p": st.sampled_from([1.0, 0.95, 0.5, 0.1, 1e-6]),
+        "min_p": st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+        "temperature": st.sampled_from([0.3, 0.7, 1.0, 1.7]),
+    }
+)
+
+
+def on_device(numbers: Numbers) -> Numbers:
+    """The same numbers as tensors [], as a step's input has them."""
+    return Numbers(*torch.tensor(numbers, dtype=torch.float64).unbind())
+
+
+def truncated_by_transformers(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Scores of the warpers that transformers has for these settings."""
+    warpers: Any = LogitsProcessorList()
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    no_text = torch.empty(0, dtype=torch.long)  # these warpers look at the scores alone
+    scores: torch.Tensor = warpers(no_text, logits / sampling.temperature)
+    return scores
+
+
+@given(cut=cuts, seed=st.integers(0, 10**6), vocabulary=st.integers(2, 60), ties=st.booleans())
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_truncation_is_that_of_transformers(
+    cut: dict[str, Any], seed: int, vocabulary: int, ties: bool
+) -> None:
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed)) * 4
+    logits = logits.round() if ties else logits
+    sampling = Sampling(**cut)
+    expected = truncated_by_transformers(logits, sampling)
+    for numbers in (Numbers.of(sampling), on_device(Numbers.of(sampling))):
+        scores = temper(logits, numbers.temperature)
+        ours = truncate(scores, numbers.top_k, numbers.top_p, numbers.min_p)
+        assert torch.equal(ours, expected)
+
+
+@given(
+    cut=cuts,
+    seed=st.integers(0, 10**6),
+    vocabulary=st.integers(4, 60),
+    nodes=st.integers(2, 24),
+    mode=st.sampled_from(["greedy", "typical", "exact"]),
+    truncated=st.booleans(),
+    draw=st.integers(0, 2**32 - 1),
+    position=st.integers(0, 10**5),
+    epsilon=st.sampled_from([0.03, 0.09, 1.0]),
+    delta=st.sampled_from([0.1, 0.3, 5.0]),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_numbers_on_the_device_decide_the_same(
+    cut: dict[str, Any],
+    seed: int,
+    vocabulary: int,
+    nodes: int,
+    mode: Mode,
+    truncated: bool,
+    draw: int,
+    position: int,
+    epsilon: float,
+    delta: float,
+) -> None:
+    logits, candidates, tree = random_step(seed, vocabulary, nodes, 1.5)
+    cut = cut if truncated else {"temperature": cut["temperature"]}
+    sampling = Sampling(mode=mode, seed=draw, epsilon=epsilon, delta=delta, **cut)
+    step = logits, candidates, TreeTensors.of(tree, CPU)
+    rule = make_rule(sampling)
+    expected = rule(*step, position)
+    verdict = Rule(rule.kind, on_device(rule.numbers))(*step, torch.tensor(position))
+    assert (int(verdict.row), int(verdict.next)) == (int(expected.row), int(expected.next))
+
+
+def test_the_kind_of_a_rule_says_if_it_truncates() -> None:
+    exact = Sampling(mode="exact")
+    changes: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}]
+    for change in changes:
+        assert make_rule(replace(exact, **change)).kind == "exact-truncated"
+        assert make_rule(replace(exact, mode="greedy", **change)).kind == "greedy"
+        assert make_rule(replace(exact, mode="typical", **change)).kind == "typical-truncated"
+    assert make_rule(exact).kind == "exact"
+    assert make_rule(replace(exact, temperature=0)).kind == "greedy"
+    assert make_rule(replace(exact, mode="vanilla", sample=True)).kind == "exact"
+
+
+@given(seed=st.integers(0, 10**6), nodes=st.integers(1, 40))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_path_is_the_branch_of_its_node(seed: int, nodes: int) -> None:
+    tree = random_tree(seed, nodes, 5, 4, spine=3)
+    tensors = TreeTensors.of(tree, CPU)
+    for row, branch in enumerate(tree.branches):
+        path = path_to(torch.tensor(row), tensors).tolist()
+        assert path == [*branch, *[0] * (tree.depth + 1 - len(branch))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decision_reads_nothing_on_the_host(kind: Kind) -> None:
+    """Fake tensors have no data: to look at one raises."""
+    tree = random_tree(1, 12, 4, 3, spine=3)
+    token_keys.cache_clear()
+    with FakeTensorMode():
+        depths, parents = torch.zeros(2, len(tree), dtype=torch.long)
+        ancestors = torch.zeros(len(tree), len(tree), dtype=torch.bool)
+        tensors = TreeTensors(parents, depths, ancestors, tree.depth)
+        candidates = torch.zeros(len(tree), dtype=torch.long)
+        logits = torch.zeros(len(tree), 50)
+        rule = Rule(kind, Numbers(*torch.zeros(7).double().unbind()))
+        verdict = rule(logits, candidates, tensors, torch.zeros((), dtype=torch.long))
+        assert verdict.row.shape == verdict.next.shape == ()
+        assert path_to(verdict.row, tensors).shape == (tree.depth + 1,)
+    token_keys.cache_clear()
 
 
 # ---- noise ----

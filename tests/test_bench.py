@@ -20,8 +20,9 @@ from medusa_chat.bench.replies import PEERS, Run, Turn, converse, fitting, ways_
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.decoding.report import StepReport
+from medusa_chat.decoding.runner import Runner
+from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
@@ -67,7 +68,7 @@ def engine(folder: Path) -> Engine:
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr("medusa_chat.bench.bandwidth.BUFFER", 2**20)
 
 
@@ -105,7 +106,7 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
     assert sum(len(step.tokens) for step in drawn) > 0
     assert (result["prompts"], result["left_out"], result["turns"]) == (2, 0, 2)
     assert [step["context"] for step in result["steps"]] == [32, 64]
-    assert set(result["steps"][0]["nodes"]) == {str(nodes) for nodes in tuning.LADDER}
+    assert set(result["steps"][0]["nodes"]) == {str(nodes) for nodes in costs.LADDER}
     assert set(result["parts"]) == {"vanilla", "greedy", "typical"}
     assert result["history"][0]["prefilled"] == result["history"][0]["new_tokens"]
     assert result["peak_memory_bytes"]["host"] > 2**20
@@ -242,13 +243,13 @@ def test_a_stopwatch_gives_each_part_the_time_since_the_mark_before(
 
 
 def test_the_runner_marks_its_parts_in_order_and_only_while_watched(engine: Engine) -> None:
-    before = engine.runner.mark
+    before = engine.runner.eager.mark
     with watching(engine.runner) as stopwatch:
         list(engine.generate([1, 2, 3], Sampling(max_new_tokens=5, ignore_eos=True)))
     parts = [part for part, _ in stopwatch._marks]
     assert parts[:5] == ["begin", "heads", "forward", "acceptance", "commit"]
     assert len(parts) % 5 == 0
-    assert engine.runner.mark is before
+    assert engine.runner.eager.mark is before
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
@@ -404,7 +405,7 @@ def test_without_matplotlib_plot_is_refused_in_one_line(
 
 
 def test_measured_heads_are_not_called_simulated(engine: Engine) -> None:
-    engine._accuracy = Accuracy(((0.5, 0.6), (0.3, 0.4)))
+    engine.trees.accuracy = Accuracy(((0.5, 0.6), (0.3, 0.4)))
     plan = Plan(PROMPTS[:1], ["greedy"], Sampling(max_new_tokens=4), 1, contexts=(16,))
     told = bench(engine, plan, silent) | {"load_seconds": 1.0, "device": "d"}
     assert told["steps"][0]["tree"]["simulated"] is None
@@ -435,10 +436,10 @@ def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 
     def lying(
         self: Runner, root: int, tree: object, rule: object, copied: object = None
-    ) -> Outcome:
-        outcome = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
+    ) -> StepReport:
+        result = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
         wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
-        return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
+        return replace(result, next=(result.next + 1) % 256) if wrong else result
 
     monkeypatch.setattr(Runner, "step", lying)
     checks = {

@@ -21,10 +21,11 @@ from medusa_chat.bench.shapes import numbers, parse_shapes, random_engine
 from medusa_chat.bench.steps import measure_steps, reached
 from medusa_chat.cli import main
 from medusa_chat.config import Quant, Sampling, UserError
-from medusa_chat.decoding import runner as runner_module
-from medusa_chat.decoding.graphs.capture import as_it_is
-from medusa_chat.decoding.runner import Outcome, Runner
-from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.decoding import fast
+from medusa_chat.decoding.graphs.capture import not_recorded
+from medusa_chat.decoding.report import StepReport
+from medusa_chat.decoding.runner import Runner
+from medusa_chat.decoding.trees import costs
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.devices import (
@@ -57,7 +58,7 @@ TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr(bandwidth, "BUFFER", 2**20)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 
@@ -297,7 +298,7 @@ def test_steps_behind_a_long_text_are_timed_behind_it(monkeypatch: pytest.Monkey
     lengths = set()
     step = Runner.step
 
-    def watched(self: Runner, *arguments: Any) -> Outcome:
+    def watched(self: Runner, *arguments: Any) -> StepReport:
         lengths.add(self.cache.length)
         return step(self, *arguments)
 
@@ -336,15 +337,13 @@ class TwoStepped(Runner):
 
     def __init__(self, *arguments: Any, eager: bool = False) -> None:
         super().__init__(*arguments)
-        self.eager = eager
+        self.honest = eager or not self.lies
 
-    def step(self, *arguments: Any) -> Outcome:
-        outcome = super().step(*arguments)
-        return (
-            outcome
-            if self.eager or not self.lies
-            else replace(outcome, next=(outcome.next + 1) % 64)
-        )
+    def step(self, *arguments: Any) -> StepReport:
+        report = super().step(*arguments)
+        if self.honest:
+            return report
+        return replace(report, next=(report.next + 1) % 64)
 
 
 @pytest.mark.parametrize("lies", [False, True])
@@ -355,16 +354,16 @@ def test_a_captured_step_is_compared_with_the_eager_one(
     monkeypatch.setattr(TwoStepped, "lies", lies)
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone))
-    engine.runner = fast = TwoStepped(backbone, random_heads(backbone), 512)
-    tree = engine.tree
+    engine.runner = static = TwoStepped(backbone, random_heads(backbone), 512)
+    tree = engine.trees.current
     found = twin.compare_with_eager(engine, [prompt_ids(9), prompt_ids(5)])
     assert set(found) == {"greedy", "typical", "exact", "vanilla"}
     for check in found.values():
         assert (check["replies"], check["equal"]) == (2, 0 if lies else 2)
         assert (check["agreed"] == 1) is not lies
         assert check["tokens_per_second"] > 0
-    assert engine.runner is fast
-    assert engine.tree is tree
+    assert engine.runner is static
+    assert engine.trees.current is tree
 
 
 def test_agreement_ends_at_a_replys_first_difference() -> None:
@@ -376,11 +375,11 @@ def test_agreement_ends_at_a_replys_first_difference() -> None:
 def test_a_comparison_is_over_one_tree_that_no_clock_chose() -> None:
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone), "chain-2")
-    policy, tree = engine.policy, engine.tree
+    policy, tree = engine.trees.policy, engine.trees.current
     with twin.same_tree(engine):
-        assert engine.tree.origin == twin.TREE
-        assert len(engine.tree) == 32
-    assert (engine.policy, engine.tree) == (policy, tree)
+        assert engine.trees.current.origin == twin.TREE
+        assert len(engine.trees.current) == 32
+    assert (engine.trees.policy, engine.trees.current) == (policy, tree)
 
 
 def test_a_device_that_says_something_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,8 +441,8 @@ def test_one_call_tells_the_whole_story_of_a_gpu(
     shapes_of_gpu = (RandomModel("tiny"), RandomModel("tiny", "nf4"), RandomModel("llama-70b"))
     monkeypatch.setattr(command, "SHAPES_OF_GPU", shapes_of_gpu)
     monkeypatch.setitem(SHAPES, "llama-70b", replace(SHAPES["vicuna-7b"], layers=800))
-    monkeypatch.setattr(runner_module, "capturable", lambda backbone, heads: True)
-    monkeypatch.setattr(runner_module, "Captured", lambda device: as_it_is)
+    monkeypatch.setattr(fast, "capturable", lambda *_: True)
+    monkeypatch.setattr(fast, "CudaGraphs", lambda _: not_recorded)
     monkeypatch.setattr(twin, "TOKENS", 6)
     words = [
         "--limit",

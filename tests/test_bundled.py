@@ -14,9 +14,9 @@ import torch
 import medusa_chat
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.verification import verify
-from medusa_chat.config import BUNDLED, Message, Sampling
+from medusa_chat.config import BUNDLED, LoadOptions, Message, Sampling
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import chain, named_tree, paper_trees
+from medusa_chat.decoding.trees.tree import named_tree, paper_trees
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
@@ -95,7 +95,7 @@ def test_it_answers_to_the_point_over_several_turns(engine: Engine) -> None:
 def test_greedy_is_vanilla_in_every_tree(engine: Engine, tree: str) -> None:
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]
-        engine.use_tree(named_tree(tree))
+        engine.trees.use(named_tree(tree))
         plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=60))))
         steps = list(engine.generate(asked, Sampling(max_new_tokens=60)))
         assert ids_of(steps) == plain
@@ -113,7 +113,7 @@ def test_vanilla_is_transformers_generate(engine: Engine) -> None:
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: float) -> None:
-    engine.use_tree("mc_sim_7b_63")
+    engine.trees.use("mc_sim_7b_63")
     for seed, prompt in enumerate(PROMPTS):
         asked: list[Message] = [{"role": "user", "content": prompt}]
         drawn = Sampling(
@@ -137,9 +137,8 @@ def permuted() -> tuple[Callable[[int], int], Engine]:
         embedding[order] = embedding.clone()
     assert loaded.heads is not None
     eos = frozenset({int(order[2])})
-    shuffled = Engine(
-        Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=eos, probing=False
-    )
+    options = LoadOptions(tree="mc_sim_7b_63", probing=False)
+    shuffled = Engine(Backbone(model), loaded.heads, loaded.tokenizer, options, eos=eos)
     return lambda old: int(order[old]), shuffled
 
 
@@ -164,9 +163,8 @@ def test_random_heads_change_nothing(engine: Engine) -> None:
     heads = MedusaHeads(4, 1, engine.backbone.hidden_size)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    wild = Engine(
-        engine.backbone, heads.requires_grad_(False), engine.tokenizer, tree=chain(4), probing=False
-    )
+    options = LoadOptions(tree="chain-4", probing=False)
+    wild = Engine(engine.backbone, heads.requires_grad_(False), engine.tokenizer, options)
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]
         plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=40))))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from medusa_chat.config import Sampling
-from medusa_chat.decoding import runner as runner_module
-from medusa_chat.decoding.acceptance import greedy
+from medusa_chat.decoding import eager
+from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.model.cache import KVCache
 from tests.helpers.tiny import (
     OracleHeads,
@@ -51,11 +51,11 @@ def oracle_engine(
 
 def assert_as_fresh(engine: Engine, kept: list[int]) -> None:
     """The cache holds `kept`, and its buffers are those of a prefill of it."""
-    assert engine._tokens == kept
+    assert engine.text == kept
     assert engine.tokens_in_context == engine.runner.cache.length == len(kept)
     if kept:
         fresh = make_engine(engine.backbone)
-        fresh.runner.prefill(kept, greedy)
+        fresh.runner.prefill(kept, make_rule(Sampling()))
         ours, theirs = (each.runner.cache.buffer[:, :, :, : len(kept)] for each in (engine, fresh))
         assert torch.allclose(ours, theirs, atol=1e-4)
 
@@ -145,7 +145,7 @@ def test_a_prefill_in_chunks_equals_a_whole_one(
 ) -> None:
     whole = oracle_engine(backbone, text)
     expected = reply(whole, PROMPT, max_new_tokens=NEW)
-    monkeypatch.setattr(runner_module, "PREFILL_ROWS", rows)
+    monkeypatch.setattr(eager, "PREFILL_ROWS", rows)
     engine = oracle_engine(backbone, text)
     assert reply(engine, PROMPT, max_new_tokens=NEW) == expected
     assert torch.allclose(
@@ -164,7 +164,7 @@ def test_closing_the_iterator_at_any_step(backbone: Any, text: Any, mode: Any) -
     engine = oracle_engine(backbone, text)
     for stop_after in range(min(total + 1, 12)):
         steps = engine.generate(PROMPT, settings)
-        kept = [*PROMPT] if stop_after else engine._tokens[:]
+        kept = [*PROMPT] if stop_after else engine.text[:]
         for _ in range(stop_after):
             kept += ids_of([next(steps)])
         steps.close()
@@ -194,7 +194,7 @@ def test_an_eos_at_any_place_of_the_reply(backbone: Any, text: Any, place: Any) 
     steps = decode(engine, PROMPT, max_new_tokens=NEW)
     assert PROMPT + ids_of(steps) == text[: first + 1]
     assert steps[-1].finish == "eos"
-    assert eos not in engine._tokens[len(PROMPT) :] or engine._tokens[-1] == eos
+    assert eos not in engine.text[len(PROMPT) :] or engine.text[-1] == eos
     assert_as_fresh(engine, text[: engine.tokens_in_context])
     assert engine.tokens_in_context in (first, first + 1)
     assert_next_reply_as_fresh(engine, [*text[: first + 1], 3])
@@ -294,8 +294,8 @@ def test_an_interrupt_inside_a_step(
         with pytest.raises(KeyboardInterrupt):
             for step in steps:
                 kept += ids_of([step])
-    assert engine.runner.cache.length == len(engine._tokens)
-    assert engine._tokens[: len(kept)] == kept
+    assert engine.runner.cache.length == len(engine.text)
+    assert engine.text[: len(kept)] == kept
     assert_as_fresh(engine, text[: engine.tokens_in_context])
     assert_next_reply_as_fresh(engine, [*kept, 1])
 
@@ -310,7 +310,7 @@ def test_an_interrupt_inside_a_prefill(
     engine = oracle_engine(backbone, text)
     reply(engine, PROMPT[:6], max_new_tokens=4)
     with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "PREFILL_ROWS", 4)
+        patch.setattr(eager, "PREFILL_ROWS", 4)
         _interrupt(patch, engine, point, call if point != "backbone.logits" else 1)
         with pytest.raises(KeyboardInterrupt):
             decode(engine, PROMPT, max_new_tokens=NEW)

@@ -12,7 +12,8 @@ import torch
 
 import medusa_chat
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.trees.accuracy import Accuracy, grow
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree, chain, named_tree
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.prompts import Prompt
@@ -67,7 +68,7 @@ def decoded_and_walked(
     engine: Engine, tree: Tree, prompts: list[Any], limit: int
 ) -> tuple[Stats, float | None]:
     """Greedy decoding with a tree, and what walking along the replies says of it."""
-    engine.use_tree(tree)
+    engine.trees.use(tree)
     stats, replies = Stats(), []
     for prompt in prompts:
         ids = engine.encode(prompt)
@@ -217,7 +218,7 @@ def test_the_check_decodes_with_the_trees_that_were_forecast() -> None:
     assert calls == [(done, 12) for done in range(1, 13)]
     for check in checks:
         tree, forecast = grow(accuracy, check.nodes)
-        engine.use_tree(tree)
+        engine.trees.use(tree)
         each = [
             Stats.of(engine.generate(prompt.opening(), Sampling(max_new_tokens=20)))
             for prompt in prompts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from medusa_chat.decoding.graphs.capture import WARM_UPS, Captured
+from medusa_chat.decoding.graphs.capture import WARM_UPS, CudaGraphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,18 +77,18 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Notes:
 
 
 def test_a_program_is_warmed_up_on_the_stream_that_records_it(cuda: Notes) -> None:
-    captured = Captured(torch.device("cpu"))
-    replay = captured(("nodes",), cuda.program)
+    graphs = CudaGraphs(torch.device("cpu"))
+    replay = graphs(("nodes",), cuda.program)
     assert cuda.seen == [*["apart"] * WARM_UPS, "recording", "apart", "recorded"]
-    assert captured._stream.waited == [cuda.usual]  # what the program reads is there
-    assert cuda.usual.waited == [captured._stream]  # and what it wrote, for what follows
+    assert graphs.stream.waited == [cuda.usual]  # what the program reads is there
+    assert cuda.usual.waited == [graphs.stream]  # and what it wrote, for what follows
     assert cuda.now is cuda.usual
     replay()
-    captured(("forward",), cuda.program)
-    assert captured._first is replay.__self__  # type: ignore[attr-defined]
-    assert captured._first.replayed == 1  # type: ignore[union-attr]
-    captured(("settle",), cuda.program)
-    assert cuda.pools == [None, captured._first, captured._first]
+    graphs(("forward",), cuda.program)
+    assert graphs.first is replay.__self__  # type: ignore[attr-defined]
+    assert graphs.first.replayed == 1  # type: ignore[union-attr]
+    graphs(("settle",), cuda.program)
+    assert cuda.pools == [None, graphs.first, graphs.first]
 
 
 @pytest.mark.parametrize("fails_at", [0, WARM_UPS])
@@ -101,10 +101,10 @@ def test_a_recording_that_fails_leaves_the_usual_stream(
             raise error
         cuda.program()
 
-    captured = Captured(torch.device("cpu"))
+    graphs = CudaGraphs(torch.device("cpu"))
     with pytest.raises(type(error)):
-        captured(("nodes",), program)
+        graphs(("nodes",), program)
     assert cuda.now is cuda.usual
-    assert cuda.usual.waited == [captured._stream]
-    assert captured._first is None
-    captured(("nodes",), cuda.program)()
+    assert cuda.usual.waited == [graphs.stream]
+    assert graphs.first is None
+    graphs(("nodes",), cuda.program)()

@@ -236,10 +236,10 @@ def test_a_large_tree_stays_readable() -> None:
 def test_copies(chat: Chat) -> None:
     assert "copied" in run(chat, "/help")
     assert run(chat, "/copies off").strip() == "copies off"
-    assert not chat.session.engine.copies
+    assert not chat.session.engine.trees.copies
     assert "copied" not in run(chat, "/help").split("LM")[1]
     assert "■" in run(chat, "/copies")
-    assert chat.session.engine.copies
+    assert chat.session.engine.trees.copies
     with pytest.raises(UserError, match=r"usage: /copies \[on\|off\]"):
         dispatch(chat, "/copies maybe")
 

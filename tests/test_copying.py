@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.acceptance import greedy
-from medusa_chat.decoding.draft.copies import CHAIN, GRAMS, LONGEST, PRIOR, Copied, Copies
+from medusa_chat.decoding.acceptance import make_rule
+from medusa_chat.decoding.draft.copies import CHAIN, COPY_PRIOR, GRAMS, LONGEST, Copied, Copies
 from medusa_chat.events import COPIED
 from medusa_chat.stats import Stats
 from tests.helpers.tiny import (
@@ -69,7 +69,7 @@ def test_proposals_are_those_of_brute_force_however_the_text_is_cut_and_goes_on(
         found, expected = copies.propose(), by_brute_force(text)
         assert (found and (list(found.tokens), found.match)) == expected
     copies.rewind(0)
-    assert (copies._places, copies._replaced) == ({}, [])
+    assert vars(copies) == vars(Copies())  # nothing is left
 
 
 def test_what_is_right_grows_likelier_and_what_is_wrong_less() -> None:
@@ -80,7 +80,7 @@ def test_what_is_right_grows_likelier_and_what_is_wrong_less() -> None:
     assert first.tokens[:4] == (3, 4, 1, 2)
     assert first.match == 2
     # The hundredth that keeps logarithms finite changes a prior by next to nothing.
-    assert [exp(value) for value in first.log_p[:3]] == pytest.approx(PRIOR[1:4], rel=0.01)
+    assert [exp(value) for value in first.log_p[:3]] == pytest.approx(COPY_PRIOR[1:4], rel=0.01)
     assert first.promise == pytest.approx(1 + sum(_products([exp(value) for value in first.log_p])))
     copies.learn(first, [3, 9, 1])
     second = copies.propose()
@@ -125,16 +125,16 @@ def test_a_model_without_heads_gains_from_copies_alone(
     assert ids_of(steps) == expected
     assert {token.head for step in steps for token in step.tokens} == {0, COPIED}
     assert Stats.of(steps).acceptance_length > 3
-    assert "copies of the conversation alone" in engine.describe_tree()
+    assert "copied text only" in engine.trees.describe()
     sampling = {"mode": "exact", "temperature": 0.8, "seed": 3, "max_new_tokens": NEW}
     drawn = reply(make_engine(backbone), prompt, **(sampling | {"mode": "vanilla"}), sample=True)
     assert reply(engine, prompt, **sampling) == drawn
-    engine.use_copies(False)
+    engine.trees.use_copies(False)
     with pytest.raises(UserError, match="no Medusa heads"):
         engine.generate(prompt, Sampling())
-    engine.use_copies(True)
+    engine.trees.use_copies(True)
     monkeypatch.setattr(
-        "medusa_chat.decoding.engine.WORTHWHILE", 1 + CHAIN
+        "medusa_chat.decoding.trees.policy.LEAST_PROMISE", 1 + CHAIN
     )  # no chain promises so much
     steps = decode(engine, prompt, max_new_tokens=NEW)
     assert ids_of(steps) == expected
@@ -148,12 +148,12 @@ def test_copies_fill_a_tree_whose_heads_know_nothing(loop_text: Any, tree: Any) 
     steps = decode(engine, text[:12], max_new_tokens=NEW)
     assert text[:12] + ids_of(steps) == text
     assert max(step.accepted for step in steps) >= 3
-    assert all(step.nodes == len(engine.tree) for step in steps)
+    assert all(step.nodes == len(engine.trees.current) for step in steps)
     copied = [token for step in steps for token in step.tokens if token.head == COPIED]
     stats = Stats.of(steps)
     assert stats.accepted[COPIED] == len(copied) > 10
     assert stats.reached[COPIED] >= stats.accepted[COPIED]
-    engine.use_copies(False)
+    engine.trees.use_copies(False)
     assert (
         Stats.of(decode(engine, text[:12], max_new_tokens=NEW)).acceptance_length
         < stats.acceptance_length / 1.5
@@ -183,19 +183,20 @@ def test_a_reply_that_is_cut_and_regenerated_copies_from_what_stayed(loop_text: 
     for _ in range(6):
         next(steps)
     steps.close()
-    kept = engine._tokens[:]
+    kept = engine.text[:]
     assert kept == text[: len(kept)]
     fresh = make_engine(backbone)
-    fresh.runner.prefill(kept, greedy)
+    fresh.runner.prefill(kept, make_rule(Sampling()))
     ours, theirs = (each.runner.cache.buffer[:, :, :, : len(kept)] for each in (engine, fresh))
     assert ours.allclose(theirs, atol=1e-4)
     other = [*text[:8], *LOOP, *LOOP]
     expected = reply(make_engine(backbone), other, mode="vanilla", max_new_tokens=NEW)
     assert reply(engine, other, max_new_tokens=NEW) == expected
     grown = [*other, *expected]
-    assert engine._copies._text == grown[: len(engine._copies)]
+    copies = engine.trees.policy.copies
+    assert copies.text == grown[: len(copies)]
     assert (
-        len(grown) - len(engine._copies) <= CHAIN + 1
+        len(grown) - len(copies) <= CHAIN + 1
     )  # what the last step settled comes in with the next one
     assert reply(engine, text[:12], max_new_tokens=NEW) == text[12:]
 

@@ -1,11 +1,11 @@
-"""Step costs on disk: measured once, anew where anything differs, and never in the way."""
+"""Step costs on disk: measured once, and anew if anything differs."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -13,11 +13,12 @@ import torch
 import medusa_chat
 from medusa_chat.commands.flags import parser
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.trees import costs as cost_cache
+from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.choice import StepCost
 from medusa_chat.decoding.trees.costs import cached, cost_key
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.layouts import write_heads
 from tests.helpers.tiny import (
     OracleHeads,
     make_engine,
@@ -26,6 +27,9 @@ from tests.helpers.tiny import (
     random_model,
     save_model,
 )
+
+if TYPE_CHECKING:
+    from medusa_chat.model.heads import Heads
 
 KEY = {"device": "abacus", "positions": 256}
 COST, OTHER = StepCost(1.0, {2: 1.5, 8: 2.5}), StepCost(3.0, {4: 4.0})
@@ -72,7 +76,9 @@ def test_costs_are_kept_under_their_key(tmp_path: Path) -> None:
         {"key": {"device": "another"}},
     ],
 )
-def test_a_damaged_file_is_measured_anew_and_mended(damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_file_is_measured_anew_and_mended(
+    damage: str | dict[str, Any], tmp_path: Path
+) -> None:
     cached(tmp_path, KEY, lambda: COST)
     (file,) = tmp_path.iterdir()
     whole = json.loads(file.read_text())
@@ -111,16 +117,17 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
     heads = random_heads(backbone)
 
     def key(
-        backbone: Backbone = backbone, heads: object = heads, capacity: int = 512, **settings: Any
-    ) -> dict:
-        return cost_key(
-            Runner(backbone, heads, capacity), **({"model": "m", "forecast": 2.34} | settings)
-        )
+        backbone: Backbone = backbone,
+        heads: object = heads,
+        capacity: int = 512,
+        model: str = "m",
+        forecast: float = 2.34,
+    ) -> dict[str, Any]:
+        return cost_key(Runner(backbone, cast("Heads", heads), capacity), model, forecast)
 
     same = key()
-    assert same == key(
-        random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3
-    )  # weights do not matter
+    # Weights' values do not matter.
+    assert same == key(random_backbone(seed=7), random_heads(backbone, seed=5), forecast=2.3)
     assert json.loads(json.dumps(same)) == same
     others = [
         key(model="n"),
@@ -136,7 +143,7 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     others.append(key())
     monkeypatch.undo()
-    monkeypatch.setattr(cost_cache, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(costs, "versions", lambda: {"torch": "0"})
     others.append(key())
     texts = [json.dumps(each, sort_keys=True) for each in (same, *others)]
     assert len(set(texts)) == len(texts)
@@ -144,45 +151,66 @@ def test_the_key_tells_what_the_cost_depends_on(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_second_engine_need_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(
-        cost_cache, "measure", lambda *_, **__: calls.append(1) or StepCost(1.0, {2: 1.1, 8: 1.2})
-    )
+
+    def measured(*_: object, **__: object) -> StepCost:
+        calls.append(1)
+        return StepCost(1.0, {2: 1.1, 8: 1.2})
+
+    monkeypatch.setattr(costs, "measure", measured)
     backbone = random_backbone()
     for _ in range(2):
         engine = make_engine(
             backbone, random_heads(backbone), "auto", accuracy=PUBLISHED, costs=tmp_path
         )
-        assert len(engine.tree) == 8
+        assert len(engine.trees.current) == 8
         assert len(calls) == 1
-    engine.use_tree("chain-2")
-    engine.use_tree("auto")
+    engine.trees.use("chain-2")
+    engine.trees.use("auto")
     assert len(calls) == 1
-    engine.use_tree("retune")
+    engine.trees.use("retune")
     assert len(calls) == 2
-    assert "auto: static, 8 nodes" in engine.describe_tree()
+    assert "auto: static, 8 nodes" in engine.trees.describe()
     make_engine(backbone, random_heads(backbone), "retune", accuracy=PUBLISHED, costs=tmp_path)
     assert len(calls) == 3
+
+
+def test_costs_with_copies_are_not_those_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def measured(*_: object, copied: object, **__: object) -> StepCost:
+        seen.append(copied is not None)
+        return StepCost(1.0, {2: 1.1, 8: 1.2 if copied else 9.0})
+
+    monkeypatch.setattr(costs, "measure", measured)
+    backbone = random_backbone()
+    heads = random_heads(backbone)
+    for _ in range(2):  # the second engine reads both from the disk
+        engine = make_engine(backbone, heads, "auto", copies=True, costs=tmp_path)
+        assert len(engine.trees.current) == 8
+        engine.trees.use_copies(False)
+        assert not engine.trees.copies
+        assert len(engine.trees.current) < 8
+        engine.trees.use_copies(True)
+        assert len(engine.trees.current) == 8
+        assert seen == [True, False]
+    engine.trees.use("chain-2")
+    engine.trees.use_copies(False)  # a named tree stays
+    assert engine.trees.current.origin == "chain of 2"
 
 
 def test_load_keeps_costs_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import save_file
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: StepCost(1.0, {2: 1.1, 8: 1.2}))
+    monkeypatch.setattr(costs, "measure", lambda *_, **__: StepCost(1.0, {2: 1.1, 8: 1.2}))
     folder = save_model(tmp_path / "model", random_model(vocabulary=260))
-    weights = random_heads(random_backbone(vocabulary=260), 2)
-    tensors = {}
-    for head in range(2):
-        tensors[f"{head}.0.linear.weight"] = weights.weight[0, head].contiguous()
-        tensors[f"{head}.0.linear.bias"] = weights.bias[0, head].contiguous()
-        tensors[f"{head}.1.weight"] = weights.lm_heads[head].contiguous()
-    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    write_heads(random_heads(random_backbone(vocabulary=260), 2), folder)
     medusa_chat.load(str(folder))
     (file,) = (tmp_path / "cache").rglob("*.json")
     assert file.parent == Path(tmp_path / "cache" / "medusa-chat" / "step-costs")
-    monkeypatch.setattr(cost_cache, "measure", lambda *_, **__: never())
+    monkeypatch.setattr(costs, "measure", lambda *_, **__: never())
     medusa_chat.load(str(folder))
     with pytest.raises(AssertionError, match="although"):
         medusa_chat.load(str(folder), tree="retune")

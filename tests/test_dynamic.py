@@ -18,15 +18,9 @@ from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.draft.selection import Selector
 from medusa_chat.decoding.trees import copy_gain
-from medusa_chat.decoding.trees.accuracy import (
-    PUBLISHED,
-    SUPERSET,
-    Accuracy,
-    dynamic_tree,
-    grow,
-    shaped_tree,
-)
+from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.copy_gain import CopyGain
+from medusa_chat.decoding.trees.growth import SUPERSET, dynamic_tree, grow, shaped_tree
 from medusa_chat.decoding.trees.tree import DynamicTree, Tree
 from medusa_chat.events import COPIED, proposer
 from medusa_chat.stats import Stats
@@ -184,7 +178,7 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
         for path in superset.paths[1:]
     }
     gain = CopyGain()
-    gain.know(sorted(likely.items(), key=lambda known: -known[1]))
+    gain.set_paths(sorted(likely.items(), key=lambda known: -known[1]))
     gain.add(guesses, Copied(tuple(chain), tuple(chain_log_p), 1), followed)
     for nodes in range(1, len(superset) + CHAIN + 1):
         with_copies, without = (
@@ -195,20 +189,20 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
             sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1))
             for kept in (with_copies, without)
         ]
-        assert gain.of(nodes) == pytest.approx((lengths[0] - lengths[1]) / (1 + copy_gain.PRIOR))
+        assert gain.of(nodes) == pytest.approx((lengths[0] - lengths[1]) / (1 + copy_gain.GAIN_PRIOR))
 
 
 def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_gain, "MEMORY", 4)
+    monkeypatch.setattr(copy_gain, "GAIN_MEMORY", 4)
     gain, copied = CopyGain(), Copied(tuple(range(CHAIN)), (-0.1,) * CHAIN, 8)
     gain.add([[99]], copied, copied.tokens)
     assert gain.of(CHAIN + 2) == 0  # nothing was known of the heads
-    gain.know([((0,), 0.5)])
+    gain.set_paths([((0,), 0.5)])
     for _ in range(400):  # enough for counts in units of now to be taken anew
         gain.add([[99]], copied, copied.tokens)
     held = 4  # steps that count
-    assert gain.of(CHAIN + 2) == pytest.approx(CHAIN * held / (held + copy_gain.PRIOR))
-    assert gain.of(4) == pytest.approx(3 * held / (held + copy_gain.PRIOR))
+    assert gain.of(CHAIN + 2) == pytest.approx(CHAIN * held / (held + copy_gain.GAIN_PRIOR))
+    assert gain.of(4) == pytest.approx(3 * held / (held + copy_gain.GAIN_PRIOR))
     for _ in range(40):
         gain.add([[99]], None, [])
     assert 0 < gain.of(CHAIN + 2) < 1e-3
@@ -334,15 +328,15 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
         heard = zip(lines, likeliest.values.tolist(), strict=True)
         said = [[min(0.0, scale * value + shift) for value in row] for (scale, shift), row in heard]
         copied = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2) if step % 2 else None
-        outcome = runner.step(root, DynamicTree(superset, 12), rule, copied)
+        report = runner.step(root, DynamicTree(superset, 12), rule, copied)
         chain = (list(copied.tokens), list(copied.log_p)) if copied else ([], [])
         expected = chosen_by_heap(superset, 12, guesses, said, *chain)
-        assert set(outcome.paths) == {path for _, _, path in expected}
-        assert [row[: superset.width] for row in outcome.guesses] == guesses
-        assert outcome.candidates[0] == root
-        seen.add(outcome.paths)
-        text += [outcome.candidates[row] for row in outcome.rows]
-        root = outcome.next
+        assert set(report.paths) == {path for _, _, path in expected}
+        assert [row[: superset.width] for row in report.guesses] == guesses
+        assert report.candidates[0] == root
+        seen.add(report.paths)
+        text += [report.candidates[row] for row in report.rows]
+        root = report.next
         assert text == PROMPT + text[12:]
         assert runner.cache.length == len(text)
     assert len(seen) > 5
@@ -378,11 +372,11 @@ def test_trees_by_name(backbone: Any) -> None:
             shaped_tree(name, accuracy)
     engine = make_engine(backbone, random_heads(backbone, 1), "dynamic-64")
     assert (
-        engine.describe_tree() == "dynamic-6: 6 nodes, depth 1"
+        engine.trees.describe() == "dynamic-6: 6 nodes, depth 1"
     )  # one head whose best 5 guesses were measured
-    assert {"dynamic-16", "static-64", "chain-1"} <= set(engine.tree_names())
-    engine.use_tree(DynamicTree(random_tree(1, 30, 4, 4), 20))
-    assert engine.tree.depth == 1
+    assert {"dynamic-16", "static-64", "chain-1"} <= set(engine.trees.names())
+    engine.trees.use(DynamicTree(random_tree(1, 30, 4, 4), 20))
+    assert engine.trees.current.depth == 1
     assert "pruned from 20 nodes" in engine.notices.pop()
     with pytest.raises(ValueError, match="cannot choose 9 nodes of 3"):
         DynamicTree(Tree.of([[0], [1]]), 9)
@@ -420,7 +414,7 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
     accuracy, replies, lengths = engine.runner.accuracy, [], {}
     assert len(accuracy.calibration) == engine.heads
     for name in ("static-12", "dynamic-12"):
-        engine.use_tree(name)
+        engine.trees.use(name)
         stats = Stats()
         for text in said:
             ids = engine.encode([{"role": "user", "content": text}])
@@ -431,11 +425,11 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
                 ranks, log_p = guess_reply(engine, ids, ids_of(steps))
                 replies.append(Guessed(joint_ranks(ranks), log_p))
         lengths[name] = stats.acceptance_length
-    assert dynamic_length(engine.tree, accuracy, replies) == pytest.approx(
+    assert dynamic_length(engine.trees.current, accuracy, replies) == pytest.approx(
         lengths["dynamic-12"], rel=0.02
     )
     assert lengths["dynamic-12"] > lengths["static-12"] - 0.1
-    assert "forecast" in engine.describe_tree()
+    assert "expected" in engine.trees.describe()
 
 
 def test_log_p_of_a_reply_are_the_heads_own(backbone: Any) -> None:

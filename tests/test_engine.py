@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.acceptance import make_rule
-from medusa_chat.decoding.trees import policy
+from medusa_chat.decoding.trees import pause
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
@@ -321,7 +321,7 @@ def test_probes_are_vanilla_steps_among_the_tree_steps(backbone: Any, greedy_tex
     kinds = [step.kind for step in steps]
     probes = [index for index, kind in enumerate(kinds) if kind == "vanilla"]
     trees = [later - earlier - 1 for earlier, later in pairwise([-1, *probes])]
-    gaps = policy.PROBE_GAPS
+    gaps = pause.PROBE_GAPS
     assert trees == [gaps[min(probe, len(gaps) - 1)] for probe in range(len(probes))]
     assert len(probes) > 2
     assert all(
@@ -335,7 +335,7 @@ def test_probes_are_counted_over_replies(backbone: Any) -> None:
     first = decode(engine, PROMPT, max_new_tokens=3)
     second = decode(engine, PROMPT, max_new_tokens=3)
     kinds = [step.kind for step in first + second if step.nodes]
-    assert kinds.index("vanilla") == policy.PROBE_GAPS[0]
+    assert kinds.index("vanilla") == pause.PROBE_GAPS[0]
 
 
 def test_a_new_reply_ends_the_one_before(backbone: Any, greedy_text: Any) -> None:
@@ -352,7 +352,7 @@ def test_ids_outside_the_vocabulary_and_trees_without_heads_are_refused(backbone
         with pytest.raises(UserError, match="not among"):
             engine.generate(ids, Sampling(mode="vanilla"))
     with pytest.raises(UserError, match="no Medusa heads"):
-        engine.use_tree("chain-2")
+        engine.trees.use("chain-2")
 
 
 def test_candidates_show_the_last_tree_step(backbone: Any, greedy_text: Any) -> None:
@@ -377,50 +377,50 @@ def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone
         with torch.inference_mode():
             hidden = backbone.hidden_of_text(torch.tensor(text))[-1:]
             guesses = heads.logits(hidden, backbone.lm_head)[:, 0].topk(5).indices.tolist()
-        outcome = runner.step(root, tree, rule)
-        assert outcome.candidates == [
+        report = runner.step(root, tree, rule)
+        assert report.candidates == [
             root,
             *(guesses[len(path) - 1][path[-1]] for path in tree.paths[1:]),
         ]
-        text += [outcome.candidates[row] for row in outcome.rows]
-        root = outcome.next
+        text += [report.candidates[row] for row in report.rows]
+        root = report.next
 
 
 def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone, 2), "mc_sim_7b_63")
-    assert engine.tree.depth == 2
+    assert engine.trees.current.depth == 2
     assert len(engine.notices) == 1
     assert "it is 4 deep and 10 wide, model has 2 heads" in engine.notices[0]
-    assert engine.tree_names()[:3] == ["auto", "chain-1", "chain-2"]
-    engine.use_tree("chain-2")
+    assert engine.trees.names()[:3] == ["auto", "chain-1", "chain-2"]
+    engine.trees.use("chain-2")
     assert len(engine.notices) == 1
-    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2"
+    assert engine.trees.describe() == "chain of 2: 3 nodes, depth 2"
     with pytest.raises(UserError, match="0 guesses"):
-        engine.use_tree(Tree())
+        engine.trees.use(Tree())
     with pytest.raises(UserError, match="256 guesses"):
-        engine.use_tree(
+        engine.trees.use(
             Tree.of([path for a in range(16) for path in ([a], *([a, b] for b in range(15)))])
         )
-    assert engine.describe_tree() == "chain of 2: 3 nodes, depth 2"
+    assert engine.trees.describe() == "chain of 2: 3 nodes, depth 2"
 
 
 def test_auto_tree_is_measured_and_says_what_it_forecasts(
     backbone: Any, greedy_text: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_chat.decoding.trees.choice.REPEATS", 1)
+    monkeypatch.setattr("medusa_chat.decoding.trees.costs.REPEATS", 1)
     accuracy = Accuracy(((0.6, 0.8), (0.4, 0.5), (0.3, 0.4)))
     engine = make_engine(backbone, random_heads(backbone, 3), "auto", accuracy=accuracy)
     assert engine.notices == []
-    assert "forecast" in engine.describe_tree()
+    assert "expected" in engine.trees.describe()
     assert engine.tokens_in_context == 0
     assert PROMPT + reply(engine, PROMPT, max_new_tokens=NEW) == greedy_text
     unmeasured = make_engine(backbone, random_heads(backbone, 3), "auto")
     assert "calibrate" in unmeasured.notices[0]
-    assert unmeasured.tree.depth <= 3
+    assert unmeasured.trees.current.depth <= 3
 
 
 def test_an_engine_without_heads_has_no_tree(backbone: Any) -> None:
     engine = make_engine(backbone, None, "auto")
-    assert (engine.heads, len(engine.tree)) == (0, 1)
-    assert "no Medusa heads" in engine.describe_tree()
+    assert (engine.heads, len(engine.trees.current)) == (0, 1)
+    assert "no Medusa heads" in engine.trees.describe()
     assert engine.notices == []

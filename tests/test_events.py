@@ -1,20 +1,23 @@
-"""The figures: Steps and their fold, against examples worked out by hand."""
+"""Steps and their figures, against examples worked out by hand."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from medusa_chat.events import COPIED, Pause, Step, Token
 from medusa_chat.stats import Stats
 
+if TYPE_CHECKING:
+    from medusa_chat.events import Finish
 
-def step(heads: list[int], seconds: float, *, nodes: int = 8, finish: Any = None) -> Step:
-    """A step whose tokens came from `heads`, of a tree of three."""
-    kind = "tree" if nodes > 1 else "vanilla"
+
+def step(heads: list[int], seconds: float, *, nodes: int = 8, finish: Finish | None = None) -> Step:
+    """A step whose tokens came from `heads`, of a tree of depth three."""
+    kind: Literal["tree", "vanilla"] = "tree" if nodes > 1 else "vanilla"
     tokens = tuple(Token(10 + head, "ab"[head % 2], head) for head in heads)
     tested = range(1, min(3, len(heads) - (finish is not None)) + 1) if nodes > 1 else ()
     return Step(tokens, nodes, seconds, kind, 3 if nodes > 1 else 0, finish, tuple(tested))
@@ -33,9 +36,8 @@ def test_one_step() -> None:
     assert (REPLY[0].text, REPLY[0].settled, REPLY[0].accepted) == ("aba", 3, 2)
     assert (REPLY[1].settled, REPLY[1].accepted) == (1, 0)
     assert (REPLY[4].settled, REPLY[4].accepted) == (2, 1)
-    only = step(
-        [0, 0], 0.01, nodes=1, finish="length"
-    )  # a vanilla step and the token that closes the reply
+    # A vanilla step, and the token that closes the reply.
+    only = step([0, 0], 0.01, nodes=1, finish="length")
     assert (only.settled, only.accepted) == (1, 0)
     free = step([0], 0.0, nodes=0, finish="eos")  # the prefill's own token ended it
     assert (free.settled, free.accepted) == (0, 0)
@@ -45,20 +47,19 @@ def test_the_figures_of_a_reply() -> None:
     stats = Stats.of(REPLY)
     assert stats.new_tokens == 3 + 1 + 1 + 4 + 3
     assert (stats.steps, stats.tree_steps, stats.vanilla_steps, stats.finish) == (5, 4, 1, "eos")
-    assert (
-        stats.acceptance_length == (3 + 1 + 4 + 2) / 4
-    )  # the closing token was not the tree's merit
+    # The tree did not bring the closing token.
+    assert stats.acceptance_length == (3 + 1 + 4 + 2) / 4
     assert stats.seconds == pytest.approx(0.1)
     assert stats.tokens_per_second == pytest.approx(120)
     assert stats.tree_step_seconds == 0.02
     assert stats.vanilla_tokens_per_second == pytest.approx(100)
     assert stats.overhead == pytest.approx(2.0)
     assert stats.speedup == pytest.approx(1.25)
-    # Head 1 was tested in all four tree steps, head 2 where head 1 was right, head 3 where both were.
+    # Head 1 was tested in all four tree steps, head 2 where 1 was right, head 3 where both were.
     assert stats.head_acceptance() == {1: 3 / 4, 2: 2 / 3, 3: 1 / 2}
 
 
-def test_a_vanilla_step_is_compared_with_its_neighbour() -> None:
+def test_a_vanilla_step_is_compared_with_the_tree_step_before_it() -> None:
     """A machine that gets faster meanwhile does not make the heads look better."""
     slow = [step([0, 1], 0.04), step([0], 0.02, nodes=1)]
     fast = [step([0, 1], 0.01)] * 6
@@ -69,9 +70,8 @@ def test_a_vanilla_step_is_compared_with_its_neighbour() -> None:
     ended = Stats.of(
         [step([0, 1], 0.08, finish="eos"), step([0], 0.02, nodes=1), step([0, 1], 0.03)]
     )
-    assert ended.overhead == pytest.approx(
-        2.75
-    )  # no tree step of its reply stands before the vanilla one
+    # The tree step before the vanilla one belongs to another reply.
+    assert ended.overhead == pytest.approx(2.75)
 
 
 def test_copied_guesses_count_by_themselves_at_every_depth() -> None:
@@ -86,11 +86,11 @@ def test_copied_guesses_count_by_themselves_at_every_depth() -> None:
     assert stats.as_json()["head_acceptance"] == {"-1": 0.66667, "1": 1.0, "2": 0.0}
 
 
-def test_steps_of_resting_heads_do_not_enter_the_comparison() -> None:
-    rest = Pause(0.9, 60, 128)
-    resting = [replace(step([0], seconds, nodes=1), paused=rest) for seconds in (0.001, 0.5, 0.002)]
-    stats = Stats.of([*REPLY[:4], *resting])
-    assert (stats.paused, stats.paused_steps, stats.vanilla_steps, stats.steps) == (rest, 3, 4, 7)
+def test_steps_of_paused_heads_do_not_enter_the_comparison() -> None:
+    pause = Pause(0.9, 60, 128)
+    paused = [replace(step([0], seconds, nodes=1), paused=pause) for seconds in (0.001, 0.5, 0.002)]
+    stats = Stats.of([*REPLY[:4], *paused])
+    assert (stats.paused, stats.paused_steps, stats.vanilla_steps, stats.steps) == (pause, 3, 4, 7)
     with_heads = Stats.of(REPLY[:4])
     for name in (
         "speedup",
@@ -105,14 +105,26 @@ def test_steps_of_resting_heads_do_not_enter_the_comparison() -> None:
     assert stats.tokens_per_second == pytest.approx(stats.new_tokens / (0.08 + 0.503))
     stats.add(REPLY[4])
     assert (stats.paused, stats.paused_steps) == (None, 3)
-    only = Stats.of(resting)
+    only = Stats.of(paused)
     assert only.speedup is only.overhead is only.acceptance_length is None
-    line = json.loads(json.dumps(resting[0].as_json()))
+    line = json.loads(json.dumps(paused[0].as_json()))
     assert line["paused"] == {"speedup": 0.9, "steps": 60, "retry_in": 128}
     assert json.loads(json.dumps(only.as_json()))["paused"] == line["paused"]
-    assert str(rest) == (
-        "heads do not pay here: 0.90x over the last 60 steps; decoding vanilla, trying again in 128 tokens"
-    )
+    assert str(pause) == "heads are slower here (0.90x): off for 128 tokens"
+
+
+def test_a_window_holds_the_last_steps_alone() -> None:
+    stats = Stats(window=4)
+    for seconds in (9.0, 9.0, 0.04, 0.02):
+        stats.add(step([0, 1, 2, 3], seconds))
+        stats.add(step([0], 0.01, nodes=1))
+    for _ in range(3):
+        stats.add(step([0, 1], 0.03))
+    assert stats.tree_steps == 4
+    assert stats.acceptance_length == (4 + 2 + 2 + 2) / 4
+    assert stats.overhead == pytest.approx(3.0)  # of the last two vanilla steps
+    assert stats.speedup == pytest.approx(2.5 / 3)
+    assert stats.new_tokens == 26
 
 
 def test_nothing_is_known_before_it_was_measured() -> None:

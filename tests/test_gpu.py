@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 import medusa_chat
 from medusa_chat.config import MODES, Mode, Sampling
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.graphs import static_step as static
-from medusa_chat.decoding.graphs.capture import Captured
+from medusa_chat.decoding.graphs import static_step
+from medusa_chat.decoding.graphs.capture import CudaGraphs
+from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.model.attention.choice import TORCH, FasterAttention, kernels
 from medusa_chat.model.attention.tree_attention import TreeMask, plain
 from medusa_chat.model.heads import MedusaHeads
@@ -49,10 +50,10 @@ def test_the_gpu_says_what_the_cpu_says(mode: Mode) -> None:
 
 def captured_graphs(engine: Engine) -> set[Key]:
     """What was recorded as graphs and is kept."""
-    static = engine.runner.static
-    assert static is not None
-    assert isinstance(static._record, Captured)
-    return set(static._programs)
+    static = engine.runner.fast
+    assert isinstance(static, StaticStep)
+    assert isinstance(static.record, CudaGraphs)
+    return set(static.programs)
 
 
 # Turns of one conversation after another, so that modes, trees and seeds change over the same graphs.
@@ -76,7 +77,7 @@ def test_captured_steps_say_what_eager_steps_say(tree: str) -> None:
         for how in (True, None)
     )
     if tree == "auto":
-        captured.use_tree(eager.tree)  # each has measured for itself
+        captured.trees.use(eager.trees.current)  # each has measured for itself
     prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
     for sampling in TURNS:
         how = replace(sampling, max_new_tokens=300, ignore_eos=True)
@@ -101,11 +102,11 @@ def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_o
 
     whole = say(TURNS[0])
     known = captured_graphs(engine)
-    usual, other = engine.tree, random_tree(5, 31, engine.heads, 6, spine=2)
+    usual, other = engine.trees.current, random_tree(5, 31, engine.heads, 6, spine=2)
     assert len(other) == len(usual)
     for sampling in TURNS:
         for tree in (other, usual):
-            engine.use_tree(tree)
+            engine.trees.use(tree)
             say(sampling, 3)
             say(replace(sampling, seed=77, temperature=0.4, epsilon=0.2, delta=0.5))
     assert captured_graphs(engine) == known
@@ -133,13 +134,13 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(monkeypatch: pytest.Mon
         for engine in (eager, broken)
     ]
     assert said[0] == said[1]
-    assert broken.runner.static is None
+    assert broken.runner.fast is None
     assert any("--eager" in notice for notice in broken.notices)
     assert torch.cuda.current_stream() == stream
 
 
 def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static, "MOST", {"nodes": 3, "forward": 2, "settle": 12})
+    monkeypatch.setattr(static_step, "MOST", {"layout": 3, "forward": 2, "acceptance": 12})
     eager, captured = (
         medusa_chat.load(device="cuda", dtype="float32", tree="chain-1", probing=False, eager=how)
         for how in (True, None)
@@ -147,7 +148,7 @@ def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPa
     prompt = [{"role": "user", "content": "Tell me a fairy tale."}]
     for nodes in (4, 9, 17, 4, 30, 9):
         for engine in (eager, captured):
-            engine.use_tree(f"static-{nodes}")
+            engine.trees.use(f"static-{nodes}")
         said = [
             [
                 token.id

@@ -46,10 +46,10 @@ def load(folder: Any, heads: Any = None) -> str:
 
 
 def test_a_folder_becomes_an_engine(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_chat.decoding.trees.choice.REPEATS", 1)
+    monkeypatch.setattr("medusa_chat.decoding.trees.costs.REPEATS", 1)
     engine = medusa_chat.load(str(whole), device="cpu", dtype="float32", probing=False)
     assert (engine.name, engine.heads, engine.notices, engine.context) == (whole.name, 3, [], 512)
-    assert engine.tree.origin == "auto"
+    assert engine.trees.current.origin == "auto"
     prompt = [{"role": "user", "content": "hi"}]
     vanilla = reply(engine, prompt, mode="vanilla", max_new_tokens=12)
     assert reply(engine, prompt, max_new_tokens=12) == vanilla

@@ -11,9 +11,8 @@ import torch
 
 import medusa_chat
 from medusa_chat.bench.random_model import main, random_heads, random_model, write_random_model
-from medusa_chat.config import ModelSpec, Sampling, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.loading import load_pretrained
 from medusa_chat.shapes import SHAPES, Shape
@@ -108,8 +107,7 @@ def test_a_random_model_decodes_with_random_heads() -> None:
         Backbone(made()),
         random_heads(SHAPE, 3, True, dtype=torch.float32),
         tokenizer(),
-        tree=chain(3),
-        probing=False,
+        LoadOptions(tree="chain-3", probing=False),
     )
     vanilla = reply(engine, [5, 6, 7], mode="vanilla", max_new_tokens=12)
     assert reply(engine, [5, 6, 7], max_new_tokens=12) == vanilla

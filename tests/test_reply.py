@@ -12,8 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.engine import eos_ids
-from medusa_chat.decoding.reply import Reply
+from medusa_chat.decoding.reply import Reply, eos_ids
 from tests.helpers.tiny import END, random_backbone, tokenizer
 
 TOKENIZER = tokenizer()
@@ -26,13 +25,13 @@ def encode(text: str) -> list[int]:
 def run(
     ids: list[int],
     *,
-    room: int = 10**6,
+    left: int = 10**6,
     eos: frozenset[int] = frozenset({END}),
     chunk: int = 1,
     **changes: Any,
 ) -> Any:
     """Feed ids some at a time, as steps do; returns the texts of the tokens taken and why it ended."""
-    reply = Reply(TOKENIZER, Sampling(**({"max_new_tokens": 10**6} | changes)), eos, room)
+    reply = Reply(TOKENIZER, Sampling(**({"max_new_tokens": 10**6} | changes)), eos, left)
     taken = []
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
@@ -139,7 +138,7 @@ def test_text_that_only_began_a_stop_string_is_released() -> None:
     ("ids", "changes", "finish"),
     [
         (encode("x ST"), {"max_new_tokens": 4}, "length"),
-        (encode("x ST"), {"room": 4}, "context"),
+        (encode("x ST"), {"left": 4}, "context"),
         ([*encode("x ST"), END], {}, "eos"),
     ],
 )

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from medusa_chat.config import Sampling
-from medusa_chat.decoding import acceptance
-from medusa_chat.decoding import runner as runner_module
+from medusa_chat.decoding import fast, noise
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
-from medusa_chat.decoding.graphs import capture as captured
-from medusa_chat.decoding.graphs import static_step as static
+from medusa_chat.decoding.graphs import capture, static_step
+from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
@@ -69,9 +68,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
 def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """Steps that are not eager are recordings, with spans short enough that texts outgrow several."""
     recorder = Recorder()
-    monkeypatch.setattr(runner_module, "as_it_is", recorder)
-    monkeypatch.setattr(static, "SHORTEST_SPAN", 16)
-    monkeypatch.setattr(static, "ROWS", 32)
+    monkeypatch.setattr(fast, "not_recorded", recorder)
+    monkeypatch.setattr(static_step, "SHORTEST_SPAN", 16)
+    monkeypatch.setattr(static_step, "ROWS", 32)
     yield recorder
 
 
@@ -113,7 +112,7 @@ def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any, tape: Recorder
         }
         expected = reply(eager, PROMPT * 2, max_new_tokens=30, **settings)
         assert reply(fixed, PROMPT * 2, max_new_tokens=30, **settings) == expected
-    assert any(key[0] == "nodes" and CHAIN in key[1] for key in tape.made)  # type: ignore[operator]
+    assert any(key[0] == "layout" and CHAIN in key[1] for key in tape.made)  # type: ignore[operator]
     assert set(tape.made.values()) == {1}
 
 
@@ -142,7 +141,7 @@ def test_an_outcome_is_that_of_the_eager_step(name: str, how: str) -> None:
         length = both[0].cache.length
         buffers = [runner.cache.buffer[:, :, :, :length] for runner in both]
         torch.testing.assert_close(*buffers, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(both[0]._hidden, both[1]._hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(both[0].state.hidden, both[1].state.hidden, rtol=1e-4, atol=1e-4)
 
 
 def same_step(
@@ -190,7 +189,7 @@ def test_after_one_step_no_setting_and_no_tree_records_anything(
     for runner in both:
         runner.step(runner.prefill(PROMPT, rule), trees[0], rule, copied)
     first = dict(tape.made)
-    assert tape.kinds() == {"nodes": 2, "forward": 2, "settle": 10}
+    assert tape.kinds() == {"layout": 2, "forward": 2, "acceptance": 10}
     for number, sampling in enumerate(SAMPLINGS.values()):
         for change in CHANGES:
             rule = make_rule(replace(sampling, **change))
@@ -210,7 +209,7 @@ def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> N
     first = tape.made.total()
     for tree in families()["fixed"]:
         for engine in (eager, fixed):
-            engine.use_tree(tree)
+            engine.trees.use(tree)
         for sampling in (
             *SAMPLINGS.values(),
             Sampling(mode="vanilla"),
@@ -225,7 +224,7 @@ def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> N
     decode(fixed, PROMPT, max_new_tokens=60)  # the text outgrows its span
     assert tape.kinds()["forward"] == 4
     assert tape.made.total() == first + 2
-    fixed.use_tree("chain-2")
+    fixed.trees.use("chain-2")
     decode(fixed, PROMPT, max_new_tokens=5)
     assert tape.made.total() == first + 2 + 7
 
@@ -236,11 +235,11 @@ def test_a_chat_records_for_new_node_counts_and_spans_alone(tape: Recorder) -> N
 def test_what_is_recorded_and_buffered_does_not_grow_with_a_chat(
     tape: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(static, "MOST", {"nodes": 5, "forward": 4, "settle": 25})
+    monkeypatch.setattr(static_step, "MOST", {"layout": 5, "forward": 4, "acceptance": 25})
     both = runners(random_backbone("llama"), accuracy=Accuracy(PUBLISHED.top))
     rules = [make_rule(sampling) for sampling in SAMPLINGS.values()]
-    step = both[1].static
-    assert step is not None
+    step = both[1].fast
+    assert isinstance(step, StaticStep)
     (root,) = {runner.prefill(PROMPT, rules[0]) for runner in both}
     sizes = set()
     for number in range(60):
@@ -252,31 +251,31 @@ def test_what_is_recorded_and_buffered_does_not_grow_with_a_chat(
         )
         root = same_step(both, root, tree, rules[number % 5], COPIED if number % 3 else None)
         sizes.add(len(tree))
-        assert len(step._programs) == len(tape.alive) <= 5 + 4 + 25
-        assert set(step._homes) == {key[1] for key in step._programs if key[0] == "nodes"}
+        assert len(step.programs) == len(tape.alive) <= 5 + 4 + 25
+        assert set(step.drafts) == {key[1] for key in step.programs if key[0] == "layout"}
     assert len(sizes) > 12
     assert max(tape.made.values()) > 1  # some were let go, and recorded again
-    assert list(step._buffers) == [32]
-    before = {id(tensor) for tensor in vars(step._buffers[32]).values()}
+    assert list(step.buffers) == [32]
+    before = {id(tensor) for tensor in vars(step.buffers[32]).values()}
     both[1].step(root, random_tree(1, 40, 4, 4, spine=4), rules[0])
-    assert list(step._buffers) == [32, 64]
+    assert list(step.buffers) == [32, 64]
     assert {
-        id(tensor) for tensor in vars(step._buffers[32]).values()
+        id(tensor) for tensor in vars(step.buffers[32]).values()
     } == before  # recorded, so they may not move
 
 
 def test_what_the_noise_is_made_of_is_held_though_its_cache_lets_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner_module, "as_it_is", captured.as_it_is)
+    monkeypatch.setattr(fast, "not_recorded", capture.not_recorded)
     runner = runners(random_backbone("llama"))[1]
     rule = make_rule(SAMPLINGS["exact"])
     used = []
     for tree in families()["fixed"][0], TREES["dynamic"]:
-        acceptance.token_keys.cache_clear()
+        noise.token_keys.cache_clear()
         runner.step(runner.prefill(PROMPT, rule), tree, rule)
-        used.append(weakref.ref(acceptance.token_keys(64, CPU)))
-    acceptance.token_keys.cache_clear()
+        used.append(weakref.ref(noise.token_keys(64, CPU)))
+    noise.token_keys.cache_clear()
     assert [keys() is None for keys in used] == [False, False]
     assert used[0]() is not used[1]()
 
@@ -301,23 +300,23 @@ class Failing(Recorder):
         return super().__call__(key, program)
 
 
-@pytest.mark.parametrize("sort", ["nodes", "forward", "settle"])
+@pytest.mark.parametrize("sort", ["layout", "forward", "acceptance"])
 @pytest.mark.parametrize("fine", [0, 14], ids=["at once", "when the text grows"])
 def test_a_step_that_cannot_be_recorded_is_taken_eagerly(
     sort: str, fine: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Failing(sort, fine)
-    monkeypatch.setattr(runner_module, "as_it_is", recorder)
+    monkeypatch.setattr(fast, "not_recorded", recorder)
     eager, fixed = pair("llama", tree=families()["fixed"][0])
     for number, sampling in enumerate(SAMPLINGS.values()):
         how = replace(sampling, max_new_tokens=60 if number == 0 else 10)
         said = [list(engine.generate(PROMPT, how)) for engine in (eager, fixed)]
         assert ids_of(said[0]) == ids_of(said[1])
         assert [len(step.tokens) for step in said[0]] == [len(step.tokens) for step in said[1]]
-        fixed.use_tree(families()["fixed"][number % 3])
-        eager.use_tree(families()["fixed"][number % 3])
+        fixed.trees.use(families()["fixed"][number % 3])
+        eager.trees.use(families()["fixed"][number % 3])
     fails = fine == 0 or sort == "forward"
-    assert (fixed.runner.static is None) is fails
+    assert (fixed.runner.fast is None) is fails
     assert len(fixed.notices) == fails
     if fails:
         notice = fixed.notices[0]
@@ -334,7 +333,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(
 def test_whatever_it_is_that_cannot_be_recorded(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "as_it_is", Failing("settle", 9, error))
+    monkeypatch.setattr(fast, "not_recorded", Failing("acceptance", 9, error))
     both = runners(random_backbone("llama"))
     rule = make_rule(Sampling())
     (root,) = {runner.prefill(PROMPT, rule) for runner in both}
@@ -345,12 +344,12 @@ def test_whatever_it_is_that_cannot_be_recorded(
 
 
 def test_an_interrupt_while_recording_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "as_it_is", Failing("settle", 3, KeyboardInterrupt()))  # type: ignore[arg-type]
+    monkeypatch.setattr(fast, "not_recorded", Failing("acceptance", 3, KeyboardInterrupt()))  # type: ignore[arg-type]
     eager, fixed = pair("llama", tree=TREES["tree"])
     with pytest.raises(KeyboardInterrupt):
         decode(fixed, PROMPT, max_new_tokens=20)
-    assert fixed.runner.static is not None
-    monkeypatch.setattr(fixed.runner.static, "_record", Recorder())
+    assert isinstance(fixed.runner.fast, StaticStep)
+    fixed.runner.fast.record = Recorder()
     assert reply(fixed, PROMPT, max_new_tokens=20) == reply(eager, PROMPT, max_new_tokens=20)
 
 
@@ -365,13 +364,13 @@ def test_int8_in_backbone_or_heads_and_dynamic_rope_cannot_be_recorded() -> None
             random_heads(backbone, own=True), quant, CPU, torch.float32, backbone.lm_head
         )
 
-    assert not captured.reads_the_host(backbone, None)
+    assert not capture.reads_the_host(backbone, None)
     for quant in ("none", "nf4", "nf4-double"):
-        assert not captured.reads_the_host(backbone, heads(quant))
+        assert not capture.reads_the_host(backbone, heads(quant))
     int8 = LinearHeads(1, Linear8bitLt(), [], [], None)
-    assert captured.reads_the_host(backbone, int8)
+    assert capture.reads_the_host(backbone, int8)
     backbone.model.extra = Linear8bitLt()
-    assert captured.reads_the_host(backbone, None)
+    assert capture.reads_the_host(backbone, None)
 
 
 class Linear8bitLt(nn.Module):
@@ -406,5 +405,5 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 def test_rope_that_compares_the_position_cannot_be_recorded(rope: Any, reads: bool) -> None:
     backbone = random_backbone("llama")
     backbone.config.rope_parameters = rope
-    assert captured.reads_the_host(backbone, None) is reads
-    assert not captured.capturable(backbone, None)  # no CUDA here
+    assert capture.reads_the_host(backbone, None) is reads
+    assert not capture.capturable(backbone, None)  # no CUDA here

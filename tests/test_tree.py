@@ -1,9 +1,9 @@
-"""Trees: what is one, what is refused, names, files, pruning."""
+"""Trees: their shape, names, files, and what is refused."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +30,7 @@ def test_a_tree_by_hand() -> None:
 
 @given(seed=st.integers(0, 10**6), nodes=st.integers(1, 60))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_topology_of_random_trees(seed: Any, nodes: Any) -> None:
+def test_topology_of_random_trees(seed: int, nodes: int) -> None:
     tree = random_tree(seed, nodes, depth=5, width=6)
     assert list(tree.depths) == sorted(tree.depths)
     for row, path in enumerate(tree.paths):
@@ -58,7 +58,9 @@ def test_topology_of_random_trees(seed: Any, nodes: Any) -> None:
         ([[[0]]], "not a list of ranks"),
     ],
 )
-def test_what_is_no_tree_is_refused(paths: Any, complaint: Any, tmp_path: Path) -> None:
+def test_paths_that_make_no_tree_are_refused(
+    paths: list[list[int]], complaint: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=f"tree test: .*{complaint}"):
         Tree.of(paths, "test")
     file = tmp_path / "tree.json"
@@ -80,7 +82,7 @@ def test_what_is_no_tree_is_refused(paths: Any, complaint: Any, tmp_path: Path) 
         ("7", "must hold a list of paths"),
     ],
 )
-def test_a_file_that_is_no_tree_is_refused(text: Any, complaint: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_no_tree_is_refused(text: str, complaint: str, tmp_path: Path) -> None:
     file = tmp_path / "tree.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=complaint) as refusal:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
+from medusa_chat.decoding.graphs.static_step import StaticStep
+
 if TYPE_CHECKING:
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
@@ -18,19 +20,19 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     Returns:
         {"steps", "median_ms", "p90_ms"}; None where steps are eager, or fewer than three were taken.
     """
-    if engine.runner.static is None:
+    if engine.runner.fast is None:
         return None
     list(engine.generate(prompt, sampling))  # what is not recorded yet is recorded now
-    static = engine.runner.static
-    if static is None:  # it could not be
+    static = engine.runner.fast
+    if not isinstance(static, StaticStep):  # it could not be recorded
         return None
-    gaps, learned = [], 0.0
+    gaps, finished = [], 0.0
     for step in engine.generate(prompt, sampling):
         if not step.nodes:
             continue
-        if learned:
-            gaps.append(static.started - learned)
-        learned = static.learned
+        if finished:
+            gaps.append(static.started - finished)
+        finished = static.finished
     if len(gaps) < 2:
         return None
     tenths = quantiles(gaps, n=10, method="inclusive")

@@ -22,7 +22,7 @@ REST = "rest"  # detokenizing, Python, and on a GPU the time in which it waits
 
 
 class Stopwatch:
-    """Takes the place of `Runner.mark`: the time since the mark before belongs to the part that a mark names.
+    """Takes the place of `EagerStep.mark`: the time since the mark before belongs to the part that a mark names.
 
     On CUDA events are recorded on the stream, so that nothing waits; elsewhere every part is over when it returns.
     """
@@ -62,12 +62,12 @@ class Stopwatch:
 @contextmanager
 def watching(runner: Runner) -> Iterator[Stopwatch]:
     """Time the parts of the runner's steps while inside."""
-    stopwatch, before = Stopwatch(runner.backbone.device), runner.mark
-    runner.mark = stopwatch
+    stopwatch, before = Stopwatch(runner.backbone.device), runner.eager.mark
+    runner.eager.mark = stopwatch
     try:
         yield stopwatch
     finally:
-        runner.mark = before
+        runner.eager.mark = before
 
 
 def step_parts(

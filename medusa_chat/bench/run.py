@@ -50,7 +50,7 @@ def bench(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
         raise UserError("bench needs at least one mode")
     check_contexts(engine, plan.contexts)
     check_histories(engine, plan.histories)
-    tree = engine.describe_tree()  # before the timing of steps changes what auto knows
+    tree = engine.trees.describe()  # before the timing of steps changes what auto knows
     prompts = fitting(engine, plan.prompts)
     ids = [engine.encode(prompt.opening()) for prompt in prompts[:PARTS_PROMPTS]]
     eager = _captured_check(engine, ids)
@@ -94,7 +94,7 @@ def bench_steps(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any
 
 def _captured_check(engine: Engine, prompts: list[list[int]]) -> dict[str, Any] | None:
     """The captured step against the eager one, where steps are captured."""
-    return compare_with_eager(engine, prompts) if engine.runner.static is not None else None
+    return compare_with_eager(engine, prompts) if engine.runner.fast is not None else None
 
 
 def _about(engine: Engine) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from medusa_chat.bench.plan import RandomModel
 from medusa_chat.bench.random_model import random_heads, random_model
-from medusa_chat.config import ModelSpec, Quant, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.machine import memory
 from medusa_chat.machine.devices import free_memory
 from medusa_chat.model.backbone import Backbone
@@ -71,11 +70,9 @@ def random_engine(
             backbone,
             heads,
             numbers(shape.vocabulary),
+            LoadOptions(tree="chain-1", context=positions, probing=False),
             name=wanted.name,
-            tree=chain(1),
-            context=positions,
             eos=frozenset(),
-            probing=False,
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.bench.bandwidth import step_bytes
 from medusa_chat.config import MAX_NODES, UserError
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
-from medusa_chat.decoding.trees.choice import StepCost, fastest, kinds, measure, options
+from medusa_chat.decoding.trees.choice import StepCost, fastest, options
+from medusa_chat.decoding.trees.costs import measure
+from medusa_chat.decoding.trees.growth import kinds
 
 if TYPE_CHECKING:
     from medusa_chat.bench.plan import Tick
@@ -28,7 +30,7 @@ def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
 
 
 def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list[dict[str, Any]]:
-    """Time vanilla steps and tree steps over the ladder of tuning.measure behind each number of cached positions.
+    """Time vanilla steps and tree steps over the ladder of costs.measure behind each number of cached positions.
 
     Returns:
         for each context {"context", "vanilla_ms", "vanilla_tokens_per_second", "nodes": {n: {"ms", "overhead"}},
@@ -36,7 +38,7 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
         where the model's own were never measured.
     """
     check_contexts(engine, contexts)
-    measured = engine.accuracy
+    measured = engine.trees.accuracy
     accuracy = (PUBLISHED if measured is None else measured).pruned(
         engine.heads, engine.backbone.vocabulary
     )
@@ -44,8 +46,8 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
     for done, context in enumerate(contexts, 1):
         engine.forget()
         costs = {
-            kind: measure(engine.runner, accuracy, tree_of=tree_of, length=context, budget=inf)
-            for kind, tree_of in kinds(accuracy).items()
+            kind: measure(engine.runner, accuracy, kind, length=context, budget=inf)
+            for kind in kinds(accuracy)
         }
         best = fastest(options(accuracy, costs))
         vanilla = costs[best.kind].vanilla

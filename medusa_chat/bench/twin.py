@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -73,14 +73,16 @@ def compare_in_float32(load: Callable[..., Engine], conversations: Sequence[Any]
 @contextmanager
 def same_tree(engine: Engine) -> Iterator[None]:
     """Inside, the engine verifies TREE, whatever it was to choose."""
-    policy = engine.policy
-    engine.policy = deepcopy(policy)
+    trees = engine.trees
+    engine.trees = copy(trees)
+    engine.trees.policy = deepcopy(trees.policy)
     if engine.heads:
-        engine.use_tree(TREE)
+        engine.trees.use(TREE)
     try:
         yield
     finally:
-        engine.policy = policy
+        engine.trees = trees
+        engine.forget()  # this policy has not seen the text in the cache
 
 
 def agreement(ours: Ids, theirs: Ids) -> Figures:
@@ -126,9 +128,9 @@ def _replies_of(
 
 def _replies(engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, float]:
     """Ids of each reply, and tokens/s over all but the first, which warms up."""
-    ids, tokens, seconds, copies = [], 0, 0.0, engine.copies
+    ids, tokens, seconds, copies = [], 0, 0.0, engine.trees.copies
     # A typical reply depends on what is verified, and which copies are depends on replies before.
-    engine.copies = copies and sampling.mode != "typical"
+    engine.trees.use_copies(copies and sampling.mode != "typical")
     try:
         for number, prompt in enumerate([prompts[0], *prompts]):
             engine.forget()
@@ -140,5 +142,5 @@ def _replies(engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, flo
                     seconds + sum(step.seconds for step in steps),
                 )
     finally:
-        engine.copies = copies
+        engine.trees.use_copies(copies)
     return ids, round(tokens / seconds, 2) if seconds else 0.0

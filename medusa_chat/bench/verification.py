@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from medusa_chat.bench.peers import TransformersPeer
-from medusa_chat.decoding.acceptance import gumbel, make_warp
-from medusa_chat.decoding.trees.accuracy import dynamic_tree
+from medusa_chat.decoding.acceptance import Numbers, temper, truncate
+from medusa_chat.decoding.noise import gumbel
+from medusa_chat.decoding.trees.growth import dynamic_tree
 from medusa_chat.decoding.trees.tree import AnyTree, Tree, chain, named_tree, paper_trees
 from medusa_chat.model.attention.tree_attention import chain_mask
 from medusa_chat.model.linear.quantization import quant_of
@@ -64,7 +65,7 @@ def random_tree(rng: random.Random, nodes: int, depth: int, width: int) -> Tree:
 def trees_to_check(engine: Engine, seed: int) -> dict[str, AnyTree]:
     """The engine's own tree, every released one, a chain, two random and two dynamic ones, pruned to the heads."""
     rng = random.Random(seed)
-    named: dict[str, AnyTree] = {"auto": engine.tree} | {
+    named: dict[str, AnyTree] = {"auto": engine.trees.current} | {
         name: named_tree(name) for name in paper_trees()
     }
     named[f"chain-{engine.heads}"] = chain(engine.heads)
@@ -95,7 +96,7 @@ def verify(
     for done, prompt in enumerate(prompts, 1):
         for ids in _histories(engine, prompt, turns):
             reference = _ids(
-                engine, ids, replace(sampling, mode="vanilla", sample=False), engine.tree
+                engine, ids, replace(sampling, mode="vanilla", sample=False), engine.trees.current
             )
             plain = replace(sampling, mode="greedy")
             room = min(
@@ -112,7 +113,7 @@ def verify(
                     sampling, mode="exact", temperature=temperature, top_p=top_p, seed=done
                 )
                 vanilla = _ids(
-                    engine, ids, replace(drawn, mode="vanilla", sample=True), engine.tree
+                    engine, ids, replace(drawn, mode="vanilla", sample=True), engine.trees.current
                 )
                 for name, copies in (("auto", False), ("dynamic-16", True)):
                     found = _ids(engine, ids, drawn, trees[name], copies)
@@ -135,8 +136,8 @@ def _histories(engine: Engine, prompt: Prompt, turns: int) -> Iterator[list[int]
 def _ids(
     engine: Engine, prompt: list[int], sampling: Sampling, tree: AnyTree, copies: bool = False
 ) -> list[int]:
-    engine.use_tree(tree)
-    engine.use_copies(copies)
+    engine.trees.use(tree)
+    engine.trees.use_copies(copies)
     engine.notices.clear()
     return [token.id for step in engine.generate(prompt, sampling) for token in step.tokens]
 
@@ -223,7 +224,7 @@ def _gap(
     limit /= sampling.temperature
     if any(_at_an_edge(logits, token, sampling, NOISE * noise) for token in (a, b)):
         return limit, limit
-    scores = make_warp(replace(sampling, top_p=1.0, top_k=0, min_p=0.0))(logits)
+    scores = temper(logits, sampling.temperature)
     scores = scores + gumbel(
         sampling.seed, torch.tensor([len(text)], device=scores.device), scores.shape[-1]
     )
@@ -236,5 +237,6 @@ def _at_an_edge(logits: Tensor, token: int, sampling: Sampling, noise: float) ->
     for change in (-noise, noise):
         rounded = logits.clone()
         rounded[0, token] += change
-        kept.append(bool(make_warp(sampling)(rounded)[0, token].isfinite()))
+        scores = truncate(temper(rounded, sampling.temperature), *Numbers.of(sampling)[1:4])
+        kept.append(bool(scores[0, token].isfinite()))
     return kept[0] != kept[1]

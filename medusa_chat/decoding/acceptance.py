@@ -1,38 +1,57 @@
-"""Which candidates a step keeps, and which token follows them: greedy, typical, exact.
+"""Rules that decide which candidates a step keeps and which token follows.
 
-Every rule is a pure function of tensors on one device, without a copy to the host (which indexing by a tensor of no
-dimensions would be) and with shapes that depend on nothing but the tree's. What is a number of the sampling, or the
-position, may be a tensor [] of the device. Shapes: n nodes, V tokens.
+Every rule is a pure function of tensors on one device. It copies nothing to the host (indexing by a
+tensor [] would), and its shapes depend on nothing but the tree's. The sampling's numbers and the
+position may be tensors [] of the device, so that a recorded step can be replayed with others.
+Shapes: n nodes, V tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+
+from medusa_chat.decoding.noise import gumbel
 
 if TYPE_CHECKING:
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.trees.tree import Tree
 
-_MIX_1, _MIX_2, _STRIDE = 0x7FEB352D, 0x846CA68B - 2**32, 0x2545F4914F6CDD1D
+Number = float | Tensor
+# The rules differ in their operations. Truncation is apart because it sorts the scores.
+Kind = Literal["greedy", "typical", "exact", "typical-truncated", "exact-truncated"]
+KINDS: tuple[Kind, ...] = ("greedy", "typical", "exact", "typical-truncated", "exact-truncated")
+NOTHING = float("-inf")  # the score of a token that may not follow
+
+
+class Numbers(NamedTuple):
+    """The numbers of a sampling, as floats or as tensors [] of the device."""
+
+    temperature: Number
+    top_k: Number
+    top_p: Number
+    min_p: Number
+    epsilon: Number
+    delta: Number
+    seed: Number
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Numbers:
+        """Return the numbers of a sampling, as floats."""
+        return cls(*(float(getattr(sampling, name)) for name in cls._fields))
 
 
 @dataclass(frozen=True)
 class TreeTensors:
-    """A tree's topology on a device: parents [n], depths [n], ancestors [n, n] (self included).
+    """A tree's topology on a device.
 
     Attributes:
+        parents: [n], the row of each node's parent; the root is its own.
+        depths: [n]
+        ancestors: bool [n, n]; each node is its own ancestor too.
         depth: no node lies deeper; known without a look at the device.
     """
 
@@ -43,93 +62,110 @@ class TreeTensors:
 
     @classmethod
     def of(cls, tree: Tree, device: torch.device) -> TreeTensors:
-        ancestors = torch.zeros(len(tree), len(tree), dtype=torch.bool)
-        for row, branch in enumerate(tree.branches):
-            ancestors[row, list(branch)] = True
-        parents, depths = (
-            torch.tensor(tree.parents, device=device),
-            torch.tensor(tree.depths, device=device),
-        )
-        return cls(parents, depths, ancestors.to(device), tree.depth)
+        """Put a tree on a device."""
+        parents = torch.tensor(tree.parents, device=device)
+        depths = torch.tensor(tree.depths, device=device)
+        return cls(parents, depths, ancestors_of(tree, len(tree)).to(device), tree.depth)
+
+
+def ancestors_of(tree: Tree, rows: int) -> Tensor:
+    """Return a bool matrix [rows, rows] on the CPU, with the ancestors of the tree's nodes."""
+    ancestors = torch.zeros(rows, rows, dtype=torch.bool)
+    for row, branch in enumerate(tree.branches):
+        ancestors[row, list(branch)] = True
+    return ancestors
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step keeps: the row of the deepest accepted node, and the token that follows it. Both []."""
+    """The decision of a step.
+
+    Attributes:
+        row: [], the deepest accepted node.
+        next: [], the token that follows it.
+    """
 
     row: Tensor
     next: Tensor
 
 
-Number = float | Tensor
-Warp = Callable[[Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class Rule:
-    """What a sampling accepts: takes logits [n, V], candidates [n], the tree, and the root's position in the text."""
+    """A rule of acceptance and its numbers."""
 
-    kind: Literal["greedy", "typical", "exact"]
-    sampling: Sampling
-    decide: Callable[[Tensor, Tensor, TreeTensors, int], Verdict]
+    kind: Kind
+    numbers: Numbers
 
     def __call__(
-        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int
+        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
     ) -> Verdict:
-        return self.decide(logits, candidates, tree, position)
+        """Decide a step.
+
+        Args:
+            logits: [n, V], of the backbone at each node.
+            candidates: [n], the token of each node.
+            tree: the topology of the nodes.
+            position: of the root in the text.
+        """
+        if self.kind == "greedy":
+            return greedy(logits, candidates, tree)
+        scores = temper(logits, self.numbers.temperature)
+        if self.kind.endswith("truncated"):
+            scores = truncate(scores, *self.numbers[1:4])
+        if self.kind.startswith("typical"):
+            return typical(scores, candidates, tree, position, self.numbers)
+        return exact(scores, candidates, tree, position, self.numbers.seed)
 
 
-def greedy(
-    logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
-) -> Verdict:
-    """A candidate stays while it is the argmax after its parent: the output is that of greedy decoding."""
+def make_rule(sampling: Sampling) -> Rule:
+    """Return the rule of a mode; at temperature 0 each is greedy."""
+    numbers = Numbers.of(sampling)
+    if sampling.greedy:
+        return Rule("greedy", numbers)
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if sampling.mode == "typical":
+        return Rule("typical-truncated" if truncated else "typical", numbers)
+    return Rule("exact-truncated" if truncated else "exact", numbers)
+
+
+def greedy(logits: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:
+    """Keep a candidate while it is the argmax after its parent: greedy decoding's text."""
     # As float32 because the CPU's argmax over 16 bits is five times as slow.
     return _matching(logits.float().argmax(-1), candidates, tree)
 
 
 def exact(
-    logits: Tensor,
-    candidates: Tensor,
-    tree: TreeTensors,
-    position: int | Tensor,
-    *,
-    warp: Warp,
-    seed: int | Tensor,
+    scores: Tensor, candidates: Tensor, tree: TreeTensors, position: Number, seed: Number
 ) -> Verdict:
-    """Lossless sampling: after every node a token is drawn, and a child stays if it is that token.
+    """Sample without loss: draw a token after every node, and keep a child that is that token.
 
-    The noise is keyed by (seed, position, token), so a draw does not depend on the tree: the text is that of
-    vanilla sampling with the same seed.
+    The noise is keyed by (seed, position, token), so a draw does not depend on the tree: the text
+    is that of vanilla sampling with the same seed.
+
+    `scores` are float32 [n, V], tempered and truncated; the rest is as a Rule takes it.
     """
-    scores = warp(logits)
     positions = torch.arange(1, tree.depth + 2, device=scores.device) + position
-    noise = gumbel(seed, positions, scores.shape[-1])[
-        tree.depths
-    ]  # nodes of one depth share theirs
-    return _matching((scores + noise).argmax(-1), candidates, tree)
+    noise = gumbel(_integer(seed), positions, scores.shape[-1])
+    # Nodes of one depth share their noise.
+    return _matching((scores + noise[tree.depths]).argmax(-1), candidates, tree)
 
 
 def typical(
-    logits: Tensor,
-    candidates: Tensor,
-    tree: TreeTensors,
-    position: int | Tensor,
-    *,
-    warp: Warp,
-    seed: int | Tensor,
-    epsilon: Number,
-    delta: Number,
+    scores: Tensor, candidates: Tensor, tree: TreeTensors, position: Number, numbers: Numbers
 ) -> Verdict:
-    """Typical acceptance (paper, section 2.3.1): x stays if p(x) > min(epsilon, delta * exp(-H(p))).
+    """Typical acceptance (paper, section 2.3.1): keep x if p(x) > min(epsilon, delta * exp(-H(p))).
 
-    The longest accepted path wins, ties by summed log-likelihood; the next token is drawn from what the same
-    rule leaves of the distribution.
+    The longest accepted path wins, ties by summed log-likelihood. The next token is drawn from
+    what the same rule leaves of the distribution.
+
+    `scores` are float32 [n, V], tempered and truncated; the rest is as a Rule takes it.
     """
-    log_p = warp(logits).log_softmax(-1)
+    log_p = scores.log_softmax(-1)
     p = log_p.exp()
     # The clamp makes 0 * log 0 nothing; no sum notices it otherwise.
     entropy = -torch.linalg.vecdot(p, log_p.clamp(min=-1e4))
-    threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)  # [n]
+    threshold = _single(numbers.delta) * torch.exp(-entropy)
+    threshold = threshold.clamp(max=_single(numbers.epsilon))  # [n]
     candidate_log_p = log_p[tree.parents, candidates]
     kept = candidate_log_p.exp() > threshold[tree.parents]
     row = _deepest(kept, tree, candidate_log_p)
@@ -137,91 +173,81 @@ def typical(
     p = p[last]  # [1, V]
     # The likeliest token always stays, so that a delta above 1 can't leave nothing to draw from.
     allowed = (p > threshold[last]) | (p == p.max())
-    scores = log_p[last].masked_fill(~allowed, float("-inf"))
-    noise = gumbel(seed, tree.depths[last] + position + 1, scores.shape[-1])
-    return Verdict(row, (scores + noise).argmax())
+    left = log_p[last].masked_fill(~allowed, NOTHING)
+    noise = gumbel(_integer(numbers.seed), tree.depths[last] + position + 1, left.shape[-1])
+    return Verdict(row, (left + noise).argmax())
+
+
+def temper(logits: Tensor, temperature: Number) -> Tensor:
+    """Divide logits [n, V] by the temperature; returns float32 scores [n, V]."""
+    return logits.float() / _single(temperature)
+
+
+def truncate(scores: Tensor, top_k: Number, top_p: Number, min_p: Number) -> Tensor:
+    """Apply top-k, then top-p, then min-p, as transformers does; 0, 1 and 0 switch them off.
+
+    Scores are float32 [n, V]; they become -inf where a token is cut off. The numbers are floats, or
+    tensors [] of the device in double.
+    """
+    if _used(top_k, off=0):
+        scores = scores.masked_fill(scores < _least(scores, top_k), NOTHING)
+    if _used(top_p, off=1):
+        # Sorted again as transformers does: of equal scores at the edge, the same ones have to go.
+        rising, order = scores.sort()
+        off = (rising.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
+        off[:, -1].zero_()  # the likeliest stays
+        scores = scores.masked_fill(off.scatter(-1, order, off), NOTHING)
+    if _used(min_p, off=0):
+        p = scores.softmax(-1)
+        scores = scores.masked_fill(p < _single(min_p) * p.amax(-1, keepdim=True), NOTHING)
+    return scores
+
+
+def _used(number: Number, off: float) -> bool:
+    """Tell if a number may have an effect; one of the device is not read, so it may."""
+    return isinstance(number, Tensor) or number != off
+
+
+def _least(scores: Tensor, top_k: Number) -> Tensor:
+    """Return the score of the k-th likeliest token: [n, V] -> [n, 1]."""
+    vocabulary = scores.shape[-1]
+    if not isinstance(top_k, Tensor):
+        return scores.topk(min(int(top_k), vocabulary)).values[:, -1:]
+    k = top_k.masked_fill(top_k == 0, vocabulary).long().clamp(max=vocabulary)
+    return scores.sort(descending=True).values.index_select(-1, k[None] - 1)
+
+
+def _single(number: Number) -> Number:
+    return number.float() if isinstance(number, Tensor) else number
+
+
+def _integer(number: Number) -> int | Tensor:
+    return number.long() if isinstance(number, Tensor) else int(number)
 
 
 def _matching(chosen: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:
-    """Keep the path on which every candidate is the token chosen after its parent. chosen: [n]"""
+    """Keep the path on which every candidate is the token chosen after its parent. chosen: [n]."""
     row = _deepest(candidates == chosen[tree.parents], tree, None)
     return Verdict(row, chosen[row[None]][0])
 
 
 def _deepest(kept: Tensor, tree: TreeTensors, log_p: Tensor | None) -> Tensor:
-    """The row of the deepest node whose whole path is kept; ties by summed log_p. kept: [n] -> []"""
-    off = ~kept & (tree.depths > 0)  # the root was chosen by the backbone itself
+    """Find the deepest node whose whole path is kept; ties by summed log_p. kept: [n] -> []."""
+    off = ~kept & (tree.depths > 0)  # the backbone itself chose the root
     alive = ~(tree.ancestors & off).any(-1)
     depth = tree.depths.masked_fill(~alive, -1)
     if log_p is None:
         return depth.argmax()
-    likelihood = (
-        log_p.expand(len(depth), -1).masked_fill(~tree.ancestors | (tree.depths == 0), 0.0).sum(-1)
-    )
-    return likelihood.masked_fill(depth < depth.max(), float("-inf")).argmax()
+    guesses = tree.ancestors & (tree.depths > 0)
+    likelihood = log_p.expand(len(depth), -1).masked_fill(~guesses, 0.0).sum(-1)
+    return likelihood.masked_fill(depth < depth.max(), NOTHING).argmax()
 
 
 def path_to(row: Tensor, tree: TreeTensors) -> Tensor:
-    """Rows from the root down to node `row`; the root again where the path is over.
-
-    Args:
-        row: [].
+    """List the rows from the root to node `row` []; after the path's end the root is repeated.
 
     Returns:
         [min(depth + 1, n)]
     """
     levels = torch.arange(min(tree.depth + 1, len(tree.depths)), device=row.device)
     return (tree.ancestors[row[None]] & (tree.depths == levels[:, None])).int().argmax(-1)
-
-
-def make_warp(sampling: Sampling) -> Warp:
-    """Temperature and truncation as transformers does them: logits [n, V] -> float32 scores [n, V]."""
-    steps: Any = LogitsProcessorList()
-    if sampling.top_k:
-        steps.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0:
-        steps.append(MinPLogitsWarper(sampling.min_p))
-    no_text = torch.empty(0, dtype=torch.long)  # these warpers look at the scores alone
-    return lambda logits: steps(no_text, logits.float() / sampling.temperature)
-
-
-def make_rule(sampling: Sampling) -> Rule:
-    """The rule of a mode; at temperature 0 each is greedy."""
-    if sampling.greedy:
-        return Rule("greedy", sampling, greedy)
-    drawn: dict[str, Any] = {"warp": make_warp(sampling), "seed": sampling.seed}
-    if sampling.mode == "typical":
-        drawn |= {"epsilon": sampling.epsilon, "delta": sampling.delta}
-        return Rule("typical", sampling, partial(typical, **drawn))
-    return Rule("exact", sampling, partial(exact, **drawn))
-
-
-def gumbel(seed: int | Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise that depends on (seed, position, token id) alone: [m] -> [m, V].
-
-    The bits are lowbias32 (C. Wellons, hash-prospector) of both keys; integer arithmetic wraps as it needs.
-    """
-    keys = positions * _STRIDE + seed * 0x9E3779B1
-    bits = token_keys(vocabulary, positions.device) ^ _mix((keys ^ (keys >> 32)).int())[:, None]
-    # Float32 is finest near 0, where the large values come from; 0 and 1 have none.
-    uniform = (
-        _mix(bits).bitwise_and_(2**31 - 1).float().mul_(2.0**-31).clamp_(2.0**-32, 1 - 2.0**-24)
-    )
-    return uniform.neg_().log1p_().neg_().log_().neg_()
-
-
-@lru_cache(maxsize=4)
-def token_keys(vocabulary: int, device: torch.device) -> Tensor:
-    return _mix(torch.arange(1, vocabulary + 1, dtype=torch.int32, device=device))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Spread every bit of int32 x, which is used up, over the whole word; shifts are made logical by a mask."""
-    x ^= (x >> 16).bitwise_and_(2**16 - 1)
-    x *= _MIX_1
-    x ^= (x >> 15).bitwise_and_(2**17 - 1)
-    x *= _MIX_2
-    x ^= (x >> 16).bitwise_and_(2**16 - 1)
-    return x

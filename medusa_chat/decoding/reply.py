@@ -15,27 +15,34 @@ if TYPE_CHECKING:
 
 
 class Reply:
-    """Takes the tokens of a reply one by one and says when it is over.
+    """Takes the tokens of a reply one by one and notices its end.
 
     Attributes:
-        finish: why the reply is over, or None.
+        finish: the reason for the end, or None.
     """
 
-    def __init__(self, tokenizer: Any, sampling: Sampling, eos: frozenset[int], room: int) -> None:
-        """`room` is how many tokens the context still holds."""
+    def __init__(self, tokenizer: Any, sampling: Sampling, eos: frozenset[int], left: int) -> None:
+        """Start an empty reply.
+
+        Args:
+            tokenizer: of transformers.
+            sampling: its limit, stop strings and `ignore_eos` are read.
+            eos: ids that end a reply.
+            left: tokens that the context still holds.
+        """
         self.finish: Finish | None = None
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._pending: list[int] = []  # tokens without text yet: bytes of a character
         self._eos = frozenset() if sampling.ignore_eos else eos
-        self._limit = min(sampling.max_new_tokens, room)
-        self._full: Finish = "length" if sampling.max_new_tokens <= room else "context"
+        self._limit = min(sampling.max_new_tokens, left)
+        self._full: Finish = "length" if sampling.max_new_tokens <= left else "context"
         self._stop = sampling.stop
         self._held = ""  # text that may yet turn out to begin a stop string
         self._count = 0
 
     def ends_at(self, token: int) -> bool:
-        """Whether `token` as the next one would end the reply whatever its text."""
+        """Tell if `token` as the next one would end the reply whatever its text."""
         return token in self._eos or self._count + 1 >= self._limit
 
     def take(self, ids: Sequence[int], heads: Sequence[int]) -> list[Token]:
@@ -56,13 +63,12 @@ class Reply:
         return self._released("" if token in self._eos else self._piece(token))
 
     def _piece(self, token: int) -> str:
-        """The text that a token adds; none while it is part of a character."""
+        """Return the text that a token adds; none while it is part of a character."""
         self._pending.append(token)
         try:
             piece = self._stream.step(self._tokenizer, token)
-        except (
-            Exception
-        ):  # bytes that make no character spoil those before them, and the stream (tokenizers 0.22)
+        except Exception:
+            # Bytes that make no character spoil those before them and the stream (tokenizers 0.22).
             piece = self._tokenizer.decode(self._pending, skip_special_tokens=True)
             self._stream = DecodeStream(skip_special_tokens=True)
             self._stream.step(self._tokenizer, token)
@@ -71,19 +77,27 @@ class Reply:
         return piece or ""
 
     def _released(self, piece: str) -> str:
-        """Text that can be shown: all before a stop string, and nothing yet that may begin one."""
+        """Return the text to show: all before a stop string, and nothing that may begin one."""
         text = self._held + piece
-        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.finish, self._held = "stop", ""
             return text[: min(found)]
-        held = 0 if self.finish else max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = 0
+        if not self.finish:
+            held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next(
-        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
-    )
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Collect the EOS ids of a transformers model's generation config and of the tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from medusa_chat.decoding.draft.selection import Selector
-from medusa_chat.decoding.trees.accuracy import Accuracy, dynamic_tree
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import dynamic_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

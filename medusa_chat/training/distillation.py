@@ -324,7 +324,7 @@ class Local:
         return [next(replies) if fit else None for fit in fits]
 
     def _load(self) -> None:
-        from medusa_chat.decoding.engine import eos_ids
+        from medusa_chat.decoding.reply import eos_ids
         from medusa_chat.model.loading import choose_device, load_pretrained
         from medusa_chat.model.templates import named_template, resolve_template
 

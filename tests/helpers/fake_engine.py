@@ -81,6 +81,28 @@ def script(
         )
 
 
+class FakeTrees:
+    """Implements the Trees of a ChatEngine."""
+
+    def __init__(self) -> None:
+        self.copies = True
+        self._tree = "auto"
+
+    def describe(self) -> str:
+        return f"{self._tree}: 9 nodes, depth 3; expected 2.6 tokens per step"
+
+    def use(self, tree: str) -> None:
+        if tree not in self.names():
+            raise UserError(f"no tree {tree!r}")
+        self._tree = tree
+
+    def use_copies(self, on: bool) -> None:
+        self.copies = on
+
+    def names(self) -> list[str]:
+        return ["auto", "chain", "vicuna-7b"]
+
+
 class FakeEngine:
     """Implements ChatEngine. `replies` are given in turn; an exception among them is raised instead."""
 
@@ -98,7 +120,7 @@ class FakeEngine:
         self.context = 1024
         self.heads = heads
         self.system = "You are a helpful assistant."
-        self.copies = True
+        self.trees = FakeTrees()
         self.notices: list[str] = []
         self.prefilled = 0
         self.prefill_seconds = 0.0
@@ -113,7 +135,6 @@ class FakeEngine:
             fails_after,
         )
         self._tokens = 0
-        self._tree = "auto"
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         self.prompts.append([message for message in prompt if not isinstance(message, int)])
@@ -147,19 +168,6 @@ class FakeEngine:
         texts = (" river", " how", " that", "\n", " many", " far", "[red]", " he", "é")
         return Candidates(paths=tuple(paths), texts=texts, accepted=(0, 1, 5, 8))
 
-    def describe_tree(self) -> str:
-        return f"{self._tree}: 9 nodes, depth 3; forecast 2.60 tokens a step"
-
-    def use_tree(self, name: str) -> None:
-        if name not in self.tree_names():
-            raise UserError(f"no tree {name!r}")
-        self._tree = name
-
-    def use_copies(self, on: bool) -> None:
-        self.copies = on
-
-    def tree_names(self) -> list[str]:
-        return ["auto", "chain", "vicuna-7b"]
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.graphs import static_step as static
+from medusa_chat.decoding.graphs import static_step
 from medusa_chat.model.attention.kernel import Launch, attend
 from medusa_chat.model.attention.tree_attention import TreeMask, plain
 from tests.helpers.tiny import (
@@ -117,7 +117,7 @@ def test_the_text_ends_where_the_device_says() -> None:
 @pytest.mark.parametrize("kind", ["mistral", "qwen3-mixed", "gemma2"])
 def test_text_is_that_of_the_eager_step(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through transformers' own layers: groups, windows in some layers, softcaps, spans that the text outgrows."""
-    monkeypatch.setattr(static, "SHORTEST_SPAN", 16)
+    monkeypatch.setattr(static_step, "SHORTEST_SPAN", 16)
     used = []
 
     def counted(*arguments: Any) -> Any:

@@ -20,9 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from medusa_chat.config import Sampling
+from medusa_chat.config import LoadOptions, Sampling
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import write_heads
@@ -190,15 +190,24 @@ def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     return made
 
 
+LOAD_OPTIONS = {"copies", "context", "eager", "probing"}  # that an engine reads, besides the tree
+
+
 def make_engine(
-    backbone: Backbone, heads: Any = None, tree: str | Tree = "chain-2", **settings: Any
+    backbone: Backbone, heads: Any = None, tree: str | AnyTree = "chain-2", **settings: Any
 ) -> Engine:
-    """An engine that never stops at an EOS, takes no probes and copies nothing unless told."""
+    """An engine that never stops at an EOS, takes no probes and copies nothing by default.
+
+    `settings` are LOAD_OPTIONS, or arguments of Engine.
+    """
     settings = {"eos": frozenset(), "probing": False, "copies": False} | settings
-    tree = "auto" if heads is None else tree
-    engine = Engine(
-        backbone, heads, settings.pop("tokenizer", None) or tokenizer(), tree=tree, **settings
-    )
+    named = tree if isinstance(tree, str) else "chain-1"
+    options = {name: settings.pop(name) for name in LOAD_OPTIONS & set(settings)}
+    options["tree"] = "auto" if heads is None else named
+    made = settings.pop("tokenizer", None) or tokenizer()
+    engine = Engine(backbone, heads, made, LoadOptions(**options), **settings)
+    if heads is not None and not isinstance(tree, str):
+        engine.trees.use(tree)
     if isinstance(heads, OracleHeads):
         heads.engine = engine
     return engine

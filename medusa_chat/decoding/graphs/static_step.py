@@ -1,17 +1,19 @@
-"""The step over buffers that never move, reading nothing on the host: what a CUDA graph can record, and the CPU test.
+"""StaticStep: a step over buffers that never move, and that reads nothing on the host.
 
-A step is three programs with buffers between them, so that each is recorded once for what its shapes depend on:
+So a CUDA graph can record it, and the tests can on a CPU. A step is three programs with buffers
+between them, and each is recorded once for what its shapes depend on:
 
-- the nodes, for a shape of plans (`plans.py`): the number of nodes and whether they are fixed, chosen, copied among;
-- the forward, for a number of nodes and a span of the cache;
-- the settling, for a number of nodes, how deep they may lie, and a kind of rule.
+- layout, for a shape of drafts: the number of nodes, and how they are found;
+- forward, for a number of nodes and a span of the cache;
+- acceptance, for a number of nodes, how deep they may lie, and a kind of rule.
 
-Everything else is a value in a buffer: position, root, copies, temperature, truncation, thresholds, seed, a tree's
-topology, how likely its guesses are. The first step of a number of nodes behind a span of text records all kinds of
-rule, and the vanilla step too; from then on another mode, temperature, truncation, seed or tree of as many nodes
-records nothing. A text that outgrows its span records two forwards. What records nodes of its own besides: the first
-step with copies among the guesses (and its rules, as copies lie deeper), the first dynamic tree, trees that use more
-than RANKED guesses of a head, supersets of more than ROWS paths.
+Everything else is a value in a buffer: position, root, copies, temperature, truncation, thresholds,
+seed, a tree's topology, how likely its guesses are. The first step of a number of nodes behind a
+span of text records all kinds of rule, and the vanilla step too. From then on another mode,
+temperature, truncation, seed or tree of as many nodes records nothing. A text that outgrows its
+span records two forwards. These record layouts of their own: the first step with copies among the
+guesses (and its rules, as copies lie deeper), the first dynamic tree, trees that use more than
+RANKED guesses of a head, supersets of more than ROWS paths.
 """
 
 from __future__ import annotations
@@ -26,46 +28,49 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import Rule, TreeTensors, path_to, token_keys
-from medusa_chat.decoding.device_rules import KINDS, NUMBERS, Kind, decide, kind_of, numbers_of
-from medusa_chat.decoding.draft.copies import CHAIN
-from medusa_chat.decoding.draft.plans import (
-    RANKED,
-    ROWS,
-    DynamicDraft,
-    FixedDraft,
-    room,
-    told_guesses,
+from medusa_chat.decoding.acceptance import KINDS, Kind, Rule, TreeTensors, path_to
+from medusa_chat.decoding.draft.base import RANKED, ROWS, Draft, next_size
+from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.eager import EagerStep
+from medusa_chat.decoding.noise import token_keys
+from medusa_chat.decoding.report import (
+    INPUT_SIZE,
+    PackedInput,
+    StepInput,
+    StepReport,
+    pack_verdict,
+    report_size,
 )
+from medusa_chat.decoding.state import State, StepUnavailableError
 from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
     from medusa_chat.model.backbone import Backbone
-    from medusa_chat.model.cache import KVCache
 
 SHORTEST_SPAN = 256  # cached positions that a forward reads at least; spans double from here on
-# Programs of a sort that are kept recorded; beyond, those go that were not used for longest. Only a forward is large.
-MOST = {"nodes": 64, "forward": 32, "settle": 256}
+# Programs of a sort that are kept; then the one unused for longest goes. Only a forward is large.
+MOST = {"layout": 64, "forward": 32, "acceptance": 256}
 
-Plan = FixedDraft | DynamicDraft
 Program = Callable[[], None]
 Key = tuple[Hashable, ...]
-# Makes of a program one that does the same at every call. It may run the program first, once or more.
+# Makes of a program one that does the same at every call. It may run the program first.
 Record = Callable[[Key, Program], Program]
-
-
-class Unrecordable(Exception):
-    """A step that could not be recorded; says why in one line. The text and its cache are as they were."""
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the programs of up to `rows` nodes hand on to one another, and to the host.
+    """Tensors that the programs of up to `rows` nodes hand on to one another, and to the host.
 
     Attributes:
+        candidates: [rows]
+        parents: [rows]
+        depths: [rows]
         ancestors: [rows * rows], of which n nodes take the first n * n.
-        learned: the accepted row, the token behind it, then what the nodes tell and the guesses that are told.
-        told: the same on the host, where the GPU can write by itself.
+        hidden: [rows, hidden]
+        logits: [rows, V]
+        report: a step's report, as its ReportLayout has it.
+        host_report: the same on the host, where the GPU can write by itself.
     """
 
     candidates: Tensor
@@ -74,14 +79,16 @@ class Buffers:
     ancestors: Tensor
     hidden: Tensor
     logits: Tensor
-    learned: Tensor
-    told: Tensor
+    report: Tensor
+    host_report: Tensor
 
     @classmethod
     def of(cls, rows: int, heads: int, backbone: Backbone) -> Buffers:
+        """Allocate buffers for up to `rows` nodes."""
         device, dtype = backbone.device, backbone.dtype
         candidates, parents, depths = torch.zeros(3, rows, dtype=torch.long, device=device)
-        learned = torch.zeros(2 + 2 * rows + 1 + heads * RANKED, dtype=torch.long, device=device)
+        size = report_size(rows, 1 + rows, heads * RANKED)
+        report = torch.zeros(size, dtype=torch.long, device=device)
         return cls(
             candidates,
             parents,
@@ -89,202 +96,202 @@ class Buffers:
             torch.zeros(rows * rows, dtype=torch.bool, device=device),
             torch.zeros(rows, backbone.hidden_size, dtype=dtype, device=device),
             torch.zeros(rows, backbone.vocabulary, dtype=dtype, device=device),
-            learned,
-            host_tensor(learned, device),
+            report,
+            host_tensor(report),
         )
 
     def tree(self, nodes: int, deepest: int) -> TreeTensors:
+        """Return the topology of the first nodes, none of which lies deeper than `deepest`."""
         ancestors = self.ancestors[: nodes * nodes].view(nodes, nodes)
         return TreeTensors(self.parents[:nodes], self.depths[:nodes], ancestors, deepest)
 
 
-@dataclass
-class Home:
-    """Where the programs of a shape of plans find their plan: `plan` never moves, and has the values of `guest`."""
+class SharedDraft:
+    """The draft that a layout program reads, for all drafts of one shape.
 
-    plan: Plan
-    guest: Plan
+    Attributes:
+        draft: its buffers never move; `load` fills them.
+    """
 
-    def welcome(self, guest: Plan) -> None:
-        if guest is not self.guest:
-            for own, theirs in zip(self.plan.buffers, guest.buffers, strict=True):
-                own.copy_(theirs)
-            self.guest = guest
+    def __init__(self, draft: Draft) -> None:
+        self.draft = deepcopy(draft)
+        self._loaded = draft
+
+    def load(self, draft: Draft) -> None:
+        """Copy the values of another draft of this shape, unless they are there already."""
+        if draft is self._loaded:
+            return
+        for own, other in zip(self.draft.buffers, draft.buffers, strict=True):
+            own.copy_(other)
+        self._loaded = draft
 
 
 class StaticStep:
-    """Takes steps as `Runner.step` does.
+    """Implements state.StepProgram, with steps that can be recorded.
 
-    What the host tells a step goes to the device in one copy, and what it learns comes back in one, for which it waits.
+    A step's input goes to the device in one copy. Its report comes back in another, for which the
+    host waits.
 
     Attributes:
-        started, learned: time.perf_counter() when the last step's programs were started, and when its result was there.
-            Between `learned` and the next `started` the device waits for the host.
+        record: makes programs that are replayed.
+        programs: the recorded ones, the last used at the end.
+        drafts: of the layout programs, by shape.
+        buffers: of the programs, by the number of nodes that they hold.
+        started: time.perf_counter() when the last step's programs were started.
+        finished: the same when its report was there. From then on the device waits for the host.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        heads: int,
-        cache: KVCache,
-        hidden: Tensor,
-        guesses: Callable[[Plan], tuple[Tensor, Tensor | None]],
-        record: Record,
-    ) -> None:
-        """`hidden` [1, hidden] is that of the last committed row, which a step replaces; `guesses` reads it."""
-        self._backbone, self._heads, self._cache, self._hidden = backbone, heads, cache, hidden
-        self._guesses, self._record = guesses, record
-        device = backbone.device
-        self._root = FixedDraft(Tree(), heads, backbone)
-        # Position, numbers of the sampling, root and copies; double holds each of them exactly.
-        self._told = torch.zeros(
-            1 + len(NUMBERS) + 1 + 2 * CHAIN, dtype=torch.float64, device=device
-        )
-        self._sent = host_tensor(self._told, device)
-        self._to_send = self._sent.numpy()
-        self._buffers: dict[int, Buffers] = {}
-        self._homes: dict[Hashable, Home] = {}
-        self._programs: dict[Key, Program] = {}  # the last used stand last
-        self._token_keys: list[
-            Tensor
-        ] = []  # recorded, so none may be freed when its cache lets go of it
-        self.started = self.learned = 0.0
+    shared_buffers = True
 
-    def step(self, sent: list[float], plan: Plan, rule: Rule) -> list[int]:
-        """Verify the plan's nodes and move the accepted rows behind the text, where `commit` has to count them.
+    def __init__(self, state: State, record: Record) -> None:
+        self.record = record
+        self.programs: dict[Key, Program] = {}
+        self.drafts: dict[Hashable, SharedDraft] = {}
+        self.buffers: dict[int, Buffers] = {}
+        self.started = self.finished = 0.0
+        self._state = state
+        self._root = FixedDraft(Tree(), state.head_count, state.backbone)
+        self._input = torch.zeros(INPUT_SIZE, dtype=torch.float64, device=state.backbone.device)
+        self._host_input = host_tensor(self._input)
+        # Recorded, so none may be freed when its cache lets go of it.
+        self._token_keys: list[Tensor] = []
+        self.prefill = EagerStep(state).prefill
 
-        Args:
-            sent: from `plans.to_send`.
-
-        Returns:
-            the accepted row, the token behind it, the nodes' tokens, and what the plan tells, and the heads' guesses.
+    def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
+        """Verify a draft's nodes in one forward, and commit the accepted path.
 
         Raises:
-            Unrecordable: before anything was done.
+            StepUnavailableError: the step could not be recorded; nothing was done.
         """
-        told = [float(self._cache.length), *numbers_of(rule.sampling), *sent]
-        self._to_send[: len(told)] = told
-        self._told.copy_(self._sent, non_blocking=True)
-        span = self._span(plan.size)
-        keys = _nodes_key(plan), _forward_key(plan, span), _settle_key(plan, kind_of(rule))
-        if not all(key in self._programs for key in keys):
-            self._prepare(plan, span)
-        self._homes[plan.shape].welcome(plan)
+        values = given.pack()
+        self._host_input.numpy()[: len(values)] = values
+        self._input.copy_(self._host_input, non_blocking=True)
+        span = self._span(draft.size)
+        keys = (_layout_key(draft), _forward_key(draft, span), _acceptance_key(draft, rule.kind))
+        if not all(key in self.programs for key in keys):
+            self._prepare(draft, span)
+        self.drafts[draft.shape].load(draft)
         self.started = time.perf_counter()
         for key in keys:
-            self._programs[key] = program = self._programs.pop(key)
+            self.programs[key] = program = self.programs.pop(key)
             program()
-        return self._learn(plan)
+        report = self._report(draft)
+        # The acceptance program has moved the accepted rows into their order already.
+        self._state.cache.commit(tuple(range(len(report.rows))))
+        return report
 
-    def _learn(self, plan: Plan) -> list[int]:
-        buffers = self._buffers_of(plan.size)
-        count = 2 + plan.tells + self._heads * min(plan.ranked, RANKED)
-        learned, told = buffers.learned[:count], buffers.told[:count]
-        told.copy_(learned, non_blocking=True)
-        if learned.is_cuda:
-            torch.cuda.current_stream(learned.device).synchronize()
-        self.learned = time.perf_counter()
-        settled: list[int] = told.tolist()
-        return settled
+    def _report(self, draft: Draft) -> StepReport:
+        buffers = self._buffers_of(draft.size)
+        on_device = buffers.report[: draft.layout.size]
+        on_host = buffers.host_report[: draft.layout.size]
+        on_host.copy_(on_device, non_blocking=True)
+        if on_device.is_cuda:
+            torch.cuda.current_stream(on_device.device).synchronize()
+        self.finished = time.perf_counter()
+        return draft.layout.unpack(on_host.tolist())
 
     def _span(self, nodes: int) -> int:
-        """How much of the cache a forward reads: the same up to ROWS nodes, so that all outgrow it at once."""
-        return min(room(SHORTEST_SPAN, self._cache.length + max(nodes, ROWS)), self._cache.capacity)
+        """Return how much of the cache a forward reads; the same for all up to ROWS nodes."""
+        cache = self._state.cache
+        return min(next_size(SHORTEST_SPAN, cache.length + max(nodes, ROWS)), cache.capacity)
 
-    def _prepare(self, plan: Plan, span: int) -> None:
-        """Record what is not recorded yet of the plan's steps and of vanilla ones, by all kinds of rule.
+    def _prepare(self, draft: Draft, span: int) -> None:
+        """Record what is missing of the draft's steps and of vanilla ones, for all kinds of rule.
 
-        To be recorded a program may have to run, so all of them run before the step, where nothing that they write is
-        in use but the last hidden state.
+        Recording may run a program. So all are recorded before the step, where nothing that they
+        write is in use but the last hidden state.
         """
-        last = self._hidden.clone()
-        keys = token_keys(self._backbone.vocabulary, self._hidden.device)
-        if not any(each is keys for each in self._token_keys):
+        hidden = self._state.hidden.clone()
+        keys = token_keys(self._state.backbone.vocabulary, self._state.backbone.device)
+        if not any(known is keys for known in self._token_keys):
             self._token_keys.append(keys)
         try:
-            for each in (self._root, plan):
-                self._buffers_of(each.size)  # made here, not where they would belong to a recording
-                if each.shape not in self._homes:
-                    self._homes[each.shape] = Home(deepcopy(each), each)
-                self._keep(_nodes_key(each), partial(self._lay_out, self._homes[each.shape].plan))
-                self._keep(_forward_key(each, span), partial(self._forward, each.size, span))
-                for kind in KINDS:
-                    self._keep(
-                        _settle_key(each, kind),
-                        partial(self._settle, each.size, each.deepest, kind),
-                    )
-        except (
-            Exception
-        ) as error:  # whatever an operation, a kernel's library or CUDA has against being recorded
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise Unrecordable(lines[0]) from error
+            self._record_all(self._root, span)
+            self._record_all(draft, span)
+        except Exception as error:  # any operation, kernel library or CUDA itself may refuse
+            raise StepUnavailableError(
+                f"steps cannot be recorded as CUDA graphs here ({first_line(error)}), so that each"
+                " operation is started by itself: that is slower, the text is the same; --eager"
+                " does so from the start"
+            ) from error
         finally:
-            self._hidden.copy_(last)
+            self._state.hidden.copy_(hidden)
+
+    def _record_all(self, draft: Draft, span: int) -> None:
+        self._buffers_of(draft.size)  # made here, or they would belong to a recording
+        if draft.shape not in self.drafts:
+            self.drafts[draft.shape] = SharedDraft(draft)
+        shared = self.drafts[draft.shape].draft
+        self._keep(_layout_key(draft), partial(self._lay_out, shared))
+        self._keep(_forward_key(draft, span), partial(self._forward, draft.size, span))
+        for kind in KINDS:
+            accept = partial(self._accept, draft.size, draft.deepest, kind)
+            self._keep(_acceptance_key(draft, kind), accept)
 
     def _keep(self, key: Key, program: Program) -> None:
-        """Record a program that is not, and let go of the one of its sort that was not used for longest."""
-        self._programs[key] = (
-            self._programs.pop(key) if key in self._programs else self._record(key, program)
-        )
-        oldest, *others = (other for other in self._programs if other[0] == key[0])
+        """Record a program if it is new; then drop the one of its sort unused for longest."""
+        known = self.programs.pop(key, None)
+        self.programs[key] = known or self.record(key, program)
+        oldest, *others = (other for other in self.programs if other[0] == key[0])
         if len(others) >= MOST[str(key[0])]:
-            del self._programs[oldest]
-            if key[0] == "nodes":
-                del self._homes[oldest[1]]
+            del self.programs[oldest]
+            if key[0] == "layout":
+                del self.drafts[oldest[1]]
 
     def _buffers_of(self, nodes: int) -> Buffers:
-        rows = room(ROWS, nodes)
-        if rows not in self._buffers:
-            self._buffers[rows] = Buffers.of(rows, self._heads, self._backbone)
-        return self._buffers[rows]
+        rows = next_size(ROWS, nodes)
+        if rows not in self.buffers:
+            self.buffers[rows] = Buffers.of(rows, self._state.head_count, self._state.backbone)
+        return self.buffers[rows]
 
-    def _lay_out(self, plan: Plan) -> None:
-        guesses, log_p = self._guesses(plan)
-        nodes = plan.nodes(self._told[1 + len(NUMBERS) :], guesses, log_p)
-        buffers = self._buffers_of(plan.size)
-        tree = buffers.tree(plan.size, plan.deepest)
-        buffers.candidates[: plan.size].copy_(nodes.candidates)
+    def _lay_out(self, draft: Draft) -> None:
+        """Find the nodes and put them into the buffers."""
+        guesses, log_p = self._state.guesses(draft)
+        nodes = draft.nodes(PackedInput(self._input), guesses, log_p)
+        buffers = self._buffers_of(draft.size)
+        tree = buffers.tree(draft.size, draft.deepest)
+        buffers.candidates[: draft.size].copy_(nodes.candidates)
         tree.parents.copy_(nodes.tensors.parents)
         tree.depths.copy_(nodes.tensors.depths)
         tree.ancestors.copy_(nodes.tensors.ancestors)
-        told = torch.cat([nodes.candidates, *nodes.told, told_guesses(guesses)])
-        buffers.learned[2 : 2 + len(told)].copy_(told)
+        draft.layout.pack_nodes(nodes.candidates, nodes.selection, guesses, buffers.report)
 
     def _forward(self, nodes: int, span: int) -> None:
-        buffers = self._buffers_of(nodes)
-        tree, start = buffers.tree(nodes, 0), self._told[0].long()
-        positions = (tree.depths + start).clamp(max=self._backbone.context - 1)
-        hidden = self._backbone.hidden_at(
-            buffers.candidates[:nodes], positions, tree.ancestors, start, span, self._cache
+        """Run the backbone over the nodes, which reads `span` positions of the cache."""
+        buffers, backbone = self._buffers_of(nodes), self._state.backbone
+        tree = buffers.tree(nodes, 0)
+        start = PackedInput(self._input).position
+        positions = (tree.depths + start).clamp(max=backbone.context - 1)
+        hidden = backbone.hidden_at(
+            buffers.candidates[:nodes], positions, tree.ancestors, start, span, self._state.cache
         )
         buffers.hidden[:nodes].copy_(hidden)
-        buffers.logits[:nodes].copy_(self._backbone.logits(hidden))
+        buffers.logits[:nodes].copy_(backbone.logits(hidden))
 
-    def _settle(self, nodes: int, deepest: int, kind: Kind) -> None:
-        buffers = self._buffers_of(nodes)
-        tree, start = buffers.tree(nodes, deepest), self._told[0].long()
-        numbers = self._told[1 : 1 + len(NUMBERS)]
-        verdict = decide(
-            kind, numbers, buffers.logits[:nodes], buffers.candidates[:nodes], tree, start
-        )
+    def _accept(self, nodes: int, deepest: int, kind: Kind) -> None:
+        """Apply a rule, and move the accepted rows to the text's end."""
+        buffers, given = self._buffers_of(nodes), PackedInput(self._input)
+        tree, start = buffers.tree(nodes, deepest), given.position
+        rule = Rule(kind, given.numbers)
+        verdict = rule(buffers.logits[:nodes], buffers.candidates[:nodes], tree, start)
         if nodes > 1:
-            self._cache.move(start, path_to(verdict.row, tree))
-        self._hidden.copy_(buffers.hidden[verdict.row[None]])
-        buffers.learned[:2].copy_(torch.stack([verdict.row, verdict.next]))
+            self._state.cache.move(start, path_to(verdict.row, tree))
+        self._state.hidden.copy_(buffers.hidden[verdict.row[None]])
+        pack_verdict(verdict, buffers.report)
 
 
-def host_tensor(like: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host for copies from and to `like`: in memory that may not be swapped, where the GPU copies."""
-    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
+def host_tensor(like: Tensor) -> Tensor:
+    """Allocate a tensor of the host for copies from and to `like`; pinned if that is on a GPU."""
+    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
 
-def _nodes_key(plan: Plan) -> Key:
-    return "nodes", plan.shape
+def _layout_key(draft: Draft) -> Key:
+    return "layout", draft.shape
 
 
-def _forward_key(plan: Plan, span: int) -> Key:
-    return "forward", plan.size, span
+def _forward_key(draft: Draft, span: int) -> Key:
+    return "forward", draft.size, span
 
 
-def _settle_key(plan: Plan, kind: Kind) -> Key:
-    return "settle", plan.size, plan.deepest, kind
+def _acceptance_key(draft: Draft, kind: Kind) -> Key:
+    return "acceptance", draft.size, draft.deepest, kind

@@ -1,17 +1,19 @@
-"""What copies add to the acceptance length of trees of every size, learned as the conversation goes. No torch.
+"""Tokens that copies add to the acceptance length of trees of every size. No torch here.
 
-Heads' guesses and a copied chain compete for a tree's places, so a larger tree may bring much more with copies than
-without. A step shows it for all sizes at once: what followed is known, and so is the place of each of its tokens in the
-order in which nodes are taken.
+Heads' guesses and a copied chain compete for the nodes of a tree, so a larger tree may gain much
+more from copies than a small one. One step shows the gain for all sizes at once: the tokens that
+followed are known, and so is the place of each in the order in which a tree takes its nodes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from itertools import takewhile
 from math import inf, log
 from typing import TYPE_CHECKING
+
+from medusa_chat.decoding.trees.fading import FadingCounter
+from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,84 +21,70 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.draft.copies import Copied
     from medusa_chat.decoding.trees.tree import NodePath
 
-PRIOR = 30  # steps without a gain that stand before the first
-MEMORY = 300  # steps after which a step counts 1/e of a new one
+GAIN_PRIOR = 30  # steps without a gain that count before the first step
+GAIN_MEMORY = 300  # steps after which a step counts 1/e of a new one
 ROUNDING = 1e-9  # sums of logarithms that differ by less are equal
 
 
 class CopyGain:
-    """Judges each step as if trees of every size had been verified, with the copies and without them."""
+    """Judge each step as if trees of every size had been verified, with copies and without."""
 
     def __init__(self) -> None:
-        self._shares: Mapping[NodePath, float] = {}  # log p of each known path
-        self._below: Mapping[
-            NodePath, list[float]
-        ] = {}  # of itself and the paths that it begins, negative, rising
-        self._more: dict[int, float] = defaultdict(
-            float
-        )  # tokens that trees of at least so many nodes accept more
-        self._steps, self._unit = (
-            0.0,
-            1.0,
-        )  # a new step counts more than those before it: they fade at no cost
+        self._log_p: Mapping[NodePath, float] = {}
+        # For each path, -log p of itself and of the paths that it begins, in rising order.
+        self._below: Mapping[NodePath, list[float]] = {}
+        # Nodes that a tree needs at least -> tokens that it accepts more per step.
+        self._gains: FadingCounter[int] = FadingCounter(GAIN_MEMORY, GAIN_PRIOR)
 
-    def know(self, likeliest: Sequence[tuple[NodePath, float]]) -> None:
-        """Take the heads' most frequent paths with their frequencies, most frequent first."""
-        self._shares = {path: log(frequency) for path, frequency in likeliest if frequency > 0}
+    def set_paths(self, likeliest: Sequence[tuple[NodePath, float]]) -> None:
+        """Set the heads' most frequent paths with their frequencies, most frequent first."""
+        self._log_p = {path: log(frequency) for path, frequency in likeliest if frequency > 0}
         below: dict[NodePath, list[float]] = defaultdict(list)
-        for path, share in self._shares.items():
+        for path, log_p in self._log_p.items():
             for depth in range(len(path) + 1):
-                below[path[:depth]].append(-share)
+                below[path[:depth]].append(-log_p)
         self._below = below
 
     def add(
         self, guesses: Sequence[Sequence[int]], copied: Copied | None, followed: Sequence[int]
     ) -> None:
-        """Count a step: guesses[k - 1] of head k, likeliest first; `followed` are the tokens behind the root, as many
-        as heads or copies could have guessed. Nothing is counted before the heads' paths are known.
+        """Count a step; without effect until the heads' paths are set.
+
+        Args:
+            guesses: guesses[k - 1] of head k, likeliest first.
+            copied: the chain that was copied.
+            followed: the tokens after the root, as many as heads or copies could have guessed.
         """
-        if not self._shares:
+        if not self._log_p:
             return
-        self._unit *= MEMORY / (MEMORY - 1)
-        if self._unit > 1e6:
-            self._more = defaultdict(
-                float, {needed: value / self._unit for needed, value in self._more.items()}
-            )
-            self._steps, self._unit = self._steps / self._unit, 1.0
-        self._steps += self._unit
+        self._gains.begin_step()
         if copied is None:
             return
-        path, shares = self._along(guesses, copied.tokens)
-        chain = _joined(shares, copied.log_p)
-        # What begins as the chain does is as likely as that beginning became.
-        lifts = [0.0, *(joined - own for joined, own in zip(chain, shares, strict=False))]
-        tail = chain[len(path) :]
-        agreed = sum(
-            1
-            for _ in takewhile(
-                lambda pair: pair[0] == pair[1], zip(copied.tokens, followed, strict=False)
-            )
-        )
+        path, log_p = self._along(guesses, copied.tokens)
+        chain = _joined(log_p, copied.log_p)
+        # A path that begins like the chain becomes likelier by as much as that beginning.
+        lifts = [0.0, *(joined - own for joined, own in zip(chain, log_p, strict=False))]
+        only_copied = chain[len(path) :]
+        agreed = common_prefix(copied.tokens, followed)
         _, own = self._along(guesses, followed)
         for score in own:
-            self._more[2 + self._above(score, (), [0.0])] -= self._unit
+            self._gains.add(2 + self._likelier(score, (), [0.0]), -1.0)
         for score in _joined(own, copied.log_p[:agreed]):
-            copies = sum(each > score + ROUNDING for each in tail)
-            self._more[2 + self._above(score, path, lifts) + copies] += self._unit
+            copies = sum(each > score + ROUNDING for each in only_copied)
+            self._gains.add(2 + self._likelier(score, path, lifts) + copies)
 
     def forget(self) -> None:
-        """There are no copies from now on."""
-        self._more.clear()
-        self._steps = 0.0
+        """Forget all steps: nothing is copied from now on."""
+        self._gains.clear()
 
     def of(self, nodes: int) -> float:
-        """Tokens a step that copies add to a tree of so many nodes; the root counts as one."""
-        more = sum(value for needed, value in self._more.items() if needed <= nodes)
-        return more / (self._steps + PRIOR * self._unit)
+        """Tokens per step that copies add to a tree of `nodes` nodes, the root included."""
+        return sum(self._gains.rate(needed) for needed in self._gains if needed <= nodes)
 
-    def _above(self, score: float, path: NodePath, lifts: Sequence[float]) -> int:
-        """Guesses of the heads that are likelier than `score`, if those that share just the first n guesses with `path`
-        have lifts[n] more.
+    def _likelier(self, score: float, path: NodePath, lifts: Sequence[float]) -> int:
+        """Count the heads' guesses that are likelier than `score`.
+
+        A guess that shares exactly its first n guesses with `path` is lifts[n] likelier.
         """
         count = 0
         for depth, lift in enumerate(lifts):
@@ -109,24 +97,34 @@ class CopyGain:
     def _along(
         self, guesses: Sequence[Sequence[int]], tokens: Sequence[int]
     ) -> tuple[NodePath, list[float]]:
-        """The path of these tokens as far as the heads guess it, and its log p, depth by depth."""
+        """Follow tokens as far as the heads guess them: the path, and its log p at each depth."""
         path: NodePath = ()
+        log_p = []
         for row, token in zip(guesses, tokens, strict=False):
-            if token not in row or (*path, row.index(token)) not in self._shares:
+            if token not in row or (*path, row.index(token)) not in self._log_p:
                 break
             path = (*path, row.index(token))
-        return path, [self._shares[path[:depth]] for depth in range(1, len(path) + 1)]
+            log_p.append(self._log_p[path])
+        return path, log_p
 
 
-def _joined(shares: Sequence[float], chain: Sequence[float]) -> list[float]:
-    """Log p of a path, depth by depth, whose guesses are as likely as the surer of heads and copies says.
+def _joined(heads: Sequence[float], chain: Sequence[float]) -> list[float]:
+    """Log p of a path at each depth, where the surer of heads and copies counts for each guess.
 
-    shares: the heads' log p of the path as far as they guess it; chain: the copies' log p of each of its first tokens.
+    Args:
+        heads: the heads' log p of the path, as far as they guess it.
+        chain: the copies' log p of each of the path's first tokens.
     """
-    found, total, before = [], 0.0, 0.0
-    for depth in range(max(len(shares), len(chain))):
-        own = min(shares[depth] - before, 0.0) if depth < len(shares) else -inf
-        before = shares[depth] if depth < len(shares) else before
-        total += max(own, chain[depth] if depth < len(chain) else -inf)
-        found.append(total)
-    return found
+    joined: list[float] = []
+    total = 0.0
+    before = 0.0
+    for depth in range(max(len(heads), len(chain))):
+        surest = -inf
+        if depth < len(heads):
+            surest = min(heads[depth] - before, 0.0)
+            before = heads[depth]
+        if depth < len(chain):
+            surest = max(surest, chain[depth])
+        total += surest
+        joined.append(total)
+    return joined

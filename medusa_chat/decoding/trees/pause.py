@@ -1,95 +1,103 @@
-"""Whether the heads pay in this conversation: rolling measurements, and a gate that shuts if not. No torch."""
+"""Pause the heads where they make decoding slower than vanilla. No torch here."""
 
 from __future__ import annotations
 
-from collections import deque
+from math import inf, sqrt
 from statistics import fmean, median, pvariance
+from typing import TYPE_CHECKING
 
-from medusa_chat.events import Pause, Step
+from medusa_chat.events import Pause
+from medusa_chat.stats import Stats
 
-WINDOW = 64  # tree steps that the acceptance length is taken over
-PROBES = 32  # vanilla steps that the overhead is taken over
-LEAST_STEPS, LEAST_PROBES = 24, 5  # before any verdict
-FIRST_REST, LONGEST_REST = (
-    256,
-    8192,
-)  # tokens before the heads are tried again; twice as many each time in vain
-ERRORS = 2.0  # standard errors by which acceptance length and overhead are given the benefit of the doubt
-SPREAD = 0.05  # the overhead's ratios are taken to vary by at least this share, however alike the first few are
+if TYPE_CHECKING:
+    from medusa_chat.events import Step
 
-
-class Evidence:
-    """What the last tree steps brought, and what they cost beside the vanilla steps taken among them."""
-
-    def __init__(self) -> None:
-        self.lengths: deque[int] = deque(maxlen=WINDOW)
-        self.ratios: deque[float] = deque(maxlen=PROBES)
-        self._before: Step | None = None
-
-    def add(self, step: Step) -> None:
-        """Take in a step as `Stats` does: a vanilla step is compared with the tree step right before it."""
-        before, self._before = self._before, None if step.finish else step
-        if step.kind == "tree":
-            self.lengths.append(step.settled)
-        elif before is not None and before.kind == "tree":
-            self.ratios.append(before.seconds / step.seconds)
-
-    @property
-    def length(self) -> float | None:
-        """Acceptance length."""
-        return fmean(self.lengths) if self.lengths else None
-
-    @property
-    def speedup(self) -> float | None:
-        return fmean(self.lengths) / median(self.ratios) if self.lengths and self.ratios else None
-
-    @property
-    def best_case(self) -> float:
-        """A speedup that the true one is hardly above; infinite for too little evidence."""
-        if len(self.lengths) < LEAST_STEPS or len(self.ratios) < LEAST_PROBES:
-            return float("inf")
-        steps, overhead = len(self.lengths), median(self.ratios)
-        # Steps that were all alike might have held one more accepted guess.
-        length_error = ((pvariance(self.lengths) + 1 / steps) / steps) ** 0.5
-        # From the median absolute deviation: a step that the machine held up must not blur the rest.
-        deviation = 1.4826 * median(abs(ratio - overhead) for ratio in self.ratios)
-        overhead_error = 1.2533 * max(deviation, SPREAD * overhead) / len(self.ratios) ** 0.5
-        least = overhead - ERRORS * overhead_error
-        return (fmean(self.lengths) + ERRORS * length_error) / least if least > 0 else float("inf")
+WINDOW = 64  # tree steps that the speedup is measured over
+LEAST_STEPS = 24  # tree steps before a pause
+LEAST_PROBES = 5  # vanilla steps before a pause
+# Tree steps before each probe, a vanilla step to measure the speedup by; the last number repeats.
+PROBE_GAPS = (2, 2, 3, 4, 6, 8, 24)
+FIRST_PAUSE = 256  # tokens; each pause that follows another without a gain is twice as long
+LONGEST_PAUSE = 8192
+ERRORS = 2.0  # standard errors between a measured figure and its bound
+SPREAD = 0.05  # least deviation of the overhead's ratios, however alike the first few are
 
 
-class Gate:
-    """Shuts when even the best case of the evidence is no speedup; opens again after so many tokens.
+def speedup_bound(stats: Stats) -> float:
+    """Upper confidence bound of the speedup; infinite for too few steps."""
+    steps = len(stats.lengths)
+    probes = len(stats.overheads)
+    if steps < LEAST_STEPS or probes < LEAST_PROBES:
+        return inf
+    # Steps that were all alike might have held one more accepted guess.
+    length_error = sqrt((pvariance(stats.lengths) + 1 / steps) / steps)
+    overhead = median(stats.overheads)
+    # The median absolute deviation ignores a step that another program held up.
+    deviation = 1.4826 * median(abs(ratio - overhead) for ratio in stats.overheads)
+    overhead_error = 1.2533 * max(deviation, SPREAD * overhead) / sqrt(probes)
+    least_overhead = overhead - ERRORS * overhead_error
+    if least_overhead <= 0:
+        return inf
+    return (fmean(stats.lengths) + ERRORS * length_error) / least_overhead
+
+
+class PauseRule:
+    """Pauses the heads once the upper bound of their speedup is below 1.
 
     Attributes:
-        evidence: since the gate last opened.
+        stats: the steps since the heads were last switched on.
+        pause: the pause and what is left of it; None while the heads are in use.
     """
 
-    def __init__(self) -> None:
-        self.evidence = Evidence()
-        self._shut: Pause | None = None
-        self._rest = FIRST_REST
+    def __init__(self, *, probing: bool) -> None:
+        """Start with the heads in use.
 
-    @property
-    def paused(self) -> Pause | None:
-        """Why the heads rest, or None while they are used."""
-        return self._shut
+        Args:
+            probing: take vanilla steps now and then; without them nothing is ever paused.
+        """
+        self._probing = probing
+        self._next_pause = FIRST_PAUSE
+        self.restart()
 
-    def open(self) -> None:
-        """Try the heads, and judge them by what is measured from now on."""
-        self._shut, self.evidence = None, Evidence()
+    def restart(self) -> None:
+        """Use the heads, and judge them by later steps alone."""
+        self.pause: Pause | None = None
+        self.stats = Stats(window=WINDOW)
+        self._probes = 0
+        self._since_probe = 0
 
-    def record(self, step: Step) -> None:
-        """Take in a step that a mode with heads took."""
-        if self._shut is not None:
-            left = self._shut.retry_in - len(step.tokens)
-            self._shut = Pause(self._shut.speedup, self._shut.steps, left) if left > 0 else None
+    def probe_due(self) -> bool:
+        """Report that the next step is a probe, or count it as a tree step.
+
+        The count goes on over replies, so that short ones need no probe each.
+        """
+        gap = PROBE_GAPS[min(self._probes, len(PROBE_GAPS) - 1)]
+        if not self._probing or self._since_probe < gap:
+            self._since_probe += 1
+            return False
+        self._probes += 1
+        self._since_probe = 0
+        return True
+
+    def add(self, step: Step, *, may_pause: bool) -> None:
+        """Take in a step of a mode that uses heads."""
+        if self.pause is not None:
+            self._shorten(self.pause, len(step.tokens))
             return
-        self.evidence.add(step)
-        speedup = self.evidence.speedup
-        if speedup is not None and self.evidence.best_case < 1:
-            self._shut = Pause(speedup, len(self.evidence.lengths), self._rest)
-            self._rest = min(2 * self._rest, LONGEST_REST)
-            self.evidence = Evidence()
-        elif speedup is not None and speedup > 1 and len(self.evidence.lengths) == WINDOW:
-            self._rest = FIRST_REST
+        self.stats.add(step)
+        speedup = self.stats.speedup
+        if speedup is None or not may_pause:
+            return
+        if speedup_bound(self.stats) < 1:
+            self.pause = Pause(speedup, self.stats.tree_steps, self._next_pause)
+            self.stats = Stats(window=WINDOW)
+            self._next_pause = min(2 * self._next_pause, LONGEST_PAUSE)
+        elif speedup > 1 and self.stats.tree_steps == WINDOW:
+            self._next_pause = FIRST_PAUSE
+
+    def _shorten(self, pause: Pause, tokens: int) -> None:
+        left = pause.retry_in - tokens
+        if left > 0:
+            self.pause = Pause(pause.speedup, pause.steps, left)
+        else:
+            self.restart()

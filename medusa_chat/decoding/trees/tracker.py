@@ -1,160 +1,155 @@
-"""How often the heads are right in this conversation: their accuracies, updated from what followed. No torch."""
+"""Compare the heads' guesses with the tokens that followed, and learn from it. No torch here."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
-from medusa_chat.decoding.trees.accuracy import Accuracy, Frequencies, grow
+from medusa_chat.decoding.trees.accuracy import Accuracy, Frequencies
 from medusa_chat.decoding.trees.copy_gain import CopyGain
+from medusa_chat.decoding.trees.fading import FadingCounter
+from medusa_chat.decoding.trees.growth import grow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from medusa_chat.decoding.trees.tree import NodePath, Tree
 
-PRIOR = 200  # steps that the accuracies from before count for
-MEMORY = 1000  # steps after which a step counts 1/e of a new one
+ACCURACY_PRIOR = 200  # steps that the accuracies from before count for
+ACCURACY_MEMORY = 1000  # steps after which a step counts 1/e of a new one
 MISSED = -1  # rank of a token that is not among a head's guesses
 
 
 class OnlineAccuracy(Frequencies):
-    """Accuracies from before, as so many steps, and the steps of this conversation, older ones fading.
+    """Accuracies from before, updated by the steps of this conversation.
 
-    A path's frequency is its count and PRIOR times what was known before, over all steps. For paths that nobody
-    measured, "before" is the product of the heads' chances, which are updated likewise from their ranks alone.
+    The count of a path is blended with its frequency from before. For a path that was not measured,
+    "before" is the product of the heads' chances, which the ranks of each head update likewise.
+
+    Attributes:
+        seen: steps of this conversation.
     """
 
     def __init__(self, before: Accuracy) -> None:
-        self.seen = 0  # steps of this conversation, faded or not
+        self.seen = 0
         self._before = before
-        self._paths: dict[NodePath, float] = defaultdict(float)
-        self._ranks: list[dict[int, float]] = [defaultdict(float) for _ in before.top]
-        self._steps = 0.0
-        # A new step counts more than those before it: the same as fading all those, at no cost.
-        self._unit = 1.0
-        self._base: Accuracy | None = None
+        self._paths: FadingCounter[NodePath] = FadingCounter(ACCURACY_MEMORY, ACCURACY_PRIOR)
+        # By depth and rank.
+        self._ranks: FadingCounter[tuple[int, int]] = FadingCounter(ACCURACY_MEMORY, ACCURACY_PRIOR)
+        self._updated: Accuracy | None = None
 
     @property
     def widths(self) -> list[int]:
+        """Ranked guesses of each head."""
         return self._before.widths
 
     def add(self, ranks: Sequence[int]) -> None:
-        """Count a step: ranks[k - 1] is where head k held the token that followed, or MISSED."""
-        self._unit *= MEMORY / (MEMORY - 1)
-        if self._unit > 1e6:
-            self._rescale()
+        """Count a step: ranks[k - 1] is where head k ranked the token that followed, or MISSED."""
         self.seen += 1
-        self._steps += self._unit
-        holds = True
+        self._updated = None
+        self._paths.begin_step()
+        self._ranks.begin_step()
+        right_so_far = True
         for depth, (rank, width) in enumerate(zip(ranks, self.widths, strict=True)):
             if not 0 <= rank < width:
-                holds = False
+                right_so_far = False
                 continue
-            self._ranks[depth][rank] += self._unit
-            if holds:
-                self._paths[tuple(ranks[: depth + 1])] += self._unit
-        self._base = None
+            self._ranks.add((depth, rank))
+            if right_so_far:
+                self._paths.add(tuple(ranks[: depth + 1]))
 
     def frequency(self, path: NodePath) -> float:
+        """Share of the steps in which every guess along the path is right."""
         if not path:
             return 1.0
-        return self._blend(self._paths.get(path, 0.0), self._updated().frequency(path))
+        return self._paths.rate(path, self._with_updated_ranks().frequency(path))
 
     def forecast_dynamic(self, nodes: int) -> float | None:
-        """As measured before, times what this conversation makes of a fixed tree."""
+        """Acceptance length as measured before, scaled by the change of a fixed tree's."""
         before = self._before.forecast_dynamic(nodes)
         if before is None:
             return None
-        return (
-            before
-            * self.forecast_static(self._yardstick)
-            / self._before.forecast_static(self._yardstick)
-        )
+        fixed = self._reference_tree
+        return before * self.forecast_static(fixed) / self._before.forecast_static(fixed)
 
     @cached_property
-    def _yardstick(self) -> Tree:
+    def _reference_tree(self) -> Tree:
         return grow(self._before, 16)[0]
 
-    def _updated(self) -> Accuracy:
-        """The accuracies from before with the chance of each rank updated; measured paths stay."""
-        if self._base is None:
-            rows = (
-                accumulate(
-                    self._blend(counts.get(rank, 0.0), gain) for rank, gain in enumerate(gains)
-                )
-                for counts, gains in zip(self._ranks, self._before.gains, strict=True)
-            )
-            self._base = Accuracy(tuple(map(tuple, rows)), self._before.paths)
-        return self._base
-
-    def _blend(self, count: float, before: float) -> float:
-        return (count / self._unit + PRIOR * before) / (self._steps / self._unit + PRIOR)
-
-    def _rescale(self) -> None:
-        """Count in units of now; what has all but faded goes."""
-        self._paths, self._steps = _faded(self._paths, self._unit), self._steps / self._unit
-        self._ranks = [_faded(counts, self._unit) for counts in self._ranks]
-        self._unit = 1.0
+    def _with_updated_ranks(self) -> Accuracy:
+        """Blend the chance of each rank with its count; measured paths stay."""
+        if self._updated is None:
+            rows = []
+            for depth, gains in enumerate(self._before.gains):
+                chances = (self._ranks.rate((depth, rank), gain) for rank, gain in enumerate(gains))
+                rows.append(tuple(accumulate(chances)))
+            self._updated = Accuracy(tuple(rows), self._before.paths)
+        return self._updated
 
 
-def _faded(counts: dict[Any, float], unit: float) -> dict[Any, float]:
-    return defaultdict(
-        float, {key: count / unit for key, count in counts.items() if count > 1e-3 * unit}
-    )
+@dataclass
+class _Pending:
+    """A step's guesses and copies, and the tokens that have followed its root so far."""
 
+    guesses: Sequence[Sequence[int]]
+    copied: Copied | None
+    followed: list[int]
 
-Guesses = Sequence[Sequence[int]]  # of each head, likeliest first
-_Heard = tuple[
-    Guesses, Copied | None, list[int]
-]  # what a step guessed and copied, and what followed so far
+    def ranks(self) -> list[int]:
+        """Rank at which each head guessed the token that followed."""
+        pairs = zip(self.guesses, self.followed, strict=False)
+        return [row.index(token) if token in row else MISSED for row, token in pairs]
 
 
 class GuessTracker:
-    """Compares the guesses of each step with the tokens that followed, as soon as these are known.
+    """Compares the guesses of each step with the tokens that follow, once these are known.
 
-    A step counts once every token that was guessed is known, and only if all of them belong to the same reply: what
-    the user says next is not what the heads guess.
+    A step counts only if all the guessed tokens belong to the same reply: the heads do not guess
+    the user's next message.
 
     Attributes:
-        accuracy, gain: what it teaches.
+        accuracy: the heads' accuracies that the comparison updates.
+        gain: the copies' gain that it updates.
     """
 
     def __init__(self, accuracy: OnlineAccuracy) -> None:
-        self.accuracy, self.gain = accuracy, CopyGain()
+        self.accuracy = accuracy
+        self.gain = CopyGain()
         self._heads = len(accuracy.widths)
-        # Steps that wait for as many tokens as heads or copies guessed, and what is then done with them.
-        self._waiting: tuple[tuple[deque[_Heard], int, Callable[..., None]], ...] = (
-            (deque(), self._heads, self._count),
-            (deque(), CHAIN, self.gain.add),
-        )
+        self._for_heads: deque[_Pending] = deque()
+        self._for_copies: deque[_Pending] = deque()
 
     def begin(self) -> None:
-        """A new reply: guesses of the one before stay unanswered."""
-        for steps, *_ in self._waiting:
-            steps.clear()
+        """Begin a reply: drop the steps of the last one that still wait for tokens."""
+        self._for_heads.clear()
+        self._for_copies.clear()
 
     def observe(
-        self, tokens: Sequence[int], guesses: Guesses, copied: Copied | None = None
+        self, tokens: Sequence[int], guesses: Sequence[Sequence[int]], copied: Copied | None = None
     ) -> None:
-        """Take in a step: the tokens that stay in the text, its root first, and each head's guesses behind the root
-        (none for a vanilla step), and what was copied behind it.
+        """Take in a step.
+
+        Args:
+            tokens: the tokens that stay in the text, its root first.
+            guesses: each head's guesses after the root, likeliest first; empty for a vanilla step.
+            copied: the copies that were proposed after the root.
         """
-        for steps, enough, take in self._waiting:
-            for *_, followed in steps:
-                followed += tokens
-            if tokens and guesses and len(guesses) == self._heads:
-                steps.append((guesses, copied, list(tokens[1:])))
-            while steps and len(steps[0][2]) >= enough:
-                take(*steps.popleft())
-
-    def _count(self, guesses: Guesses, copied: Copied | None, followed: Sequence[int]) -> None:
-        self.accuracy.add(
-            [_rank(row, token) for row, token in zip(guesses, followed, strict=False)]
-        )
+        for pending in (*self._for_heads, *self._for_copies):
+            pending.followed += tokens
+        if tokens and guesses and len(guesses) == self._heads:
+            self._for_heads.append(_Pending(guesses, copied, list(tokens[1:])))
+            self._for_copies.append(_Pending(guesses, copied, list(tokens[1:])))
+        for done in _complete(self._for_heads, self._heads):
+            self.accuracy.add(done.ranks())
+        for done in _complete(self._for_copies, CHAIN):
+            self.gain.add(done.guesses, done.copied, done.followed)
 
 
-def _rank(guesses: Sequence[int], token: int) -> int:
-    return guesses.index(token) if token in guesses else MISSED
+def _complete(queue: deque[_Pending], needed: int) -> Iterator[_Pending]:
+    """Remove the steps that enough tokens have followed."""
+    while queue and len(queue[0].followed) >= needed:
+        yield queue.popleft()

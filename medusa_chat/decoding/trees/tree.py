@@ -19,10 +19,13 @@ NodePath = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tree:
-    """A prefix-closed set of paths; paths[0] is the root (), parents stand before their children.
+    """A prefix-closed set of paths; `Tree.of` makes and checks one.
 
-    Path (2, 0) is: of the guesses of head 1 the third likeliest, followed by the likeliest of head 2.
-    Make one with `Tree.of`, which validates.
+    The path (2, 0) is the third likeliest guess of head 1, followed by the likeliest of head 2.
+
+    Attributes:
+        paths: the path of each node; the first is the root's, (), and parents precede children.
+        origin: name of the tree.
     """
 
     paths: tuple[NodePath, ...] = ((),)
@@ -30,20 +33,26 @@ class Tree:
 
     @classmethod
     def of(cls, paths: Iterable[Iterable[int]], origin: str = "given") -> Tree:
-        """A tree of the given paths and the root; raises UserError for a rank below 0, a duplicate or an orphan."""
+        """Make the tree of these paths and the root.
+
+        Raises:
+            UserError: a path is listed twice, lacks its prefix, or is no list of ranks from 0.
+        """
         listed = [tuple(path) for path in paths]
+        nodes: set[NodePath] = {()}
         for path in listed:
             if not all(type(rank) is int and rank >= 0 for rank in path):
                 raise UserError(
                     f"tree {origin}: node {list(path)} is not a list of ranks 0, 1, 2, ..."
                 )
-        nodes = set(listed) | {()}
+            nodes.add(path)
         for path in listed:
-            if path and path[:-1] not in nodes:
+            if path[:-1] not in nodes:
+                parent = list(path[:-1])
                 raise UserError(
-                    f"tree {origin}: node {list(path)} is an orphan: {list(path[:-1])} is missing"
+                    f"tree {origin}: node {list(path)} is an orphan: {parent} is missing"
                 )
-        if len(listed) != len(set(listed)):
+        if len(listed) > len(set(listed)):
             twice = next(path for path in listed if listed.count(path) > 1)
             raise UserError(f"tree {origin}: node {list(twice)} is listed twice")
         return cls(tuple(sorted(nodes, key=lambda path: (len(path), path))), origin)
@@ -53,15 +62,17 @@ class Tree:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
+        """Depth of each node; the root's is 0."""
         return tuple(len(path) for path in self.paths)
 
     @property
     def depth(self) -> int:
+        """Depth of the deepest node."""
         return self.depths[-1]
 
     @property
     def width(self) -> int:
-        """How many guesses of a head the tree can use: its largest rank + 1."""
+        """Guesses of a head that the tree can use: its largest rank + 1."""
         return max((rank + 1 for path in self.paths for rank in path), default=0)
 
     @cached_property
@@ -80,26 +91,27 @@ class Tree:
 
     def pruned(self, heads: int, width: int) -> Tree:
         """The part that `heads` heads with `width` guesses each can fill."""
-        kept = [
-            path for path in self.paths if len(path) <= heads and all(rank < width for rank in path)
-        ]
-        return self if len(kept) == len(self.paths) else Tree(tuple(kept), self.origin)
+        kept = tuple(
+            path for path in self.paths if len(path) <= heads and max(path, default=0) < width
+        )
+        return self if len(kept) == len(self) else Tree(kept, self.origin)
 
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """A tree whose nodes are chosen anew at each step: the likeliest of a superset, by the heads' own probabilities.
+    """A tree of the likeliest nodes of a superset, chosen at each step by the heads' probabilities.
 
     Attributes:
-        superset: the paths to choose from; the root alone for a model without heads, whose guesses are all copied.
-        nodes: how many are verified, the root included; no more than the superset has.
+        superset: the paths to choose from; the root alone if all guesses are copied.
+        nodes: nodes of a step, the root included; no more than the superset has.
     """
 
     superset: Tree
     nodes: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.nodes <= (len(self.superset) if self.superset.depth else self.nodes):
+        most = len(self.superset) if self.superset.depth else self.nodes
+        if not 0 < self.nodes <= most:
             raise ValueError(f"cannot choose {self.nodes} nodes of {len(self.superset)}")
 
     def __len__(self) -> int:
@@ -107,24 +119,25 @@ class DynamicTree:
 
     @property
     def origin(self) -> str:
+        """Name of the tree."""
         return f"{'dynamic' if self.superset.depth else 'copies'}-{self.nodes}"
 
     @property
     def depth(self) -> int:
+        """Depth of the superset's deepest node."""
         return self.superset.depth
 
     @property
     def width(self) -> int:
+        """Guesses of a head that the superset can use."""
         return self.superset.width
 
     def pruned(self, heads: int, width: int) -> DynamicTree:
         """The part that `heads` heads with `width` guesses each can fill."""
         kept = self.superset.pruned(heads, width)
-        return (
-            self
-            if len(kept) == len(self.superset)
-            else DynamicTree(kept, min(self.nodes, len(kept)))
-        )
+        if kept is self.superset:
+            return self
+        return DynamicTree(kept, min(self.nodes, len(kept)))
 
 
 AnyTree = Tree | DynamicTree
@@ -142,17 +155,26 @@ def paper_trees() -> dict[str, list[list[int]]]:
 
 
 def named_tree(name: str) -> Tree:
-    """A released tree by name, `chain-N`, or the tree of a JSON file that holds a list of paths."""
+    """A released tree by name, `chain-N`, or the tree of a JSON file that holds a list of paths.
+
+    Raises:
+        UserError: there is no such tree, or the file holds none.
+    """
     released = paper_trees()
     if name in released:
         return Tree.of(released[name], name)
-    if name.startswith("chain-") and name[6:].isdigit() and int(name[6:]) > 0:
-        return chain(int(name[6:]))
+    kind, _, depth = name.partition("-")
+    if kind == "chain" and depth.isdigit() and int(depth) > 0:
+        return chain(int(depth))
+    return _read_tree(name, [*released])
+
+
+def _read_tree(name: str, released: list[str]) -> Tree:
     file = Path(name).expanduser()
     if not file.is_file():
-        shaped = "auto, dynamic-N, static-N, chain-N"
         raise UserError(
-            f"unknown tree {name!r}: not {shaped}, a file, or one of {', '.join(released)}"
+            f"unknown tree {name!r}: not auto, dynamic-N, static-N, chain-N, a file,"
+            f" or one of {', '.join(released)}"
         )
     try:
         paths = json.loads(file.read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ class Chat:
 
     def legend(self) -> Text:
         engine = self.session.engine
-        return legend(engine.heads, marks=self.marks, colour=self.colour, copied=engine.copies)
+        return legend(engine.heads, marks=self.marks, colour=self.colour, copied=engine.trees.copies)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _one_of(*values: str) -> Values:
 
 
 def _tree_values(session: Session | None, words: list[str]) -> Iterable[str]:
-    return session.engine.tree_names() if session and not words else ()
+    return session.engine.trees.names() if session and not words else ()
 
 
 @command("help")
@@ -208,22 +208,22 @@ def _tree(chat: Chat, argument: str) -> Result:
     """Draw the candidate tree of the last step, or choose another tree; retune times steps anew."""
     engine = chat.session.engine
     if argument:
-        engine.use_tree(argument)
-        return Text(engine.describe_tree(), LABEL)
+        engine.trees.use(argument)
+        return Text(engine.trees.describe(), LABEL)
     candidates = engine.candidates()
     if candidates is None:
-        return Text(f"{engine.describe_tree()}; no step has used it yet", LABEL)
-    return Group(Text(engine.describe_tree(), LABEL), tree_view.draw(candidates))
+        return Text(f"{engine.trees.describe()}; no step has used it yet", LABEL)
+    return Group(Text(engine.trees.describe(), LABEL), tree_view.draw(candidates))
 
 
 @command("copies", "[on|off]", values=_one_of("on", "off"))
 def _copies(chat: Chat, argument: str) -> Result:
     """Copy guesses from the conversation too, or leave it."""
-    engine = chat.session.engine
     if argument not in ("", "on", "off"):
         raise WrongArguments
-    engine.use_copies(argument == "on" if argument else not engine.copies)
-    return chat.legend() if engine.copies else Text("copies off", LABEL)
+    trees = chat.session.engine.trees
+    trees.use_copies(argument == "on" if argument else not trees.copies)
+    return chat.legend() if trees.copies else Text("copies off", LABEL)
 
 
 @command("heads")

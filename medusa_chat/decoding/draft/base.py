@@ -1,0 +1,91 @@
+"""Draft: the candidate nodes that a step verifies, as tensors of the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from torch import Tensor
+
+    from medusa_chat.decoding.acceptance import TreeTensors
+    from medusa_chat.decoding.report import PackedInput, ReportLayout
+    from medusa_chat.decoding.trees.tree import Tree
+    from medusa_chat.model.backbone import Backbone
+
+RANKED = 10  # guesses of each head that a step takes at least, and reports at most
+ROWS = 64  # nodes and paths that shared buffers hold at least
+
+
+def next_size(least: int, wanted: int) -> int:
+    """Double `least` until it holds `wanted`: few sizes in all, none twice as large as needed."""
+    while least < wanted:
+        least *= 2
+    return least
+
+
+def ranked_guesses(tree: Tree, heads: int, backbone: Backbone) -> int:
+    """Count the guesses that a tree takes of each head; trees of about one width take as many."""
+    if not heads or not tree.width:
+        return 0
+    return min(next_size(RANKED, tree.width), backbone.vocabulary)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The rows of a step's forward.
+
+    Attributes:
+        candidates: [n], the token of each node.
+        tensors: the topology of the nodes.
+        selection: says which nodes were selected, for the report.
+    """
+
+    candidates: Tensor
+    tensors: TreeTensors
+    selection: tuple[Tensor, ...] = ()
+
+
+class Draft(ABC):
+    """Lays out the nodes of a step.
+
+    It holds the tensors that stay the same from step to step. Drafts of one `shape` differ in the
+    values of their `buffers` alone, so a step that was recorded with one serves all of them.
+
+    Attributes:
+        size: nodes, n.
+        ranked: guesses that it takes of each head; 0 if it needs no heads.
+        uses_confidence: whether it reads how sure the heads are.
+        deepest: no draft of this shape is deeper.
+        shape: equal for drafts that differ in the values of their buffers alone.
+        layout: of a step's report.
+    """
+
+    size: int
+    ranked: int
+    uses_confidence: bool
+    deepest: int
+    shape: Hashable
+    layout: ReportLayout
+
+    @property
+    @abstractmethod
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Tensors that differ between drafts of one shape."""
+
+    @abstractmethod
+    def nodes(self, given: PackedInput, guesses: Tensor, log_p: Tensor | None, /) -> Nodes:
+        """Lay out the nodes of a step.
+
+        Args:
+            given: the step's input.
+            guesses: [heads, ranked], the likeliest tokens of each head.
+            log_p: [heads, ranked], how sure the heads are; None without `uses_confidence`.
+        """
+
+    @abstractmethod
+    def mask(self, nodes: Nodes, /) -> Tensor | None:
+        """Return the additive mask [n, n] of the nodes; None for the root alone."""

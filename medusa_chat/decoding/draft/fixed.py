@@ -1,0 +1,60 @@
+"""FixedDraft: the same nodes at every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from medusa_chat.decoding.acceptance import TreeTensors
+from medusa_chat.decoding.draft.base import RANKED, Draft, Nodes, ranked_guesses
+from medusa_chat.decoding.report import PackedInput, ReportLayout
+from medusa_chat.model.attention import tree_attention as attention
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.trees.tree import Tree
+    from medusa_chat.model.backbone import Backbone
+
+
+class FixedDraft(Draft):
+    """The nodes of a fixed tree, without copies."""
+
+    uses_confidence = False
+
+    def __init__(self, tree: Tree, heads: int, backbone: Backbone) -> None:
+        """Lay out a tree for a model with so many heads."""
+        self.size = len(tree)
+        self.ranked = ranked_guesses(tree, heads, backbone)
+        self.deepest = min(self.size - 1, heads)
+        self.shape = ("fixed", self.size, self.ranked)
+        shown = min(self.ranked, RANKED)
+        self.layout = ReportLayout(
+            nodes=self.size,
+            selection=0,
+            heads=heads if shown else 0,
+            ranked=shown,
+            paths=lambda _: tree.paths,
+        )
+        self._tensors = TreeTensors.of(tree, backbone.device)
+        self._mask: Tensor | None = None
+        if self.size > 1:
+            self._mask = attention.additive(self._tensors.ancestors, backbone.dtype)
+        # The place of each node's token among the root and the flattened guesses.
+        guesses = (1 + (len(path) - 1) * self.ranked + path[-1] for path in tree.paths[1:])
+        self._places = torch.tensor([0, *guesses], device=backbone.device)
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Tensors that differ between drafts of one shape."""
+        tensors = self._tensors
+        return self._places, tensors.parents, tensors.depths, tensors.ancestors
+
+    def nodes(self, given: PackedInput, guesses: Tensor, _log_p: Tensor | None, /) -> Nodes:
+        """Put the guesses [heads, ranked] to their places after the root."""
+        tokens = torch.cat([given.root, guesses.flatten()])
+        return Nodes(tokens[self._places], self._tensors)
+
+    def mask(self, _nodes: Nodes, /) -> Tensor | None:
+        """Return the additive mask [n, n], which is always the same; None for the root alone."""
+        return self._mask

@@ -1,0 +1,79 @@
+"""State: the model and its text, as every kind of step reads and changes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.draft.base import Draft
+    from medusa_chat.decoding.report import StepInput, StepReport
+    from medusa_chat.model.backbone import Backbone
+    from medusa_chat.model.heads import Heads
+
+
+class State:
+    """A model with the cache of one text.
+
+    Attributes:
+        backbone: the model that decides.
+        heads: the Medusa heads, or None.
+        head_count: how many heads there are.
+        cache: keys and values of the text.
+        hidden: [1, hidden], the backbone's last hidden state of the text's last token. Steps write
+            to this tensor and never replace it.
+    """
+
+    def __init__(self, backbone: Backbone, heads: Heads | None, capacity: int) -> None:
+        """Start with an empty text; the cache holds `capacity` positions."""
+        self.backbone = backbone
+        self.heads = heads
+        self.head_count = heads.heads if heads else 0
+        self.cache = backbone.new_cache(capacity)
+        self.hidden = torch.zeros(
+            1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
+        )
+
+    def guesses(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """Let the heads guess the tokens after the root.
+
+        Returns:
+            the likeliest tokens of each head, [heads, ranked], and the natural logarithms of the
+            probabilities that the head gives them, float32, or None if the draft reads none.
+        """
+        if self.heads is None or draft.ranked == 0:
+            return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
+        logits = self.heads.logits(self.hidden, self.backbone.lm_head)[:, 0]
+        likeliest = logits.topk(draft.ranked)
+        if not draft.uses_confidence:
+            return likeliest.indices, None
+        log_p = likeliest.values.float() - logits.float().logsumexp(-1, keepdim=True)
+        return likeliest.indices, log_p
+
+
+class StepProgram(Protocol):
+    """A way to run the model over a State's text.
+
+    Attributes:
+        shared_buffers: whether drafts of one shape cost less than drafts of several.
+    """
+
+    shared_buffers: bool
+
+    def prefill(self, tokens: list[int], rule: Rule) -> int:
+        """Append tokens to the text and commit them; returns the token that follows."""
+
+    def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
+        """Verify a draft's nodes in one forward, and commit the accepted path.
+
+        Raises:
+            StepUnavailableError: this way does not work here; text and cache are as they were.
+        """
+
+
+class StepUnavailableError(Exception):
+    """A way to take steps does not work here; the message is one sentence for the user."""
