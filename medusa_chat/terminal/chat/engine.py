@@ -1,4 +1,4 @@
-"""What the terminal asks of an engine."""
+"""The engine as the terminal needs it."""
 
 from __future__ import annotations
 
@@ -11,44 +11,58 @@ if TYPE_CHECKING:
     from medusa_chat.events import Candidates, Step
 
 
-class ChatEngine(Protocol):
-    """What can be chatted with. `medusa_chat.decoding.engine.Engine` is the one that decodes."""
-
-    name: str  # of the model
-    prefilled: int  # prompt tokens that the last reply had to prefill; the rest came from the cache
-    prefill_seconds: float  # time that this took
-    context: int  # tokens that prompt and reply may hold together
-    system: str  # the model's default system prompt, maybe empty
-    copies: bool  # whether guesses are copied from the conversation too
-    notices: list[
-        str
-    ]  # what the user should be told once, such as a pruned tree; drained by the reader
-
-    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
-        """Decode a reply; may be closed at any time. Raises UserError for a prompt that does not fit."""
+class ChatTrees(Protocol):
+    """The choice of a candidate tree; `TreeControl` is the real one."""
 
     @property
-    def heads(self) -> int:
-        """Medusa heads; 0 if the model has none."""
+    def copies(self) -> bool:
+        """Whether text copied from the conversation is guessed too."""
 
-    @property
-    def tokens_in_context(self) -> int:
-        """Tokens that the cache holds now."""
+    def use(self, tree: str) -> None:
+        """Switch to `auto`, `retune` (auto, with steps timed again), a tree's name or a JSON file.
 
-    def candidates(self) -> Candidates | None:
-        """The tree of the last tree step, or None before the first."""
-
-    def describe_tree(self) -> str:
-        """One line: kind, nodes, depth, where the accuracies come from, forecast and measured acceptance length."""
-
-    def use_tree(self, name: str) -> None:
-        """Switch to `auto`, `retune` (auto, with steps timed anew), a tree by name, or a JSON file.
-
-        Raises UserError.
+        Raises:
+            UserError: there is no such tree.
         """
 
     def use_copies(self, on: bool) -> None:
-        """Whether to copy guesses from the conversation from now on."""
+        """Switch guessing by copying on or off."""
 
-    def tree_names(self) -> list[str]:
-        """Names that use_tree takes."""
+    def describe(self) -> str:
+        """Describe the tree in one line: kind, nodes, depth, expected and measured figures."""
+
+    def names(self) -> list[str]:
+        """List the names that `use` takes."""
+
+
+class ChatEngine(Protocol):
+    """A model to chat with; `medusa_chat.decoding.engine.Engine` is the real one."""
+
+    name: str  # of the model
+    prefilled: int  # prompt tokens that the last reply had to prefill; the cache held the others
+    prefill_seconds: float  # time of that prefill
+    context: int  # tokens that prompt and reply may hold together
+    system: str  # the model's default system prompt, may be empty
+    notices: list[str]  # to be shown once, such as "the tree was pruned"; the reader removes them
+
+    @property
+    def heads(self) -> int:
+        """Number of Medusa heads; 0 if the model has none."""
+
+    @property
+    def tokens_in_context(self) -> int:
+        """Number of tokens in the cache."""
+
+    @property
+    def trees(self) -> ChatTrees:
+        """The choice of the candidate tree."""
+
+    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
+        """Decode a reply; may be closed at any time.
+
+        Raises:
+            UserError: the prompt does not fit into the context.
+        """
+
+    def candidates(self) -> Candidates | None:
+        """Return the tree of the last tree step, or None before the first."""
