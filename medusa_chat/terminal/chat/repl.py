@@ -151,7 +151,8 @@ class Repl:
             session.sampling = start.sampling  # the command line's settings, not the saved ones
             session.system = start.saved.system if start.system is None else start.system
             count = len(session.messages)
-            self._console.print(Text(f"continuing {self._transcript}: {count} messages", LABEL))
+            note = f"continuing with {count} messages from {self._transcript}"
+            self._console.print(Text(note, LABEL))
         self._console.print(self._chat.legend())
         self._notices(session)
         self._console.print()
