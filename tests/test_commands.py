@@ -196,9 +196,9 @@ def test_stats_show_the_figures_of_both_stats(chat: Chat) -> None:
     assert row(shown, "new tokens") == [str(last.new_tokens), str(conversation.new_tokens)]
     assert row(shown, "steps") == [str(last.steps), str(conversation.steps)]
     for column, stats in enumerate((last, conversation)):
-        rate = f"{stats.vanilla_tokens_per_second:.1f}"
+        vanilla = f"{stats.vanilla_tokens_per_second:.1f}"
         assert row(shown, "tokens/s")[column] == f"{stats.tokens_per_second:.1f}"
-        assert row(shown, "vanilla tokens/s")[column] == rate
+        assert row(shown, "vanilla tokens/s")[column] == vanilla
         assert row(shown, "acceptance length")[column] == f"{stats.acceptance_length:.2f}"
         assert row(shown, "step cost")[column] == f"{stats.overhead:.2f}×"
         assert row(shown, "speedup")[column] == f"{stats.speedup:.2f}×"

@@ -106,14 +106,8 @@ def _second_row(stats: Stats, sampling: Sampling, width: int) -> Text:
 def _pause_rows(pause: Pause) -> list[list[Text]]:
     """Explain why the heads are paused, from the widest row to the narrowest."""
     speedup = number(pause.speedup, 2, "×")
-    steps = f" over the last {pause.steps} steps"
-    retry = _item("paused for ", f"{pause.retry_in} tokens")
-    return [
-        [_item("heads are slower here: ", speedup, steps), retry],
-        [_item("heads are slower here: ", speedup), retry],
-        [_item("heads paused: ", speedup)],
-        [_item("paused: ", speedup)],
-    ]
+    reason = Text(str(pause), LABEL)
+    return [[reason], [_item("heads paused: ", speedup)], [_item("paused: ", speedup)]]
 
 
 def _measured_rows(stats: Stats) -> Iterator[list[Text]]:
