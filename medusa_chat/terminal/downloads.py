@@ -62,8 +62,7 @@ class Download:
 def downloads() -> Iterator[Callable[[str, int, int], None]]:
     """Draw a bar for each repository in turn on standard error, if that is a terminal.
 
-    Yields:
-        a function to call with (repository, bytes received, bytes in all).
+    Yields a function to call with (repository, bytes received, bytes in all).
     """
     console = Console(stderr=True)
     if not console.is_interactive:

@@ -12,8 +12,6 @@ from medusa_chat.terminal.theme import LABEL, head_mark, head_style
 from medusa_chat.terminal.wrapping import Flow
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
 
     from medusa_chat.events import Step
@@ -33,11 +31,8 @@ class ReplyView:
     there when it is resized, so erasing from the cursor down is always exact. (rich's Live waits
     below its last row: a narrower terminal then leaves remains on the screen.)
 
-    Args:
-        console: where to draw.
-        panel: returns the panel's rows for a width; called at each refresh.
-        marks: mark each token with its head, for screens without colour.
-        clock: seconds; two refreshes are at least REFRESH_SECONDS apart.
+    `panel` is called at each refresh, and `marks` adds each token's head in a small digit.
+    Two refreshes are at least REFRESH_SECONDS of `clock` apart.
     """
 
     def __init__(
@@ -61,12 +56,7 @@ class ReplyView:
         self._draw()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.empty:
             self._flow.feed(" " + STOPPED, LABEL)
         try:

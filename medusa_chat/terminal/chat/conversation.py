@@ -24,13 +24,13 @@ class Conversation:
 
 
 def write_conversation(path: Path, conversation: Conversation) -> None:
-    """Write a conversation, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written, or it is no saved conversation.
-    """
-    if path.exists() and not _is_conversation(path):
-        raise UserError(f"{path} is not a saved conversation; choose another name")
+    """Write a conversation, whole or not at all, over nothing but a saved conversation."""
+    if path.exists():
+        try:
+            read_conversation(path)
+        except UserError:
+            complaint = f"{path} is not a saved conversation; choose another name"
+            raise UserError(complaint) from None
     text = json.dumps(asdict(conversation), ensure_ascii=False, indent=2) + "\n"
     encodable = text.encode(errors="replace").decode()  # a paste may hold half a surrogate pair
     try:
@@ -40,11 +40,7 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
 
 
 def read_conversation(path: Path) -> Conversation:
-    """Read a saved conversation.
-
-    Raises:
-        UserError: the file cannot be read, or it is no saved conversation.
-    """
+    """Read a saved conversation. Raises UserError for any other file."""
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -55,14 +51,6 @@ def read_conversation(path: Path) -> Conversation:
         raise UserError(f"{path} is not a saved conversation: {error}") from None
     except ValueError:
         raise UserError(f"{path} is not a saved conversation: it is not JSON") from None
-
-
-def _is_conversation(path: Path) -> bool:
-    try:
-        _parse(json.loads(path.read_bytes()))
-    except (OSError, ValueError, UserError):
-        return False
-    return True
 
 
 def _parse(document: Any) -> Conversation:

@@ -19,11 +19,7 @@ class ChatTrees(Protocol):
         """Whether text copied from the conversation is guessed too."""
 
     def use(self, tree: str) -> None:
-        """Switch to `auto`, `retune` (auto, with steps timed again), a tree's name or a JSON file.
-
-        Raises:
-            UserError: there is no such tree.
-        """
+        """Switch to auto, retune (auto, timed again), a name or a JSON file. Raises UserError."""
 
     def use_copies(self, on: bool) -> None:
         """Switch guessing by copying on or off."""
@@ -58,11 +54,7 @@ class ChatEngine(Protocol):
         """The choice of the candidate tree."""
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
-        """Decode a reply; may be closed at any time.
-
-        Raises:
-            UserError: the prompt does not fit into the context.
-        """
+        """Decode a reply; may be closed early. Raises UserError if the prompt does not fit."""
 
     def candidates(self) -> Candidates | None:
         """Return the tree of the last tree step, or None before the first."""

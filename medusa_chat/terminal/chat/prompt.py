@@ -59,15 +59,9 @@ class Prompt:
         self._prompt.default_buffer.on_text_changed += lambda _: self._set_hint("")
 
     def read(self, loading: Loading, when_loaded: Callable[[], None]) -> str:
-        """Read a message or command. While the model loads, the toolbar shows its progress.
+        """Read a message or command; call `when_loaded` above the prompt if the model is loaded.
 
-        Args:
-            loading: the model.
-            when_loaded: called above the prompt when the model is loaded meanwhile.
-
-        Raises:
-            EOFError: on Ctrl-D.
-            LoadError: the model could not be loaded.
+        Raises EOFError on Ctrl-D, and LoadError if the model cannot be loaded.
         """
 
         def watch() -> None:

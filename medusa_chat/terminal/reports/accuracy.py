@@ -20,9 +20,7 @@ OTHER_COLUMNS = 47  # cells of the table without the bar
 def show_accuracy(top: Sequence[Sequence[float]], checks: Sequence[Mapping[str, Any]]) -> None:
     """Print each head's top-i accuracy as figures and a bar, and the check of the forecast.
 
-    Args:
-        top: top[k][i]: how often the true token is among head k + 1's likeliest i + 1.
-        checks: measured trees, each with tree, nodes, forecast, measured and error.
+    The arguments are those of `charts.plot`; each check has a forecast too.
     """
     console = Console()
     columns = (Column(f"{block} top-{rank}", justify="right") for rank, block in RANKS)

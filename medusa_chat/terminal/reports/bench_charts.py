@@ -37,13 +37,9 @@ def check_folder(folder: Path | None) -> None:
 
 
 def plot_bench(result: Figures, folder: Path) -> list[Path]:
-    """Draw the result as replies.png, step_cost.png and step_parts.png, as far as it has them.
+    """Draw replies.png, step_cost.png and step_parts.png, as far as the result has them.
 
-    Returns:
-        the files written.
-
-    Raises:
-        OSError: the folder or a file cannot be written.
+    Returns the files written. Raises OSError if the folder or a file cannot be written.
     """
     folder.mkdir(exist_ok=True)
     files = []

@@ -44,14 +44,11 @@ def plot(
     """Draw top-i accuracy by head, and acceptance length by nodes.
 
     Args:
-        file: where to write; its ending gives the format.
+        file: where to write; its ending gives the format. Raises OSError if it cannot be written.
         top: top[k][i]: how often the true token is among head k + 1's likeliest i + 1.
         forecast: forecast[n - 1]: acceptance length of the best tree with n nodes.
         checks: measured trees, each with tree, nodes, measured and error; may be empty.
         title: above both charts.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 

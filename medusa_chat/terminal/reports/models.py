@@ -20,11 +20,7 @@ NOTE = "memory: with heads and a full context; what fits depends on what is free
 
 
 def show_models(listed: Sequence[Mapping[str, Any]]) -> None:
-    """Print the models that --model knows by name, each with its description.
-
-    Args:
-        listed: the fields of commands.models.Listed.
-    """
+    """Print the models that --model knows (fields of Listed), each with its description."""
     names = ("model", "licence", "download", f"memory, {listed[0]['device']}", "fits")
     head = [Text(name, STRONG) for name in names]
     rows = [_row(model) for model in listed]

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Draw a progress bar on standard error, if that is a terminal.
-
-    Yields:
-        a function to call with (done, total).
-    """
+    """Draw a bar on standard error, if that is a terminal; yield a function of (done, total)."""
     console = Console(stderr=True)
     if not console.is_interactive:
         yield lambda *_: None  # rich would leave an empty line there, before any error

@@ -24,11 +24,7 @@ BAR = 24  # cells
 
 @contextmanager
 def training() -> Iterator[tuple[Callable[[TrainStep], None], Callable[[str], None]]]:
-    """Show the progress of training.
-
-    Yields:
-        two functions: one shows a TrainStep, the other prints a line.
-    """
+    """Yield two functions: one shows the progress of a TrainStep, the other prints a line."""
     console = Console(stderr=True)
 
     def say(line: str) -> None:
@@ -48,15 +44,9 @@ def training_line(step: TrainStep) -> str:
     if step.backbone_loss is not None:
         losses += f"  backbone {step.backbone_loss:.3f}"
     heads = "  ".join(f"{share:.1%}" for share in step.top1)
+    machine = "  ".join(_machine_figures(step))
     left = duration_text(step.seconds_left)
-    parts = (
-        f"step {step.step}/{step.total}",
-        losses,
-        f"top-1 {heads}",
-        *_machine_figures(step),
-        f"{left} left",
-    )
-    return "  ".join(parts)
+    return f"step {step.step}/{step.total}  {losses}  top-1 {heads}  {machine}  {left} left"
 
 
 def training_table(step: TrainStep) -> Group:
