@@ -112,6 +112,14 @@ def test_ctrl_c_before_the_first_token(start: Callable[..., Terminal]) -> None:
     assert terminal.status() == 0
 
 
+def test_each_reply_begins_with_reading_the_prompt(start: Callable[..., Terminal]) -> None:
+    terminal = start("--prefill", "1")
+    for count in (1, 2):
+        terminal.say("Tell me a story")
+        terminal.see("reading the prompt…")
+        terminal.replies(count)
+
+
 def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Terminal]) -> None:
     terminal = start()
     terminal.see("Alt+Enter new line")

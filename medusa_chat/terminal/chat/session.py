@@ -42,7 +42,7 @@ class Session:
         However the stream ends, its text stays in the conversation. Without any text the whole
         turn is dropped.
         """
-        yield from self._reply([*self.messages, {"role": "user", "content": text}])
+        return self._reply([*self.messages, {"role": "user", "content": text}])
 
     def regen(self) -> Generator[Step, None, None]:
         """Stream a new reply to the last user turn, with the next seed if the mode samples.
@@ -55,9 +55,12 @@ class Session:
         return self._reply(turns)
 
     def _reply(self, turns: list[Message]) -> Generator[Step, None, None]:
+        self.last = Stats()  # now: the panel is drawn before the first step
+        return self._steps(turns)
+
+    def _steps(self, turns: list[Message]) -> Generator[Step, None, None]:
         before = self.messages
         self.messages = turns
-        self.last = Stats()
         text = ""
         prompt = [*self._system_message(), *turns]
         try:
