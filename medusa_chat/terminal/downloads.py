@@ -44,7 +44,7 @@ class Download:
 
     @property
     def done(self) -> bool:
-        """Whether all bytes are here."""
+        """True once all bytes are here."""
         return self._received >= self._total
 
     def __str__(self) -> str:

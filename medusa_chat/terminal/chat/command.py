@@ -104,7 +104,7 @@ def command(
 
 
 def is_command(line: str) -> bool:
-    """Whether a line of input is a command; a message doubles a slash that it begins with."""
+    """Tell a command from a message, which doubles a slash that it begins with."""
     return line.startswith("/") and not line.startswith("//")
 
 

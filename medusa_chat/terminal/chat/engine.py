@@ -16,7 +16,7 @@ class ChatTrees(Protocol):
 
     @property
     def copies(self) -> bool:
-        """Whether text copied from the conversation is guessed too."""
+        """True if text copied from the conversation is guessed too."""
 
     def use(self, tree: str) -> None:
         """Switch to auto, retune (auto, timed again), a name or a JSON file. Raises UserError."""

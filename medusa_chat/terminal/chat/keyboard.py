@@ -26,7 +26,7 @@ def quiet_input() -> Iterator[None]:
     saved = termios.tcgetattr(terminal)
     quiet = saved.copy()
     quiet[LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
-    quiet[INPUT_FLAGS] &= ~termios.ICRNL  # the prompt tells Enter (sends) from a newline
+    quiet[INPUT_FLAGS] &= ~termios.ICRNL  # the prompt distinguishes Enter (sends) from a newline
     termios.tcsetattr(terminal, termios.TCSANOW, quiet)
     try:
         yield

@@ -55,7 +55,7 @@ class Loading:
 
     @property
     def done(self) -> bool:
-        """Whether loading has ended, well or badly."""
+        """True once loading has ended, well or badly."""
         return not self._thread.is_alive()
 
     @property

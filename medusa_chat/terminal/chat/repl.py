@@ -48,7 +48,7 @@ def chat(
         sampling: how replies are decoded.
         system: system prompt; None is the model's own.
         marks: mark tokens with their heads, for screens without colour.
-        history: file of the prompts that were sent.
+        history: file of earlier prompts.
         transcript: file of the conversation: continued if it exists, written after each reply.
 
     Raises:
