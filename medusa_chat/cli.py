@@ -157,18 +157,20 @@ def _answer_once(options: argparse.Namespace, sampling: Sampling, prompt: str) -
 def _bench(options: argparse.Namespace) -> int:
     from medusa_chat.bench.command import measure
     from medusa_chat.terminal.reports import bench as bench_report
-    from medusa_chat.terminal.reports import bench_charts, report
+    from medusa_chat.terminal.reports import bench_charts
+    from medusa_chat.terminal.reports.bench_view import timed_view
+    from medusa_chat.terminal.reports.progress import progress_bar
 
     sampling = sampling_of(options)
     bench_report.check_file(options.json)
     bench_charts.check_folder(options.plot)
-    view = report.timed_view(sampling) if options.view else None
+    view = timed_view(sampling) if options.view else None
 
     def load(**changed: object) -> Engine:
         return _load(argparse.Namespace(**{**vars(options), **changed}), probing=False)
 
     try:
-        result = measure(options, sampling, load, report.progress, view)
+        result = measure(options, sampling, load, progress_bar, view)
     except KeyboardInterrupt:
         print(
             "medusa-chat: bench was interrupted: nothing is told of a part of the measurements",
@@ -189,14 +191,15 @@ def _bench(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from medusa_chat.bench.verification import verify
     from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal.reports import report
+    from medusa_chat.terminal.reports.checks import show_checks
+    from medusa_chat.terminal.reports.progress import progress_bar
 
     sampling = sampling_of(options)
     prompts = read_prompts(options.prompts, options.limit)
     engine = _load(options, probing=False)
-    with report.progress("verifying") as progress:
+    with progress_bar("verifying") as progress:
         checks = verify(engine, prompts, sampling, turns=options.turns, progress=progress)
-    report.show_checks([vars(check) for check in checks])
+    show_checks([vars(check) for check in checks])
     return 1 if any(check.faults for check in checks) else 0
 
 
@@ -244,7 +247,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _distill(options: argparse.Namespace) -> int:
-    from medusa_chat.terminal.reports import report
+    from medusa_chat.terminal.reports.progress import progress_bar
     from medusa_chat.training.distillation import Plan, distill
 
     plan = Plan(
@@ -256,7 +259,7 @@ def _distill(options: argparse.Namespace) -> int:
         system=options.system,
         template=options.template,
     )
-    with report.progress("answering") as progress:
+    with progress_bar("answering") as progress:
         kept, total = distill(
             options.model,
             options.prompts,
@@ -285,7 +288,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     from medusa_chat.hub.fetch import accuracy_file
     from medusa_chat.hub.model_list import resolve_model
     from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal.reports import charts, report
+    from medusa_chat.terminal.reports import charts
+    from medusa_chat.terminal.reports.accuracy import show_accuracy
+    from medusa_chat.terminal.reports.progress import progress_bar
     from medusa_chat.training.calibration import SIZES, calibrate, check_forecast, held_aside
 
     if options.plot:
@@ -299,16 +304,16 @@ def _calibrate(options: argparse.Namespace) -> int:
         options, probing=False, measured=False
     )  # an old file of figures may be damaged: it goes
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
-    with report.progress("calibrating") as progress:
+    with progress_bar("calibrating") as progress:
         accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
     source = f"{len(counted)} conversations of {', '.join(path.name for path in options.prompts)}"
     file = accuracy_file(spec)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_accuracy(accuracy, file, source)
-    with report.progress("checking") as progress:
+    with progress_bar("checking") as progress:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
     checks = [vars(check) for check in found]
-    report.show_accuracy(accuracy.top, checks)
+    show_accuracy(accuracy.top, checks)
     print(f"wrote {file}")
     if not checks and not options.no_check:
         print(
@@ -343,25 +348,25 @@ def _export(options: argparse.Namespace) -> int:
 
 def _models(options: argparse.Namespace) -> int:
     from medusa_chat.commands.models import catalogue
-    from medusa_chat.terminal.reports import report
+    from medusa_chat.terminal.reports.models import show_models
 
     listed = [asdict(each) for each in catalogue(options.models)]
     if options.json:
         print(json.dumps(listed, indent=2))
     else:
-        report.show_models(listed)
+        show_models(listed)
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from medusa_chat.commands.doctor import examine
-    from medusa_chat.terminal.reports import report
+    from medusa_chat.terminal.reports.findings import show_findings
 
     findings = [asdict(finding) for finding in examine()]
     if options.json:
         print(json.dumps(findings, indent=2))
     else:
-        report.show_findings(findings)
+        show_findings(findings)
     return 1 if any(finding["fault"] for finding in findings) else 0
 
 

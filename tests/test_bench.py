@@ -28,7 +28,8 @@ from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.reports import bench as bench_report
-from medusa_chat.terminal.reports import bench_charts, report
+from medusa_chat.terminal.reports import bench_charts
+from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.complaints import complaint
 from tests.helpers.quiet import quiet, silent
 from tests.helpers.tiny import make_engine, save_with_heads
@@ -427,7 +428,7 @@ def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
     assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
     assert any(name.startswith("greedy, random") for name in names)
     assert all(check.replies == check.equal == 2 for check in checks)
-    report.show_checks([vars(check) for check in checks])
+    show_checks([vars(check) for check in checks])
 
 
 def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ from medusa_chat.model.heads import decoding_heads
 from medusa_chat.model.linear.packed import PackedLinear, pack_linear
 from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.shapes import SHAPES, Shape
-from medusa_chat.terminal.reports import bench as bench_report
+from medusa_chat.terminal.reports.bench_steps import show_steps
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import (
     decode,
@@ -490,7 +490,7 @@ def test_the_check_of_the_captured_step_is_told() -> None:
         "notices": ["steps cannot be recorded"],
         "peak_memory_bytes": {"host": 2**30},
     }
-    bench_report._show_machine(console, figures)
+    show_steps(console, figures)
     told = console.file.getvalue()  # type: ignore[attr-defined]
     (row,) = (line for line in told.splitlines() if "greedy" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from medusa_chat.cli import main
 from medusa_chat.decoding.trees.accuracy import Accuracy, write_accuracy
-from medusa_chat.terminal.reports import report
+from medusa_chat.terminal.reports import accuracy
 from medusa_chat.training.calibration import STORED
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny import save_with_heads
@@ -127,8 +127,8 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def shown(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any) -> list[str]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"), color_system=None)  # noqa: SIM115
-    monkeypatch.setattr(report, "Console", lambda: console)
-    report.show_accuracy(*arguments)
+    monkeypatch.setattr(accuracy, "Console", lambda: console)
+    accuracy.show_accuracy(*arguments)
     return console.export_text().splitlines()
 
 

@@ -1,4 +1,4 @@
-"""The whole program with the bundled model in a pseudo-terminal: what README's first command opens."""
+"""The whole program with the bundled model, as the README's first command opens it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import medusa_chat
-from medusa_chat.config import Sampling
+from medusa_chat.config import Message, Sampling
 from medusa_chat.stats import Stats
-from tests.helpers.pseudo_terminal import CTRL_C, Chat, assert_colours
+from tests.helpers.pseudo_terminal import CTRL_C, Terminal, assert_colours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,28 +23,29 @@ QUESTION = "Tell me a fairy tale."
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Chat]:
-    chat = Chat(
-        "-m", "medusa_chat.cli", *SETTINGS, columns=100, rows=40, XDG_STATE_HOME=str(tmp_path)
-    )
-    yield chat
-    chat.child.close(force=True)
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    command = ("-m", "medusa_chat.cli", *SETTINGS)
+    home = {"XDG_STATE_HOME": str(tmp_path)}
+    opened = Terminal(*command, columns=100, rows=40, environment=home)
+    yield opened
+    opened.child.close(force=True)
 
 
 def expected_steps() -> list[Step]:
-    """The same reply from the engine itself: in greedy mode its steps depend on nothing but the model."""
+    """Decode the same reply with the engine itself; greedy steps depend on the model only."""
     engine = medusa_chat.load(dtype="float32", tree="mc_sim_7b_63")
-    return list(engine.generate([{"role": "user", "content": QUESTION}], Sampling()))
+    prompt: list[Message] = [{"role": "user", "content": QUESTION}]
+    return list(engine.generate(prompt, Sampling()))
 
 
 def figures(text: str) -> dict[str, list[str]]:
-    """The last /stats table on the screen: name -> this reply, conversation."""
+    """Read the /stats table on the screen: name -> [this reply, conversation]."""
     rows = [line.split("  ") for line in text.splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     return {row[0]: row[1:] for row in cells if len(row) == 3}
 
 
-def test_a_conversation_as_a_user_has_it(terminal: Chat, tmp_path: Path) -> None:
+def test_a_conversation_as_a_user_has_it(terminal: Terminal, tmp_path: Path) -> None:
     steps = expected_steps()
     stats = Stats.of(steps)
     terminal.say(QUESTION)  # typed while the model loads
@@ -75,10 +76,10 @@ def test_a_conversation_as_a_user_has_it(terminal: Chat, tmp_path: Path) -> None
     terminal.say("/set max_new_tokens 900")
     terminal.say("/set ignore_eos on")
     terminal.say("Tell me a long story.")
-    terminal.see(lambda text: "tokens/s" in terminal.screen.display[terminal.screen.cursor.y + 2])
+    terminal.see(lambda _: "tokens/s" in terminal.screen.display[terminal.screen.cursor.y + 2])
     terminal.send(CTRL_C)
     terminal.see("[stopped]")
-    terminal.see(lambda text: terminal.at_prompt)
+    terminal.see(lambda _: terminal.at_prompt)
     terminal.say(f"/save {tmp_path / 'talk.json'}")
     terminal.see("saved 6 messages")
     terminal.say("/heads")

@@ -1,4 +1,4 @@
-"""The slash-commands: one registry behind dispatch, help and completion."""
+"""The slash-commands: dispatch, help and completion read one registry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from medusa_chat.config import MODES, Sampling, UserError
 from medusa_chat.events import COPIED, Candidates, Step, Token
 from medusa_chat.stats import Stats
 from medusa_chat.terminal import tree_view
-from medusa_chat.terminal.chat.command import REGISTRY, Chat, Leave, Reply
-from medusa_chat.terminal.chat.commands import GREEDY_REPEATS, dispatch, find, is_command
+from medusa_chat.terminal.chat.command import REGISTRY, Chat, Stream, find, is_command
+from medusa_chat.terminal.chat.commands import GREEDY_REPEATS, dispatch
 from medusa_chat.terminal.chat.completion import CommandCompleter
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.reports import tables
@@ -32,10 +32,10 @@ def chat() -> Chat:
     return Chat(Session(FakeEngine(), Sampling()))
 
 
-def printed(renderable: object, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+def printed(renderable: object) -> str:
+    file = io.StringIO()
+    Console(file=file, width=100, color_system=None).print(renderable)
+    return file.getvalue()
 
 
 def run(chat: Chat, line: str) -> str:
@@ -43,18 +43,16 @@ def run(chat: Chat, line: str) -> str:
 
 
 def row(table: str, label: str) -> list[str]:
-    """The cells of the row of a printed table that begins with `label`."""
-    return next(
-        line.replace(label, "", 1).split()
-        for line in table.splitlines()
-        if line.strip().startswith(label)
-    )
+    """Return the cells of the row that begins with `label` in a printed table."""
+    lines = table.splitlines()
+    found = next(line for line in lines if line.strip().startswith(label))
+    return found.replace(label, "", 1).split()
 
 
 def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
     shown = run(chat, "/help")
-    names = "help mode greedy typical exact vanilla set system reset undo regen stats tree copies heads marks save load"
-    assert list(REGISTRY) == [*names.split(), "exit"]
+    names = "help mode greedy typical exact vanilla set system reset undo regen stats tree copies"
+    assert list(REGISTRY) == [*names.split(), "heads", "marks", "save", "load", "exit"]
     for entry in REGISTRY.values():
         assert entry.help
         assert any(line.startswith(entry.invocation) for line in shown.splitlines())
@@ -88,7 +86,6 @@ def test_typical_takes_its_thresholds(chat: Chat) -> None:
         ("/typical 2 1", "epsilon must be"),
         ("/mode wild", "mode must be one of"),
         ("/set heat 1", "no setting 'heat'"),
-        ("/set temperature", r"usage: /set \[NAME VALUE\]"),
         ("/set temperature -1", "temperature must be 0 or more"),
         ("/marks maybe", r"usage: /marks \[on\|off\]"),
         ("/save", "usage: /save FILE"),
@@ -112,13 +109,15 @@ def test_mistakes_are_one_line_and_change_nothing(chat: Chat, line: str, complai
 
 
 def test_what_is_a_command() -> None:
-    assert is_command("/help") and not is_command("//help") and not is_command("help")
+    assert is_command("/help")
+    assert not is_command("//help")
+    assert not is_command("help")
     assert find("/quit").name == find("/exit  ").name == "exit"
 
 
 def test_exit_leaves(chat: Chat) -> None:
     for line in ("/exit", "/quit"):
-        with pytest.raises(Leave):
+        with pytest.raises(EOFError):
             dispatch(chat, line)
 
 
@@ -136,6 +135,22 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     assert run(chat, "/set stop").strip() == "stop none"
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("seed", "seed is 0; change it with /set seed NUMBER"),
+        ("temperature", "temperature is 0.7; change it with /set temperature NUMBER"),
+        ("sample", "sample is off; change it with /set sample on|off"),
+        ("mode", "mode is greedy; change it with /set mode greedy|typical|exact|vanilla"),
+    ],
+)
+def test_set_without_a_value_shows_the_setting_and_how_to_change_it(
+    chat: Chat, name: str, expected: str
+) -> None:
+    assert run(chat, f"/set {name}").strip() == expected
+    assert chat.session.sampling == Sampling()
+
+
 def test_system(chat: Chat) -> None:
     assert "helpful assistant" in run(chat, "/system")
     assert "Be [bold]brief." in run(chat, "/system Be [bold]brief.")
@@ -147,53 +162,52 @@ def test_system(chat: Chat) -> None:
 def test_undo_reset_and_regen(chat: Chat) -> None:
     list(chat.session.ask("one\x1b[2J"))
     result = dispatch(chat, "/regen")
-    assert isinstance(result, Reply) and result.note == GREEDY_REPEATS
+    assert isinstance(result, Stream)
+    assert result.note == GREEDY_REPEATS
     list(result.steps)
     assert len(chat.session.messages) == 2
     run(chat, "/exact")
     result = dispatch(chat, "/regen")
-    assert isinstance(result, Reply) and result.note == "seed 1"
+    assert isinstance(result, Stream)
+    assert result.note == "seed 1"
     shown = run(chat, "/undo")
-    assert "took back: one" in shown and "\x1b" not in shown
+    assert "took back: one" in shown
+    assert "\x1b" not in shown
     list(chat.session.ask("two"))
     run(chat, "/reset")
     assert chat.session.messages == []
 
 
-def test_stats_tell_of_steps_whose_heads_rested(chat: Chat) -> None:
+def test_stats_count_steps_while_heads_were_paused(chat: Chat) -> None:
     list(chat.session.ask("one"))
-    assert tables.RESTED not in run(chat, "/stats")
-    for step in script(REPLY, rest_after=3):
+    assert "paused" not in run(chat, "/stats")
+    for step in script(REPLY, paused_after=3):
         chat.session.conversation.add(step)
-    rested = chat.session.conversation.paused_steps
-    assert rested > 10
-    assert row(run(chat, "/stats"), tables.RESTED) == ["0", str(rested)]
+    paused = chat.session.conversation.paused_steps
+    assert paused > 10
+    assert row(run(chat, "/stats"), "steps while heads were paused") == ["0", str(paused)]
 
 
-def test_stats_are_those_of_Stats(chat: Chat) -> None:
+def test_stats_show_the_figures_of_both_stats(chat: Chat) -> None:
     list(chat.session.ask("one"))
     list(chat.session.ask("two"))
     last, conversation = chat.session.last, chat.session.conversation
     shown = run(chat, "/stats")
     assert row(shown, "new tokens") == [str(last.new_tokens), str(conversation.new_tokens)]
     assert row(shown, "steps") == [str(last.steps), str(conversation.steps)]
-    assert row(shown, "tokens/s") == [
-        f"{stats.tokens_per_second:.1f}" for stats in (last, conversation)
-    ]
-    assert row(shown, "vanilla tokens/s") == [
-        f"{stats.vanilla_tokens_per_second:.1f}" for stats in (last, conversation)
-    ]
-    assert row(shown, "acceptance length") == [
-        f"{stats.acceptance_length:.2f}" for stats in (last, conversation)
-    ]
-    assert row(shown, "overhead") == [f"{stats.overhead:.2f}×" for stats in (last, conversation)]
-    assert row(shown, "speedup") == [f"{stats.speedup:.2f}×" for stats in (last, conversation)]
+    for column, stats in enumerate((last, conversation)):
+        vanilla = f"{stats.vanilla_tokens_per_second:.1f}"
+        assert row(shown, "tokens/s")[column] == f"{stats.tokens_per_second:.1f}"
+        assert row(shown, "vanilla tokens/s")[column] == vanilla
+        assert row(shown, "acceptance length")[column] == f"{stats.acceptance_length:.2f}"
+        assert row(shown, "step cost")[column] == f"{stats.overhead:.2f}×"
+        assert row(shown, "speedup")[column] == f"{stats.speedup:.2f}×"
     for head, rate in last.head_acceptance().items():
         assert row(shown, f"accepted of head {head}")[0] == f"{rate:.1%}"
     assert row(shown, "prefill time")[:2] == ["0.250", "s"]
 
 
-def test_stats_before_the_first_reply_invent_nothing(chat: Chat) -> None:
+def test_stats_before_the_first_reply_are_dashes(chat: Chat) -> None:
     assert row(run(chat, "/stats"), "speedup") == ["–", "–"]
 
 
@@ -226,7 +240,8 @@ def test_a_large_tree_stays_readable() -> None:
     accepted = tuple(paths.index(path) for path in ((), (0,), (0, 5)))
     shown = printed(tree_view.draw(Candidates(tuple(paths), tuple(map(str, paths)), accepted)))
     lines = shown.splitlines()
-    assert len(paths) == 63 and len(lines) < 24
+    assert len(paths) == 63
+    assert len(lines) < 24
     assert sum("✓" in line for line in lines) == 3
     hidden = sum(int(line.split("… ")[1].split()[0]) for line in lines if "more" in line)
     drawn = sum("(" in line for line in lines)
@@ -236,46 +251,31 @@ def test_a_large_tree_stays_readable() -> None:
 def test_copies(chat: Chat) -> None:
     assert "copied" in run(chat, "/help")
     assert run(chat, "/copies off").strip() == "copies off"
-    assert not chat.session.engine.trees.copies
+    trees = chat.session.engine.trees
+    assert not trees.copies
     assert "copied" not in run(chat, "/help").split("LM")[1]
     assert "■" in run(chat, "/copies")
-    assert chat.session.engine.trees.copies
+    assert bool(trees.copies)
     with pytest.raises(UserError, match=r"usage: /copies \[on\|off\]"):
         dispatch(chat, "/copies maybe")
 
 
 def test_copied_guesses_are_drawn_and_counted_as_such(chat: Chat) -> None:
-    candidates = Candidates(
-        ((), (0,), (COPIED,), (COPIED, COPIED)), ("a", "b", "c", "d"), (0, 2, 3)
-    )
-    console = Console(
-        width=60, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
-    )
+    paths = ((), (0,), (COPIED,), (COPIED, COPIED))
+    candidates = Candidates(paths, ("a", "b", "c", "d"), (0, 2, 3))
+    file = io.StringIO()
+    console = Console(width=60, file=file, force_terminal=True, color_system="truecolor")
     console.print(tree_view.draw(candidates))
-    drawn = console.export_text(styles=True)
+    drawn = file.getvalue()
     grey = "38;2;128;128;128"
     assert drawn.count(grey) == 2
     assert drawn.count("✓") == 3
-    stats = Stats.of(
-        [
-            Step(
-                (Token(1, "a", 0), Token(2, "b", COPIED)),
-                8,
-                0.01,
-                "tree",
-                tested=(COPIED, COPIED, 1),
-            )
-        ]
-    )
+    tokens = (Token(1, "a", 0), Token(2, "b", COPIED))
+    stats = Stats.of([Step(tokens, 8, 0.01, "tree", tested=(COPIED, COPIED, 1))])
     chat.session.conversation = chat.session.last = stats
-    assert row(run(chat, "/heads"), "■ copied") == [
-        "any",
-        "token",
-        "2",
-        "1",
-        "50.0%",
-        "━" * 10 + "╌" * 10,
-    ]
+    gauge = "━" * 10 + "╌" * 10
+    expected = ["any", "token", "2", "1", "50.0%", gauge]
+    assert row(run(chat, "/heads"), "■ copied") == expected
     assert row(run(chat, "/stats"), "accepted of copied") == ["50.0%", "50.0%"]
 
 
@@ -294,7 +294,8 @@ def test_save_and_load(chat: Chat, tmp_path: Path) -> None:
     assert "loaded 2 messages" in run(chat, f"/load {path}")
     assert chat.session.messages[1]["content"] == REPLY
     chat.session.engine.name = "other"
-    assert "held with fake, this is other" in run(chat, f"/load {path}").replace("\n", " ")
+    loaded = run(chat, f"/load {path}").replace("\n", " ")
+    assert "saved with fake, you now chat with other" in loaded
 
 
 def completions(line: str, session: Session | None) -> list[str]:

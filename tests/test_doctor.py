@@ -14,7 +14,7 @@ import medusa_chat
 from medusa_chat.cli import main
 from medusa_chat.commands import doctor
 from medusa_chat.machine import memory
-from medusa_chat.terminal.reports import report
+from medusa_chat.terminal.reports.models import show_models
 from medusa_chat.text import size_text
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def test_a_full_host_beside_a_gpu_is_named(
     monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cuda")
     model = next(model for model in listed(capsys) if model["name"] == "vicuna-7b")
     assert model["short_of"] == "cpu"
-    report.show_models([model])
+    show_models([model])
     assert "GB short on cpu" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The conversation: what is kept, whatever ends a reply; saving and loading."""
+"""The conversation: its turns however a reply ends, saving and loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
-from medusa_chat.terminal.chat.session import Session, read_conversation
+from medusa_chat.terminal.chat.conversation import read_conversation
+from medusa_chat.terminal.chat.session import Session
 from tests.helpers.fake_engine import REPLY, FakeEngine
 
 if TYPE_CHECKING:
@@ -48,27 +49,27 @@ def test_the_prompt_holds_system_and_all_turns() -> None:
     assert Session(engine, Sampling(), system="").system == ""
     session.system = ""
     talk(session, "three")
-    assert engine.prompts[-1][0] == {"role": "system", "content": ""}  # takes the engine's own away
+    assert engine.prompts[-1][0] == {"role": "system", "content": ""}  # replaces the model's own
 
 
 class Remembering(FakeEngine):
-    """Holds on to its generator, which therefore ends only if it is closed."""
+    """Keeps a reference to its generator, which therefore ends only if it is closed."""
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         self.stream = super().generate(prompt, sampling)
         return self.stream
 
 
-def test_closing_early_keeps_what_was_said_and_closes_the_engine() -> None:
+def test_closing_early_keeps_the_text_and_closes_the_engine() -> None:
     engine = Remembering()
     session = Session(engine, Sampling())
     with closing(session.ask("hello")) as steps:
-        said = next(steps).text + next(steps).text
-    assert session.messages[-1] == {"role": "assistant", "content": said}
+        text = next(steps).text + next(steps).text
+    assert session.messages[-1] == {"role": "assistant", "content": text}
     assert engine.closed == 1
 
 
-def test_an_interrupt_inside_the_engine_keeps_what_was_said() -> None:
+def test_an_error_inside_the_engine_keeps_the_text() -> None:
     session = Session(FakeEngine(fails_after=2), Sampling())
     with pytest.raises(RuntimeError, match="out of memory"):
         list(session.ask("hello"))
@@ -121,7 +122,7 @@ def test_regen_in_greedy_mode_leaves_the_seed_alone() -> None:
     assert session.sampling.seed == 0
 
 
-def test_a_regen_that_says_nothing_keeps_the_old_reply() -> None:
+def test_a_regen_without_text_keeps_the_old_reply() -> None:
     session = Session(FakeEngine(["first", KeyboardInterrupt()]), Sampling())
     talk(session, "hello")
     with pytest.raises(KeyboardInterrupt):
@@ -160,7 +161,8 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_save_overwrites_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "thesis.txt"
     path.write_text("years of work")
-    with pytest.raises(UserError, match=r"thesis\.txt is not a saved conversation"):
+    expected = r"thesis\.txt is not a saved conversation; choose another name"
+    with pytest.raises(UserError, match=expected):
         Session(FakeEngine(), Sampling()).save(path)
     assert path.read_text() == "years of work"
 
@@ -171,7 +173,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     session.save(path)
     before = path.read_bytes()
 
-    def full(source: object, target: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
@@ -213,7 +215,7 @@ GOOD = {"model": "m", "system": "", "sampling": {}, "messages": []}
         json.dumps({**GOOD, "sampling": []}),
     ],
 )
-def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, document: str) -> None:
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, document: str) -> None:
     path = tmp_path / "damaged.json"
     path.write_text(document)
     with pytest.raises(UserError, match=r"damaged\.json is not a saved conversation: ") as caught:

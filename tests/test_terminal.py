@@ -1,4 +1,4 @@
-"""The whole chat in a real pseudo-terminal, against an engine without a model; the screen is what is asserted."""
+"""The whole chat on the screen of a real pseudo-terminal, with an engine without a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from medusa_chat.config import UserError
+from medusa_chat.config import Sampling, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
 from tests.helpers.fake_engine import REPLY, script
@@ -20,7 +20,7 @@ from tests.helpers.pseudo_terminal import (
     NEW_LINE,
     ROOT,
     UP,
-    Chat,
+    Terminal,
     assert_colours,
 )
 
@@ -28,25 +28,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-FAKE_CHAT = str(ROOT / "tests" / "fake_engine.py")
+FAKE_CHAT = str(ROOT / "tests" / "helpers" / "fake_engine.py")
 STATS = Stats.of(script(REPLY))
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Chat]]:
-    started: list[Chat] = []
+def start(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    started: list[Terminal] = []
 
-    def opening(*options: str, **settings: object) -> Chat:
+    def run(*options: str, columns: int = 80, no_color: str = "") -> Terminal:
         command = (FAKE_CHAT, "--history", str(tmp_path / "history"), *options)
-        started.append(Chat(*command, **settings))  # type: ignore[arg-type]
+        environment = {"NO_COLOR": no_color} if no_color else None
+        started.append(Terminal(*command, columns=columns, environment=environment))
         return started[-1]
 
-    yield opening
+    yield run
     for terminal in started:
         terminal.child.close(force=True)
 
 
-def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) -> None:
+def test_a_session_from_the_first_message_to_exit(start: Callable[..., Terminal]) -> None:
     terminal = start()
     terminal.see("■ 4 (+4)")
     terminal.say("Tell me a story")
@@ -69,15 +70,15 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Chat]) ->
     figures = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
     assert figures["new tokens"] == [str(STATS.new_tokens), str(2 * STATS.new_tokens)]
     assert figures["acceptance length"][0] == f"{STATS.acceptance_length:.2f}"
-    assert figures["overhead"][0] == f"{STATS.overhead:.2f}×"
+    assert figures["step cost"][0] == f"{STATS.overhead:.2f}×"
     assert figures["speedup"][0] == f"{STATS.speedup:.2f}×"
     assert figures["tokens/s"][0] == f"{STATS.tokens_per_second:.1f}"
     terminal.say("/exit")
     assert terminal.status() == 0
 
 
-def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(
-    start: Callable[..., Chat], tmp_path: Path
+def test_ctrl_c_stops_a_reply_and_keeps_its_text(
+    start: Callable[..., Terminal], tmp_path: Path
 ) -> None:
     terminal = start("--delay", "0.3")
     terminal.say("Tell me a story")
@@ -85,11 +86,12 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(
     assert "Once upon a time" in text
     terminal.send(CTRL_C)
     terminal.see("[stopped]")
-    terminal.see(lambda text: terminal.at_prompt)
+    terminal.see(lambda _: terminal.at_prompt)
     terminal.say(f"/save {tmp_path / 'talk.json'}")
     terminal.see("saved 2 messages")
     saved = (tmp_path / "talk.json").read_text()
-    assert "Once upon a time" in saved and "river" not in saved
+    assert "Once upon a time" in saved
+    assert "river" not in saved
     terminal.send(UP + UP)
     terminal.see("› Tell me a story\n")
     terminal.send(CTRL_C)
@@ -97,20 +99,28 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(
     assert terminal.status() == 0
 
 
-def test_ctrl_c_before_the_first_token(start: Callable[..., Chat]) -> None:
+def test_ctrl_c_before_the_first_token(start: Callable[..., Terminal]) -> None:
     terminal = start("--prefill", "20")
     terminal.say("Tell me a story")
     terminal.see("reading the prompt…")
     terminal.send(CTRL_C)
     terminal.see("[stopped] before the first word")
-    terminal.see(lambda text: terminal.at_prompt)
+    terminal.see(lambda _: terminal.at_prompt)
     terminal.say("/undo")
     terminal.see("there is nothing to take back")
     terminal.send(CTRL_D)
     assert terminal.status() == 0
 
 
-def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Chat]) -> None:
+def test_each_reply_begins_with_reading_the_prompt(start: Callable[..., Terminal]) -> None:
+    terminal = start("--prefill", "1")
+    for count in (1, 2):
+        terminal.say("Tell me a story")
+        terminal.see("reading the prompt…")
+        terminal.replies(count)
+
+
+def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Terminal]) -> None:
     terminal = start()
     terminal.see("Alt+Enter new line")
     terminal.send(CTRL_C)
@@ -123,7 +133,7 @@ def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Chat]) -> Non
     assert terminal.status() == 0
 
 
-def test_several_lines_are_one_message(start: Callable[..., Chat], tmp_path: Path) -> None:
+def test_several_lines_are_one_message(start: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = start()
     terminal.see("■ 4 (+4)")
     terminal.send("\x1b[200~one\rtwo\nthree\x1b[201~")
@@ -135,7 +145,7 @@ def test_several_lines_are_one_message(start: Callable[..., Chat], tmp_path: Pat
     assert r'"one\ntwo\nthree\nfour\nfive"' in (tmp_path / "talk.json").read_text()
 
 
-def test_a_message_typed_while_the_model_loads_is_answered(start: Callable[..., Chat]) -> None:
+def test_a_message_typed_while_the_model_loads_is_answered(start: Callable[..., Terminal]) -> None:
     terminal = start("--load", "2.5", "--notice", "the tree was pruned")
     terminal.see("loading fake…")
     terminal.say("Tell me a story")
@@ -145,7 +155,9 @@ def test_a_message_typed_while_the_model_loads_is_answered(start: Callable[..., 
     assert "your message is next" not in text
 
 
-def test_what_is_typed_outlives_the_loading(start: Callable[..., Chat]) -> None:
+def test_a_half_typed_message_is_kept_when_the_model_is_loaded(
+    start: Callable[..., Terminal],
+) -> None:
     terminal = start("--load", "1.5")
     terminal.see("loading fake…")
     terminal.send("half a mess")
@@ -155,7 +167,7 @@ def test_what_is_typed_outlives_the_loading(start: Callable[..., Chat]) -> None:
     assert "\n› half a message\n" in terminal.replies(1)
 
 
-def test_leaving_while_the_model_loads(start: Callable[..., Chat]) -> None:
+def test_leaving_while_the_model_loads(start: Callable[..., Terminal]) -> None:
     for leave in (CTRL_D, "/exit" + ENTER):
         terminal = start("--load", "600")
         terminal.see("loading fake…")
@@ -163,7 +175,7 @@ def test_leaving_while_the_model_loads(start: Callable[..., Chat]) -> None:
         assert terminal.status() == 0
 
 
-def test_a_model_that_cannot_be_loaded(start: Callable[..., Chat]) -> None:
+def test_a_model_that_cannot_be_loaded(start: Callable[..., Terminal]) -> None:
     for keys in ("", "hello" + ENTER):
         terminal = start("--load", "1", "--load-error", "no such model: oak")
         terminal.see("loading fake…")
@@ -173,7 +185,7 @@ def test_a_model_that_cannot_be_loaded(start: Callable[..., Chat]) -> None:
         assert "Traceback" not in terminal.text
 
 
-def test_keys_typed_during_a_reply_wait_for_the_prompt(start: Callable[..., Chat]) -> None:
+def test_keys_typed_during_a_reply_wait_for_the_prompt(start: Callable[..., Terminal]) -> None:
     terminal = start("--delay", "0.2")
     terminal.say("one")
     terminal.see("tokens/s")
@@ -182,10 +194,11 @@ def test_keys_typed_during_a_reply_wait_for_the_prompt(start: Callable[..., Chat
         terminal.read()
         assert "two" not in terminal.text
     text = terminal.replies(2)
-    assert text.count("› two") == 1 and text.count("two") == 1
+    assert text.count("› two") == 1
+    assert text.count("two") == 1
 
 
-def test_a_reply_in_a_terminal_that_grows(start: Callable[..., Chat]) -> None:
+def test_a_reply_in_a_terminal_that_grows(start: Callable[..., Terminal]) -> None:
     terminal = start("--delay", "0.15", columns=40)
     terminal.say("Tell me a story")
     terminal.see("measured here")
@@ -196,7 +209,7 @@ def test_a_reply_in_a_terminal_that_grows(start: Callable[..., Chat]) -> None:
     assert max(map(len, text.splitlines())) > 40
 
 
-def test_a_full_context_says_what_to_do(start: Callable[..., Chat]) -> None:
+def test_a_full_context_says_what_to_do(start: Callable[..., Terminal]) -> None:
     terminal = start("--finish", "context")
     terminal.say("hello")
     text = terminal.replies(1)
@@ -204,12 +217,13 @@ def test_a_full_context_says_what_to_do(start: Callable[..., Chat]) -> None:
     terminal.see("the context is full: /undo takes the last turn back, /reset starts")
 
 
-def test_engine_failures_end_the_reply_only(start: Callable[..., Chat]) -> None:
+def test_engine_failures_end_the_reply_only(start: Callable[..., Terminal]) -> None:
     terminal = start("--fails-after", "3")
     terminal.say("hello")
     terminal.see("out of memory: CUDA out of memory. (/undo")
-    terminal.see(lambda text: terminal.at_prompt)
-    assert "Once upon a time" in terminal.text and "Traceback" not in terminal.text
+    terminal.see(lambda _: terminal.at_prompt)
+    assert "Once upon a time" in terminal.text
+    assert "Traceback" not in terminal.text
     terminal.say("/nonsense")
     terminal.see("unknown command /nonsense")
     terminal.say("//not a command")
@@ -218,7 +232,7 @@ def test_engine_failures_end_the_reply_only(start: Callable[..., Chat]) -> None:
     assert terminal.status() == 0
 
 
-def test_a_transcript_is_kept_and_continued(start: Callable[..., Chat], tmp_path: Path) -> None:
+def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_path: Path) -> None:
     transcript = tmp_path / "talk.json"
     terminal = start("--transcript", str(transcript))
     terminal.say("one")
@@ -226,14 +240,14 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Chat], tmp_path
     terminal.send(CTRL_D)
     assert terminal.status() == 0
     terminal = start("--transcript", str(transcript))
-    terminal.see("going on with 2 messages")
+    terminal.see("continuing with 2 messages")
     terminal.say("two")
     terminal.replies(1)
     assert transcript.read_text().count('"user"') == 2
 
 
-def test_no_colour_is_honoured(start: Callable[..., Chat]) -> None:
-    terminal = start("--marks", NO_COLOR="1")
+def test_no_colour_is_honoured(start: Callable[..., Terminal]) -> None:
+    terminal = start("--marks", no_color="1")
     terminal.say("Tell me a story")
     text = terminal.replies(1)
     assert "Once upon¹ a² time³ a small¹" in text
@@ -241,9 +255,9 @@ def test_no_colour_is_honoured(start: Callable[..., Chat]) -> None:
     assert {cell.fg for cell in cells} == {"default"}
 
 
-def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Chat]) -> None:
+def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Terminal]) -> None:
     terminal = start("--history", "/proc/nowhere/history")
-    terminal.see("the history of prompts is not kept")
+    terminal.see("the prompt history is not saved")
     terminal.say("one")
     terminal.replies(1)
     terminal.send(UP)
@@ -254,10 +268,14 @@ def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
         chat(
-            lambda progress: pytest.fail("loaded"), model="m", sampling=None, history=tmp_path / "h"
-        )  # type: ignore[arg-type]
+            lambda _: pytest.fail("loaded"),
+            model="m",
+            sampling=Sampling(),
+            history=tmp_path / "h",
+        )
 
 
 def test_the_package_imports_no_torch() -> None:
-    code = "import sys, medusa_chat.terminal.chat.repl; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, medusa_chat.terminal.chat.repl\n"
+    code += "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""What a training run shows: a live table in a terminal, a line a step elsewhere."""
+"""The view of a training run: a live table in a terminal, a line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ STEP = TrainStep(
 
 
 def shown(step: TrainStep, width: int) -> list[str]:
-    # Rich keeps a style's escape codes for the first colour system that draws it: test_view's is truecolor.
+    # rich keeps a style's escape codes for the first colour system that draws it: truecolor in
+    # test_view
     console = Console(
         record=True,
         width=width,
@@ -45,11 +46,11 @@ def shown(step: TrainStep, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
-def test_the_table_fits_and_tells_all(width: int) -> None:
+def test_the_table_fits_and_shows_every_figure(width: int) -> None:
     status, figures, header, *heads = shown(STEP, width)
     assert max(cell_len(line) for line in (status, figures, header, *heads)) <= width
     assert status.startswith("step 1,500 of 123,456")
-    assert status.rstrip().endswith("1 day, 3:46:40 left")
+    assert status.rstrip().endswith("27:46:40 left")
     assert "loss 12.346  backbone 1.234 + 0.012 x heads  123,457 tokens/s  79.0 GiB" in figures
     assert header.split() == ["head", "loss", "top-1", "top-5"]
     assert [line.split()[:4] for line in heads] == [
@@ -73,16 +74,16 @@ def test_a_frozen_backbone_has_no_loss_of_its_own() -> None:
         step=1, total=2, loss=3.0, head_loss=(3.0,), top1=(0.5,), top5=(1.0,), seconds_left=61
     )
     assert "backbone" not in "\n".join(shown(frozen, 80))
-    assert "0:01:01 left" in shown(frozen, 80)[0]
+    assert "1:01 left" in shown(frozen, 80)[0]
     assert "backbone" not in training_line(frozen)
 
 
-def test_a_line_tells_the_same() -> None:
+def test_a_line_has_the_same_figures() -> None:
     line = training_line(STEP)
     assert line.startswith(
         "step 1500/123456  loss 12.346  backbone 1.234  top-1 81.2%  50.0%  25.0%  12.5%  0.0%"
     )
-    assert line.endswith("  123,457 tokens/s  79.0 GiB  1 day, 3:46:40 left")
+    assert line.endswith("  123,457 tokens/s  79.0 GiB  27:46:40 left")
 
 
 def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

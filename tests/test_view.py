@@ -1,8 +1,9 @@
-"""What is on the screen while a reply streams, and what stays in scrollback after it."""
+"""The screen while a reply streams, and the scrollback after it."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ from tests.helpers.fake_engine import REPLY, coloured, script
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+LONG_WORD = "supercalifragilisticexpialidociousandthenfivemoreforgoodmeasure"
 LONG = (
-    "A reply that is longer than the screen: supercalifragilisticexpialidociousandthenfivemoreforgoodmeasure ends.\n\n"
+    f"A reply that is longer than the screen: {LONG_WORD} ends.\n\n"
     "- first, 你好世界，这是一个很长的句子没有空格可以断行所以要在字间断开。 Then on.\n"
-    "    indented code = [1, 2]\n- an emoji 🦊🦊🦊, an accent e\u0301, and [red]no markup[/red] :smile:\n"
+    "    indented code = [1, 2]\n"
+    "- an emoji 🦊🦊🦊, an accent e\u0301, and [red]no markup[/red] :smile:\n"
 ) * 4
 REPLIES = {
     "plain": REPLY,
@@ -66,15 +69,11 @@ class Screen:
 
     @property
     def rows(self) -> list[list[Any]]:
-        """Scrollback and screen, each row its characters (the empty right half of a wide one left out)."""
-        kept = [
-            *self.screen.history.top,
-            *(self.screen.buffer[row] for row in range(self.screen.lines)),
-        ]
-        return [
-            [row[column] for column in range(self.screen.columns) if row[column].data]
-            for row in kept
-        ]
+        """Scrollback and screen as rows of characters, without the empty half of wide ones."""
+        kept = [*self.screen.history.top]
+        kept += [self.screen.buffer[row] for row in range(self.screen.lines)]
+        columns = range(self.screen.columns)
+        return [[row[column] for column in columns if row[column].data] for row in kept]
 
     @property
     def lines(self) -> list[str]:
@@ -93,7 +92,7 @@ def console(screen: Screen, **options: Any) -> Console:
 
 
 def solid(text: str) -> str:
-    """Text without its white space, composed as the emulator composes it."""
+    """Remove the white space from a text, and compose it as the emulator does."""
     return unicodedata.normalize("NFC", "".join(text.split()))
 
 
@@ -103,9 +102,8 @@ def two_rows(width: int) -> list[Text]:
 
 def show(screen: Screen, steps: Iterable[Step], **options: Any) -> None:
     marks = options.pop("marks", False)
-    with ReplyView(
-        console(screen, **options), two_rows, marks=marks, clock=itertools.count().__next__
-    ) as view:
+    clock = itertools.count().__next__
+    with ReplyView(console(screen, **options), two_rows, marks=marks, clock=clock) as view:
         for step in steps:
             view.add(step)
 
@@ -119,14 +117,12 @@ def test_scrollback_is_the_whole_text_wrapped_and_coloured(name: str, width: int
     show(screen, steps)
     at_once = Flow()
     at_once.feed(text, Style())
-    wrapped = [
-        unicodedata.normalize("NFC", row.plain) for row in (*at_once.take(width), at_once.growing)
-    ]
+    rows = [*at_once.take(width), at_once.growing]
+    wrapped = [unicodedata.normalize("NFC", row.plain) for row in rows]
     assert "\n".join(screen.lines).rstrip("\n").split("\n") == wrapped
     assert solid("".join(wrapped)) == solid(text)
-    on_screen = [
-        (char.data, char.fg) for row in screen.rows for char in row if not char.data.isspace()
-    ]
+    characters = itertools.chain.from_iterable(screen.rows)
+    on_screen = [(char.data, char.fg) for char in characters if not char.data.isspace()]
     accents = [(char, colour) for char, colour in coloured(steps) if char != "\u0301"]
     assert [(char if char != "é" else "e", colour) for char, colour in on_screen] == accents
 
@@ -150,17 +146,20 @@ def test_ideographs_break_between_but_not_before_a_stop() -> None:
 
 
 def test_rows_are_filled_to_the_last_column() -> None:
-    assert breaks("ab cd", 5) == [] and breaks("ab cd", 4) == [3]
-    assert breaks("abcdef", 3) == [3] and breaks("a abcdef", 3) == [2, 5]
+    assert breaks("ab cd", 5) == []
+    assert breaks("ab cd", 4) == [3]
+    assert breaks("abcdef", 3) == [3]
+    assert breaks("a abcdef", 3) == [2, 5]
 
 
 def test_joined_emoji_are_counted_at_their_widest() -> None:
-    assert cells("👩\u200d🚀") == 4 and cells("❤\ufe0f") == 2
+    assert cells("👩\u200d🚀") == 4
+    assert cells("❤\ufe0f") == 2
     assert breaks("👩\u200d🚀" * 3, 8) == [6]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_panel_stands_once_beneath_the_newest_text(width: int) -> None:
+def test_the_panel_is_shown_once_below_the_newest_text(width: int) -> None:
     screen = Screen(width)
     newest = ""
     with ReplyView(console(screen), two_rows, clock=itertools.count().__next__) as view:
@@ -203,9 +202,7 @@ def test_a_narrower_terminal_in_mid_reply() -> None:
     before = "".join(step.text for step in steps[:9])
     with ReplyView(terminal, two_rows, clock=itertools.count().__next__) as view:
         for number, step in enumerate(steps):
-            if (
-                number == 9
-            ):  # the emulator cuts what is beyond, so let the text begin a fresh row there
+            if number == 9:  # the emulator cuts wide rows, so the text begins a new one there
                 view.add(Step((Token(0, "\n", 0),), 1, 0.1, "vanilla"))
                 screen.screen.resize(columns=24)
                 terminal.width = 24
@@ -289,16 +286,13 @@ def test_an_escape_sequence_over_two_tokens_does_nothing() -> None:
 
 def test_marks_follow_their_tokens() -> None:
     screen = Screen(100)
-    tokens = (
-        Token(0, "Hel", 0),
-        Token(1, "lo", 1),
-        Token(2, " world\n", 2),
-        Token(3, "\n", 3),
-        Token(4, "!", COPIED),
-    )
-    show(screen, [Step(tokens, 5, 0.1, "tree", 4)], marks=True)
+    texts = ("Hel", "lo", " world\n", "\n")
+    tokens = [Token(head, text, head) for head, text in enumerate(texts)]
+    tokens.append(Token(4, "!", COPIED))
+    show(screen, [Step(tuple(tokens), 5, 0.1, "tree", 4)], marks=True)
     assert screen.lines[:3] == ["Hello¹ world²", "", "!ᶜ"]
-    assert head_mark(12) == "¹²" and head_mark(0) == ""
+    assert head_mark(12) == "¹²"
+    assert head_mark(0) == ""
 
 
 def test_marked_text_without_its_marks_is_the_text() -> None:
@@ -317,7 +311,7 @@ def test_no_colour() -> None:
     assert "/marks on" not in legend(4, colour=False, marks=True).plain
 
 
-# --- the panel --------------------------------------------------------------------------------------------------------
+# ---- the panel ----
 
 
 @pytest.mark.parametrize("width", range(10, 130, 3))
@@ -338,53 +332,52 @@ def test_the_panel_shows_the_figures_of_stats() -> None:
         f"{stats.new_tokens} tokens",
         f"{stats.tokens_per_second:.1f} tokens/s",
         f"acceptance length {stats.acceptance_length:.2f}",
-        f"overhead {stats.overhead:.2f}×",
+        f"each step costs {stats.overhead:.2f}× a plain step",
         f"speedup {stats.speedup:.2f}× measured here",
         *(f"{rate:.0%}" for rate in stats.head_acceptance().values()),
     ):
         assert figure in shown
     row = panel(stats, Sampling(), 130)[1]
-    colours = [
-        span.style.color.name
-        for span in row.spans
-        if isinstance(span.style, Style) and span.style.color
-    ]
-    assert set(colours) == set(HEAD_COLOURS[:4])
+    styles = [span.style for span in row.spans if isinstance(span.style, Style)]
+    assert {style.color.name for style in styles if style.color} == set(HEAD_COLOURS[:4])
+
+
+def test_a_narrow_panel_names_the_step_cost_too() -> None:
+    stats = Stats.of(script(REPLY))
+    assert f"step cost {stats.overhead:.2f}×" in panel(stats, Sampling(), 80)[1].plain
 
 
 def test_the_panel_never_assumes_a_speedup() -> None:
     assert "reading the prompt" in panel(Stats(), Sampling(), 80)[0].plain
     one_tree_step = Stats.of(list(script(REPLY))[:1])
     shown = panel(one_tree_step, Sampling(), 80)[1].plain
-    assert "speedup: measuring…" in shown and "×" not in shown
+    assert "speedup: measuring…" in shown
+    assert "×" not in shown
     assert "speedup" not in panel(one_tree_step, Sampling(), 80)[0].plain
     vanilla = panel(Stats.of(script(REPLY, mode="vanilla")), Sampling("vanilla"), 80)
-    assert "baseline" in vanilla[1].plain and "acceptance" not in vanilla[0].plain
+    assert "baseline" in vanilla[1].plain
+    assert "acceptance" not in vanilla[0].plain
 
 
 @pytest.mark.parametrize("width", range(10, 130, 3))
-@pytest.mark.parametrize("rest_after", [0, 5])
-def test_the_panel_of_resting_heads_fits(width: int, rest_after: int) -> None:
-    stats = Stats.of(script(LONG, rest_after=rest_after))
+@pytest.mark.parametrize("paused_after", [0, 5])
+def test_the_panel_of_paused_heads_fits(width: int, paused_after: int) -> None:
+    stats = Stats.of(script(LONG, paused_after=paused_after))
     assert all(row.cell_len <= width for row in panel(stats, Sampling(), width))
     assert footer(stats, stats, Sampling(), width).cell_len <= width
 
 
-def test_the_panel_says_that_the_heads_rest_and_why() -> None:
-    stats = Stats.of(list(script(REPLY, rest_after=4))[:6])
+def test_the_panel_says_that_the_heads_are_paused_and_why() -> None:
+    stats = Stats.of(list(script(REPLY, paused_after=4))[:6])
     headline, reason = (row.plain for row in panel(stats, Sampling(), 110))
-    assert "tokens/s" in headline and "accept" not in headline
-    assert reason == (
-        "heads do not pay here: 0.87× over the last 60 steps · decoding vanilla, trying again in 250 tokens"
-    )
-    narrower = panel(stats, Sampling(), 80)[1].plain
-    assert (
-        narrower == "heads do not pay here: 0.87× over the last 60 steps · vanilla for 250 tokens"
-    )
-    assert panel(stats, Sampling(), 30)[1].plain == "vanilla: 0.87×"
-    assert footer(stats, stats, Sampling(), 80).plain.endswith(
-        " tokens/s · vanilla: heads do not pay here (0.87×)"
-    )
+    assert "tokens/s" in headline
+    assert "accept" not in headline
+    assert reason == str(stats.paused)
+    for shown in ("heads", "0.87x", "250 tokens"):
+        assert shown in reason
+    assert panel(stats, Sampling(), 30)[1].plain == "heads paused: 0.87×"
+    summary = footer(stats, stats, Sampling(), 80).plain
+    assert summary.endswith(" tokens/s · heads paused: slower here (0.87×)")
     stats.add(next(script(REPLY)))
     assert "speedup" in panel(stats, Sampling(), 80)[1].plain  # the heads are in use again
     assert "acceptance length" in footer(stats, stats, Sampling(), 100).plain
@@ -397,16 +390,15 @@ def test_the_footer() -> None:
     assert row.endswith(" · context is full")
     assert "context is full" in footer(stats, stats, Sampling(), 80).plain
     assert "context is full" in footer(stats, stats, Sampling(), 20).plain
-    assert (
-        "length limit"
-        in footer(Stats.of(script(REPLY, finish="length")), stats, Sampling(), 80).plain
-    )
+    limited = Stats.of(script(REPLY, finish="length"))
+    assert "length limit" in footer(limited, stats, Sampling(), 80).plain
     short = Stats.of(list(script(REPLY))[:1])
     assert "measured over this conversation" in footer(short, stats, Sampling(), 100).plain
-    assert "not measured yet" in footer(short, short, Sampling(), 100).plain
+    too_short = footer(short, short, Sampling(), 100).plain
+    assert too_short.endswith("too short to measure the speedup")
 
 
-# --- the palette ------------------------------------------------------------------------------------------------------
+# ---- the palette ----
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB
 DEFICIENCIES = {
@@ -433,9 +425,11 @@ Vector = tuple[float, ...]
 
 def linear(colour: str) -> Vector:
     parts = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
-    return tuple(
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
-    )
+    return tuple(map(_linear_part, parts))
+
+
+def _linear_part(part: float) -> float:
+    return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
 
 
 def dot(one: Vector, other: Vector) -> float:
@@ -464,13 +458,7 @@ def test_colours_are_readable_on_light_and_dark(colour: str, background: str) ->
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_colour_blind_users_can_tell_the_heads_apart(deficiency: str) -> None:
     for one, other in itertools.combinations(HEAD_COLOURS, 2):
-        distance = (
-            sum(
-                (a - b) ** 2
-                for a, b in zip(lab(one, deficiency), lab(other, deficiency), strict=True)
-            )
-            ** 0.5
-        )
+        distance = math.dist(lab(one, deficiency), lab(other, deficiency))
         assert distance >= 15, (one, other)
 
 

@@ -1,1 +1,11 @@
-"""The chat in the terminal: a prompt, a coloured stream, a live panel. Imports neither torch nor transformers."""
+"""The user's side of the program, in the terminal. Imports neither torch nor transformers.
+
+chat/         the chat: prompt, slash-commands, session, streaming
+reports/      tables and charts of the other sub-commands
+panel.py      the figures of a reply as one or two rows
+view.py       a reply as it streams
+wrapping.py   model text made safe and wrapped into rows
+theme.py      colours and marks of the heads
+tree_view.py  a step's candidate tree
+downloads.py  progress of a download
+"""

@@ -1,4 +1,4 @@
-"""How far a download is: a bar on standard error, or a line for the chat's toolbar and spinner."""
+"""Progress of a download: a bar on standard error, or a line for the chat's toolbar and spinner."""
 
 from __future__ import annotations
 
@@ -17,74 +17,64 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from medusa_chat.text import size_text
+from medusa_chat.text import duration_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SETTLING = 2.0  # seconds before a speed is told
+SETTLING = 2.0  # seconds before a speed is shown
 
 
 class Download:
-    """How far one repository is; its text is for a line that is drawn again and again."""
+    """Progress of one repository; its text is for a line that is redrawn again and again."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._began, self._first = time.monotonic(), 0
-        self._there, self._total = 0, 0
+        self._began = time.monotonic()
+        self._first = 0
+        self._received = 0
+        self._total = 0
 
-    def update(self, there: int, total: int) -> None:
-        """Bytes there and in all."""
+    def update(self, received: int, total: int) -> None:
+        """Set the bytes received so far and in all."""
         if not self._total:
-            self._first = there  # from a download that was interrupted: no speed of this one
-        self._there, self._total = there, total
+            self._first = received  # by an earlier run: no part of this run's speed
+        self._received = received
+        self._total = total
 
     @property
     def done(self) -> bool:
-        return self._there >= self._total
+        """True once all bytes are here."""
+        return self._received >= self._total
 
     def __str__(self) -> str:
-        share = self._there / self._total if self._total else 1
-        text = f"{self.name.split('/')[-1]} · {share:.0%} of {size_text(self._total)}"
+        share = self._received / self._total if self._total else 1
+        text = f"{_short(self.name)} · {share:.0%} of {size_text(self._total)}"
         seconds = time.monotonic() - self._began
-        speed = (self._there - self._first) / seconds if seconds > SETTLING else 0
+        speed = (self._received - self._first) / seconds if seconds > SETTLING else 0
         if speed < 1:
             return text
-        return (
-            f"{text} · {size_text(speed)}/s · {_duration((self._total - self._there) / speed)} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{rest:02}"
+        left = duration_text((self._total - self._received) / speed)
+        return f"{text} · {size_text(speed)}/s · {left} left"
 
 
 @contextmanager
 def downloads() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for one repository after the other on standard error, if that is a terminal; each goes when it is full."""
+    """Draw a bar for each repository in turn on standard error, if that is a terminal.
+
+    Yields a function to call with (repository, bytes received, bytes in all).
+    """
     console = Console(stderr=True)
     if not console.is_interactive:
-        yield lambda name, there, total: None
+        yield lambda *_: None
         return
     bars: dict[str, Progress] = {}
 
-    def show(name: str, there: int, total: int) -> None:
+    def show(name: str, received: int, total: int) -> None:
         if name not in bars:
-            whole = Column(no_wrap=True)
-            columns = (
-                BarColumn(),
-                DownloadColumn(table_column=whole),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            bars[name] = Progress(
-                TextColumn("{task.description}"), *columns, console=console, transient=True
-            )
-            bars[name].add_task(name.split("/")[-1], total=total, completed=there)
-            bars[name].start()
+            bars[name] = _start_bar(console, name, received, total)
         bar = bars[name]
-        bar.update(bar.task_ids[0], completed=there, total=total)
+        bar.update(bar.task_ids[0], completed=received, total=total)
         if bar.finished:
             bar.stop()
 
@@ -93,3 +83,21 @@ def downloads() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         for bar in bars.values():
             bar.stop()
+
+
+def _start_bar(console: Console, name: str, received: int, total: int) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=console, transient=True)
+    bar.add_task(_short(name), total=total, completed=received)
+    bar.start()
+    return bar
+
+
+def _short(name: str) -> str:
+    return name.split("/")[-1]

@@ -1,4 +1,4 @@
-"""Which colour and which mark belong to which head; the legend that says so."""
+"""Colours and marks of the heads, and the legend that explains them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from rich.text import Text
 
 from medusa_chat.events import COPIED
 
-# The hues of Okabe and Ito's palette, their lightness moved so that each keeps a contrast of at least 3 to 1
-# on white and on a dark background, and stays apart under each colour deficiency (test_view measures both).
+# The hues of Okabe and Ito's palette at another lightness. Each keeps a contrast of at least
+# 3 to 1 on white and on dark, and stays distinct for colour-blind users (test_view checks both).
 HEAD_COLOURS = ("#2c64ed", "#e37814", "#1a9e68", "#b95796", "#87651a")
 COPIED_COLOUR = "#808080"
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 LABEL = Style(dim=True)
 VALUE = Style()
@@ -21,7 +22,7 @@ ERROR = Style(color="red")
 
 
 def head_style(head: int) -> Style:
-    """How a token of `head` is drawn; heads beyond the palette repeat it underlined."""
+    """Return the style of a head's tokens; heads beyond the palette repeat it underlined."""
     if head == COPIED:
         return Style(color=COPIED_COLOUR, italic=True)
     if head == 0:
@@ -31,33 +32,37 @@ def head_style(head: int) -> Style:
 
 
 def head_mark(head: int) -> str:
-    """The mark behind a token of `head` where colours are not to be relied on; none for the LM head."""
+    """Return the mark after a head's token for screens without colour; "" for the LM head."""
     if head == COPIED:
         return "ᶜ"
     return str(head).translate(SUPERSCRIPTS) if head else ""
 
 
 def head_name(head: int) -> str:
+    """Name a head as tables and the legend do."""
     if head == COPIED:
         return "copied"
     return f"head {head}" if head else "LM head"
 
 
 def legend(heads: int, *, marks: bool = False, colour: bool = True, copied: bool = False) -> Text:
-    """One line: each head's square in its colour, and how far ahead it guesses."""
-    entries = [_entry(head, marks) for head in (*range(heads + 1), *([COPIED] if copied else []))]
-    line = Text("  ").join(entries)
+    """Explain the colours in one line: each head's square, and how far ahead it guesses."""
+    shown = [*range(heads + 1)]
+    if copied:
+        shown.append(COPIED)
+    line = Text("  ").join(_entry(head, marks) for head in shown)
     if not colour and not marks:
         line.append("\ncolours are off: /marks on shows which head proposed a token", LABEL)
     return line
 
 
 def _entry(head: int, marks: bool) -> Text:
-    ahead = f" (+{head})" if head > 0 else ""
+    # Only the first head is spelled out: the line should fit in 80 columns.
+    name = str(head) if head > 1 else head_name(head)
+    if head > 0:
+        name += f" (+{head})"
+    # A narrow terminal breaks the line only between entries.
+    name = name.replace(" ", NO_BREAK_SPACE)
+    style = head_style(head)
     mark = head_mark(head) if marks else ""
-    # no-break spaces: a narrow terminal breaks the line between entries only
-    said = str(head) if head > 1 else head_name(head)  # "head" once: the line should fit 80 columns
-    name = f"{said}{ahead}".replace(" ", "\N{NO-BREAK SPACE}")
-    return Text.assemble(
-        ("■\N{NO-BREAK SPACE}", head_style(head)), (name, LABEL), (mark, head_style(head))
-    )
+    return Text.assemble((f"■{NO_BREAK_SPACE}", style), (name, LABEL), (mark, style))

@@ -1,70 +1,64 @@
-"""The candidate tree of a step, drawn."""
+"""A step's candidate tree, drawn."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from rich.text import Text
 from rich.tree import Tree
 
 from medusa_chat.events import Candidates, proposer
 from medusa_chat.terminal.theme import LABEL, head_style
+from medusa_chat.terminal.wrapping import escape_controls
 
-SHOWN_IN_FULL = 20  # nodes; a larger tree has its unaccepted branches folded
-SIBLINGS = 3  # unaccepted children shown of an accepted node in a folded tree
+SHOWN_IN_FULL = 20  # nodes; a larger tree has its rejected branches folded
+SIBLINGS = 3  # rejected children shown of an accepted node in a folded tree
 
 Path = tuple[int, ...]
 
 
 def draw(candidates: Candidates) -> Tree:
-    """The tree from its root down. An accepted node is bold with a tick; of a large tree's others a few are shown."""
+    """Draw a tree from its root down; accepted nodes are bold with a tick."""
     texts = dict(zip(candidates.paths, candidates.texts, strict=True))
-    accepted = {candidates.paths[row] for row in candidates.accepted}
-    fold = len(texts) > SHOWN_IN_FULL
-    tree = Tree(_label((), texts[()], () in accepted), guide_style=LABEL)
-    _grow(tree, (), texts, accepted, fold)
+    accepted = {candidates.paths[node] for node in candidates.accepted}
+    drawing = _Drawing(texts, accepted)
+    tree = Tree(drawing.label(()), guide_style=LABEL)
+    drawing.grow(tree, ())
     return tree
 
 
-def _grow(
-    branch: Tree, path: Path, texts: dict[Path, str], accepted: set[Path], fold: bool
-) -> None:
-    children = sorted(
-        other for other in texts if len(other) == len(path) + 1 and other[:-1] == path
-    )
-    others = [child for child in children if child not in accepted]
-    if fold:
-        others = others[: SIBLINGS if path in accepted else 0]
-    hidden = _descendants(path, texts)
-    for child in children:
-        if child in accepted or child in others:
-            hidden -= 1 + _descendants(child, texts)
-            node = branch.add(_label(child, texts[child], child in accepted))
-            _grow(node, child, texts, accepted, fold)
-    if hidden and path in accepted:
-        branch.add(Text(f"… {hidden} more", LABEL))
-    elif hidden and isinstance(branch.label, Text):
-        branch.label.append(f"  … {hidden} more", LABEL)
+@dataclass(frozen=True)
+class _Drawing:
+    texts: dict[Path, str]
+    accepted: set[Path]
 
+    def grow(self, branch: Tree, path: Path) -> None:
+        """Add the children of a node, and count those that are folded away."""
+        hidden = self._descendants(path)
+        for child in self._shown_children(path):
+            hidden -= 1 + self._descendants(child)
+            self.grow(branch.add(self.label(child)), child)
+        if hidden and path in self.accepted:
+            branch.add(Text(f"… {hidden} more", LABEL))
+        elif hidden and isinstance(branch.label, Text):
+            branch.label.append(f"  … {hidden} more", LABEL)
 
-def _descendants(path: Path, texts: dict[Path, str]) -> int:
-    return sum(len(other) > len(path) and other[: len(path)] == path for other in texts)
+    def label(self, path: Path) -> Text:
+        shown = escape_controls(self.texts[path]).replace(" ", "␣")
+        label = Text(shown or "(end or part of a character)", head_style(proposer(path)))
+        if path not in self.accepted:
+            return label
+        label.stylize("bold")
+        return Text.assemble(label, (" ✓", "bold"))
 
+    def _shown_children(self, path: Path) -> list[Path]:
+        children = sorted(other for other in self.texts if other and other[:-1] == path)
+        if len(self.texts) <= SHOWN_IN_FULL:
+            return children
+        rejected = [child for child in children if child not in self.accepted]
+        kept = rejected[: SIBLINGS if path in self.accepted else 0]
+        return [child for child in children if child in self.accepted or child in kept]
 
-def _label(path: Path, text: str, accepted: bool) -> Text:
-    label = Text(visible(text), head_style(proposer(path)))
-    if not accepted:
-        return label
-    label.stylize("bold")
-    return Text.assemble(label, (" ✓", "bold"))
-
-
-def visible(text: str) -> str:
-    """A token's text with white space and control characters made visible."""
-    shown = "".join(
-        "␣" if char == " " else char if char.isprintable() else repr(char)[1:-1] for char in text
-    )
-    return shown or "(end or part of a character)"
-
-
-def printable(text: str) -> Text:
-    """Text of the user or of a file, as data: control characters made visible."""
-    return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in text))
+    def _descendants(self, path: Path) -> int:
+        depth = len(path)
+        return sum(len(other) > depth and other[:depth] == path for other in self.texts)

@@ -1,4 +1,4 @@
-"""A reply as it streams: finished rows go to scrollback, the growing row and the panel are redrawn beneath."""
+"""A reply as it streams: finished rows scroll away, the last row and the panel are redrawn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from medusa_chat.terminal.theme import LABEL, head_mark, head_style
 from medusa_chat.terminal.wrapping import Flow
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
 
     from medusa_chat.events import Step
@@ -27,15 +25,14 @@ Panel = Callable[[int], list[Text]]  # width -> rows
 
 
 class ReplyView:
-    """Draws one reply; a context manager that leaves only the text behind.
+    """Context manager that draws one reply and leaves only its text on the screen.
 
-    Between two refreshes the cursor rests at the start of the growing row. A terminal that is resized keeps it
-    there, whether it reflows its rows or not, so that erasing downwards from the cursor is always exact
-    (rich's Live rests below its last row, and a narrower terminal then leaves remains of it on the screen).
+    Between two refreshes the cursor waits at the start of the growing row. A terminal keeps it
+    there when it is resized, so erasing from the cursor down is always exact. (rich's Live waits
+    below its last row: a narrower terminal then leaves remains on the screen.)
 
-    Args:
-        panel: gives the rows of the panel for a width; asked at each refresh.
-        clock: seconds; two refreshes are at least REFRESH_SECONDS apart.
+    `panel` is called at each refresh, and `marks` adds each token's head in a small digit.
+    Two refreshes are at least REFRESH_SECONDS of `clock` apart.
     """
 
     def __init__(
@@ -59,12 +56,7 @@ class ReplyView:
         self._draw()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.empty:
             self._flow.feed(" " + STOPPED, LABEL)
         try:
@@ -73,12 +65,11 @@ class ReplyView:
             self._write(SHOW_CURSOR)
 
     def add(self, step: Step) -> None:
-        """Take in the tokens of a step; redraw if the last refresh is long enough ago."""
+        """Add the tokens of a step; redraw if the last refresh is long enough ago."""
         for token in step.tokens:
             if token.text:
-                self._flow.feed(
-                    token.text, head_style(token.head), head_mark(token.head) if self._marks else ""
-                )
+                mark = head_mark(token.head) if self._marks else ""
+                self._flow.feed(token.text, head_style(token.head), mark)
                 self.empty = self.empty and not token.text.strip()
         if self._clock() - self._drawn_at >= REFRESH_SECONDS:
             self._draw()
@@ -87,7 +78,7 @@ class ReplyView:
         width, height = self._console.size
         rows = self._flow.take(width)
         live = [self._flow.growing, Text(), *self._panel(width)]
-        if len(live) >= height:  # a screen of a few rows: the text goes first
+        if len(live) >= height:  # on a screen of a few rows the text matters most
             live = live[:1]
         up = f"\x1b[{len(live) - 1}A" if len(live) > 1 else ""
         self._write(ERASE_BELOW + self._rendered([*rows, *live]).removesuffix("\n") + "\r" + up)
@@ -106,6 +97,6 @@ class ReplyView:
         return capture.get()
 
     def _write(self, codes: str) -> None:
-        """One write a refresh: nothing flickers."""
+        """Write a refresh in one piece, so that nothing flickers."""
         self._console.file.write(codes)
         self._console.file.flush()

@@ -1,6 +1,6 @@
 """An engine without a model: scripted Steps, for tests of the terminal and for looking at it.
 
-Run as a program it opens a chat: `python tests/fake_engine.py [--delay S] [--load S] [--history FILE] ...`.
+Run as a program it opens a chat: `python -m tests.helpers.fake_engine [--delay S] [--load S] ...`.
 """
 
 from __future__ import annotations
@@ -55,17 +55,21 @@ def script(
     mode: str = "greedy",
     heads: int = 4,
     finish: Finish | None = "eos",
-    rest_after: int | None = None,
+    paused_after: int | None = None,
 ) -> Iterator[Step]:
-    """The steps that decode `text`; every fourth is a vanilla probe. The heads rest after so many steps."""
+    """Yield the steps that decode `text`; every fourth is a vanilla step.
+
+    With `paused_after` the heads are paused after that many steps.
+    """
     parts = pieces(text)
     depths = cycle(DEPTHS)
     number = 0
     while parts:
         number += 1
-        resting = rest_after is not None and number > rest_after
-        paused = Pause(0.87, 60, 256 - number) if resting else None
-        vanilla = mode == "vanilla" or resting or number % VANILLA_EVERY == 0
+        pause = None
+        if paused_after is not None and number > paused_after:
+            pause = Pause(0.87, 60, 256 - number)
+        vanilla = mode == "vanilla" or pause is not None or number % VANILLA_EVERY == 0
         count = 1 if vanilla else min(next(depths), heads) + 1
         taken, parts = parts[:count], parts[count:]
         tokens = tuple(Token(id=7, text=part, head=index) for index, part in enumerate(taken))
@@ -77,34 +81,34 @@ def script(
             depth=0 if vanilla else heads,
             finish=None if parts else finish,
             tested=() if vanilla else tuple(range(1, min(heads, count) + 1)),
-            paused=paused,
+            paused=pause,
         )
 
 
 class FakeTrees:
-    """Implements the Trees of a ChatEngine."""
+    """Implements ChatTrees."""
 
     def __init__(self) -> None:
+        self.current = "auto"
         self.copies = True
-        self._tree = "auto"
-
-    def describe(self) -> str:
-        return f"{self._tree}: 9 nodes, depth 3; expected 2.6 tokens per step"
 
     def use(self, tree: str) -> None:
         if tree not in self.names():
             raise UserError(f"no tree {tree!r}")
-        self._tree = tree
+        self.current = tree
 
     def use_copies(self, on: bool) -> None:
         self.copies = on
+
+    def describe(self) -> str:
+        return f"{self.current}: 9 nodes, depth 3; forecast 2.60 tokens a step"
 
     def names(self) -> list[str]:
         return ["auto", "chain", "vicuna-7b"]
 
 
 class FakeEngine:
-    """Implements ChatEngine. `replies` are given in turn; an exception among them is raised instead."""
+    """Implements ChatEngine. `replies` come in turn; an exception among them is raised."""
 
     def __init__(
         self,
@@ -128,12 +132,10 @@ class FakeEngine:
         self.samplings: list[Sampling] = []
         self.closed = 0
         self._replies = cycle(replies)
-        self._delay, self._prefill, self._finish, self._fails_after = (
-            delay,
-            prefill,
-            finish,
-            fails_after,
-        )
+        self._delay = delay
+        self._prefill = prefill
+        self._finish = finish
+        self._fails_after = fails_after
         self._tokens = 0
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
@@ -141,14 +143,14 @@ class FakeEngine:
         self.samplings.append(sampling)
         reply = next(self._replies)
         self._tokens = sum(len(message["content"].split()) for message in self.prompts[-1])
-        self.prefilled, self.prefill_seconds = len(self.prompts[-1][-1]["content"].split()), 0.25
+        self.prefilled = len(self.prompts[-1][-1]["content"].split())
+        self.prefill_seconds = 0.25
         try:
             time.sleep(self._prefill)
             if isinstance(reply, BaseException):
                 raise reply
-            for number, step in enumerate(
-                script(reply, mode=sampling.mode, heads=self.heads, finish=self._finish)
-            ):
+            steps = script(reply, mode=sampling.mode, heads=self.heads, finish=self._finish)
+            for number, step in enumerate(steps):
                 if number == self._fails_after:
                     raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
                 time.sleep(self._delay)
@@ -169,7 +171,6 @@ class FakeEngine:
         return Candidates(paths=tuple(paths), texts=texts, accepted=(0, 1, 5, 8))
 
 
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay", type=float, default=0.0)
@@ -186,11 +187,11 @@ def main() -> int:
     arguments = parser.parse_args()
     from medusa_chat.terminal.chat.repl import chat
 
-    def load(progress: object) -> FakeEngine:
+    def load(_progress: object) -> FakeEngine:
+        time.sleep(arguments.load / 2)
         if arguments.load:
-            time.sleep(arguments.load / 2)
             print("a library warns", file=sys.stderr)
-            time.sleep(arguments.load / 2)
+        time.sleep(arguments.load / 2)
         if arguments.load_error:
             raise UserError(arguments.load_error)
         engine = FakeEngine(

@@ -1,4 +1,4 @@
-"""A chat in a real pseudo-terminal, typed to as a user types; its screen is what tests assert on."""
+"""A chat in a real pseudo-terminal, for tests that type as a user does and read the screen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import pyte
 from tests.helpers.fake_engine import coloured
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from medusa_chat.events import Step
 
@@ -24,30 +25,27 @@ ENTER, NEW_LINE, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
 PATIENCE = 60
 
 
-class Chat:
-    """A chat that `command` (words behind python) starts in a pseudo-terminal."""
+class Terminal:
+    """A pseudo-terminal in which python runs `command`."""
 
     def __init__(
-        self, *command: str, columns: int = 80, rows: int = 30, **environment: str
+        self,
+        *command: str,
+        columns: int = 80,
+        rows: int = 30,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=0.5)
         self.stream = pyte.ByteStream(self.screen)
-        clean = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("NO_COLOR", "COLUMNS", "LINES")
-        }
-        settings = {
-            "TERM": "xterm-256color",
-            "COLORTERM": "truecolor",
-            "PYTHONPATH": str(ROOT),
-            **environment,
-        }
+        variables = dict(os.environ)
+        for name in ("NO_COLOR", "COLUMNS", "LINES"):
+            variables.pop(name, None)
+        variables |= {"TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONPATH": str(ROOT)}
         self.child = pexpect.spawn(
             sys.executable,
             list(command),
             dimensions=(rows, columns),
-            env=clean | settings,
+            env=variables | dict(environment or {}),
             timeout=PATIENCE,
         )
         # a real terminal answers when it is asked for the cursor's position
@@ -55,24 +53,22 @@ class Chat:
 
     @property
     def text(self) -> str:
-        kept = [
-            *self.screen.history.top,
-            *(self.screen.buffer[row] for row in range(self.screen.lines)),
-        ]
-        lines = (
-            "".join(row[column].data for column in range(self.screen.columns)).rstrip()
-            for row in kept
-        )
+        """Scrollback and screen."""
+        rows = [*self.screen.history.top]
+        rows += [self.screen.buffer[row] for row in range(self.screen.lines)]
+        columns = range(self.screen.columns)
+        lines = ("".join(row[column].data for column in columns).rstrip() for row in rows)
         return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
     def see(self, wanted: str | Callable[[str], bool]) -> str:
-        """Wait until the text is on the screen; returns all that is."""
+        """Wait until the text is on the screen; return all of the screen."""
         until = time.monotonic() + PATIENCE
-        while not (wanted in self.text if isinstance(wanted, str) else wanted(self.text)):
-            if time.monotonic() > until:
-                raise AssertionError(f"not seen: {wanted}\n{self.text}")
+        while time.monotonic() < until:
+            text = self.text
+            if wanted in text if isinstance(wanted, str) else wanted(text):
+                return text
             self.read()
-        return self.text
+        raise AssertionError(f"not seen: {wanted}\n{self.text}")
 
     def read(self) -> None:
         with suppress(pexpect.TIMEOUT):
@@ -82,7 +78,7 @@ class Chat:
         self.child.send(keys)
 
     def say(self, line: str) -> None:
-        """Type a line, see it on the screen, send it."""
+        """Type a line, see it on the screen, press Enter."""
         self.send(line)
         self.see(f"› {line.splitlines()[0]}")
         self.send(ENTER)
@@ -99,7 +95,7 @@ class Chat:
         )
 
     def status(self) -> int | None:
-        """Wait for the end; the exit status."""
+        """Wait for the end; return the exit status."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             try:
@@ -107,18 +103,16 @@ class Chat:
             except pexpect.EOF:
                 break
         self.child.close()
-        return self.child.exitstatus
+        status: int | None = self.child.exitstatus
+        return status
 
 
-def assert_colours(terminal: Chat, row: int, steps: Iterable[Step]) -> None:
-    """Every character of the reply that begins in `row` has the colour of the head that its step names."""
+def assert_colours(terminal: Terminal, row: int, steps: Iterable[Step]) -> None:
+    """Each character of the reply that begins in `row` has the colour of its head."""
     expected = coloured(steps)
-    lines = range(row, terminal.screen.lines)
-    cells = [
-        terminal.screen.buffer[line][column]
-        for line in lines
-        for column in range(terminal.screen.columns)
-    ]
-    shown = [(cell.data, cell.fg) for cell in cells if cell.data != " "]
+    screen = terminal.screen
+    cells = product(range(row, screen.lines), range(screen.columns))
+    characters = (screen.buffer[line][column] for line, column in cells)
+    shown = [(each.data, each.fg) for each in characters if each.data != " "]
     assert shown[: len(expected)] == expected
     assert len({colour for _, colour in expected}) > 2

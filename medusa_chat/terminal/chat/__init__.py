@@ -1,0 +1,15 @@
+"""The chat: reads a message, streams the reply, runs slash-commands.
+
+repl.py          the loop from prompt to reply
+prompt.py        history, completion, keys and toolbar of the prompt
+reply.py         one reply on the screen, with its figures
+loading.py       the model loads on a thread while the user types
+session.py       the conversation and its measurements
+conversation.py  the file of a saved conversation
+command.py       the registry of slash-commands
+commands.py      the slash-commands themselves
+completion.py    completion of slash-commands
+keyboard.py      keys and Ctrl-C during a reply
+engine.py        the engine as the terminal needs it
+errors.py        the chat's exceptions, and errors as one line
+"""

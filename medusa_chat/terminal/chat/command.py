@@ -1,13 +1,16 @@
-"""What a slash-command is. `commands` fills the registry, which dispatch, `/help` and completion read."""
+"""The registry of slash-commands, which dispatch, `/help` and completion read."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
+from medusa_chat.config import UserError
+from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.theme import legend
 
@@ -19,35 +22,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chat:
-    """What a command works on."""
+    """A session and how it is shown: the object that commands work on."""
 
     session: Session
     marks: bool = False
     colour: bool = True
 
     def legend(self) -> Text:
+        """Explain the colours of this model's heads."""
         engine = self.session.engine
-        return legend(engine.heads, marks=self.marks, colour=self.colour, copied=engine.trees.copies)
+        copied = engine.trees.copies
+        return legend(engine.heads, marks=self.marks, colour=self.colour, copied=copied)
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A command's result that is to be streamed like the answer to a message."""
+class Stream:
+    """The result of a command whose steps are streamed like the reply to a message."""
 
     steps: Generator[Step, None, None]
-    note: str = ""
+    note: str
 
 
-class Leave(Exception):
-    """Raised by the command that ends the chat."""
-
-
-class WrongArguments(Exception):
-    """Raised by a handler whose argument does not fit its usage."""
-
-
-Result = RenderableType | Reply | None
-Handler = Callable[[Chat, str], Result]
+Result = RenderableType | Stream | None
+Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 
@@ -56,7 +53,8 @@ class Command:
     """One slash-command.
 
     Attributes:
-        usage: its arguments, as help and complaints show them.
+        handler: takes (chat, argument text), or only the chat if there is no usage.
+        usage: the arguments, as help and error messages show them.
         values: completions of the next argument word, given the words before it.
         takes_path: complete file names too.
     """
@@ -69,11 +67,24 @@ class Command:
 
     @property
     def help(self) -> str:
+        """The handler's docstring in one line."""
         return " ".join((self.handler.__doc__ or "").split())
 
     @property
     def invocation(self) -> str:
+        """The command as it is typed, with its arguments."""
         return f"/{self.name} {self.usage}".rstrip()
+
+    def run(self, chat: Chat, argument: str) -> Result:
+        """Call the handler. Raises UserError for an argument that the command does not take."""
+        if not self.usage:
+            if argument:
+                raise UserError(f"{self.invocation} takes no argument")
+            return self.handler(chat)
+        try:
+            return self.handler(chat, argument)
+        except UsageError:
+            raise UserError(f"usage: {self.invocation}") from None
 
 
 REGISTRY: dict[str, Command] = {}
@@ -83,10 +94,28 @@ ALIASES = {"quit": "exit"}
 def command(
     name: str, usage: str = "", *, values: Values | None = None, takes_path: bool = False
 ) -> Callable[[Handler], Handler]:
-    """Register a handler (chat, argument text) -> what to print. Its docstring is the help."""
+    """Register a handler, which returns what to print. Its docstring is the help."""
 
     def register(handler: Handler) -> Handler:
         REGISTRY[name] = Command(name, handler, usage, values, takes_path)
         return handler
 
     return register
+
+
+def is_command(line: str) -> bool:
+    """Tell a command from a message, which doubles a slash that it begins with."""
+    return line.startswith("/") and not line.startswith("//")
+
+
+def find(line: str) -> Command:
+    """Return the command that a line names. Raises UserError with the closest match."""
+    name = line[1:].split(None, 1)[0] if line[1:].strip() else ""
+    found = REGISTRY.get(ALIASES.get(name, name))
+    if found:
+        return found
+    hint = "/help lists all; // sends a message that begins with /"
+    close = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=1)
+    if close:
+        hint = f"did you mean /{close[0]}?"
+    raise UserError(f"unknown command /{name}: {hint}")

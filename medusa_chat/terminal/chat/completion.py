@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-from medusa_chat.terminal.chat.command import ALIASES, REGISTRY
-from medusa_chat.terminal.chat.commands import is_command
+from medusa_chat.terminal.chat.command import ALIASES, REGISTRY, is_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ class CommandCompleter(Completer):
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
     ) -> Iterable[Completion]:
+        """Complete the name of a command, or the argument before the cursor."""
         text = document.text_before_cursor
         if not is_command(text) or "\n" in text:
             return
@@ -47,6 +47,5 @@ class CommandCompleter(Completer):
 def _names(start: str) -> Iterable[Completion]:
     for name, entry in REGISTRY.items():
         if name.startswith(start):
-            yield Completion(
-                name, -len(start), display=f"/{name}", display_meta=entry.help.partition(":")[0]
-            )
+            meta = entry.help.partition(":")[0]
+            yield Completion(name, -len(start), display=f"/{name}", display_meta=meta)

@@ -1,4 +1,4 @@
-"""What the terminal asks of an engine."""
+"""The engine as the terminal needs it."""
 
 from __future__ import annotations
 
@@ -11,55 +11,50 @@ if TYPE_CHECKING:
     from medusa_chat.events import Candidates, Step
 
 
-class Trees(Protocol):
-    """Chooses what each step verifies."""
+class ChatTrees(Protocol):
+    """The choice of a candidate tree; `TreeControl` is the real one."""
 
     @property
     def copies(self) -> bool:
-        """Whether steps propose copied text too."""
+        """True if text copied from the conversation is guessed too."""
 
     def use(self, tree: str) -> None:
-        """Switch to `auto`, `retune` (auto, with steps timed anew), a tree by name, or a JSON file.
-
-        Raises UserError.
-        """
+        """Switch to auto, retune (auto, timed again), a name or a JSON file. Raises UserError."""
 
     def use_copies(self, on: bool) -> None:
-        """Propose copied text from now on, or no longer."""
+        """Switch guessing by copying on or off."""
 
     def describe(self) -> str:
-        """Describe the tree in use in one line."""
+        """Describe the tree in one line: kind, nodes, depth, expected and measured figures."""
 
     def names(self) -> list[str]:
         """List the names that `use` takes."""
 
 
 class ChatEngine(Protocol):
-    """What can be chatted with. `medusa_chat.decoding.engine.Engine` is the one that decodes."""
+    """A model to chat with; `medusa_chat.decoding.engine.Engine` is the real one."""
 
     name: str  # of the model
-    prefilled: int  # prompt tokens that the last reply had to prefill; the rest came from the cache
-    prefill_seconds: float  # time that this took
+    prefilled: int  # prompt tokens that the last reply had to prefill; the cache held the others
+    prefill_seconds: float  # time of that prefill
     context: int  # tokens that prompt and reply may hold together
-    system: str  # the model's default system prompt, maybe empty
-    notices: list[
-        str
-    ]  # what the user should be told once, such as a pruned tree; drained by the reader
-
-    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
-        """Decode a reply; may be closed at any time. Raises UserError for a prompt that does not fit."""
-
-    @property
-    def trees(self) -> Trees:
-        """The trees, and what chooses among them."""
+    system: str  # the model's default system prompt, may be empty
+    notices: list[str]  # to be shown once, such as "the tree was pruned"; the reader removes them
 
     @property
     def heads(self) -> int:
-        """Medusa heads; 0 if the model has none."""
+        """Number of Medusa heads; 0 if the model has none."""
 
     @property
     def tokens_in_context(self) -> int:
-        """Tokens that the cache holds now."""
+        """Number of tokens in the cache."""
+
+    @property
+    def trees(self) -> ChatTrees:
+        """The choice of the candidate tree."""
+
+    def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
+        """Decode a reply; may be closed early. Raises UserError if the prompt does not fit."""
 
     def candidates(self) -> Candidates | None:
-        """The tree of the last tree step, or None before the first."""
+        """Return the tree of the last tree step, or None before the first."""

@@ -1,4 +1,4 @@
-"""Keys and Ctrl-C while a reply is on its way."""
+"""Keys and Ctrl-C while a reply streams."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType, TracebackType
+    from types import FrameType
 
-INPUT_FLAGS, LOCAL_FLAGS = 0, 3  # where termios keeps them
+INPUT_FLAGS, LOCAL_FLAGS = 0, 3  # indices into the list of termios
 
 
 @contextmanager
 def quiet_input() -> Iterator[None]:
-    """Keys that are typed meanwhile do not show up inside the reply; the next prompt reads them."""
+    """Keep typed keys out of the reply on the screen; the next prompt reads them."""
     try:
         import termios
     except ImportError:  # Windows echoes nothing by itself
@@ -26,7 +26,7 @@ def quiet_input() -> Iterator[None]:
     saved = termios.tcgetattr(terminal)
     quiet = saved.copy()
     quiet[LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
-    quiet[INPUT_FLAGS] &= ~termios.ICRNL  # the prompt tells Enter (sends) from a newline
+    quiet[INPUT_FLAGS] &= ~termios.ICRNL  # the prompt distinguishes Enter (sends) from a newline
     termios.tcsetattr(terminal, termios.TCSANOW, quiet)
     try:
         yield
@@ -35,35 +35,30 @@ def quiet_input() -> Iterator[None]:
 
 
 class Interrupt:
-    """Ctrl-C during a reply: once tokens stream it waits for the step to end, so that no row is left half drawn.
+    """Context manager that lets Ctrl-C end a reply between two steps, with no row half drawn.
 
-    Before the first token, and when pressed again, it breaks in wherever the engine is.
+    Before the first token, and when pressed again, Ctrl-C interrupts the engine at once.
     """
 
     def __init__(self) -> None:
-        self.streaming = False
-        self.asked = False
+        self._streaming = False
+        self._asked = False
         self._before: Any = None
 
     def __enter__(self) -> Interrupt:
         self._before = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
-    def _on_signal(self, number: int, where: FrameType | None) -> None:
-        if self.asked or not self.streaming:
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._asked or not self._streaming:
             raise KeyboardInterrupt
-        self.asked = True
+        self._asked = True
 
     def check(self) -> None:
-        """Call after each step. Raises KeyboardInterrupt if the user asked for it."""
-        self.streaming = True
-        if self.asked:
+        """Raise KeyboardInterrupt if Ctrl-C was pressed; call it after each step."""
+        self._streaming = True
+        if self._asked:
             raise KeyboardInterrupt

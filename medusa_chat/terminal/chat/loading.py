@@ -1,4 +1,4 @@
-"""The model is downloaded and loaded on a thread of its own while the user may already type."""
+"""A model that is downloaded and loaded on its own thread while the user types."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from contextlib import redirect_stderr
 from threading import Thread
 from typing import TYPE_CHECKING, TextIO
 
+from medusa_chat.terminal.chat.errors import LoadError
 from medusa_chat.terminal.downloads import Download
 
 if TYPE_CHECKING:
     from medusa_chat.terminal.chat.engine import ChatEngine
 
-Progress = Callable[[str, int, int], None]  # what is downloaded, bytes there, bytes in all
+DownloadProgress = Callable[[str, int, int], None]  # repository, bytes received, bytes in all
 
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 FRAME_SECONDS = 0.1
 
 
 class Loading:
-    """An engine on its way. Starts on construction; a failure waits here until `result` raises it."""
+    """An engine that is being loaded. Starts at once; `result` raises an error of the loader."""
 
-    def __init__(self, load: Callable[[Progress], ChatEngine], model: str) -> None:
-        self._load, self._model = load, model
+    def __init__(self, load: Callable[[DownloadProgress], ChatEngine], model: str) -> None:
+        self._load = load
+        self._model = model
         self._download: Download | None = None
         self._engine: ChatEngine | None = None
         self._error: BaseException | None = None
@@ -39,13 +41,13 @@ class Loading:
         except BaseException as error:
             self._error = error
 
-    def _downloaded(self, name: str, there: int, total: int) -> None:
+    def _downloaded(self, name: str, received: int, total: int) -> None:
         if self._download is None or self._download.name != name:
             self._download = Download(name)
-        self._download.update(there, total)
+        self._download.update(received, total)
 
     def status(self) -> str:
-        """What is going on now, behind the picture of a spinner."""
+        """Say what is going on, after a frame of a spinner."""
         frame = FRAMES[int(time.monotonic() / FRAME_SECONDS) % len(FRAMES)]
         if self._download and not self._download.done:
             return f"{frame} downloading {self._download}"
@@ -53,45 +55,43 @@ class Loading:
 
     @property
     def done(self) -> bool:
+        """True once loading has ended, well or badly."""
         return not self._thread.is_alive()
 
     @property
-    def failure(self) -> LoadFailed | None:
-        """Why there will be no engine; None while it loads and once it is there."""
-        return LoadFailed(self._error) if self.done and self._error is not None else None
+    def failure(self) -> LoadError | None:
+        """The error that ended loading, or None."""
+        return LoadError(self._error) if self.done and self._error is not None else None
 
     def result(self) -> ChatEngine:
-        """Wait for the engine. Raises LoadFailed if it could not be loaded."""
+        """Wait for the engine. Raises LoadError if it could not be loaded."""
         self._thread.join()
-        if self._engine is None:
-            raise LoadFailed(self._error)
+        if self._error is not None:
+            raise LoadError(self._error)
+        assert self._engine is not None
         return self._engine
 
     def wait(self, out: TextIO, hint: str) -> ChatEngine:
-        """Like `result`, with status and hint on the current line; what goes to standard error waits until then."""
-        said = io.StringIO()
+        """Show status and hint on the current line until `result` is there.
+
+        Text that libraries write to standard error appears afterwards.
+        """
+        warnings = io.StringIO()
         try:
-            with redirect_stderr(said):
+            with redirect_stderr(warnings):
                 while not self.done:
-                    room, status = shutil.get_terminal_size().columns - 1, self.status()
-                    line = (
-                        f"{status} · {hint}"
-                        if len(status) + len(hint) + 3 < room
-                        else status[:room]
-                    )
-                    out.write(f"\r{line}\x1b[K")
+                    out.write(f"\r{self._status_line(hint)}\x1b[K")
                     out.flush()
                     self._thread.join(FRAME_SECONDS)
         finally:
             out.write("\r\x1b[K")
             out.flush()
-            sys.stderr.write(said.getvalue())
+            sys.stderr.write(warnings.getvalue())
         return self.result()
 
-
-class LoadFailed(Exception):
-    """The model could not be loaded; carries the reason."""
-
-    def __init__(self, reason: BaseException | None) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
+    def _status_line(self, hint: str) -> str:
+        """Join status and hint if both fit in a row."""
+        width = shutil.get_terminal_size().columns - 1
+        status = self.status()
+        line = f"{status} · {hint}"
+        return line if len(line) < width else status[:width]

@@ -35,7 +35,7 @@ STYLE = Style.from_dict(
 
 
 class Prompt:
-    """Reads messages. `status` gives the left side of the toolbar at each redraw."""
+    """Reads messages. `status` returns the left side of the toolbar at each redraw."""
 
     def __init__(
         self, history: History, session: Callable[[], Session | None], status: Callable[[], str]
@@ -45,7 +45,7 @@ class Prompt:
         self._prompt: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
             multiline=True,
-            prompt_continuation=lambda width, line, wrapped: " " * width,
+            prompt_continuation=lambda width, *_: " " * width,
             history=history,
             completer=CommandCompleter(session),
             complete_while_typing=True,
@@ -59,10 +59,9 @@ class Prompt:
         self._prompt.default_buffer.on_text_changed += lambda _: self._set_hint("")
 
     def read(self, loading: Loading, when_loaded: Callable[[], None]) -> str:
-        """A message or command as the user sent it. Raises EOFError on Ctrl-D.
+        """Read a message or command; call `when_loaded` above the prompt if the model is loaded.
 
-        While `loading` is under way the toolbar moves; then `when_loaded` prints above the prompt, or a failure
-        ends the prompt with LoadFailed.
+        Raises EOFError on Ctrl-D, and LoadError if the model cannot be loaded.
         """
 
         def watch() -> None:
@@ -71,7 +70,7 @@ class Prompt:
 
         if loading.done:
             return self._prompt.prompt()
-        # what libraries write to standard error while the model loads goes above the prompt, not into it
+        # Libraries write to standard error while the model loads: it belongs above the prompt.
         with StdoutProxy(raw=True) as above, redirect_stderr(above):
             return self._prompt.prompt(pre_run=watch)
 
@@ -120,14 +119,12 @@ async def _watch(app: Application[str], loading: Loading, when_loaded: Callable[
 
 
 def open_history(path: Path) -> tuple[History, str]:
-    """The history kept in `path`; where it cannot be written, one in memory and a notice."""
+    """Open the history in a file; if that cannot be written, one in memory, with a notice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         with path.open("ab"):
             return FileHistory(str(path)), ""
     except OSError as error:
-        return (
-            InMemoryHistory(),
-            f"the history of prompts is not kept: {path}: {error.strerror or error}",
-        )
+        notice = f"the prompt history is not saved: {path}: {error.strerror or error}"
+        return InMemoryHistory(), notice

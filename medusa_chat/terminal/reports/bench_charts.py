@@ -1,8 +1,8 @@
-"""The figures of `medusa-chat bench --plot`, drawn with matplotlib from the result that is printed too."""
+"""Figures of `medusa-chat bench --plot`, drawn with matplotlib from the printed result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 Figures = Mapping[str, Any]
 
-WIDTH = 9.0  # inches; at 150 dots an inch still readable where a README shows it at half of that
+WIDTH = 9.0  # inches; at 150 dots an inch it is readable at half its size, as in a README
+TICKS = (1, 2, 4, 8, 16, 32, 64)
 PARTS = {
     "forward": "backbone's forward",
     "heads": "heads, candidates",
@@ -25,7 +26,7 @@ PARTS = {
 
 
 def check_folder(folder: Path | None) -> None:
-    """Raise UserError if no figure could be drawn there in the end: to be called before the long work."""
+    """Raise UserError if figures cannot be written there; call it before the long work."""
     if folder is None:
         return
     supported_kinds()
@@ -36,35 +37,31 @@ def check_folder(folder: Path | None) -> None:
 
 
 def plot_bench(result: Figures, folder: Path) -> list[Path]:
-    """Draw what the result has: replies.png, step_cost.png, step_parts.png.
+    """Draw replies.png, step_cost.png and step_parts.png, as far as the result has them.
 
-    Returns:
-        the files written. Raises OSError if the folder or a file cannot be.
+    Returns the files written. Raises OSError if the folder or a file cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    measured = list(_measured(result))
-    figures: dict[str, Any] = {}
-    if result["modes"]:
-        figures["replies"] = _replies(result["modes"])
-    if any(model["steps"] for _, model in measured):
-        figures["step_cost"] = _step_cost(measured)
-    if any(model["parts"] for _, model in measured):
-        figures["step_parts"] = _step_parts(measured)
     files = []
-    for name, figure in figures.items():
-        figure.text(
-            0.995, 0.01, _caption(result), ha="right", va="bottom", fontsize=7, color=MIDDLE
-        )
+    for name, figure in _figures(result):
+        style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": MIDDLE}
+        figure.text(0.995, 0.01, _caption(result), **style)
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1], dpi=150)
     return files
 
 
-def _measured(result: Figures) -> Iterator[tuple[str, Figures]]:
-    """The models whose steps were measured, by name."""
+def _figures(result: Figures) -> Iterator[tuple[str, Any]]:
+    models: dict[str, Figures] = {}
     if result["modes"]:
-        yield result["model"], result
-    yield from result.get("shapes", {}).items()
+        yield "replies", _replies(result["modes"])
+        models[result["model"]] = result
+    models |= result.get("shapes", {})
+    steps = [(name, step) for name, model in models.items() for step in model["steps"]]
+    if steps:
+        yield "step_cost", _step_cost(steps)
+    if any(model["parts"] for model in models.values()):
+        yield "step_parts", _step_parts(models)
 
 
 def _caption(result: Figures) -> str:
@@ -73,31 +70,23 @@ def _caption(result: Figures) -> str:
 
 
 def _figure(height: float) -> Any:
-    """A Figure by itself, without pyplot: no window and no global state. Its lowest line is the caption's."""
+    """Make a figure whose lowest line is free for the caption."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     caption = 0.25 / height
-    return Figure(
-        figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(rect=(0, caption, 1, 1 - caption))
-    )
+    layout = ConstrainedLayoutEngine(rect=(0, caption, 1, 1 - caption))
+    # Without pyplot there is no window and no global state.
+    return Figure(figsize=(WIDTH, height), layout=layout)
 
 
 def _replies(modes: Mapping[str, Figures]) -> Any:
-    """Acceptance length and speedup as bars, by category and mode."""
+    """Draw acceptance length and speedup as bars, by category and mode."""
     names = [*next(iter(modes.values()))["categories"], "all"]
     figure = _figure(1.6 + 0.22 * len(names) * (len(modes) + 1))
     left, right = figure.subplots(1, 2, sharey=True)
-    bar = 0.8 / len(modes)
-    for index, (mode, figures) in enumerate(modes.items()):
-        rows = [figures["categories"].get(name, {}) if name != "all" else figures for name in names]
-        places = [row + (index - (len(modes) - 1) / 2) * bar for row in range(len(names))]
-        colour = HEAD_COLOURS[index % len(HEAD_COLOURS)]
-        for axes, key, form in ((left, "acceptance_length", "%.2f"), (right, "speedup", "%.2fx")):
-            drawn = axes.barh(
-                places, [row.get(key) or 0.0 for row in rows], bar * 0.92, color=colour, label=mode
-            )
-            axes.bar_label(drawn, fmt=form, padding=3, fontsize=8, color=INK)
+    _draw_bars(left, "acceptance_length", "%.2f", modes, names)
+    _draw_bars(right, "speedup", "%.2fx", modes, names)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     label(left, "Acceptance length", "tokens a step", "")
@@ -107,98 +96,111 @@ def _replies(modes: Mapping[str, Figures]) -> Any:
         axes.margins(x=0.14)
         axes.grid(axis="y", visible=False)
         axes.set_axisbelow(True)
-    figure.legend(
-        *left.get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(modes),
-        frameon=False,
-    )
+    _legend(figure, left, "outside upper center", ncols=len(modes))
     return figure
 
 
-def _step_cost(measured: Sequence[tuple[str, Figures]]) -> Any:
-    """Cost of a tree step over a vanilla step, by nodes; the tree that `auto` picks is a ring on the line."""
-    lines = [(name, step) for name, model in measured for step in model["steps"]]
-    figure = _figure(4.2 + 0.22 * len(lines))
+def _draw_bars(
+    axes: Any, key: str, form: str, modes: Mapping[str, Figures], names: Sequence[str]
+) -> None:
+    height = 0.8 / len(modes)
+    for index, (mode, figures) in enumerate(modes.items()):
+        rows = figures["categories"] | {"all": figures}
+        lengths = [rows.get(name, {}).get(key) or 0.0 for name in names]
+        shift = (index - (len(modes) - 1) / 2) * height
+        places = [row + shift for row in range(len(names))]
+        colour = HEAD_COLOURS[index % len(HEAD_COLOURS)]
+        bars = axes.barh(places, lengths, height * 0.92, color=colour, label=mode)
+        axes.bar_label(bars, fmt=form, padding=3, fontsize=8, color=INK)
+
+
+def _step_cost(steps: Sequence[tuple[str, Figures]]) -> Any:
+    """Draw the cost of a tree step over a vanilla step by nodes, with a ring at auto's tree."""
+    figure = _figure(4.2 + 0.22 * len(steps))
     axes = figure.subplots()
-    for index, (name, step) in enumerate(lines):
-        nodes = [1, *map(int, step["nodes"])]
-        costs = [1.0, *(cost["overhead"] for cost in step["nodes"].values())]
-        style = dict(zip(("color", "marker", "linestyle"), _style(index), strict=True))
-        axes.plot(nodes, costs, markersize=4, linewidth=1.6, label=_line_label(name, step), **style)
-        tree = step["tree"]
-        axes.plot(
-            tree["nodes"],
-            tree["overhead"],
-            "o",
-            markersize=13,
-            fillstyle="none",
-            color=style["color"],
-        )
+    for index, (name, step) in enumerate(steps):
+        _draw_costs(axes, index, name, step)
     axes.set_xscale("log", base=2)
-    ticks = [1, 2, 4, 8, 16, 32, 64]
-    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.set_xticks(TICKS, list(map(str, TICKS)))
     axes.set_ylim(bottom=0)
-    label(
-        axes,
-        "Cost of a step (ring: the tree that auto picks)",
-        "nodes of the tree",
-        "vanilla steps",
-    )
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=9
-    )
+    title = "Cost of a step (ring: the tree that auto picks)"
+    label(axes, title, "nodes of the tree", "vanilla steps")
+    _legend(figure, axes, "outside upper left", fontsize=9)
     return figure
 
 
-def _style(index: int) -> tuple[str, str, str]:
-    """Colour, marker and dash of a line: told apart without colour too."""
-    return HEAD_COLOURS[index % len(HEAD_COLOURS)], "osD^v"[index % 5], ("-", "--", ":")[index % 3]
+def _draw_costs(axes: Any, index: int, name: str, step: Figures) -> None:
+    """Draw one line; its colour, marker and dashes differ from the others'."""
+    nodes = [1, *map(int, step["nodes"])]
+    costs = [1.0, *(cost["overhead"] for cost in step["nodes"].values())]
+    colour = HEAD_COLOURS[index % len(HEAD_COLOURS)]
+    axes.plot(
+        nodes,
+        costs,
+        color=colour,
+        marker="osD^v"[index % 5],
+        linestyle=("-", "--", ":")[index % 3],
+        markersize=4,
+        linewidth=1.6,
+        label=_line_label(name, step),
+    )
+    tree = step["tree"]
+    ring = {"markersize": 13, "fillstyle": "none", "color": colour}
+    axes.plot(tree["nodes"], tree["overhead"], "o", **ring)
 
 
 def _line_label(name: str, step: Figures) -> str:
     tree = step["tree"]
     how = "SIMULATED acceptance" if tree["simulated"] else "forecast"
+    share = step["bandwidth"]["vanilla"]["share_of_limit"]
     return (
-        f"{name}, {step['context']} positions; auto: {tree['nodes']} nodes, {tree['speedup']:.2f}x ({how}),"
-        f" vanilla at {step['bandwidth']['vanilla']['share_of_limit']:.0%} of bandwidth"
+        f"{name}, {step['context']} positions;"
+        f" auto: {tree['nodes']} nodes, {tree['speedup']:.2f}x ({how}),"
+        f" vanilla at {share:.0%} of bandwidth"
     )
 
 
-def _step_parts(measured: Sequence[tuple[str, Figures]]) -> Any:
-    """Shares of the step as one bar for each model and mode."""
-    rows = [
-        (name, mode, parts) for name, model in measured for mode, parts in model["parts"].items()
-    ]
+def _step_parts(models: Mapping[str, Figures]) -> Any:
+    """Draw the parts of a step as one bar for each model and mode."""
+    names = []
+    rows = []
+    for name, model in models.items():
+        for mode, parts in model["parts"].items():
+            title = f"{name}, {mode}" if len(models) > 1 else mode
+            names.append(f"{title}\n{parts['step_ms']:.2f} ms")
+            rows.append(parts["shares"])
     figure = _figure(1.5 + 0.42 * len(rows))
     axes = figure.subplots()
-    reached = [0.0] * len(rows)
-    for (part, name), colour in zip(
-        PARTS.items(), (*HEAD_COLOURS[: len(PARTS) - 1], SOFT), strict=True
-    ):
-        shares = [100 * parts["shares"][part] for _, _, parts in rows]
-        drawn = axes.barh(
-            range(len(rows)), shares, 0.7, left=reached, color=colour, edgecolor="white", label=name
-        )
-        texts = [f"{share:.0f}" if share >= 3 else "" for share in shares]
-        ink = INK if colour == SOFT else "white"
-        axes.bar_label(drawn, texts, label_type="center", fontsize=8, color=ink, fontweight="bold")
-        reached = [a + b for a, b in zip(reached, shares, strict=True)]
-    several = len({name for name, _, _ in rows}) > 1
-    names = [
-        f"{name}, {mode}\n{p['step_ms']:.2f} ms" if several else f"{mode}\n{p['step_ms']:.2f} ms"
-        for name, mode, p in rows
-    ]
+    _draw_parts(axes, rows)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     label(axes, "Where the time of a step goes", "% of the step", "")
     axes.grid(axis="y", visible=False)
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(PARTS),
-        frameon=False,
-        fontsize=9,
-    )
+    _legend(figure, axes, "outside upper center", ncols=len(PARTS), fontsize=9)
     return figure
+
+
+def _draw_parts(axes: Any, rows: Iterable[Mapping[str, float]]) -> None:
+    colours = (*HEAD_COLOURS[: len(PARTS) - 1], SOFT)
+    table = [{part: 100 * shares[part] for part in PARTS} for shares in rows]
+    reached = [0.0] * len(table)
+    for (part, name), colour in zip(PARTS.items(), colours, strict=True):
+        shares = [row[part] for row in table]
+        bars = axes.barh(
+            range(len(table)),
+            shares,
+            0.7,
+            left=reached,
+            color=colour,
+            edgecolor="white",
+            label=name,
+        )
+        texts = [f"{share:.0f}" if share >= 3 else "" for share in shares]
+        style = {"fontsize": 8, "fontweight": "bold", "color": INK if colour == SOFT else "white"}
+        axes.bar_label(bars, texts, label_type="center", **style)
+        reached = [start + share for start, share in zip(reached, shares, strict=True)]
+
+
+def _legend(figure: Any, axes: Any, place: str, **style: Any) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc=place, frameon=False, **style)

@@ -1,4 +1,4 @@
-"""The figure of `medusa-chat calibrate --plot`, drawn with matplotlib, and the look of all our figures."""
+"""The figure of `medusa-chat calibrate --plot`, and the look of all figures (matplotlib)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from medusa_chat.config import UserError
 from medusa_chat.terminal.theme import HEAD_COLOURS, head_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 INK, MIDDLE, SOFT = "#222222", "#8a8a8a", "#d8d8d8"
+MARKERS = {"fixed": "D", "dynamic": "s"}
 
 
 def check_plot(file: Path) -> None:
-    """Raise UserError if the figure could not be drawn in the end: to be called before the long work."""
+    """Raise UserError if the figure cannot be written; call it before the long work."""
     kinds = supported_kinds()
     if file.suffix.removeprefix(".").lower() not in kinds:
         raise UserError(f"--plot writes {', '.join(sorted(kinds))}; {file.name} is none of these")
@@ -24,7 +25,7 @@ def check_plot(file: Path) -> None:
 
 
 def supported_kinds() -> dict[str, str]:
-    """Endings of files that matplotlib can write; raises UserError if it is not there."""
+    """Return the file endings that matplotlib can write. Raises UserError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
@@ -37,20 +38,21 @@ def plot(
     file: Path,
     top: Sequence[Sequence[float]],
     forecast: Sequence[float],
-    checks: Sequence[dict[str, Any]],
+    checks: Sequence[Mapping[str, Any]],
     title: str,
 ) -> None:
     """Draw top-i accuracy by head, and acceptance length by nodes.
 
     Args:
-        file: its ending says the format; raises OSError if it cannot be written.
-        top: top[k][i]: the true token is among head k + 1's likeliest i + 1.
+        file: where to write; its ending gives the format. Raises OSError if it cannot be written.
+        top: top[k][i]: how often the true token is among head k + 1's likeliest i + 1.
         forecast: forecast[n - 1]: acceptance length of the best tree with n nodes.
-        checks: what was measured, each with the keys tree, nodes, measured and error; may be empty.
+        checks: measured trees, each with tree, nodes, measured and error; may be empty.
+        title: above both charts.
     """
     from matplotlib.figure import Figure
 
-    # A Figure by itself, without pyplot: no window, no global state, and Agg draws it.
+    # Without pyplot there is no window and no global state.
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_heads(left, top)
@@ -59,15 +61,24 @@ def plot(
     figure.savefig(file)
 
 
+def label(axes: Any, title: str, x: str, y: str) -> None:
+    """Set the title, the axes' names, the grid and the colours of every figure."""
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.grid(color=SOFT, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+
+
 def _draw_heads(axes: Any, top: Sequence[Sequence[float]]) -> None:
-    """A line for each head in its colour, dashed where the colours begin anew, its name at its end."""
+    """Draw a line for each head in its colour, dashed once the colours repeat."""
     for head, row in enumerate(top, 1):
         rounds, index = divmod(head - 1, len(HEAD_COLOURS))
-        ranks, colour = range(1, len(row) + 1), HEAD_COLOURS[index]
         axes.plot(
-            ranks,
-            [100 * value for value in row],
-            color=colour,
+            range(1, len(row) + 1),
+            [100 * share for share in row],
+            color=HEAD_COLOURS[index],
             linestyle="--" if rounds else "-",
             marker="o",
             markersize=3.5,
@@ -76,30 +87,28 @@ def _draw_heads(axes: Any, top: Sequence[Sequence[float]]) -> None:
     widest = max(len(row) for row in top)
     axes.set_xticks([1, *range(5, widest + 1, 5)])
     axes.set_ylim(0, 102)
-    label(
-        axes,
-        "The true token is among a head's likeliest guesses",
-        "guesses taken",
-        "% of positions",
-    )
+    title = "The true token is among a head's likeliest guesses"
+    label(axes, title, "guesses taken", "% of positions")
     _legend(axes)
 
 
-def _draw_forecast(axes: Any, forecast: Sequence[float], checks: Sequence[dict[str, Any]]) -> None:
+def _draw_forecast(
+    axes: Any, forecast: Sequence[float], checks: Sequence[Mapping[str, Any]]
+) -> None:
     nodes = range(1, len(forecast) + 1)
     axes.plot(nodes, forecast, color=MIDDLE, linewidth=2, label="forecast of fixed trees")
-    for tree, marker in (("fixed", "D"), ("dynamic", "s")):
-        of_tree = [check for check in checks if check["tree"] == tree]
-        if of_tree:
+    for tree, marker in MARKERS.items():
+        measured = [check for check in checks if check["tree"] == tree]
+        if measured:
             axes.errorbar(
-                [check["nodes"] for check in of_tree],
-                [check["measured"] for check in of_tree],
-                [check["error"] for check in of_tree],
+                [check["nodes"] for check in measured],
+                [check["measured"] for check in measured],
+                [check["error"] for check in measured],
                 color=INK,
                 fmt=marker,
                 markersize=5,
                 capsize=3,
-                label=f"{tree} trees, measured on prompts held aside, ± standard error",
+                label=f"{tree} trees, measured on prompts set aside, ± standard error",
             )
     axes.set_xticks(sorted({1, *(check["nodes"] for check in checks)}))
     axes.set_ylim(bottom=0.9)
@@ -108,15 +117,5 @@ def _draw_forecast(axes: Any, forecast: Sequence[float], checks: Sequence[dict[s
 
 
 def _legend(axes: Any) -> None:
-    """Below the axes: inside it would lie on the lines of weak heads."""
+    """Put the legend below the axes, where it covers no line."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
-
-
-def label(axes: Any, title: str, x: str, y: str) -> None:
-    """Title, names of the axes, grid and colours as all our figures have them."""
-    axes.set_title(title, fontsize=10, color=INK)
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
-    axes.grid(color=SOFT, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)

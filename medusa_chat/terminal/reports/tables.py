@@ -1,4 +1,4 @@
-"""Tables of the figures: `/stats`, `/heads`, `/set`, `/help`."""
+"""The chat's tables: `/stats`, `/heads`, `/set`, `/help`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_chat.config import SAMPLING_HELP, Sampling
-from medusa_chat.terminal.panel import UNKNOWN, bar, number
+from medusa_chat.terminal.panel import UNKNOWN, gauge, number
 from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from medusa_chat.stats import Stats
     from medusa_chat.terminal.chat.engine import ChatEngine
 
-GAUGE = 20
+GAUGE = 20  # cells
+PAUSED = "steps while heads were paused"
 
 FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("new tokens", lambda stats: str(stats.new_tokens)),
@@ -27,41 +28,30 @@ FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("tokens/s", lambda stats: number(stats.tokens_per_second, 1)),
     ("vanilla tokens/s", lambda stats: number(stats.vanilla_tokens_per_second, 1)),
     ("acceptance length", lambda stats: number(stats.acceptance_length)),
-    ("overhead", lambda stats: number(stats.overhead, 2, "×")),
+    ("step cost", lambda stats: number(stats.overhead, 2, "×")),
     ("speedup", lambda stats: number(stats.speedup, 2, "×")),
 )
-RESTED = "vanilla steps, as heads did not pay"
-
-
-def _table(*columns: str, right: Iterable[int] = ()) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, header_style=LABEL, border_style=LABEL, show_edge=False, pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
-    return table
 
 
 def stats_table(last: Stats, conversation: Stats, engine: ChatEngine) -> Table:
-    """All figures of the last reply beside those of the conversation."""
+    """Draw all figures of the last reply, and those of the conversation."""
     table = _table("", "this reply", "conversation", right=(1, 2))
     for name, figure in FIGURES:
-        table.add_row(
-            name, figure(last), figure(conversation), style=STRONG if name == "speedup" else ""
-        )
+        style = STRONG if name == "speedup" else ""
+        table.add_row(name, figure(last), figure(conversation), style=style)
     if conversation.paused_steps:
-        table.add_row(RESTED, str(last.paused_steps), str(conversation.paused_steps))
-    mine, all_of_them = last.head_acceptance(), conversation.head_acceptance()
-    for head in all_of_them:
+        table.add_row(PAUSED, str(last.paused_steps), str(conversation.paused_steps))
+    rates_of_last = last.head_acceptance()
+    for head, rate in conversation.head_acceptance().items():
         label = Text(f"accepted of {head_name(head)}", head_style(head))
-        table.add_row(label, _percent(mine.get(head)), _percent(all_of_them[head]))
+        table.add_row(label, _percent(rates_of_last.get(head)), _percent(rate))
     table.add_row("prefill", f"{engine.prefilled} tokens", UNKNOWN)
     table.add_row("prefill time", number(engine.prefill_seconds, 3, " s"), UNKNOWN)
     return table
 
 
 def heads_table(stats: Stats) -> Table:
-    """Per head: guesses that were put to the test, and how many of them were accepted."""
+    """Draw each head's tested guesses, and how many of them were accepted."""
     table = _table("", "guesses", "tested", "accepted", "rate", "", right=(2, 3, 4))
     for head, rate in stats.head_acceptance().items():
         table.add_row(
@@ -69,14 +59,14 @@ def heads_table(stats: Stats) -> Table:
             f"token +{head}" if head > 0 else "any token",
             str(stats.reached[head]),
             str(stats.accepted[head]),
-            f"{rate:.1%}",
-            bar(rate, GAUGE, head),
+            _percent(rate),
+            gauge(rate, GAUGE, head),
         )
     return table
 
 
 def settings_table(sampling: Sampling) -> Table:
-    """All settings with their values."""
+    """Draw all settings with their values."""
     table = _table("setting", "value", "")
     for name, value in asdict(sampling).items():
         table.add_row(name, Text(shown(value), STRONG), Text(SAMPLING_HELP[name], LABEL))
@@ -84,7 +74,7 @@ def settings_table(sampling: Sampling) -> Table:
 
 
 def help_table(rows: Iterable[tuple[str, str]]) -> Table:
-    """Commands with their arguments, and what they do."""
+    """Draw commands with their arguments and their help."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(overflow="fold", min_width=12)
     table.add_column(overflow="fold", style=LABEL)
@@ -94,12 +84,21 @@ def help_table(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def shown(value: object) -> str:
-    """A setting's value as `/set` takes it."""
+    """Format a setting's value as `/set` takes it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
         return " ".join(map(repr, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(*columns: str, right: Iterable[int] = ()) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, header_style=LABEL, border_style=LABEL, show_edge=False, pad_edge=False
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
 
 
 def _percent(rate: float | None) -> str:

@@ -1,9 +1,8 @@
-"""The live view of a training run, on standard error; plain lines where that is no terminal."""
+"""The live view of a training run on standard error; plain lines if that is no terminal."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -13,16 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_chat.terminal.theme import head_style
+from medusa_chat.text import duration_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from medusa_chat.events import TrainStep
 
+BAR = 24  # cells
+
 
 @contextmanager
 def training() -> Iterator[tuple[Callable[[TrainStep], None], Callable[[str], None]]]:
-    """Yields (progress, say): what shows a TrainStep, and what prints a line."""
+    """Yield two functions: one shows the progress of a TrainStep, the other prints a line."""
     console = Console(stderr=True)
 
     def say(line: str) -> None:
@@ -31,44 +33,48 @@ def training() -> Iterator[tuple[Callable[[TrainStep], None], Callable[[str], No
     if not console.is_terminal:
         yield (lambda step: say(training_line(step))), say
         return
-    # Drawn when a step is logged, without a thread of its own.
+    # The table is drawn when a step is logged, without a thread of its own.
     with Live(console=console, auto_refresh=False) as live:
         yield (lambda step: live.update(training_table(step), refresh=True)), say
 
 
 def training_line(step: TrainStep) -> str:
-    """A step as one line of text."""
+    """Format a step as one line of text."""
+    losses = f"loss {step.loss:.3f}"
+    if step.backbone_loss is not None:
+        losses += f"  backbone {step.backbone_loss:.3f}"
     heads = "  ".join(f"{share:.1%}" for share in step.top1)
-    backbone = "" if step.backbone_loss is None else f"  backbone {step.backbone_loss:.3f}"
-    return (
-        f"step {step.step}/{step.total}  loss {step.loss:.3f}{backbone}  top-1 {heads}"
-        f"  {step.tokens_per_second:,.0f} tokens/s  {step.memory / 2**30:.1f} GiB  {_duration(step.seconds_left)} left"
-    )
+    machine = "  ".join(_machine_figures(step))
+    left = duration_text(step.seconds_left)
+    return f"step {step.step}/{step.total}  {losses}  top-1 {heads}  {machine}  {left} left"
 
 
 def training_table(step: TrainStep) -> Group:
-    """Progress, time left, and a row for each head."""
+    """Draw the progress, the time left, and a row for each head."""
     status = Table.grid(padding=(0, 2), expand=False)
     status.add_row(
         f"step {step.step:,} of {step.total:,}",
-        ProgressBar(step.total, step.step, width=24),
-        f"{_duration(step.seconds_left)} left",
+        ProgressBar(step.total, step.step, width=BAR),
+        f"{duration_text(step.seconds_left)} left",
     )
     figures = [f"loss {step.loss:.3f}"]
     if step.backbone_loss is not None:
         figures.append(f"backbone {step.backbone_loss:.3f} + {step.heads_weight:.2g} x heads")
-    figures += [f"{step.tokens_per_second:,.0f} tokens/s", f"{step.memory / 2**30:.1f} GiB"]
-    table = Table(
-        "head", "loss", "top-1", "top-5", "", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for head, (loss, top1, top5) in enumerate(
-        zip(step.head_loss, step.top1, step.top5, strict=True), 1
-    ):
-        bar = Text("█" * round(24 * top1), style=head_style(head))
-        bar.append("▒" * (round(24 * top5) - round(24 * top1)), style="dim")
+    figures += _machine_figures(step)
+    return Group(status, Text("  ".join(figures)), _heads_table(step))
+
+
+def _heads_table(step: TrainStep) -> Table:
+    columns = ("head", "loss", "top-1", "top-5", "")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows = zip(step.head_loss, step.top1, step.top5, strict=True)
+    for head, (loss, top1, top5) in enumerate(rows, 1):
+        solid = round(BAR * top1)
+        bar = Text("█" * solid, style=head_style(head))
+        bar.append("▒" * (round(BAR * top5) - solid), style="dim")
         table.add_row(str(head), f"{loss:.3f}", f"{top1:.1%}", f"{top5:.1%}", bar)
-    return Group(status, Text("  ".join(figures)), table)
+    return table
 
 
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+def _machine_figures(step: TrainStep) -> tuple[str, str]:
+    return f"{step.tokens_per_second:,.0f} tokens/s", f"{step.memory / 2**30:.1f} GiB"

@@ -1,0 +1,96 @@
+"""The file of a saved conversation, written whole and checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.files import write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as `/save` writes it and `/load` reads it."""
+
+    model: str
+    system: str
+    sampling: Sampling
+    messages: list[Message]
+
+
+def write_conversation(path: Path, conversation: Conversation) -> None:
+    """Write a conversation, whole or not at all, over nothing but a saved conversation."""
+    if path.exists():
+        try:
+            read_conversation(path)
+        except UserError:
+            complaint = f"{path} is not a saved conversation; choose another name"
+            raise UserError(complaint) from None
+    text = json.dumps(asdict(conversation), ensure_ascii=False, indent=2) + "\n"
+    encodable = text.encode(errors="replace").decode()  # a paste may hold half a surrogate pair
+    try:
+        write_text(path.resolve(), encodable)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def read_conversation(path: Path) -> Conversation:
+    """Read a saved conversation. Raises UserError for any other file."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        return _parse(json.loads(text))
+    except UserError as error:
+        raise UserError(f"{path} is not a saved conversation: {error}") from None
+    except ValueError:
+        raise UserError(f"{path} is not a saved conversation: it is not JSON") from None
+
+
+def _parse(document: Any) -> Conversation:
+    keys = {field.name for field in fields(Conversation)}
+    if not isinstance(document, dict) or set(document) != keys:
+        raise UserError("it must hold model, system, sampling and messages")
+    model, system, messages = (document[key] for key in ("model", "system", "messages"))
+    if not isinstance(model, str) or not isinstance(system, str):
+        raise UserError("model and system must be text")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise UserError("a message holds a role (user or assistant) and content, both text")
+    return Conversation(model, system, _sampling(document["sampling"]), messages)
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and set(message) == {"role", "content"}
+        and message["role"] in ("user", "assistant")
+        and isinstance(message["content"], str)
+    )
+
+
+def _sampling(settings: Any) -> Sampling:
+    defaults = asdict(Sampling())
+    if not isinstance(settings, dict):
+        raise UserError("sampling must be a mapping")
+    for name, value in settings.items():
+        if name not in defaults:
+            raise UserError(f"there is no setting {name!r}")
+        if not _same_type(value, defaults[name]):
+            raise UserError(f"setting {name} cannot be {value!r}")
+    stop = tuple(settings.get("stop", ()))
+    return Sampling(**{**settings, "stop": stop})
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    """Check that a value of JSON has the type of a setting's default."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
