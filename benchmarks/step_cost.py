@@ -29,7 +29,7 @@ from medusa_chat.decoding.trees.accuracy import PUBLISHED, grow
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.linear.quantization import as_quant
-from medusa_chat.model.loading import choose_device, choose_dtype, load_model
+from medusa_chat.model.loading import load_model
 from medusa_chat.shapes import SHAPES
 
 ROWS = (1, 4, 8, 16, 32, 64)
@@ -89,7 +89,7 @@ def runner(options: argparse.Namespace, quant: str, quant_heads: str) -> Runner:
     capacity = options.length + max(ROWS)
     if options.model not in SHAPES:
         spec = resolve_model(options.model, None, quant, quant_heads or "none")
-        loaded = load_model(spec, options.device, options.dtype)
+        loaded = load_model(spec, LoadOptions(options.device, options.dtype))
         return Runner(loaded.backbone, loaded.heads, capacity)
     device = choose_device(options.device)
     dtype = choose_dtype(device, options.dtype)

@@ -143,7 +143,7 @@ def _random_like(*tensors: Tensor) -> list[Tensor]:
 
 
 def _check(ours: Tensor, theirs: Tensor) -> None:
-    """Raise ArithmeticError if two results differ by more than rounding, as miscompiled code does."""
+    """Raise ArithmeticError if two results differ by more than rounding."""
     off = (ours - theirs).abs().max().item()
     largest = theirs.abs().max().item()
     if not off <= TOLERANCE.get(ours.dtype, TOLERANCE_16_BIT) * largest:
