@@ -22,12 +22,13 @@ from rich.table import Table
 
 from medusa_chat.bench.plan import RandomModel
 from medusa_chat.bench.shapes import random_engine
-from medusa_chat.config import Sampling
+from medusa_chat.config import LoadOptions, Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, grow
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.linear.quantization import as_quant
 from medusa_chat.model.loading import load_model
 from medusa_chat.shapes import SHAPES

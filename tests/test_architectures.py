@@ -17,7 +17,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
 from medusa_chat.model.loading import load_model
 from tests.helpers.tiny import (
     ARCHITECTURES,
@@ -44,7 +44,8 @@ NEW = 40  # with a prompt of 20 the text is five windows long
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_text_is_that_of_transformers_generate(kind: Any, tmp_path: Path) -> None:
     folder = str(save_model(tmp_path, random_model(kind)))
-    backbone = load_model(ModelSpec("tiny", folder), LoadOptions(device="cpu", dtype="float32")).backbone
+    options = LoadOptions(device="cpu", dtype="float32")
+    backbone = load_model(ModelSpec("tiny", folder), options).backbone
     for seed in range(2):
         prompt = prompt_ids(20, seed=seed)
         expected = _generate(folder, prompt)

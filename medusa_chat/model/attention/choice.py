@@ -98,7 +98,7 @@ def select(
             for name, attend in implementations.items()
         }
         expected = calls[TORCH]()
-        overhead = _milliseconds(lambda: None, device)
+        overhead = time_in_graph(lambda: None, device)
     except Exception as error:  # a missing or foreign Triton raises many kinds; so does a full GPU
         return Selected(TORCH, torch_attention, failures={"triton": _reason(error)})
     milliseconds: dict[str, float] = {}
@@ -108,7 +108,7 @@ def select(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 _check(call(), expected)
-                milliseconds[name] = _milliseconds(call, device) - overhead
+                milliseconds[name] = time_in_graph(call, device) - overhead
         except Exception as error:  # compilers and drivers raise many kinds
             failures[name] = _reason(error)
     best = min(milliseconds, key=milliseconds.__getitem__, default=TORCH)
@@ -150,7 +150,7 @@ def _check(ours: Tensor, theirs: Tensor) -> None:
         raise ArithmeticError(f"off by {off:.2g} of {largest:.2g}")
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+def time_in_graph(call: Callable[[], object], device: torch.device) -> float:
     """Time a call in a CUDA graph, with no keys in the GPU's cache, as between a step's matmuls.
 
     The time includes that of emptying the cache.
