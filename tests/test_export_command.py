@@ -1,4 +1,4 @@
-"""`medusa-chat export`: heads guess the same in every layout, and a failed export leaves nothing."""
+"""`medusa-chat export`: heads guess alike in every layout; a failed export leaves nothing."""
 
 from __future__ import annotations
 

@@ -51,10 +51,7 @@ class BackboneFiles:
     """A local folder that holds a backbone.
 
     Attributes:
-        folder: the folder.
-        config: its config.json.
         weights: the file, or index, that transformers would load.
-        hidden: the hidden size.
         vocabulary: rows of the LM head.
         lm_head_names: names that the LM head's weight may have; tied ones also have that of the
             embeddings.
@@ -138,10 +135,8 @@ class BackboneFiles:
         size = sum(tensor.nbytes for tensor in heads.values())
         size += sum(tensors.get(name).nbytes for name in weight_map)
         weight_map |= dict.fromkeys(heads, last)
-        index = {
-            "metadata": {"total_size": size},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
+        placed = dict(sorted(weight_map.items()))
+        index = {"metadata": {"total_size": size}, "weight_map": placed}
         write_json(out / f"{stem}{suffix}.index.json", index, indent=2)
 
     def _shards(self, tensors: TensorFiles) -> dict[Path, list[str]]:

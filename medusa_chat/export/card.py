@@ -28,16 +28,12 @@ class Card:
     """Contents of a model card.
 
     Attributes:
-        title: its heading.
-        base: hub id, or folder, of the backbone.
-        public: `base` is a hub id.
+        base: hub id (`public`), or folder, of the backbone.
         licence: of the backbone, in words.
         licence_id: of the backbone, as its own card has it, or "".
         whole: the files hold the backbone too.
         facts: rows of the table, in order.
         use: command lines, by program.
-        notices: lines for the user.
-        accuracy: measured accuracies of the heads, if there are any.
     """
 
     title: str

@@ -18,14 +18,10 @@ class Facts:
     """Heads to export.
 
     Attributes:
-        heads: number of heads.
         layers: residual blocks of a head.
-        hidden: the hidden size.
-        vocabulary: rows of an LM head.
         own: each head has an LM head of its own; else all use the backbone's.
         base: hub id, or folder, of the backbone.
         width: bytes of a number.
-        model_type: the backbone's, as its config has it.
     """
 
     heads: int
@@ -60,7 +56,7 @@ class Target:
             with a copy (copies), or with one copy for all (once).
         config: returns the keys of config.json.
         program: a program that reads the layout, or "".
-        command: returns its command line, given the name of the exported folder.
+        command: its command line, with fields for `use`.
         one_block: the program applies one residual block repeatedly if a head has several.
         only_shared: heads cannot have LM heads of their own.
         one_layer_shared: heads of several blocks need LM heads of their own.
@@ -73,16 +69,11 @@ class Target:
     shared: Literal["keep", "copies", "once"]
     config: Callable[[Facts], dict[str, Any]]
     program: str = ""
-    command: Callable[[Facts, str], str] | None = None
+    command: str = ""
     one_block: bool = False
     only_shared: bool = False
     one_layer_shared: bool = False
     backbones: tuple[str, ...] = ()
-
-    @property
-    def one_lm_head(self) -> bool:
-        """Whether the file holds one LM head for all heads that share it."""
-        return self.shared == "once"
 
     def refusal(self, facts: Facts) -> str:
         """Return why heads cannot be written in this layout, or ""."""
@@ -100,8 +91,11 @@ class Target:
         return self.shared == "copies" or (self.one_layer_shared and facts.layers > 1)
 
     def use(self, facts: Facts, name: str) -> dict[str, str]:
-        """Return command lines for an exported folder, by program."""
-        return {self.program: self.command(facts, name)} if self.command else {}
+        """Return the command line for an exported folder, by program."""
+        if not self.program:
+            return {}
+        fields = {"name": name, "base": facts.base, "heads": facts.heads, "layers": facts.layers}
+        return {self.program: self.command.format(**fields)}
 
     def notices(self, facts: Facts) -> list[str]:
         """Return what a user should know, a line each."""
@@ -111,7 +105,7 @@ class Target:
             lines.append(
                 f"each head gets a copy of the LM head, which this layout needs: {size} more"
             )
-        elif self.one_lm_head and not facts.own:
+        elif self.shared == "once" and not facts.own:
             size = size_text(facts.lm_head_bytes)
             lines.append(
                 f"the file holds a copy of the LM head, which this layout needs: {size} more"
@@ -173,27 +167,17 @@ def _modelopt(facts: Facts) -> dict[str, Any]:
     return {"medusa": _converter_counts(facts)}
 
 
-def _use_official(_facts: Facts, name: str) -> str:
-    return f"python -m medusa.inference.cli --model {name}"
-
-
-def _use_tgi(facts: Facts, name: str) -> str:
-    return f"text-generation-launcher --model-id {name} --speculate {facts.heads}"
-
-
-def _use_vllm(facts: Facts, name: str) -> str:
-    settings = f'{{"method": "medusa", "model": "{name}", "num_speculative_tokens": {facts.heads}}}'
-    return f"vllm serve {facts.base} --speculative-config '{settings}'"
-
-
-def _use_tensorrt(facts: Facts, name: str) -> str:
-    return (
-        f"python examples/medusa/convert_checkpoint.py --model_dir {facts.base}"
-        f" --medusa_model_dir {name} --output_dir converted"
-        f" --num_medusa_heads {facts.heads} --num_medusa_layers {facts.layers}"
-    )
-
-
+# Command lines of programs, with fields of `Target.use`.
+OFFICIAL_CLI = "python -m medusa.inference.cli --model {name}"
+TGI_LAUNCHER = "text-generation-launcher --model-id {name} --speculate {heads}"
+VLLM_SERVE = (
+    """vllm serve {base} --speculative-config '{{"method": "medusa", "model": "{name}","""
+    """ "num_speculative_tokens": {heads}}}'"""
+)
+TENSORRT_CONVERT = (
+    "python examples/medusa/convert_checkpoint.py --model_dir {base} --medusa_model_dir {name}"
+    " --output_dir converted --num_medusa_heads {heads} --num_medusa_layers {layers}"
+)
 TARGETS = {
     "v0.1": Target(
         "the official one of Medusa-1",
@@ -202,7 +186,7 @@ TARGETS = {
         shared="copies",
         config=_official,
         program="FasterDecoding/Medusa",
-        command=_use_official,
+        command=OFFICIAL_CLI,
         one_block=True,
     ),
     "v2": Target(
@@ -212,7 +196,7 @@ TARGETS = {
         shared="keep",
         config=_version_2,
         program="Text Generation Inference",
-        command=_use_tgi,
+        command=TGI_LAUNCHER,
         one_block=True,
         only_shared=True,
     ),
@@ -223,7 +207,7 @@ TARGETS = {
         shared="copies",
         config=_counts,
         program="FasterDecoding/Medusa",
-        command=_use_official,
+        command=OFFICIAL_CLI,
         one_block=True,
     ),
     "tgi": Target(
@@ -233,7 +217,7 @@ TARGETS = {
         shared="keep",
         config=_tgi,
         program="Text Generation Inference",
-        command=_use_tgi,
+        command=TGI_LAUNCHER,
         one_layer_shared=True,
     ),
     "vllm": Target(
@@ -243,7 +227,7 @@ TARGETS = {
         shared="once",
         config=_vllm,
         program="vLLM",
-        command=_use_vllm,
+        command=VLLM_SERVE,
     ),
     "tensorrt-llm": Target(
         "the input of TensorRT-LLM's converter",
@@ -252,7 +236,7 @@ TARGETS = {
         shared="copies",
         config=_tensorrt,
         program="TensorRT-LLM",
-        command=_use_tensorrt,
+        command=TENSORRT_CONVERT,
         backbones=("llama", "qwen"),
     ),
     "modelopt": Target(

@@ -44,10 +44,8 @@ class Export:
 
     Attributes:
         layout: key of TARGETS.
-        out: the folder to write.
         dtype: number format; None keeps that of the heads' file.
         push: hub id of the repository to upload to.
-        private: make a new repository private.
         overwrite: also replace a folder that is no earlier export.
     """
 
@@ -74,12 +72,8 @@ class Source:
     """A model to export, but for its heads.
 
     Attributes:
-        spec: the model.
-        files: its backbone's files.
         folder: of the file of its heads.
-        facts: numbers and names that layouts ask for.
         lm_head: [V, hidden], the backbone's; None if the heads have LM heads of their own.
-        notices: lines for the user.
     """
 
     spec: ModelSpec
@@ -167,7 +161,7 @@ def _write(folder: Path, target: Target, source: Source, heads: MedusaHeads) -> 
     if target.file is None:
         source.files.copy_with(tensors, folder, config)
         return
-    if target.one_lm_head and source.lm_head is not None:
+    if target.shared == "once" and source.lm_head is not None:
         tensors["lm_head.weight"] = source.lm_head
     write_tensors(tensors, folder / target.file)
     write_json(folder / "config.json", config, indent=2)

@@ -29,10 +29,6 @@ class Loaded:
     """A model, ready to decode.
 
     Attributes:
-        backbone: the transformers model with its masks and cache.
-        heads: its Medusa heads, if it has any.
-        tokenizer: the transformers tokenizer.
-        template: the chat template.
         accuracy: the file of the heads' measured accuracies, which may not exist yet; None for a
             model without heads.
         notices: lines for the user.

@@ -25,7 +25,6 @@ class ChatTemplate:
     """The text around the messages of a conversation.
 
     Attributes:
-        tokenizer: the model's.
         model: its name, for messages.
         conversation: fastchat's template, without messages; None for the tokenizer's own.
     """
@@ -61,14 +60,10 @@ class ChatTemplate:
         return self.tokens(self.render(messages))["input_ids"]
 
     def tokens(self, text: str, **options: bool) -> dict[str, list[Any]]:
-        """Encode a conversation's text.
-
-        Args:
-            text: the text, as `render` or `text` return it.
-            options: further outputs of the tokenizer.
+        """Encode the text of `render` or `text`.
 
         Returns:
-            `input_ids` and the further outputs, each with an item for each token.
+            `input_ids`, and further outputs that `options` ask the tokenizer for, one by token.
         """
         # The tokenizer's template writes its special tokens; most of fastchat's leave BOS out.
         add = self.conversation is not None

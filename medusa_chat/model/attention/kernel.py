@@ -105,19 +105,9 @@ def attend(
     softcap: float | None = None,
     launch: Launch = Launch(128),
 ) -> Tensor:
-    """Attend from n rows to the first `start + n` of T cached positions.
+    """Attend as `torch_attention` does, in float32, bfloat16 or float16.
 
-    Args:
-        query: [1, heads, n, head_dim]; float32, bfloat16 or float16, as key and value are.
-        key: [1, kv_heads, T, head_dim].
-        value: [1, kv_heads, T, head_dim].
-        mask: the n rows and what they see.
-        scaling: factor of the scores.
-        softcap: bound of the scores; None for no bound.
-        launch: the way to lay the kernel over the GPU.
-
-    Returns:
-        [1, n, heads, head_dim]
+    Keys and values are read up to `start + n`; what follows may be NaN.
     """
     _, heads, rows, size = query.shape
     kv_heads = key.shape[1]
@@ -178,10 +168,8 @@ def _attend_part(
 ):
     """Attend from one tile of a key head's GROUPS * rows queries to one part of the keys.
 
-    `query`, `key` and `value` are (pointer, head stride, row stride), `tree` is (ancestors,
-    positions, start). `output` is (mixed, weights): the attention over this part goes to mixed
-    [part, row, head, SIZE], the logarithm to base 2 of its softmax's sum to weights
-    [part, row, head].
+    `query`, `key`, `value`: pointer, head stride, row stride. `tree`: ancestors, positions, start.
+    `output`: attention over this part [part, row, head, SIZE], log2 of its softmax's sum.
     """
     kv_head = tl.program_id(1).to(tl.int64)  # a layer of the cache may hold more than 2^31 numbers
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -192,8 +180,7 @@ def _attend_part(
     dims = tl.arange(0, PADDED)
     used = held[:, None] & (dims < SIZE)[None, :]
     places = (head * query[1] + row * query[2])[:, None] + dims[None, :]
-    queries = tl.load(query[0] + places, mask=used, other=0.0)
-    tile = (queries, row, position)
+    tile = (tl.load(query[0] + places, mask=used, other=0.0), row, position)
     cache = (key[0] + kv_head * key[1], key[2], value[0] + kv_head * value[1], value[2])
 
     text = tl.load(tree[2]).to(tl.int32)
@@ -213,9 +200,10 @@ def _attend_part(
     # A row that sees nothing of this part has a sum of 0: it writes zeros, and -inf as logarithm.
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     place = (tl.program_id(2) * rows + row) * (tl.num_programs(1) * GROUPS) + head
-    mixed = output[0] + place[:, None] * SIZE + dims[None, :]
-    tl.store(mixed, sums.to(output[0].dtype.element_ty), mask=used)
-    tl.store(output[1] + place, best + tl.log2(total), mask=held)
+    mixed, weights = output
+    places = mixed + place[:, None] * SIZE + dims[None, :]
+    tl.store(places, sums.to(mixed.dtype.element_ty), mask=used)
+    tl.store(weights + place, best + tl.log2(total), mask=held)
 
 
 @triton.jit
@@ -246,10 +234,8 @@ def _over_blocks(
 ):
     """Add blocks of keys to the running softmax of a tile's queries; returns the softmax.
 
-    `softmax` is the largest score to base 2 [TILE], the sum of the powers relative to it [TILE],
-    and that of the values weighted by them [TILE, PADDED]. `tile` is (queries [TILE, PADDED], row,
-    position), `cache` is (key pointer, row stride, value pointer, row stride), `limits` is (text,
-    rows, scale, cap, window). With NODES the blocks also hold the step's own rows.
+    `softmax`: the largest score to base 2 [TILE], the sum of the powers relative to it [TILE],
+    the values weighted by them [TILE, PADDED]. With NODES the blocks hold the step's own rows too.
     """
     best, total, sums = softmax
     queries, row, position = tile

@@ -99,18 +99,10 @@ def torch_attention(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attend over a fixed span by torch's own operations: the reference for the Triton kernel.
+    """Attend over a fixed span by torch's operations, as the reference for the Triton kernel.
 
-    Args:
-        query: [1, heads, n, head_dim].
-        key: [1, kv_heads, span, head_dim].
-        value: [1, kv_heads, span, head_dim].
-        mask: the n rows and what they see.
-        scaling: factor of the scores.
-        softcap: bound of the scores; None for no bound.
-
-    Returns:
-        [1, n, heads, head_dim]
+    query [1, heads, n, head_dim]; key, value [1, kv_heads, span, head_dim] ->
+    [1, n, heads, head_dim].
     """
     return masked_attention(query, key, value, mask.additive, scaling, softcap)
 

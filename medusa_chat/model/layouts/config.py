@@ -1,4 +1,4 @@
-"""Configs beside heads, and where they contradict the tensors."""
+"""Configs in the folders of heads, and where they contradict the tensors."""
 
 from __future__ import annotations
 
