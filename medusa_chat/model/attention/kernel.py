@@ -62,23 +62,14 @@ def launches(multiprocessors: int) -> tuple[Launch, ...]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of the kernel's work for one shape of query and key.
+    """Sizes of the kernel's work for one shape of query and key."""
 
-    Attributes:
-        groups: query heads for each key head.
-        padded: head_dim rounded up to what tl.dot takes.
-        block: keys read at a time.
-        tile: rows of a program.
-        tiles: programs for the rows of a key head.
-        parts: programs that share the keys of a tile.
-    """
-
-    groups: int
-    padded: int
-    block: int
-    tile: int
-    tiles: int
-    parts: int
+    groups: int  # query heads for each key head
+    padded: int  # head_dim rounded up to what tl.dot takes
+    block: int  # keys read at a time
+    tile: int  # rows of a program
+    tiles: int  # programs for the rows of a key head
+    parts: int  # programs that share the keys of a tile
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, programs: int) -> "Tiling":
@@ -182,7 +173,6 @@ def _attend_part(
     places = (head * query[1] + row * query[2])[:, None] + dims[None, :]
     tile = (tl.load(query[0] + places, mask=used, other=0.0), row, position)
     cache = (key[0] + kv_head * key[1], key[2], value[0] + kv_head * value[1], value[2])
-
     text = tl.load(tree[2]).to(tl.int32)
     limits = (text, rows, scale, cap, window)
     begin, end = _part_of_blocks(position, text + rows, window, BLOCK)
@@ -190,13 +180,10 @@ def _attend_part(
     middle, nodes = tl.minimum(end, whole), tl.maximum(begin, whole)
     best = tl.full([TILE], float("-inf"), tl.float32)
     softmax = (best, tl.zeros([TILE], tl.float32), tl.zeros([TILE, PADDED], tl.float32))
-    softmax = _over_blocks(
-        softmax, begin, middle, tile, cache, tree, limits, SIZE, PADDED, BLOCK, False
-    )
-    best, total, sums = _over_blocks(
-        softmax, nodes, end, tile, cache, tree, limits, SIZE, PADDED, BLOCK, True
-    )
+    softmax = _over_blocks(softmax, begin, middle, tile, cache, tree, limits, SIZE, BLOCK, False)
+    softmax = _over_blocks(softmax, nodes, end, tile, cache, tree, limits, SIZE, BLOCK, True)
 
+    best, total, sums = softmax
     # A row that sees nothing of this part has a sum of 0: it writes zeros, and -inf as logarithm.
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     place = (tl.program_id(2) * rows + row) * (tl.num_programs(1) * GROUPS) + head
@@ -228,7 +215,6 @@ def _over_blocks(
     tree,
     limits,
     SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     NODES: tl.constexpr,
 ):
@@ -241,7 +227,7 @@ def _over_blocks(
     queries, row, position = tile
     keys, key_step, values, value_step = cache
     text, rows, scale, cap, window = limits
-    dims = tl.arange(0, PADDED)
+    dims = tl.arange(0, queries.shape[1])
     used = dims < SIZE
     for block in range(begin, end):
         place = block * BLOCK + tl.arange(0, BLOCK)

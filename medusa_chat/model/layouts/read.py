@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,7 +96,9 @@ def _check_complete(tensors: CheckedTensors, parts: Parts) -> bool:
     heads, layers = range(parts.heads), range(parts.layers)
     biases = any(kind == "bias" for *_, kind in parts.blocks)
     kinds = ("weight", "bias") if biases else ("weight",)
-    for key in product(heads, layers, kinds):
+    # Lazily: a damaged name may count to a billion heads.
+    every = ((head, layer, kind) for head in heads for layer in layers for kind in kinds)
+    for key in every:
         if key not in parts.blocks:
             raise tensors.fault(f"tensor {naming.block_name(*key)} is missing")
     place = parts.layers if "{layer}" in naming.lm_head else None

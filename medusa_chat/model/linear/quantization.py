@@ -81,12 +81,7 @@ def _empty_int8(linear: nn.Linear) -> Any:
     """Make an int8 layer whose weights are quantized when they move to their device."""
     bnb = bitsandbytes_layers()
     layer = bnb.Linear8bitLt(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        has_fp16_weights=False,
-        threshold=OUTLIER,
-        device="meta",
+        *_sizes(linear), has_fp16_weights=False, threshold=OUTLIER, device="meta"
     )
     layer.weight = bnb.Int8Params(linear.weight.data, requires_grad=False)
     return layer
@@ -96,15 +91,8 @@ def _empty_4bit(linear: nn.Linear, quant: Quant, device: torch.device) -> Any:
     """Make a 4-bit layer whose weights are quantized when they move to their device."""
     bnb = bitsandbytes_layers()
     nested = quant == "nf4-double"
-    layer = bnb.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype(device, linear.weight.dtype),
-        nested,
-        "nf4",
-        device="meta",
-    )
+    dtype = compute_dtype(device, linear.weight.dtype)
+    layer = bnb.Linear4bit(*_sizes(linear), dtype, nested, "nf4", device="meta")
     layer.weight = bnb.Params4bit(
         linear.weight.data,
         requires_grad=False,
@@ -113,6 +101,10 @@ def _empty_4bit(linear: nn.Linear, quant: Quant, device: torch.device) -> Any:
         module=layer,
     )
     return layer
+
+
+def _sizes(linear: nn.Linear) -> tuple[int, int, bool]:
+    return linear.in_features, linear.out_features, linear.bias is not None
 
 
 def check_quantization(name: str, config: Any, quant: str) -> str | None:
