@@ -68,13 +68,19 @@ def load(
     files = _fetch(
         spec, device, context, ignore_memory, progress
     )  # before torch is imported: it is seen at once
+    from medusa_chat.config import LoadOptions
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.trees.accuracy import read_accuracy
     from medusa_chat.model.loading import load_model
 
-    loaded = load_model(
-        spec, device, dtype, files, context=context, ignore_memory=ignore_memory, fuse=fuse
+    options = LoadOptions(
+        device=device,  # type: ignore[arg-type]
+        dtype=dtype or "auto",  # type: ignore[arg-type]
+        context=context,
+        ignore_memory=ignore_memory,
+        fuse=fuse,
     )
+    loaded = load_model(spec, options, files)
     engine = Engine(
         loaded.backbone,
         loaded.heads,

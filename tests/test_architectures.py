@@ -17,7 +17,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
 from medusa_chat.model.loading import load_model
 from tests.helpers.tiny import (
     ARCHITECTURES,
@@ -44,7 +44,8 @@ NEW = 40  # with a prompt of 20 the text is five windows long
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_text_is_that_of_transformers_generate(kind: Any, tmp_path: Path) -> None:
     folder = str(save_model(tmp_path, random_model(kind)))
-    backbone = load_model(ModelSpec("tiny", folder), "cpu", "float32").backbone
+    options = LoadOptions(device="cpu", dtype="float32")
+    backbone = load_model(ModelSpec("tiny", folder), options).backbone
     for seed in range(2):
         prompt = prompt_ids(20, seed=seed)
         expected = _generate(folder, prompt)
@@ -162,6 +163,6 @@ def test_a_recurrent_backbone_is_refused_in_one_line(kind: Any, tmp_path: Path) 
     """By its config alone: no weights have to be there, so none are read in vain."""
     RECURRENT[kind].save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot take back rejected guesses") as refusal:
-        load_model(ModelSpec(kind, str(tmp_path)), "cpu", "float32")
+        load_model(ModelSpec(kind, str(tmp_path)), LoadOptions(device="cpu", dtype="float32"))
     assert "\n" not in str(refusal.value)
     assert kind in str(refusal.value)

@@ -6,16 +6,40 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    GptOssConfig,
+    GraniteConfig,
+)
 
+from medusa_chat.config import UserError
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.model.attention.tree_attention import additive, full_mask, tree_attention, windowed
+from medusa_chat.model.attention.tree_attention import (
+    additive,
+    chain_mask,
+    full_mask,
+    tree_attention,
+    windowed,
+)
+from medusa_chat.model.backbone import Backbone
 from tests.helpers.tiny import SMALL, prompt_ids, random_backbone, random_model, random_tree
 
 
 def textbook(
-    query: Any, key: Any, value: Any, allowed: Any, scaling: float, softcap: float | None
-) -> torch.Tensor:
-    """One head, one row at a time. query [heads, n, d]; key, value [kv_heads, T, d]; allowed [n, T]."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attend one head and one row at a time.
+
+    query [heads, n, d]; key, value [kv_heads, T, d]; allowed [n, T].
+    """
     heads, rows, _ = query.shape
     mixed = torch.zeros(rows, heads, value.shape[-1], dtype=torch.float64)
     for head in range(heads):
@@ -34,7 +58,7 @@ def textbook(
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("length", [0, 9])
 def test_tree_attention_is_the_textbook(
-    softcap: Any, kv_heads: Any, window: Any, length: Any
+    softcap: float | None, kv_heads: int, window: int | None, length: int
 ) -> None:
     heads, size = 6, 8
     tree = random_tree(kv_heads, nodes=12, depth=4, width=3, spine=3)
@@ -77,8 +101,10 @@ def test_attention_sinks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3", "qwen3-mixed"])
-def test_tree_rows_equal_a_forward_over_each_branch(kind: Any) -> None:
-    """hidden() of a node is that of the plain text that its branch spells, behind a text longer than the window."""
+def test_tree_rows_equal_a_forward_over_each_branch(kind: str) -> None:
+    """A node's hidden state is that of the text that its path spells, after a text longer than the
+    window.
+    """
     model = random_model(kind)
     model.set_attn_implementation("eager")
     text = prompt_ids(30)
@@ -92,7 +118,7 @@ def test_tree_rows_equal_a_forward_over_each_branch(kind: Any) -> None:
     backbone = random_backbone(kind)
     cache = backbone.new_cache(64)
     with torch.inference_mode():
-        chain = additive(torch.ones(30, 30, dtype=torch.bool).tril(), torch.float32)
+        chain = chain_mask(30, torch.float32, torch.device("cpu"))
         backbone.hidden(torch.tensor(text), torch.arange(30), chain, cache)
         cache.commit(tuple(range(30)))
         mask = additive(TreeTensors.of(tree, torch.device("cpu")).ancestors, torch.float32)
@@ -103,8 +129,8 @@ def test_tree_rows_equal_a_forward_over_each_branch(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_plain_forward_stays_causal_under_our_attention(kind: Any) -> None:
-    """transformers gives an unknown attention function no mask at all: ours registers one."""
+def test_a_plain_forward_stays_causal_under_our_attention(kind: str) -> None:
+    """transformers gives an unknown attention function no mask; ours registers one."""
     text = torch.tensor([prompt_ids(30), prompt_ids(30, seed=1)])
     model = random_model(kind)
     model.set_attn_implementation("eager")
@@ -122,35 +148,24 @@ def test_hidden_of_text_is_a_forward_of_its_own() -> None:
         assert torch.allclose(logits, model(torch.tensor([text])).logits[0], atol=2e-4)
 
 
-def test_models_that_would_give_wrong_text_are_refused() -> None:
-    from transformers import (
-        AutoModelForCausalLM,
-        BloomConfig,
-        CohereConfig,
-        GptOssConfig,
-        GraniteConfig,
-    )
+WRONG_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
+    "gpt_oss": (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
+    "cohere": (CohereConfig, {}),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0}),
+}
 
-    from medusa_chat.config import UserError
-    from medusa_chat.model.backbone import Backbone
 
-    configs = {
-        "gpt_oss": GptOssConfig(
-            **(
-                SMALL
-                | {
-                    "vocab_size": 64,
-                    "num_local_experts": 2,
-                    "num_experts_per_tok": 1,
-                    "head_dim": 8,
-                }
-            )
-        ),
-        "cohere": CohereConfig(**(SMALL | {"vocab_size": 64})),
-        "granite": GraniteConfig(**(SMALL | {"vocab_size": 64, "logits_scaling": 4.0})),
-        "bloom": BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
-    }
-    for name, config in configs.items():
-        with pytest.raises(UserError, match=f"{name} models") as refusal:
-            Backbone(AutoModelForCausalLM.from_config(config))
-        assert "\n" not in str(refusal.value)
+@pytest.mark.parametrize("kind", WRONG_MODELS)
+def test_models_that_would_give_wrong_text_are_refused(kind: str) -> None:
+    config_class, own = WRONG_MODELS[kind]
+    refuse(config_class(**(SMALL | {"vocab_size": 64} | own)))
+
+
+def test_a_model_without_rotary_positions_is_refused() -> None:
+    refuse(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64))
+
+
+def refuse(config: Any) -> None:
+    with pytest.raises(UserError, match=f"{config.model_type} models") as refusal:
+        Backbone(AutoModelForCausalLM.from_config(config))
+    assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""The cache across turns, and whatever breaks a reply off: it equals a fresh prefill of what was kept."""
+"""The cache across turns and interrupts: it equals a fresh prefill of the text that was kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from tests.helpers.tiny import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.events import Step
     from medusa_chat.model.backbone import Backbone
 
 NEW = 30
@@ -153,7 +156,7 @@ def test_a_prefill_in_chunks_equals_a_whole_one(
     )
 
 
-# ---- what breaks a reply off ----
+# ---- replies that end early ----
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
@@ -168,7 +171,7 @@ def test_closing_the_iterator_at_any_step(backbone: Any, text: Any, mode: Any) -
         for _ in range(stop_after):
             kept += ids_of([next(steps)])
         steps.close()
-        # A token that closes the reply is known without a forward, so it is never behind the cache.
+        # A token that closes the reply is known without a forward, so it is never in the cache.
         assert_as_fresh(engine, kept if stop_after < total else kept[:-1])
     assert_next_reply_as_fresh(engine, [*kept, 1, 2])
 
@@ -187,7 +190,7 @@ def test_every_limit_of_new_tokens(backbone: Any, text: Any, limit: Any) -> None
 
 @pytest.mark.parametrize("place", range(12))
 def test_an_eos_at_any_place_of_the_reply(backbone: Any, text: Any, place: Any) -> None:
-    """Also in the middle of an accepted path: nothing behind it stays, in the reply or in the cache."""
+    """Nothing after the EOS stays, in the reply or in the cache, also within an accepted path."""
     eos = text[len(PROMPT) + place]
     first = text.index(eos, len(PROMPT))
     engine = oracle_engine(backbone, text, ranks=(0,), eos=frozenset({eos}))
@@ -241,7 +244,7 @@ def test_both_limits_at_once_are_called_length(backbone: Any, text: Any) -> None
 
 
 def test_a_context_that_ends_where_the_positions_of_the_backbone_end() -> None:
-    """Guesses beyond the last position must not reach the position encoding: 'dynamic' changes there."""
+    """Guesses beyond the last position must not reach the encoding: 'dynamic' changes there."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     backbone = random_backbone(max_position_embeddings=40, rope_parameters=rope)
     expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=99)
@@ -249,7 +252,7 @@ def test_a_context_that_ends_where_the_positions_of_the_backbone_end() -> None:
     assert reply(oracle_engine(backbone, PROMPT + expected), PROMPT, max_new_tokens=99) == expected
 
 
-def test_longrope_keeps_to_its_first_encoding() -> None:
+def test_longrope_uses_its_first_encoding_only() -> None:
     factors = {
         "short_factor": [1.0] * 4,
         "long_factor": [4.0] * 4,
@@ -292,8 +295,7 @@ def test_an_interrupt_inside_a_step(
     with monkeypatch.context() as patch:
         _interrupt(patch, engine, point, call)
         with pytest.raises(KeyboardInterrupt):
-            for step in steps:
-                kept += ids_of([step])
+            _extend(kept, steps)
     assert engine.runner.cache.length == len(engine.text)
     assert engine.text[: len(kept)] == kept
     assert_as_fresh(engine, text[: engine.tokens_in_context])
@@ -316,6 +318,12 @@ def test_an_interrupt_inside_a_prefill(
             decode(engine, PROMPT, max_new_tokens=NEW)
     assert_as_fresh(engine, PROMPT[: engine.tokens_in_context])
     assert_next_reply_as_fresh(engine, PROMPT)
+
+
+def _extend(kept: list[int], steps: Iterable[Step]) -> None:
+    """Add the tokens of each step as it comes."""
+    for step in steps:
+        kept += ids_of([step])
 
 
 def _interrupt(patch: Any, engine: Engine, point: str, call: int) -> None:

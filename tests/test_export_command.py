@@ -1,4 +1,4 @@
-"""`medusa-chat export`: whatever the layouts heads go through, they guess the same; nothing half is left."""
+"""`medusa-chat export`: heads guess alike in every layout; a failed export leaves nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from medusa_chat.cli import main
 from medusa_chat.config import ACCURACY_FILE, LAYOUTS, ModelSpec, UserError
 from medusa_chat.export import writing
-from medusa_chat.export.writing import RECORD_FILE, Export, export
+from medusa_chat.export.folder import RECORD_FILE
+from medusa_chat.export.writing import Export, export
 from medusa_chat.model.layouts import find_heads, read_heads
+from medusa_chat.model.layouts.write import write_tensors
 from tests.helpers.complaints import refusal
 from tests.helpers.full_disk import room
 from tests.helpers.public_layouts import logits_of, put, put_shards, tensors_of
@@ -124,7 +126,7 @@ def test_any_way_through_the_layouts(
     kind: tuple[int, bool, bool],
     way: list[str],
 ) -> None:
-    """What a copy of the LM head was made for stays a head's own; nothing else may change."""
+    """A copy of the LM head stays the head's own; nothing else may change."""
     folder, heads = tmp_path_factory.mktemp("way"), made(*kind)
     at, own = source(folder, heads), kind[1]
     for i, layout in enumerate(way):
@@ -217,7 +219,7 @@ def test_whole_models_answer_as_before(
         return capsys.readouterr()
 
     expected = answer("--model", str(base), "--heads", str(given))
-    shards = [{}, {}]
+    shards: list[dict[str, torch.Tensor]] = [{}, {}]
     for i, (name, tensor) in enumerate(load_file(base / "model.safetensors").items()):
         shards[i % 2][name] = tensor
     in_shards, in_pickles = tmp_path / "shards", tmp_path / "pickles"
@@ -267,7 +269,7 @@ def test_number_formats(base: Path, tmp_path: Path) -> None:
 # ---- the card ----
 
 
-def test_the_card_tells_base_licence_use_and_accuracy(base: Path, tmp_path: Path) -> None:
+def test_the_card_has_base_licence_use_and_accuracy(base: Path, tmp_path: Path) -> None:
     given = source(tmp_path, made())
     (given / ACCURACY_FILE).write_text(
         json.dumps({"accuracy": [[0.5, 0.75], [0.25, 0.3], [0.125, 0.2]]})
@@ -362,13 +364,14 @@ def test_an_interrupt_leaves_the_earlier_export(
     do(base, given, "tgi", out)
     before = left(out)
 
-    def stop(*arguments: Any) -> None:
+    def stop(*_arguments: Any) -> None:
         raise error
 
-    for name in ("_write_card", "_read_back", "_travel_along"):
-        with monkeypatch.context() as patch, pytest.raises(error):
+    for name in ("write_card", "check_written", "copy_documents"):
+        with monkeypatch.context() as patch:
             patch.setattr(writing, name, stop)
-            do(base, given, "v0.1", out)
+            with pytest.raises(error):
+                do(base, given, "v0.1", out)
     renames: list[Any] = []
 
     def rename(old: Any, new: Any) -> None:
@@ -377,9 +380,10 @@ def test_an_interrupt_leaves_the_earlier_export(
             raise error
         os.replace(old, new)
 
-    with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(writing.os, "rename", rename)
-        do(base, given, "v0.1", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(error):
+            do(base, given, "v0.1", out)
     assert left(out) == before
     assert left(tmp_path) == {"heads", "out"}
 
@@ -387,15 +391,13 @@ def test_an_interrupt_leaves_the_earlier_export(
 def test_what_does_not_read_back_is_removed(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = writing.write_tensors
-
     def wrong(tensors: dict[str, torch.Tensor], file: Path) -> None:
         tensors["1.0.linear.bias"] = tensors["1.0.linear.bias"] + 1
-        plain(tensors, file)
+        write_tensors(tensors, file)
 
     monkeypatch.setattr(writing, "write_tensors", wrong)
     given = source(tmp_path, made())
-    assert "gives other logits when it is read back" in refused(
+    assert "give other logits when they are read back" in refused(
         base, given, "tgi", tmp_path / "out"
     )
     assert left(tmp_path) == {"heads"}
@@ -422,7 +424,7 @@ def test_models_without_heads_or_without_a_backbone(base: Path, tmp_path: Path) 
 
 
 class Hub:
-    """Records what an HfApi is asked."""
+    """Records the calls of an HfApi."""
 
     calls: ClassVar[list[tuple[str, Any, dict[str, Any]]]] = []
     error: ClassVar[Exception | None] = None
@@ -459,9 +461,9 @@ def test_push(
         str(out),
     ]
     assert main([*words, "--push", "me/heads", "--private"]) == 0
-    told = capsys.readouterr()
-    assert told.out == f"wrote {out} and uploaded it to me/heads\n"
-    assert "others need a hub id there" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == f"wrote {out} and uploaded it to me/heads\n"
+    assert "others need a hub id there" in printed.err
     (create, upload) = hub.calls
     assert create == ("create_repo", "me/heads", {"private": True, "exist_ok": True})
     assert upload[:2] == ("upload_folder", "me/heads")
@@ -489,7 +491,7 @@ def test_push_without_a_network_is_one_line(
     assert (tmp_path / "out" / "README.md").is_file()
 
 
-def test_the_command_tells_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for words, complaint in (
         (["export", "--out", "x"], "--layout"),
         (["export", "--layout", "tgi"], "--out"),

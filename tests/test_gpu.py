@@ -18,7 +18,7 @@ from medusa_chat.decoding.graphs import static_step
 from medusa_chat.decoding.graphs.capture import CudaGraphs
 from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.model.attention.choice import TORCH, FasterAttention, kernels
-from medusa_chat.model.attention.tree_attention import TreeMask, plain
+from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED
@@ -225,7 +225,7 @@ def test_the_kernel_is_its_twin_in_every_launch(
         rows = len(mask.ancestors)
         query = torch.randn(1, rows, heads[0], size, device="cuda", dtype=number).transpose(1, 2)
         cache = torch.randn(2, 1, heads[1], span, size, device="cuda", dtype=number)
-        expected = plain(query.float(), *cache.float(), mask, size**-0.5, softcap)
+        expected = torch_attention(query.float(), *cache.float(), mask, size**-0.5, softcap)
         cache[:, :, :, length + rows :] = torch.nan
         for attend in ways.values():
             ours = attend(query, cache[0], cache[1], mask, size**-0.5, softcap)
@@ -245,7 +245,7 @@ def test_the_kernel_reads_caches_of_more_than_2_to_the_31_numbers() -> None:
     for attend in kernels(torch.device("cuda")).values():
         ours, theirs = (
             attend(query, cache, cache, mask, 0.1, None),
-            plain(query, cache, cache, mask, 0.1),
+            torch_attention(query, cache, cache, mask, 0.1),
         )
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=5e-3)
 
@@ -258,9 +258,9 @@ def test_attention_is_chosen_by_time_and_every_kernel_runs() -> None:
         query = torch.randn(1, 32, nodes, 128, device="cuda").bfloat16()
         key, value = torch.randn(2, 1, 32, span, 128, device="cuda").bfloat16()
         ours = faster(query, key, value, mask, 0.1)
-        torch.testing.assert_close(ours, plain(query, key, value, mask, 0.1), rtol=0.02, atol=5e-3)
-    assert len(faster.told()) == 2
-    for told in faster.told():
+        torch.testing.assert_close(ours, torch_attention(query, key, value, mask, 0.1), rtol=0.02, atol=5e-3)
+    assert len(faster.report()) == 2
+    for told in faster.report():
         assert not told["failures"]
         assert told["taken"] == min(told["ms"], key=told["ms"].get)
         assert TORCH in told["ms"]

@@ -1,4 +1,4 @@
-"""Files of heads: what is written is read back, and whatever does not fit is refused with its reason."""
+"""Files of heads: written, read back, and refused with a reason if they do not fit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from medusa_chat.model.layouts import read_heads, write_heads
 from tests.helpers.tiny import random_heads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from torch import Tensor
+
+    from medusa_chat.model.backbone import Backbone
 
 HIDDEN, VOCABULARY = 32, 64
 
 
 @pytest.fixture
-def file(backbone: Any, tmp_path: Path) -> Any:
+def file(backbone: Backbone, tmp_path: Path) -> Path:
     """Three heads of two blocks with LM heads of their own."""
     return write_heads(random_heads(backbone, 3, layers=2), tmp_path)
 
@@ -28,7 +33,7 @@ def file(backbone: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_round_trip(backbone: Any, tmp_path: Path, heads: Any, layers: Any, own: Any) -> None:
+def test_round_trip(backbone: Backbone, tmp_path: Path, heads: int, layers: int, own: bool) -> None:
     made = random_heads(backbone, heads, layers, own).to(torch.bfloat16)  # as files hold them
     file = write_heads(made, tmp_path / "new" / "folder")
     assert file.name == "medusa_lm_head.safetensors"
@@ -40,9 +45,10 @@ def test_round_trip(backbone: Any, tmp_path: Path, heads: Any, layers: Any, own:
     assert torch.equal(read.float().logits(hidden, backbone.lm_head), logits)
 
 
-def test_heads_are_the_formula_of_the_paper(backbone: Any) -> None:
+def test_heads_are_the_formula_of_the_paper(backbone: Backbone) -> None:
     """x + SiLU(W x + b) block by block, each block with weights of its own, then the LM head."""
     heads = random_heads(backbone, 3, layers=2)
+    assert heads.lm_heads is not None
     hidden = torch.randn(4, HIDDEN)
     logits = heads.logits(hidden, backbone.lm_head)
     for head in range(3):
@@ -54,13 +60,13 @@ def test_heads_are_the_formula_of_the_paper(backbone: Any) -> None:
     assert not torch.equal(heads.weight[0], heads.weight[1])
 
 
-def test_new_heads_guess_like_the_lm_head(backbone: Any) -> None:
+def test_new_heads_guess_like_the_lm_head(backbone: Backbone) -> None:
     hidden = torch.randn(4, HIDDEN)
     logits = MedusaHeads(3, 2, HIDDEN).logits(hidden, backbone.lm_head)
     assert torch.allclose(logits, backbone.lm_head(hidden).expand(3, -1, -1), atol=1e-5)
 
 
-def test_keys_and_shapes_are_those_of_the_official_files(file: Any) -> None:
+def test_keys_and_shapes_are_those_of_the_official_files(file: Path) -> None:
     tensors = load_file(file)
     expected = {
         f"{h}.{layer}.linear.{kind}"
@@ -75,11 +81,13 @@ def test_keys_and_shapes_are_those_of_the_official_files(file: Any) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def _drop(name: Any) -> Any:
+def _drop(name: str) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.pop(name)
 
 
-def _put(name: Any, *shape: Any, dtype: Any = torch.float32) -> Any:
+def _put(
+    name: str, *shape: int, dtype: torch.dtype = torch.float32
+) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.update({name: torch.zeros(*shape, dtype=dtype)})
 
 
@@ -111,7 +119,9 @@ def _put(name: Any, *shape: Any, dtype: Any = torch.float32) -> Any:
         (_put("0.0.linear.weight", 32, 32, dtype=torch.int8), "0.0.linear.weight holds int8"),
     ],
 )
-def test_what_does_not_fit_is_refused(file: Any, change: Any, complaint: Any) -> None:
+def test_what_does_not_fit_is_refused(
+    file: Path, change: Callable[[dict[str, Tensor]], Any], complaint: str
+) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
@@ -121,7 +131,7 @@ def test_what_does_not_fit_is_refused(file: Any, change: Any, complaint: Any) ->
     assert "\n" not in str(refusal.value)
 
 
-def test_damaged_files_are_refused(file: Any, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(file: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     damages = {
         "truncated": whole[:-10],

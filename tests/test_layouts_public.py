@@ -1,4 +1,4 @@
-"""Heads of every public layout are read as what they are, whatever the config beside them says."""
+"""Heads of every public layout are read by their tensors, whatever the config claims."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import HEAD_FILES, ReadHeads, find_heads, read_heads
 from medusa_chat.model.loading import heads_file, load_model
@@ -28,13 +29,14 @@ from tests.helpers.public_layouts import (
 from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 H, V = 32, 64
+FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 BACKBONE = random_backbone()
 LM_HEAD = BACKBONE.lm_head.weight.detach()
 OTHER_THINGS = {"model.embed_tokens.weight": torch.ones(V, H), "lm_head.weight": LM_HEAD.clone()}
 Q = {"model.layers.0.self_attn.q_proj.weight": torch.ones(H, H)}
 
 
-def made(heads: int = 3, layers: int = 1, own: bool = True, biases: bool = True) -> Any:
+def made(heads: int = 3, layers: int = 1, own: bool = True, biases: bool = True) -> MedusaHeads:
     random = random_heads(BACKBONE, heads, layers, own)
     if not biases:
         random.bias.zero_()
@@ -45,7 +47,7 @@ def read(path: Path, **named: Any) -> ReadHeads:
     return read_heads(path, H, V, **named)
 
 
-def same(found: ReadHeads, heads: Any) -> bool:
+def same(found: ReadHeads, heads: MedusaHeads) -> bool:
     return torch.equal(logits_of(found.heads, LM_HEAD), logits_of(heads, LM_HEAD))
 
 
@@ -75,12 +77,18 @@ def test_old_pickles_and_number_formats(tmp_path: Path) -> None:
     assert same(read(tmp_path / "a.pt"), heads)
     half = {name: t.to(torch.bfloat16) for name, t in tensors_of(heads, "official").items()}
     file = put(half, tmp_path / "b.safetensors")
-    assert read(file).heads.weight.dtype == read(file).heads.lm_heads.dtype == torch.bfloat16
+    assert read(file).heads.weight.dtype == torch.bfloat16
+    assert lm_heads_of(read(file)).dtype == torch.bfloat16
     assert read(file, dtype=torch.float32).heads.weight.dtype == torch.float32
     mixed = half | {"0.0.linear.bias": torch.zeros(H)}
     assert read(put(mixed, tmp_path / "c.safetensors")).heads.weight.dtype == torch.float32
     with pytest.raises(UserError, match=r"0.0.linear.weight holds numbers too large for float16"):
         read(put(half | {"0.0.linear.weight": torch.full((H, H), 1e6)}, file), dtype=torch.float16)
+
+
+def lm_heads_of(found: ReadHeads) -> Tensor:
+    assert found.heads.lm_heads is not None
+    return found.heads.lm_heads
 
 
 # ---- whole models ----
@@ -103,9 +111,8 @@ def test_whole_models_of_one_file_and_of_shards(tmp_path: Path, layout: str, suf
     ]
     index = put_shards(shards, tmp_path / "many", stem, suffix)
     assert find_heads(index.parent) == index
-    (
-        index.parent / f"{stem}-00001-of-00003{suffix}"
-    ).unlink()  # the heads' shards are all that is opened
+    # Only the heads' shards are opened.
+    (index.parent / f"{stem}-00001-of-00003{suffix}").unlink()
     assert same(read(index), heads)
     assert read(index).layout == layout
     (index.parent / f"{stem}-00003-of-00003{suffix}").unlink()
@@ -139,23 +146,24 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
         read(put(twice, tmp_path / "twice.safetensors"))
 
 
-def test_backbones_with_heads_load_in_silence_and_other_weights_are_told(
+def test_backbones_with_heads_load_in_silence_and_other_weights_are_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_model(tmp_path, random_model(vocabulary=260))
     heads = random_heads(random_backbone(vocabulary=260), 3)
     file = with_heads(folder, heads)
     capfd.readouterr()
-    loaded = load_model(ModelSpec("tiny", str(folder)), "cpu", "float32")
+    loaded = load_model(ModelSpec("tiny", str(folder)), FLOAT32)
     assert (loaded.notices, capfd.readouterr()) == ((), ("", ""))
     assert loaded.accuracy == folder / "head_accuracy.json"
+    assert isinstance(loaded.heads, MedusaHeads)
     assert torch.equal(loaded.heads.weight, heads.weight)
     save_file(
         load_file(file) | {"model.strange": torch.zeros(1), "zoo": torch.zeros(1)},
         file,
         {"format": "pt"},
     )
-    loaded = load_model(ModelSpec("tiny", str(folder), layout="vllm"), "cpu", "float32")
+    loaded = load_model(ModelSpec("tiny", str(folder), layout="vllm"), FLOAT32)
     assert [line.removeprefix(str(folder)) for line in loaded.notices] == [
         " holds weights that the model has no place for: model.strange and 1 more",
         "the heads were expected in the layout vllm, and are in v1.0",
@@ -190,8 +198,7 @@ def test_vllm_with_one_lm_head_for_all(tmp_path: Path, name: str) -> None:
     assert "cannot be compared" in read(file).notices[0]
     other = read(file, lm_head=LM_HEAD + 0.1)
     assert "is not the backbone's LM head" in other.notices[0]
-    assert other.heads.lm_heads.shape == (3, V, H)
-    assert torch.equal(other.heads.lm_heads, LM_HEAD.expand(3, -1, -1))
+    assert torch.equal(lm_heads_of(other), LM_HEAD.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("rows", [40, V])
@@ -200,9 +207,10 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     heads = made(own=own)
     ids = torch.randperm(V, generator=torch.Generator().manual_seed(1))[:40]
     tensors = tensors_of(heads, "vllm") | ({} if own else {"lm_head.weight": LM_HEAD.clone()})
+    large = {n: t * 1e6 if n.startswith("lm_head") else t for n, t in tensors.items()}
+    file = put(large | {"token_map": ids}, tmp_path / "large.safetensors")
     with pytest.raises(UserError, match="too large for float16"):
-        large = {n: t * 1e6 if n.startswith("lm_head") else t for n, t in tensors.items()}
-        read(put(large | {"token_map": ids}, tmp_path / "large.safetensors"), dtype=torch.float16)
+        read(file, dtype=torch.float16)
     for name in [name for name in tensors if name.startswith("lm_head")]:
         tensors[name] = tensors[name][ids].clone() if rows == 40 else tensors[name]
     file = put(tensors | {"token_map": ids}, tmp_path / "model.safetensors")
@@ -212,9 +220,8 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     logits, whole = logits_of(found.heads, LM_HEAD), logits_of(heads, LM_HEAD)
     assert torch.equal(logits[..., ids], whole[..., ids])
     unknown = [token for token in range(V) if token not in ids]
-    for (
-        rows_of_head
-    ) in found.heads.lm_heads:  # whose logit is the mean of the others', for any hidden state
+    # The logit of an unknown token is the mean of the others', for any hidden state.
+    for rows_of_head in lm_heads_of(found):
         mean = rows_of_head[ids].mean(0)
         torch.testing.assert_close(rows_of_head[unknown], mean.expand(len(unknown), -1))
     known = set(ids.tolist())
@@ -258,8 +265,8 @@ def test_other_vocabularies_are_refused(tmp_path: Path, rows: int) -> None:
         read(put(tensors_of(heads, "official"), tmp_path / "a.safetensors"))
 
 
-def test_configs_that_lie_are_told_and_not_believed(tmp_path: Path) -> None:
-    """The published v0.1 configs say 2 heads; their files hold 5."""
+def test_configs_that_contradict_are_reported_and_not_used(tmp_path: Path) -> None:
+    """The published v0.1 configs claim 2 heads; their files hold 5."""
     heads = made(5)
     file = put(tensors_of(heads, "official"), tmp_path / "medusa_lm_head.pt")
     config = {
@@ -270,12 +277,12 @@ def test_configs_that_lie_are_told_and_not_believed(tmp_path: Path) -> None:
     settings(tmp_path, **config)
     (notice,) = read(file).notices
     assert notice.endswith(
-        "config.json says that there are 2 heads; the tensors tell 5, and are believed"
+        "config.json claims 2 heads, but the tensors hold 5; the tensors are used"
     )
     settings(tmp_path, **config | {"medusa_num_heads": 5, "version": "2"})
-    assert "heads that share an LM head; the tensors tell none" in read(file).notices[0]
+    assert "heads that share an LM head, but the tensors hold none" in read(file).notices[0]
     settings(tmp_path, medusa={"num_medusa_heads": 5, "num_medusa_layers": 3})
-    assert "3 layers; the tensors tell 1" in read(file).notices[0]
+    assert "3 layers, but the tensors hold 1" in read(file).notices[0]
     (tmp_path / "config.json").write_text("{")
     assert "cannot read" in read(file).notices[0]
     (tmp_path / "config.json").unlink()
@@ -300,9 +307,9 @@ class Bomb:
 
 
 def refused(path: Path, **named: Any) -> str:
-    told = refusal(read, path, **named)
-    assert str(path.parent) in told
-    return told
+    message = refusal(read, path, **named)
+    assert str(path.parent) in message
+    return message
 
 
 def test_pickles_that_are_more_than_tensors(tmp_path: Path) -> None:
@@ -495,7 +502,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="Linux tells the highest memory of a process"
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of memory"
 )
 def test_heads_are_never_held_twice(tmp_path: Path) -> None:
     heads = random_heads(random_backbone(vocabulary=16384, hidden_size=256), 12).to(torch.bfloat16)

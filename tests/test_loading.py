@@ -1,4 +1,4 @@
-"""From what the user names to an engine; whatever is wrong with it is one line."""
+"""A named model becomes an engine; each fault of its files is a UserError of one line."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 import medusa_chat
-from medusa_chat.config import ModelSpec
+from medusa_chat.config import LoadOptions, ModelSpec
+from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.layouts import write_heads
-from medusa_chat.model.loading import choose_device, choose_dtype, load_model
+from medusa_chat.model.loading import load_model
 from tests.helpers.complaints import refusal
 from tests.helpers.tiny import random_backbone, random_heads, random_model, reply, save_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model folder with heads beside the backbone."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with heads."""
     folder = save_model(tmp_path_factory.mktemp("tiny"), random_model(vocabulary=260))
     backbone = random_backbone(vocabulary=260)
     write_heads(random_heads(backbone, 3), folder)
@@ -34,18 +36,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def folder(whole: Any, tmp_path: Path) -> Any:
+def folder(whole: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     for file in whole.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
 
 
-def load(folder: Any, heads: Any = None) -> str:
-    return refusal(load_model, ModelSpec("tiny", str(folder), heads=heads), "cpu", "float32")
+FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 
 
-def test_a_folder_becomes_an_engine(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def load(folder: Path, heads: str | None = None) -> str:
+    """Return the error of loading a folder."""
+    return refusal(load_model, ModelSpec("tiny", str(folder), heads=heads), FLOAT32)
+
+
+def test_a_folder_becomes_an_engine(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medusa_chat.decoding.trees.costs.REPEATS", 1)
     engine = medusa_chat.load(str(whole), device="cpu", dtype="float32", probing=False)
     assert (engine.name, engine.heads, engine.notices, engine.context) == (whole.name, 3, [], 512)
@@ -59,22 +65,20 @@ def test_a_folder_becomes_an_engine(whole: Any, monkeypatch: pytest.MonkeyPatch)
     assert (len(chosen.tree), chosen.context) == (3, 100)
 
 
-def test_heads_named_by_file_folder_and_not_at_all(whole: Any, folder: Any) -> None:
+def test_heads_named_by_file_folder_and_not_at_all(folder: Path) -> None:
     heads = folder / "medusa_lm_head.safetensors"
     for named in (str(heads), str(folder), None):
-        assert (
-            load_model(ModelSpec("tiny", str(folder), heads=named), "cpu", "float32").heads.heads
-            == 3
-        )
+        found = load_model(ModelSpec("tiny", str(folder), heads=named), FLOAT32).heads
+        assert found is not None
+        assert found.heads == 3
     heads.unlink()
-    loaded = load_model(ModelSpec("tiny", str(folder)), "cpu", "float32")
+    loaded = load_model(ModelSpec("tiny", str(folder)), FLOAT32)
     assert (loaded.heads, loaded.accuracy) == (None, None)
     assert "there are no Medusa heads in" in load(folder, heads=str(folder))
     assert "there are no Medusa heads at" in load(folder, heads="./absent.safetensors")
     assert "there are no Medusa heads at" in load(folder, heads="absent")
-    assert "lacks nobody/no-such-heads or a part of it" in load(
-        folder, heads="nobody/no-such-heads"
-    )
+    missing = load(folder, heads="nobody/no-such-heads")
+    assert "lacks nobody/no-such-heads or a part of it" in missing
 
 
 def test_unknown_models() -> None:
@@ -92,7 +96,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"model_type": "no-such-type"}', '{"model_type": 3}', "\x00"]
 )
-def test_a_broken_config(folder: Any, text: Any) -> None:
+def test_a_broken_config(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     assert str(folder) in load(folder)
 
@@ -100,27 +104,27 @@ def test_a_broken_config(folder: Any, text: Any) -> None:
 @pytest.mark.parametrize(
     "change", [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": -3}]
 )
-def test_a_config_that_makes_no_sense(folder: Any, change: Any) -> None:
+def test_a_config_that_makes_no_sense(folder: Path, change: dict[str, Any]) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     assert str(folder) in load(folder)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-100], lambda b: b[:50], lambda b: b"", lambda b: b"\xff" * 99]
+    "damage", [lambda b: b[:-100], lambda b: b[:50], lambda _b: b"", lambda _b: b"\xff" * 99]
 )
-def test_damaged_weights(folder: Any, damage: Any) -> None:
+def test_damaged_weights(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     assert "cannot load the model" in load(folder)
 
 
-def test_no_weights(folder: Any) -> None:
+def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "cannot load the model" in load(folder)
 
 
-def test_a_missing_weight_is_never_random(folder: Any) -> None:
+def test_a_missing_weight_is_never_random(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -128,7 +132,7 @@ def test_a_missing_weight_is_never_random(folder: Any) -> None:
     assert "weight model.layers.1.mlp.up_proj.weight is missing" in load(folder)
 
 
-def test_a_weight_of_another_shape(folder: Any) -> None:
+def test_a_weight_of_another_shape(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"] = torch.ones(8)
@@ -136,13 +140,13 @@ def test_a_weight_of_another_shape(folder: Any) -> None:
     assert "weight model.norm.weight has another shape" in load(folder)
 
 
-def test_damaged_heads(folder: Any) -> None:
+def test_damaged_heads(folder: Path) -> None:
     file = folder / "medusa_lm_head.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert "cannot read" in load(folder)
 
 
-def test_heads_of_another_backbone(folder: Any) -> None:
+def test_heads_of_another_backbone(folder: Path) -> None:
     write_heads(random_heads(random_backbone(hidden_size=16), 2), folder)
     assert "trained for another model" in load(folder)
 
@@ -153,10 +157,12 @@ def test_no_chat_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "{", '{"version": "1.0"}'])
-def test_no_tokenizer_or_a_broken_one(folder: Any, text: Any) -> None:
-    (folder / "tokenizer.json").unlink() if text is None else (
-        folder / "tokenizer.json"
-    ).write_text(text)
+def test_no_tokenizer_or_a_broken_one(folder: Path, text: str | None) -> None:
+    file = folder / "tokenizer.json"
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
     load(folder)
 
 
@@ -185,6 +191,6 @@ def test_devices_and_number_formats() -> None:
     assert "float32" in refusal(choose_dtype, torch.device("cpu"), "float8")
 
 
-def test_bfloat16_runs_too(whole: Any) -> None:
+def test_bfloat16_runs_too(whole: Path) -> None:
     engine = medusa_chat.load(str(whole), device="cpu", dtype="bfloat16", tree="chain-3")
     assert len(reply(engine, [1, 2, 3], max_new_tokens=8)) == 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medusa_chat.config import ModelSpec, make_recipe
-from medusa_chat.model.loading import load_pretrained
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.training.data import Example, PackedRows
 from medusa_chat.training.trainee import Trainee, adapt, new_heads
 from tests.helpers.tiny import random_model

@@ -14,7 +14,7 @@ from medusa_chat.bench.random_model import main, random_heads, random_model, wri
 from medusa_chat.config import LoadOptions, ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.loading import load_pretrained
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.shapes import SHAPES, Shape
 
 if TYPE_CHECKING:

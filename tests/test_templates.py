@@ -1,9 +1,9 @@
-"""Prompts are byte for byte what the tokenizer's template or fastchat makes of a conversation."""
+"""Prompts equal those of the tokenizer's template or of fastchat, byte for byte."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
@@ -11,10 +11,13 @@ from transformers import AutoTokenizer
 
 from medusa_chat.commands.flags import parser
 from medusa_chat.config import ModelSpec, UserError
-from medusa_chat.model.loading import _tokenizer_settings
+from medusa_chat.model.pretrained import tokenizer_settings
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
 from tests.helpers.hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
 from tests.helpers.tiny import decode, make_engine, random_backbone, reply, tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -48,7 +51,7 @@ def test_fastchat_makes_the_same_prompt(name: str, system: str | None, turns: in
         conversation.append_message(conversation.roles[place % 2], text)
     conversation.append_message(conversation.roles[1], None)
     made = template(name)
-    for _ in range(2):  # one conversation leaves nothing behind for the next
+    for _ in range(2):  # nothing of a conversation stays for the next
         assert made.render(talk(*TURNS[:turns], system=system)) == conversation.get_prompt()
 
 
@@ -172,13 +175,13 @@ def test_the_templates_system_message_is_the_engines_own() -> None:
     assert make_engine(backbone, template=template(), system="Mine").system == "Mine"
 
 
-def test_an_old_llama_tokenizer_keeps_its_space_behind_the_end_of_a_turn(tmp_path: Any) -> None:
+def test_an_old_llama_tokenizer_keeps_its_space_after_the_end_of_a_turn(tmp_path: Path) -> None:
     vicuna_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    old = AutoTokenizer.from_pretrained(tmp_path, **_tokenizer_settings(tmp_path))
+    old = AutoTokenizer.from_pretrained(tmp_path, **tokenizer_settings(tmp_path))
     ids = ChatTemplate(old, "m", named_template("vicuna_v1.1")).encode(talk("Hi", "Yo", "Bye"))
     assert (ids[0], ids.count(old.bos_token_id)) == (old.bos_token_id, 1)
-    assert old.convert_ids_to_tokens(ids[ids.index(old.eos_token_id) + 1]).startswith("▁")
+    assert str(old.convert_ids_to_tokens(ids[ids.index(old.eos_token_id) + 1])).startswith("▁")
 
 
 def test_the_flag_lists_its_names(capsys: pytest.CaptureFixture[str]) -> None:

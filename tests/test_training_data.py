@@ -13,7 +13,7 @@ from fastchat.conversation import get_conv_template
 from transformers import AutoTokenizer
 
 from medusa_chat.config import BUNDLED, UserError, make_recipe
-from medusa_chat.model.loading import _tokenizer_settings
+from medusa_chat.model.pretrained import tokenizer_settings
 from medusa_chat.model.templates import ChatTemplate, named_template
 from medusa_chat.training.data import IGNORED, Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.trainee import Trainee, new_heads
@@ -163,7 +163,7 @@ def test_a_reply_is_read_behind_the_very_ids_that_the_chat_prefills(tmp_path: Pa
     """With Vicuna's own kind of tokenizer, whose words begin with their space."""
     vicuna_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    tok = AutoTokenizer.from_pretrained(tmp_path, **_tokenizer_settings(tmp_path))
+    tok = AutoTokenizer.from_pretrained(tmp_path, **tokenizer_settings(tmp_path))
     template = ChatTemplate(tok, "m", named_template("vicuna_v1.1"))
     messages = talk("Hi", "Hello, you!", "And now?", "Two\nlines.")
     (example,) = encode(template, Document(messages))

@@ -196,7 +196,7 @@ def test_nothing_is_loaded_or_written_where_it_does_not_fit(
     ]
     free["cpu"] = 10**6
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_chat.model.loading.load_pretrained", None)
+        patch.setattr("medusa_chat.model.pretrained.load_pretrained", None)
         patch.setattr(trainer, "load_pretrained", None)
         assert "backbone with recipe medusa1 needs 0.5 GB (0.0 GB for weights" in complaint(
             capsys, *train

@@ -1,4 +1,4 @@
-"""The Triton kernel of tree attention without a GPU: right in Triton's interpreter, compiled for the GPUs it is for."""
+"""The Triton kernel of tree attention without a GPU: interpreted, and compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_chat.model.attention import choice as faster_attention
-from medusa_chat.model.attention.choice import FasterAttention
-from medusa_chat.model.attention.tree_attention import TreeMask, plain
+from medusa_chat.model.attention import choice
+from medusa_chat.model.attention.choice import TORCH, FasterAttention
+from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 
 
-def test_the_kernel_is_its_twin_in_the_interpreter() -> None:
+def test_the_kernel_equals_the_reference_in_the_interpreter() -> None:
     pytest.importorskip(
         "triton", minversion="3.7", reason="before, Triton's interpreter fails with NumPy 2.4"
     )
@@ -30,10 +30,11 @@ def test_the_kernel_is_its_twin_in_the_interpreter() -> None:
 
 
 class CompileOnly:
-    """Stands in for a kernel of Triton: a launch compiles it for a GPU that need not be here."""
+    """A kernel of Triton whose launch only compiles it, for a GPU that need not be here."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.compiled = kernel, []
+        self.kernel = kernel
+        self.compiled: list[Any] = []
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments, **named: self.compiled.append(
@@ -60,12 +61,12 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a program may tak
     ids=str,
 )
 def test_the_kernel_compiles_for_gpus_that_are_not_here(
-    capability: Any,
-    number: Any,
-    size: Any,
-    rows: Any,
-    window: Any,
-    softcap: Any,
+    capability: int,
+    number: torch.dtype,
+    size: int,
+    rows: int,
+    window: int | None,
+    softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -80,7 +81,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
         get_current_device=lambda: device,
-        get_current_stream=lambda device: 0,
+        get_current_stream=lambda _device: 0,
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     kernels = {name: CompileOnly(getattr(tree_kernel, name)) for name in ("_attend_part", "_join")}
@@ -94,12 +95,10 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
         number,
         window=window,
     )
-    query, cache = (
-        torch.zeros(1, 8, rows, size, dtype=number),
-        torch.zeros(2, 1, 2, 1024, size, dtype=number),
-    )
+    query = torch.zeros(1, 8, rows, size, dtype=number)
+    cache = torch.zeros(2, 1, 2, 1024, size, dtype=number)
     largest = max(tree_kernel.launches(132), key=lambda launch: launch.stages)
-    tree_kernel.attend(query, *cache, mask, 0.1, softcap, largest)
+    tree_kernel.attend(query, cache[0], cache[1], mask, 0.1, softcap, largest)
     (kernel,), (_,) = (kernel.compiled for kernel in kernels.values())
     assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert ("mma" in kernel.asm["ptx"]) is (number != torch.float32)  # the fast units, or every bit
@@ -108,45 +107,38 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
 def fake_kernels(
     monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float], **broken: Any
 ) -> None:
-    """Kernels that are the twin, or what `broken` has under their name, and that take so long."""
-    ways = {
-        name: broken.get(name, plain) for name in milliseconds if name != faster_attention.TORCH
-    }
-    timed = iter(
-        [
-            0.0,
-            *(milliseconds[name] for name in [*ways, faster_attention.TORCH] if name not in broken),
-        ]
-    )
-    monkeypatch.setattr(faster_attention, "kernels", lambda device: ways)
-    monkeypatch.setattr(faster_attention, "_milliseconds", lambda call, device: next(timed))
+    """Replace the kernels and their times.
+
+    Each is the reference, or what `broken` has under its name. Broken ones are not timed.
+    """
+    names = [name for name in milliseconds if name != TORCH]
+    timed = [milliseconds[name] for name in [*names, TORCH] if name not in broken]
+    times = iter([0.0, *timed])
+    kernels = {name: broken.get(name, torch_attention) for name in names}
+    monkeypatch.setattr(choice, "kernels", lambda _device: kernels)
+    monkeypatch.setattr(choice, "time_in_graph", lambda _call, _device: next(times))
 
 
 def attend_once(faster: FasterAttention, rows: int = 3, span: int = 32) -> bool:
-    """Whether attention over random numbers is what the twin gives."""
-    mask = TreeMask.of(
-        torch.ones(rows, rows).tril().bool(),
-        torch.arange(rows) + 9,
-        torch.tensor(9),
-        span,
-        torch.float32,
-    )
-    query, key, value = (
-        torch.randn(1, heads, n, 8) for heads, n in ((4, rows), (2, span), (2, span))
-    )
-    return torch.equal(faster(query, key, value, mask, 0.3), plain(query, key, value, mask, 0.3))
+    """Return whether attention over random numbers equals the reference."""
+    ancestors = torch.ones(rows, rows).tril().bool()
+    mask = TreeMask.of(ancestors, torch.arange(rows) + 9, torch.tensor(9), span, torch.float32)
+    query = torch.randn(1, 4, rows, 8)
+    key, value = torch.randn(1, 2, span, 8), torch.randn(1, 2, span, 8)
+    ours = faster(query, key, value, mask, 0.3)
+    return torch.equal(ours, torch_attention(query, key, value, mask, 0.3))
 
 
 @pytest.mark.parametrize(("slow", "taken"), [(0.5, "torch"), (2.0, "quick")])
 def test_the_faster_one_attends_and_each_shape_is_timed_once(
-    slow: Any, taken: Any, monkeypatch: pytest.MonkeyPatch
+    slow: float, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_kernels(monkeypatch, {"quick": 1.0, "slower": 3.0, "torch": slow})
     faster = FasterAttention()
-    for rows in (3, 16, 5):  # one tile of the kernel
+    for rows in (3, 16, 5):  # all of one tile of the kernel
         assert attend_once(faster, rows)
-    (told,) = faster.told()
-    assert told == {
+    (report,) = faster.report()
+    assert report == {
         "rows": 16,
         "span": 32,
         "window": False,
@@ -157,38 +149,38 @@ def test_the_faster_one_attends_and_each_shape_is_timed_once(
 
 
 def test_kernels_that_fail_or_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any) -> None:
+    def fails(*_arguments: Any) -> None:
         raise RuntimeError("no compiler\nfound")
 
     fake_kernels(
         monkeypatch,
         {"failing": 1.0, "wrong": 1.0, "torch": 9.0},
         failing=fails,
-        wrong=lambda *arguments: 1.01 * plain(*arguments),
+        wrong=lambda *arguments: 1.01 * torch_attention(*arguments),
     )
     faster = FasterAttention()
     assert attend_once(faster)
-    (told,) = faster.told()
-    assert (told["taken"], told["ms"]) == ("torch", {"torch": 9.0})
-    assert told["failures"]["failing"] == "RuntimeError: no compiler found"
-    assert "off by" in told["failures"]["wrong"]
+    (report,) = faster.report()
+    assert (report["taken"], report["ms"]) == ("torch", {"torch": 9.0})
+    assert report["failures"]["failing"] == "RuntimeError: no compiler found"
+    assert "off by" in report["failures"]["wrong"]
 
 
-def test_without_triton_torch_attends_and_the_reason_is_told(
+def test_without_triton_torch_attends_and_the_reason_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "medusa_chat.model.attention.kernel", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     faster = FasterAttention()
     assert attend_once(faster, 1)
-    (told,) = faster.told()
-    assert told["taken"] == "torch"
-    assert "triton" in told["failures"]["triton"]
+    (report,) = faster.report()
+    assert report["taken"] == "torch"
+    assert "triton" in report["failures"]["triton"]
 
 
-def test_a_gpu_before_ampere_keeps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+def test_torch_attends_on_a_gpu_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
     faster = FasterAttention()
     assert attend_once(faster)
-    assert "8.0" in faster.told()[0]["failures"]["triton"]
+    assert "8.0" in faster.report()[0]["failures"]["triton"]

@@ -9,7 +9,7 @@ import torch
 from medusa_chat.config import ModelSpec
 from medusa_chat.model.linear.packed import pack_linears
 from medusa_chat.model.linear.quantization import quant_of
-from medusa_chat.model.loading import load_pretrained
+from medusa_chat.model.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine

@@ -17,7 +17,7 @@ from medusa_chat.machine import memory
 from medusa_chat.machine.devices import free_memory
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import decoding_heads
-from medusa_chat.model.linear.joined import fuse_linears
+from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.model.linear.packed import pack_linears
 from medusa_chat.shapes import SHAPES
 
@@ -61,7 +61,7 @@ def random_engine(
     try:
         model = random_model(shape, quant=wanted.quant, dtype=dtype, device=device)
         if wanted.fused:
-            fuse_linears(model)
+            join_linears(model)
         backbone = Backbone(model)
         drawn = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=device)
         heads = decoding_heads(drawn, wanted.quant_heads, device, dtype, backbone.lm_head)

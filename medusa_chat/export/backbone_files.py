@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_chat.config import UserError
+from medusa_chat.files import write_json
 from medusa_chat.hub.file_names import WEIGHTS
 from medusa_chat.model.layouts import is_heads_tensor
-from medusa_chat.model.layouts.said import read_config
+from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
-from medusa_chat.model.loading import one_line
+from medusa_chat.model.layouts.write import write_tensors
+from medusa_chat.model.pretrained import loading_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# Beside the weights and config.json: all that transformers needs of a language model and its tokenizer. No code.
-_WITH_THE_WEIGHTS = (
+# All that transformers needs of a language model and its tokenizer, besides weights and
+# config.json. No code.
+COPIED = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -38,6 +36,14 @@ _WITH_THE_WEIGHTS = (
     "*.tiktoken",
     "*.jinja",
 )
+# Keys of config.json that describe heads, in any layout of whole models.
+HEADS_KEYS = {
+    "medusa",
+    "medusa_num_heads",
+    "medusa_num_layers",
+    "num_medusa_heads",
+    "num_medusa_layers",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,10 @@ class BackboneFiles:
     """A local folder that holds a backbone.
 
     Attributes:
-        config: of config.json; weights: the file, or index, that transformers would load.
-        lm_head_names: what the LM head's weight may be called: by the embeddings' name too where they are tied.
+        weights: the file, or index, that transformers would load.
+        vocabulary: rows of the LM head.
+        lm_head_names: names that the LM head's weight may have; tied ones also have that of the
+            embeddings.
     """
 
     folder: Path
@@ -58,105 +66,93 @@ class BackboneFiles:
 
     @classmethod
     def of(cls, folder: Path) -> BackboneFiles:
-        """Raises UserError for a folder that holds no model, or none of transformers' causal LMs."""
-        with one_line(str(folder)):
+        """Read a folder; raises UserError if it holds no causal LM of transformers."""
+        with loading_errors(str(folder)):
             config = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         weight = model.get_output_embeddings().weight
-        names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+        named = model.named_parameters(remove_duplicate=False)
+        names = tuple(name for name, parameter in named if parameter is weight)
         files = (folder / name for name in WEIGHTS)
         weights = next((file for file in files if file.is_file()), None)
         if weights is None:
             raise UserError(f"there are no weights in {folder}: none of {', '.join(WEIGHTS)}")
         rows, hidden = weight.shape
-        return cls(folder, read_config(folder / "config.json"), weights, hidden, rows, tuple(names))
+        return cls(folder, read_config(folder / "config.json"), weights, hidden, rows, names)
 
     def lm_head(self) -> Tensor:
-        """The LM head's weight alone, [V, hidden]; raises UserError if the files hold it quantized."""
+        """Read the LM head's weight only, [V, hidden].
+
+        Raises:
+            UserError: the files hold no LM head, or a quantized one.
+        """
         tensors = TensorFiles(self.weights)
         name = next((name for name in self.lm_head_names if name in tensors.files), None)
         if name is None:
-            raise UserError(
-                f"{self.weights} holds no LM head: none of {', '.join(self.lm_head_names)}"
-            )
+            names = ", ".join(self.lm_head_names)
+            raise UserError(f"{self.weights} holds no LM head: none of {names}")
         weight = tensors.get(name)
         if not weight.is_floating_point() or tuple(weight.shape) != (self.vocabulary, self.hidden):
             raise UserError(
-                f"{self.weights}: the LM head {name} is quantized; only one of 16 or 32 bits can be copied"
+                f"{self.weights}: the LM head {name} is quantized; only one of 16 or 32 bits can be"
+                " copied"
             )
         return weight
 
     def copy_with(self, heads: dict[str, Tensor], out: Path, config: dict[str, Any]) -> None:
-        """Copy the backbone as it is, with heads as its last shard in place of any that it has.
+        """Copy the backbone, with heads as its last shard in place of any that it has.
 
         Args:
-            heads: by their names in the weights; config: what config.json gets besides.
+            heads: by their names in the weights.
+            out: the folder to write.
+            config: further keys for config.json.
 
         Raises:
-            OSError, UserError: the files cannot be read or written.
+            OSError: a file cannot be copied.
+            UserError: a file cannot be read or written.
         """
         for file in sorted(self.folder.iterdir()):
-            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _WITH_THE_WEIGHTS):
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COPIED):
                 shutil.copyfile(file, out / file.name)
-        old = {
-            "medusa",
-            "medusa_num_heads",
-            "medusa_num_layers",
-            "num_medusa_heads",
-            "num_medusa_layers",
-        }
-        kept = {key: value for key, value in self.config.items() if key not in old}
-        write_json(out / "config.json", kept | config)
+        kept = {key: value for key, value in self.config.items() if key not in HEADS_KEYS}
+        write_json(out / "config.json", kept | config, indent=2)
         self._copy_weights(heads, out)
 
     def _copy_weights(self, heads: dict[str, Tensor], out: Path) -> None:
         tensors = TensorFiles(self.weights)
-        shards: dict[Path, list[str]] = {}
-        for name, file in tensors.files.items():
-            shards.setdefault(file, [])
-            if not is_heads_tensor(name):
-                shards[file].append(name)
-        used = [file for file in sorted(shards) if shards[file]]
-        if not used:
-            raise UserError(f"{self.weights} holds no backbone")
-        suffix = used[0].suffix
+        shards = self._shards(tensors)
+        suffix = next(iter(shards)).suffix
         stem = "model" if suffix == ".safetensors" else "pytorch_model"
-        names = [f"{stem}-{i:05}-of-{len(used) + 1:05}{suffix}" for i in range(1, len(used) + 2)]
-        placed = dict.fromkeys(heads, names[-1])
-        for file, name in zip(used, names, strict=False):
-            if len(shards[file]) == sum(file == other for other in tensors.files.values()):
-                shutil.copyfile(file, out / name)
-            else:
-                write_tensors({kept: tensors.get(kept) for kept in shards[file]}, out / name)
-            placed |= dict.fromkeys(shards[file], name)
-        write_tensors(heads, out / names[-1])
-        size = sum(t.nbytes for t in heads.values()) + sum(
-            tensors.get(n).nbytes for f in used for n in shards[f]
-        )
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
-        write_json(out / f"{stem}{suffix}.index.json", index)
+        count = len(shards) + 1
+        weight_map: dict[str, str] = {}
+        for number, (file, kept) in enumerate(shards.items(), 1):
+            name = f"{stem}-{number:05}-of-{count:05}{suffix}"
+            _copy_shard(tensors, file, kept, out / name)
+            weight_map |= dict.fromkeys(kept, name)
+        last = f"{stem}-{count:05}-of-{count:05}{suffix}"
+        write_tensors(heads, out / last)
+        size = sum(tensor.nbytes for tensor in heads.values())
+        size += sum(tensors.get(name).nbytes for name in weight_map)
+        weight_map |= dict.fromkeys(heads, last)
+        placed = dict(sorted(weight_map.items()))
+        index = {"metadata": {"total_size": size}, "weight_map": placed}
+        write_json(out / f"{stem}{suffix}.index.json", index, indent=2)
+
+    def _shards(self, tensors: TensorFiles) -> dict[Path, list[str]]:
+        """Names of the backbone's own tensors, by file."""
+        shards: dict[Path, list[str]] = {}
+        for name, file in sorted(tensors.files.items(), key=lambda item: item[1]):
+            if not is_heads_tensor(name):
+                shards.setdefault(file, []).append(name)
+        if not shards:
+            raise UserError(f"{self.weights} holds no backbone")
+        return shards
 
 
-def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write safetensors, or a pickle of tensors for any other ending; raises UserError if the disk does not take it."""
-    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    try:
-        if file.suffix == ".safetensors":
-            save_file(plain, file, {"format": "pt"})
-            file.chmod(0o666 & ~_umask())  # which safetensors does not honour
-        else:
-            torch.save(plain, file)
-    except (SafetensorError, RuntimeError) as error:  # how both tell a full disk
-        raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(file: Path, document: dict[str, Any]) -> None:
-    """Write one JSON object; raises OSError."""
-    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+def _copy_shard(tensors: TensorFiles, file: Path, kept: list[str], copy: Path) -> None:
+    """Copy a file if all its tensors are kept, else write those that are."""
+    if len(kept) == list(tensors.files.values()).count(file):
+        shutil.copyfile(file, copy)
+    else:
+        write_tensors({name: tensors.get(name) for name in kept}, copy)

@@ -1,4 +1,4 @@
-"""The README.md that travels with exported heads."""
+"""The model card, README.md, of exported heads."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ if TYPE_CHECKING:
 
     from medusa_chat.decoding.trees.accuracy import Accuracy
 
+CARDS = ("README.md", "MODEL_CARD.md")
+RANKS = (1, 2, 3, 5, 10)  # of the table of accuracies
+INTRODUCTION = (
+    "Heads that guess the tokens after the next one ([Medusa](https://arxiv.org/abs/2401.10774)),"
+    " so that a model decodes several tokens per step. medusa-chat wrote these files, read them"
+    " back, and got the same logits."
+)
+
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card tells.
+    """Contents of a model card.
 
     Attributes:
-        base: hub id, or folder, of the backbone; `public` if it is an id.
-        licence: of the backbone, in words; licence_id: as its own card tells it, or "".
+        base: hub id (`public`), or folder, of the backbone.
+        licence: of the backbone, in words.
+        licence_id: of the backbone, as its own card has it, or "".
+        whole: the files hold the backbone too.
         facts: rows of the table, in order.
         use: command lines, by program.
-        notices: what a user should know, a line each.
     """
 
     title: str
@@ -39,60 +48,61 @@ class Card:
     accuracy: Accuracy | None
 
     def text(self) -> str:
-        """Markdown, with the front matter that the hub reads."""
-        front = {
-            **({"license": self.licence_id} if self.licence_id else {}),
-            **({"base_model": self.base} if self.public else {}),
-            **({"pipeline_tag": "text-generation"} if self.whole else {}),
-            "tags": ["medusa", "speculative-decoding"],
-        }
+        """Return the card as Markdown, with the front matter that the hub reads."""
         facts = {"base model": self.base, "licence of the base model": self.licence, **self.facts}
+        front = yaml.safe_dump(self._front_matter(), sort_keys=False)
+        commands = [f"{program}:\n\n```sh\n{line}\n```" for program, line in self.use.items()]
         sections = [
-            f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {self.title}",
-            "Heads that guess the tokens after the next one ([Medusa](https://arxiv.org/abs/2401.10774)), so that a"
-            " model decodes several tokens per step. Written by medusa-chat; reading the files back gave the same"
-            " logits.",
+            f"---\n{front}---\n# {self.title}",
+            INTRODUCTION,
             _table(["", ""], facts.items()),
-            "## Use\n\n"
-            + "\n\n".join(
-                f"{program}:\n\n```sh\n{line}\n```" for program, line in self.use.items()
-            ),
+            "\n\n".join(["## Use", *commands]),
         ]
         if self.notices:
-            sections.append("## To know\n\n" + "\n".join(f"- {line}" for line in self.notices))
+            lines = "\n".join(f"- {line}" for line in self.notices)
+            sections.append(f"## Notes\n\n{lines}")
         if self.accuracy:
             sections.append(_measured(self.accuracy))
         return "\n\n".join(sections) + "\n"
 
+    def _front_matter(self) -> dict[str, str | list[str]]:
+        front: dict[str, str | list[str]] = {}
+        if self.licence_id:
+            front["license"] = self.licence_id
+        if self.public:
+            front["base_model"] = self.base
+        if self.whole:
+            front["pipeline_tag"] = "text-generation"
+        front["tags"] = ["medusa", "speculative-decoding"]
+        return front
+
 
 def licence_of(folder: Path) -> str:
-    """The licence id that a model's own card tells the hub, or ""."""
+    """Return the licence id in a model's own card, or "" if there is none."""
     card = card_of(folder)
     try:
-        told = (metadata_load(card) or {}).get("license") if card else ""
+        licence = (metadata_load(card) or {}).get("license") if card else ""
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return ""  # no card that a program can read
-    return told if isinstance(told, str) else ""
+        return ""  # the card has no front matter that can be read
+    return licence if isinstance(licence, str) else ""
 
 
 def card_of(folder: Path) -> Path | None:
-    """A model's own card."""
-    return next(
-        (folder / name for name in ("README.md", "MODEL_CARD.md") if (folder / name).is_file()),
-        None,
-    )
+    """Find a model's own card."""
+    files = (folder / name for name in CARDS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _measured(accuracy: Accuracy) -> str:
-    ranks = [k for k in (1, 2, 3, 5, 10) if k <= min(accuracy.widths)]
+    ranks = [rank for rank in RANKS if rank <= min(accuracy.widths)]
     rows = [
-        [str(k), *(f"{row[rank - 1]:.1%}" for rank in ranks)]
-        for k, row in enumerate(accuracy.top, 1)
+        [str(head), *(f"{row[rank - 1]:.1%}" for rank in ranks)]
+        for head, row in enumerate(accuracy.top, 1)
     ]
+    table = _table(["head", *(f"top-{rank}" for rank in ranks)], rows)
     return (
         "## Measured\n\nHow often the model's own greedy token is among a head's likeliest guesses"
-        " (`medusa-chat calibrate`).\n\n"
-        + _table(["head", *(f"top-{rank}" for rank in ranks)], rows)
+        f" (`medusa-chat calibrate`).\n\n{table}"
     )
 
 

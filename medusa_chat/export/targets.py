@@ -1,4 +1,4 @@
-"""The layouts that heads are exported to: names, configs, and what each program asks of them."""
+"""The layouts that heads are exported to: names, configs, and what each program needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medusa_chat.hub.file_names import HEADS_FILE, PICKLE_FILE
+from medusa_chat.text import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is exported.
+    """Heads to export.
 
     Attributes:
-        own: whether each head has an LM head of its own; False: all use the backbone's.
+        layers: residual blocks of a head.
+        own: each head has an LM head of its own; else all use the backbone's.
         base: hub id, or folder, of the backbone.
         width: bytes of a number.
-        model_type: the backbone's, as its config has it.
     """
 
     heads: int
@@ -37,21 +38,29 @@ class Facts:
         """Whether the backbone is named by a hub id."""
         return not Path(self.base).is_absolute()
 
+    @property
+    def lm_head_bytes(self) -> int:
+        """Size of an LM head."""
+        return self.vocabulary * self.hidden * self.width
+
 
 @dataclass(frozen=True)
 class Target:
     """A layout as some program reads it.
 
     Attributes:
+        description: the layout in words.
         naming: key of layouts.names.NAMINGS.
-        file: of the heads; None: they are a shard of the whole model.
-        shared: what becomes of heads that share the backbone's LM head: they are kept so, each gets a copy of it, or
-            (once) the file gets one copy for all.
-        config, use: keys of config.json; command lines by program, given the name of the exported folder.
-        one_block: the program uses one residual block over and over where a head has several.
-        only_shared: there is no place for LM heads of the heads' own.
-        one_layer_shared: heads of several blocks have to have LM heads of their own.
-        backbones: how the names of the only model types begin that the program takes; () for any.
+        file: of the heads; None if they are a shard of the whole model.
+        shared: how heads that share the backbone's LM head are written: without one (keep), each
+            with a copy (copies), or with one copy for all (once).
+        config: returns the keys of config.json.
+        program: a program that reads the layout, or "".
+        command: its command line, with fields for `use`.
+        one_block: the program applies one residual block repeatedly if a head has several.
+        only_shared: heads cannot have LM heads of their own.
+        one_layer_shared: heads of several blocks need LM heads of their own.
+        backbones: prefixes of the model types that the program takes; () for any.
     """
 
     description: str
@@ -59,54 +68,58 @@ class Target:
     file: str | None
     shared: Literal["keep", "copies", "once"]
     config: Callable[[Facts], dict[str, Any]]
-    use: Callable[[Facts, str], dict[str, str]]
+    program: str = ""
+    command: str = ""
     one_block: bool = False
     only_shared: bool = False
     one_layer_shared: bool = False
     backbones: tuple[str, ...] = ()
 
-    @property
-    def one_lm_head(self) -> bool:
-        return self.shared == "once"
-
     def refusal(self, facts: Facts) -> str:
-        """Why heads cannot be written so, or ""."""
+        """Return why heads cannot be written in this layout, or ""."""
         if self.only_shared and facts.own:
-            return "they have LM heads of their own, and it has none; v0.1, tgi, vllm and others keep them"
+            return (
+                "they have LM heads of their own, and it has none; v0.1, tgi, vllm and others keep"
+                " them"
+            )
         return ""
 
     def copies(self, facts: Facts) -> bool:
-        """Whether each head gets a copy of the backbone's LM head."""
+        """Return whether each head gets a copy of the backbone's LM head."""
         if facts.own:
             return False
         return self.shared == "copies" or (self.one_layer_shared and facts.layers > 1)
 
+    def use(self, facts: Facts, name: str) -> dict[str, str]:
+        """Return the command line for an exported folder, by program."""
+        if not self.program:
+            return {}
+        fields = {"name": name, "base": facts.base, "heads": facts.heads, "layers": facts.layers}
+        return {self.program: self.command.format(**fields)}
+
     def notices(self, facts: Facts) -> list[str]:
+        """Return what a user should know, a line each."""
         lines = []
         if self.copies(facts):
-            size = facts.heads * facts.vocabulary * facts.hidden * facts.width
+            size = size_text(facts.heads * facts.lm_head_bytes)
             lines.append(
-                f"each head gets a copy of the LM head, which this layout wants: {_size(size)} more"
+                f"each head gets a copy of the LM head, which this layout needs: {size} more"
             )
-        elif self.one_lm_head and not facts.own:
-            size = facts.vocabulary * facts.hidden * facts.width
+        elif self.shared == "once" and not facts.own:
+            size = size_text(facts.lm_head_bytes)
             lines.append(
-                f"the file holds a copy of the LM head, which this layout wants: {_size(size)} more"
+                f"the file holds a copy of the LM head, which this layout needs: {size} more"
             )
         if self.one_block and facts.layers > 1:
             lines.append(
-                f"the program that reads this layout applies one block {facts.layers} times, not {facts.layers} blocks:"
-                " there the heads will guess badly"
+                f"the program that reads this layout applies one block {facts.layers} times, not"
+                f" {facts.layers} blocks: the heads will guess badly there"
             )
         if self.backbones and not facts.model_type.startswith(self.backbones):
             lines.append(
                 f"the program that reads this layout may not take {facts.model_type} models"
             )
         return lines
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _counts(facts: Facts) -> dict[str, Any]:
@@ -122,17 +135,21 @@ def _version_2(facts: Facts) -> dict[str, Any]:
 
 
 def _tgi(facts: Facts) -> dict[str, Any]:
-    # No `architectures`: with any of its own, TGI finds no speculator there.
+    # No `architectures`: TGI finds no speculator in a config that has any.
     return _official(facts) if facts.own or facts.layers > 1 else _version_2(facts)
+
+
+def _converter_counts(facts: Facts) -> dict[str, Any]:
+    return {"num_medusa_heads": facts.heads, "num_medusa_layers": facts.layers}
 
 
 def _tensorrt(facts: Facts) -> dict[str, Any]:
     # Its converter and its API spell the counts differently.
-    return {**_official(facts), "num_medusa_heads": facts.heads, "num_medusa_layers": facts.layers}
+    return _official(facts) | _converter_counts(facts)
 
 
 def _vllm(facts: Facts) -> dict[str, Any]:
-    # No other key may hold "num" and "heads" or "layers": vLLM would take it for one of these two.
+    # vLLM takes any key with "num" and "heads", or "num" and "layers", for one of these two.
     return {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
@@ -147,91 +164,87 @@ def _vllm(facts: Facts) -> dict[str, Any]:
 
 
 def _modelopt(facts: Facts) -> dict[str, Any]:
-    return {"medusa": {"num_medusa_heads": facts.heads, "num_medusa_layers": facts.layers}}
+    return {"medusa": _converter_counts(facts)}
 
 
-def _use_official(facts: Facts, name: str) -> dict[str, str]:
-    return {"FasterDecoding/Medusa": f"python -m medusa.inference.cli --model {name}"}
-
-
-def _use_tgi(facts: Facts, name: str) -> dict[str, str]:
-    return {
-        "Text Generation Inference": f"text-generation-launcher --model-id {name} --speculate {facts.heads}"
-    }
-
-
-def _use_vllm(facts: Facts, name: str) -> dict[str, str]:
-    settings = f'{{"method": "medusa", "model": "{name}", "num_speculative_tokens": {facts.heads}}}'
-    return {"vLLM": f"vllm serve {facts.base} --speculative-config '{settings}'"}
-
-
-def _use_tensorrt(facts: Facts, name: str) -> dict[str, str]:
-    folders = f"--model_dir {facts.base} --medusa_model_dir {name} --output_dir converted"
-    line = f"python examples/medusa/convert_checkpoint.py {folders}"
-    return {
-        "TensorRT-LLM": f"{line} --num_medusa_heads {facts.heads} --num_medusa_layers {facts.layers}"
-    }
-
-
-def _use_nothing(facts: Facts, name: str) -> dict[str, str]:
-    return {}
-
-
+# Command lines of programs, with fields of `Target.use`.
+OFFICIAL_CLI = "python -m medusa.inference.cli --model {name}"
+TGI_LAUNCHER = "text-generation-launcher --model-id {name} --speculate {heads}"
+VLLM_SERVE = (
+    """vllm serve {base} --speculative-config '{{"method": "medusa", "model": "{name}","""
+    """ "num_speculative_tokens": {heads}}}'"""
+)
+TENSORRT_CONVERT = (
+    "python examples/medusa/convert_checkpoint.py --model_dir {base} --medusa_model_dir {name}"
+    " --output_dir converted --num_medusa_heads {heads} --num_medusa_layers {layers}"
+)
 TARGETS = {
     "v0.1": Target(
         "the official one of Medusa-1",
-        "official",
-        PICKLE_FILE,
-        "copies",
-        _official,
-        _use_official,
+        naming="official",
+        file=PICKLE_FILE,
+        shared="copies",
+        config=_official,
+        program="FasterDecoding/Medusa",
+        command=OFFICIAL_CLI,
         one_block=True,
     ),
     "v2": Target(
         "the official one with the base model's LM head",
-        "official",
-        HEADS_FILE,
-        "keep",
-        _version_2,
-        _use_tgi,
+        naming="official",
+        file=HEADS_FILE,
+        shared="keep",
+        config=_version_2,
+        program="Text Generation Inference",
+        command=TGI_LAUNCHER,
         one_block=True,
         only_shared=True,
     ),
     "v1.0": Target(
         "the official one of Medusa-2, a whole model",
-        "v1.0",
-        None,
-        "copies",
-        _counts,
-        _use_official,
+        naming="v1.0",
+        file=None,
+        shared="copies",
+        config=_counts,
+        program="FasterDecoding/Medusa",
+        command=OFFICIAL_CLI,
         one_block=True,
     ),
     "tgi": Target(
         "Text Generation Inference's",
-        "official",
-        HEADS_FILE,
-        "keep",
-        _tgi,
-        _use_tgi,
+        naming="official",
+        file=HEADS_FILE,
+        shared="keep",
+        config=_tgi,
+        program="Text Generation Inference",
+        command=TGI_LAUNCHER,
         one_layer_shared=True,
     ),
-    "vllm": Target("vLLM's", "vllm", "model.safetensors", "once", _vllm, _use_vllm),
+    "vllm": Target(
+        "vLLM's",
+        naming="vllm",
+        file="model.safetensors",
+        shared="once",
+        config=_vllm,
+        program="vLLM",
+        command=VLLM_SERVE,
+    ),
     "tensorrt-llm": Target(
-        "what TensorRT-LLM converts",
-        "official",
-        HEADS_FILE,
-        "copies",
-        _tensorrt,
-        _use_tensorrt,
+        "the input of TensorRT-LLM's converter",
+        naming="official",
+        file=HEADS_FILE,
+        shared="copies",
+        config=_tensorrt,
+        program="TensorRT-LLM",
+        command=TENSORRT_CONVERT,
         backbones=("llama", "qwen"),
     ),
     "modelopt": Target(
-        "NVIDIA ModelOpt's, a whole model (TensorRT-LLM reads it with scales for FP8 only, which are not there)",
-        "modelopt",
-        None,
-        "copies",
-        _modelopt,
-        _use_nothing,
+        "NVIDIA ModelOpt's, a whole model (TensorRT-LLM needs scales for FP8 too, which it lacks)",
+        naming="modelopt",
+        file=None,
+        shared="copies",
+        config=_modelopt,
         one_block=True,
     ),
 }

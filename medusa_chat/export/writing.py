@@ -1,12 +1,9 @@
-"""Heads in the layout that another program reads: written, read back, compared, and only then in place."""
+"""Heads written in the layout of another program, read back, compared, and then put in place."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,35 +15,38 @@ from torch.nn import functional
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
-from medusa_chat.export.backbone_files import LICENCES, BackboneFiles, write_json, write_tensors
+from medusa_chat.export.backbone_files import BackboneFiles
 from medusa_chat.export.card import Card, card_of, licence_of
+from medusa_chat.export.folder import RECORD_FILE, check_folder, replaced_folder
 from medusa_chat.export.targets import TARGETS, Facts, Target
+from medusa_chat.files import write_json, write_text
 from medusa_chat.hub import fetch as hub
+from medusa_chat.hub.model_list import split_revision
+from medusa_chat.machine.devices import choose_dtype
 from medusa_chat.model.layouts import find_heads, read_heads
-from medusa_chat.model.layouts.said import read_config
-from medusa_chat.model.layouts.write import named_tensors
-from medusa_chat.model.loading import DTYPES, heads_file
+from medusa_chat.model.layouts.write import named_tensors, write_tensors
+from medusa_chat.model.loading import heads_file
+from medusa_chat.text import first_line
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from medusa_chat.model.heads import MedusaHeads
 
-RECORD_FILE = (
-    "medusa_chat_export.json"  # by which a later export knows that it may replace a folder
-)
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+TOKEN = re.compile(r"\bhf_\w+")
+COMPARED_ROWS = 4  # random hidden states whose logits have to be the same
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is asked for.
+    """Settings of an export.
 
     Attributes:
-        dtype: key of DTYPES; None keeps that of the heads' file.
+        layout: key of TARGETS.
+        dtype: number format; None keeps that of the heads' file.
         push: hub id of the repository to upload to.
-        overwrite: replace a folder that is no earlier export.
+        overwrite: also replace a folder that is no earlier export.
     """
 
     layout: str
@@ -56,207 +56,197 @@ class Export:
     private: bool = False
     overwrite: bool = False
 
+    @property
+    def name(self) -> str:
+        """Name of the export for other programs."""
+        return self.push or self.out.resolve().name
+
+    @property
+    def target(self) -> Target:
+        """The layout."""
+        return TARGETS[self.layout]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export, but for its heads.
+
+    Attributes:
+        folder: of the file of its heads.
+        lm_head: [V, hidden], the backbone's; None if the heads have LM heads of their own.
+    """
+
+    spec: ModelSpec
+    files: BackboneFiles
+    folder: Path
+    facts: Facts
+    lm_head: Tensor | None
+    notices: tuple[str, ...]
+
 
 def export(spec: ModelSpec, job: Export) -> list[str]:
-    """Write a model's heads in a layout; returns notices, a line each.
+    """Write a model's heads in a layout, and upload them if asked to.
+
+    Returns:
+        Lines for the user.
 
     Raises:
-        UserError: the layout cannot hold these heads, a file cannot be read or written, the folder is taken, or what
-            was written does not read back as what it was; then nothing is left of it.
+        UserError: the layout cannot hold these heads, a file cannot be read or written, the folder
+            is taken, the heads do not read back as they were, or the upload fails. Nothing is left
+            of a failed export.
     """
-    if job.push and not _HUB_ID.fullmatch(job.push):
+    if job.push and not HUB_ID.fullmatch(job.push):
         raise UserError(f"--push takes OWNER/NAME, not {job.push!r}")
-    target = TARGETS[job.layout]
-    files = BackboneFiles.of(hub.local(spec.backbone))
-    source = heads_file(spec)
-    if source is None:
-        raise UserError(f"{spec.name} has no Medusa heads to export")
-    _check_out(job, {files.folder, source.parent})
-    dtype = DTYPES[job.dtype] if job.dtype else None
-    read = read_heads(source, files.hidden, files.vocabulary, dtype=dtype)
-    lm_head = files.lm_head().to(read.heads.weight.dtype) if read.heads.lm_heads is None else None
-    facts = _facts(spec, files, read.heads)
-    if refusal := target.refusal(facts):
+    source, heads = _read(spec, job)
+    facts = source.facts
+    if refusal := job.target.refusal(facts):
         raise UserError(f"these heads cannot be written in the layout {job.layout}: {refusal}")
-    notices = list(read.notices)  # of files on this machine, so that they are not for the card
+    with replaced_folder(job.out) as folder:
+        _write(folder, job.target, source, heads)
+        copy_documents(folder, source)
+        expected = _logits(heads, source.lm_head)
+        del heads  # large heads are not held twice
+        check_written(folder, source, expected)
+        write_card(folder, job, source)
+        record = {"layout": job.layout, "base": facts.base, "medusa_chat": __version__}
+        write_json(folder / RECORD_FILE, record, indent=2)
+    if job.push:
+        _push(job.push, job)
+    notices = [*source.notices, *job.target.notices(facts)]
     if job.push and not facts.public:
         notices.append(
             f"the base model is named by its folder, {facts.base}: others need a hub id there"
         )
-    with _new_folder(job.out) as folder:
-        _write(folder, target, facts, read.heads, lm_head, files)
-        _travel_along(folder, files, source.parent)
-        logits = _logits(read.heads, lm_head)
-        del read  # large heads are not held twice
-        _read_back(folder, facts, lm_head, logits)
-        _write_card(folder, job, spec, files, facts)
-        write_json(
-            folder / RECORD_FILE,
-            {"layout": job.layout, "base": facts.base, "medusa_chat": __version__},
-        )
-    if job.push:
-        _push(job)
-    return [*notices, *target.notices(facts)]
+    return notices
 
 
-def _facts(spec: ModelSpec, files: BackboneFiles, heads: MedusaHeads) -> Facts:
-    named, _ = hub.split_revision(spec.backbone)
-    if Path(spec.backbone).is_dir():
-        told = str(files.config.get("_name_or_path") or "")
-        named = (
-            told
-            if _HUB_ID.fullmatch(told) and not Path(told).exists()
-            else str(files.folder.resolve())
-        )
-    return Facts(
-        heads.heads,
-        heads.layers,
-        files.hidden,
-        files.vocabulary,
-        heads.lm_heads is not None,
-        named,
-        heads.weight.element_size(),
-        str(files.config.get("model_type", "")),
+def _read(spec: ModelSpec, job: Export) -> tuple[Source, MedusaHeads]:
+    """Read the model and its heads, once the folder is known to be free."""
+    files = BackboneFiles.of(hub.local(spec.backbone))
+    file = heads_file(spec)
+    if file is None:
+        raise UserError(f"{spec.name} has no Medusa heads to export")
+    check_folder(job.out, {files.folder, file.parent}, job.overwrite)
+    dtype = choose_dtype(torch.device("cpu"), job.dtype) if job.dtype else None
+    read = read_heads(file, files.hidden, files.vocabulary, dtype=dtype)
+    heads = read.heads
+    lm_head = files.lm_head().to(heads.weight.dtype) if heads.lm_heads is None else None
+    facts = Facts(
+        heads=heads.heads,
+        layers=heads.layers,
+        hidden=files.hidden,
+        vocabulary=files.vocabulary,
+        own=heads.lm_heads is not None,
+        base=_base(spec, files),
+        width=heads.weight.element_size(),
+        model_type=str(files.config.get("model_type", "")),
     )
+    return Source(spec, files, file.parent, facts, lm_head, read.notices), heads
 
 
-def _write(
-    folder: Path,
-    target: Target,
-    facts: Facts,
-    heads: MedusaHeads,
-    lm_head: Tensor | None,
-    files: BackboneFiles,
-) -> None:
-    tensors = dict(named_tensors(heads, target.naming, lm_head if target.copies(facts) else None))
+def _base(spec: ModelSpec, files: BackboneFiles) -> str:
+    """Return the backbone's hub id, or its folder if it has none."""
+    if not Path(spec.backbone).is_dir():
+        return split_revision(spec.backbone)[0]
+    named = str(files.config.get("_name_or_path") or "")
+    if HUB_ID.fullmatch(named) and not Path(named).exists():
+        return named
+    return str(files.folder.resolve())
+
+
+def _write(folder: Path, target: Target, source: Source, heads: MedusaHeads) -> None:
+    copied = source.lm_head if target.copies(source.facts) else None
+    tensors = dict(named_tensors(heads, target.naming, copied))
+    config = target.config(source.facts)
     if target.file is None:
-        files.copy_with(tensors, folder, target.config(facts))
+        source.files.copy_with(tensors, folder, config)
         return
-    if target.one_lm_head and lm_head is not None:
-        tensors["lm_head.weight"] = lm_head
+    if target.shared == "once" and source.lm_head is not None:
+        tensors["lm_head.weight"] = source.lm_head
     write_tensors(tensors, folder / target.file)
-    write_json(folder / "config.json", target.config(facts))
+    write_json(folder / "config.json", config, indent=2)
 
 
-def _travel_along(folder: Path, files: BackboneFiles, heads: Path) -> None:
-    """Licence and card of the base, which may ask for attribution, and what was measured of the heads."""
+def copy_documents(folder: Path, source: Source) -> None:
+    """Copy the base's licence and card, which may ask for attribution, and the accuracies."""
+    base = source.files.folder
     for pattern in LICENCES:
-        for file in files.folder.glob(pattern):
+        for file in base.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    if card := card_of(files.folder):
+    if card := card_of(base):
         shutil.copyfile(card, folder / "BASE_MODEL_CARD.md")
-    if (heads / ACCURACY_FILE).is_file():
-        shutil.copyfile(heads / ACCURACY_FILE, folder / ACCURACY_FILE)
+    accuracy = source.folder / ACCURACY_FILE
+    if accuracy.is_file():
+        shutil.copyfile(accuracy, folder / ACCURACY_FILE)
+
+
+def check_written(folder: Path, source: Source, expected: Tensor) -> None:
+    """Read the written heads; raises UserError unless they give the expected logits."""
+    file = find_heads(folder)
+    if file is None:
+        raise UserError(f"the heads written to {folder} cannot be found again, and are removed")
+    files = source.files
+    read = read_heads(file, files.hidden, files.vocabulary, lm_head=source.lm_head)
+    if not torch.equal(_logits(read.heads, source.lm_head), expected):
+        raise UserError(
+            f"the heads written as {file.name} give other logits when they are read back, and are"
+            " removed"
+        )
 
 
 def _logits(heads: MedusaHeads, lm_head: Tensor | None) -> Tensor:
-    """Logits of a few random hidden states, by the same operations whoever owns the LM heads: [K, n, V]."""
+    """Guess for random hidden states, alike whoever owns the LM heads: [K, n, V]."""
     generator = torch.Generator().manual_seed(0)
     weight = heads.weight
     with torch.inference_mode():
-        hidden = torch.randn(4, weight.shape[-1], generator=generator).to(weight.dtype)
+        hidden = torch.randn(COMPARED_ROWS, weight.shape[-1], generator=generator).to(weight.dtype)
         projections = [lm_head] * heads.heads if heads.lm_heads is None else heads.lm_heads
         pairs = zip(heads.features(hidden), projections, strict=True)
         return torch.stack([functional.linear(x, w) for x, w in pairs if w is not None])
 
 
-def _read_back(folder: Path, facts: Facts, lm_head: Tensor | None, logits: Tensor) -> None:
-    file = find_heads(folder)
-    if file is None:
-        raise UserError(f"what was written to {folder} cannot be found again, and is removed")
-    heads = read_heads(file, facts.hidden, facts.vocabulary, lm_head=lm_head).heads
-    if not torch.equal(_logits(heads, lm_head), logits):
-        raise UserError(
-            f"what was written as {file.name} gives other logits when it is read back, and is removed"
-        )
-
-
-def _write_card(
-    folder: Path, job: Export, spec: ModelSpec, files: BackboneFiles, facts: Facts
-) -> None:
-    target, told = TARGETS[job.layout], licence_of(files.folder)
-    name = job.push or job.out.resolve().name
+def write_card(folder: Path, job: Export, source: Source) -> None:
+    """Write the model card."""
+    target, facts = job.target, source.facts
+    base = facts.base
+    licence_id = licence_of(source.files.folder)
     own = facts.own or target.copies(facts)
+    plural = "s" if facts.layers > 1 else ""
     rows = {
-        "heads": f"{facts.heads}, of {facts.layers} residual block{'s' * (facts.layers > 1)} each",
+        "heads": f"{facts.heads}, of {facts.layers} residual block{plural} each",
         "LM heads": "one for each head" if own else "the base model's",
         "layout": f"{job.layout}: {target.description}",
     }
     whole = target.file is None
-    here = (
-        f"medusa-chat --model {name}"
-        if whole
-        else f"medusa-chat --model {facts.base} --heads {name}"
-    )
+    title, command = f"Medusa heads for {base}", f"medusa-chat --model {base} --heads {job.name}"
+    if whole:
+        title = f"{base.rpartition('/')[2]} with Medusa heads"
+        command = f"medusa-chat --model {job.name}"
     card = Card(
-        f"{facts.base.rpartition('/')[2]} with Medusa heads"
-        if whole
-        else f"Medusa heads for {facts.base}",
-        facts.base,
-        facts.public,
-        told or spec.licence,
-        told,
-        whole,
-        rows,
-        {"medusa-chat": here, **target.use(facts, name)},
-        tuple(target.notices(facts)),
-        read_accuracy(folder / ACCURACY_FILE),
+        title=title,
+        base=base,
+        public=facts.public,
+        licence=licence_id or source.spec.licence,
+        licence_id=licence_id,
+        whole=whole,
+        facts=rows,
+        use={"medusa-chat": command, **target.use(facts, job.name)},
+        notices=tuple(target.notices(facts)),
+        accuracy=read_accuracy(folder / ACCURACY_FILE),
     )
-    (folder / "README.md").write_text(card.text(), encoding="utf-8")
+    write_text(folder / "README.md", card.text())
 
 
-def _check_out(job: Export, sources: set[Path]) -> None:
-    """Refuse to replace what is not ours to replace."""
-    out = job.out.resolve()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {job.out} is a file; it has to be a folder")
-    if any(place.resolve().is_relative_to(out) for place in (*sources, Path.cwd(), Path.home())):
-        raise UserError(
-            f"--out {job.out} holds the model, or the folder that you are in; choose another one"
-        )
-    if not out.is_dir() or job.overwrite or not any(out.iterdir()):
-        return
-    if "layout" not in read_config(out / RECORD_FILE):
-        raise UserError(f"--out {job.out} holds other files; --overwrite replaces the folder")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` at the end, or is removed if anything goes wrong."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        new, old = work / "new", work / "old"
-        new.mkdir()  # with the permissions that folders have here, which those of `work` are not
-        yield new
-        try:
-            if out.exists():
-                os.rename(out, old)
-            os.rename(new, out)
-        except BaseException:
-            if old.exists() and not out.exists():
-                os.rename(old, out)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _push(job: Export) -> None:
-    """Upload the folder; the token is huggingface_hub's affair."""
-    assert job.push
+def _push(repository: str, job: Export) -> None:
+    """Upload the folder; huggingface_hub finds the token."""
     try:
         api = HfApi()
-        api.create_repo(job.push, private=job.private, exist_ok=True)
-        api.upload_folder(
-            repo_id=job.push,
-            folder_path=job.out,
-            commit_message=f"Medusa heads in the layout {job.layout}",
-        )
+        api.create_repo(repository, private=job.private, exist_ok=True)
+        message = f"Medusa heads in the layout {job.layout}"
+        api.upload_folder(repo_id=repository, folder_path=job.out, commit_message=message)
     except Exception as error:  # network, authorization, names: huggingface_hub raises many kinds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = re.sub(r"\bhf_\w+", "hf_***", lines[0] if lines else type(error).__name__)
+        reason = TOKEN.sub("hf_***", first_line(error))
         raise UserError(
-            f"cannot upload to {job.push}: {reason}; the files are in {job.out}"
+            f"cannot upload to {repository}: {reason}; the files are in {job.out}"
         ) from None

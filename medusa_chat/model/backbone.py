@@ -1,4 +1,4 @@
-"""Any transformers causal LM with rewindable attention behind hidden(tokens, positions, mask) and logits(hidden)."""
+"""Any transformers causal LM whose attention can be rewound, as a runner of tree nodes."""
 
 from __future__ import annotations
 
@@ -13,58 +13,68 @@ from medusa_chat.model.attention import tree_attention as attention
 from medusa_chat.model.attention.choice import FasterAttention
 from medusa_chat.model.cache import KVCache
 
-_REWINDABLE = {"full_attention", "sliding_attention"}
+FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers that can be rewound
+UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
 
 
 def check_rewindable(model_class: Any, config: Any) -> None:
     """Raise UserError for a backbone whose state cannot drop rejected tokens."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(model_class, "_is_stateful", False) or kinds - _REWINDABLE:
-        odd = ", ".join(sorted(kinds - _REWINDABLE)) or "recurrent state"
+    others = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if getattr(model_class, "_is_stateful", False) or others:
+        names = ", ".join(sorted(others)) or "recurrent state"
         raise UserError(
-            f"{config.model_type} models have layers ({odd}) that cannot take back rejected guesses;"
-            " Medusa needs plain or sliding-window attention in every layer"
+            f"{config.model_type} models have layers ({names}) that cannot take back rejected"
+            " guesses; Medusa needs plain or sliding-window attention in every layer"
         )
 
 
 class Backbone:
-    """A causal LM, its masks and its cache shapes.
+    """A causal LM with its masks and the shapes of its cache.
 
     Attributes:
-        model: the transformers model, in eval mode, loaded with the attention function of model/attention/tree_attention.py.
-        attend: how `hidden_at` attends.
+        model: the transformers model, in eval mode, with tree attention.
+        config: the config of its text part.
+        attend: the implementation of attention over a fixed span, for `hidden_at`.
     """
 
     def __init__(self, model: Any) -> None:
+        """Switch a transformers model to tree attention.
+
+        Raises:
+            UserError: the model cannot be rewound, or does not follow tree attention.
+        """
         config = model.config.get_text_config()
         check_rewindable(type(model), config)
         self.model = model.eval().requires_grad_(False)
         self.config = config
-        kinds = getattr(config, "layer_types", None) or ()
-        self._window = getattr(config, "sliding_window", None)
-        if kinds and "sliding_attention" not in kinds:
-            self._window = None
-        self._mixed = len(set(kinds)) > 1
+        self.attend: attention.Attend = attention.torch_attention
+        if self.device.type == "cuda":
+            self.attend = FasterAttention()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self._mixed = len(kinds) > 1
+        sliding = not kinds or SLIDING in kinds
+        self._window = getattr(config, "sliding_window", None) if sliding else None
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self.attend: attention.Attend = (
-            FasterAttention() if self.device.type == "cuda" else attention.plain
-        )
-        takes = inspect.signature(model.base_model.forward).parameters
-        self._cache_argument = (
-            "cache" if "cache" in takes else "past_key_values"
-        )  # renamed in transformers 5.24
-        self._set_attention()
+        parameters = inspect.signature(model.base_model.forward).parameters
+        # transformers 5.24 renamed it.
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._use_tree_attention()
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """The device of the weights."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+        """The dtype of hidden states and cache."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
 
     @property
     def hidden_size(self) -> int:
+        """Width of a hidden state."""
         return int(self.config.hidden_size)
 
     @property
@@ -79,40 +89,41 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """Positions that the backbone was made for, with one encoding: longrope switches where its first part ends."""
-        made_for = int(getattr(self.config, "max_position_embeddings", None) or 4096)
+        """Positions that the model was made for, with one encoding of them.
+
+        Longrope switches to another encoding where its first part ends.
+        """
+        positions = int(getattr(self.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
         scaling = getattr(self.config, "rope_parameters", None) or {}
         if scaling.get("rope_type") == "longrope":
-            return min(made_for, int(scaling["original_max_position_embeddings"]))
-        return made_for
+            return min(positions, int(scaling["original_max_position_embeddings"]))
+        return positions
 
     def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache of `capacity` positions."""
+        """Make an empty cache of `capacity` positions."""
         config = self.config
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return KVCache(
-            config.num_hidden_layers, kv_heads, head_dim, capacity, self.dtype, self.device
-        )
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = config.num_hidden_layers
+        return KVCache(layers, kv_heads, head_dim, capacity, self.dtype, self.device)
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, ancestors: Tensor | None, cache: KVCache
     ) -> Tensor:
-        """Run n rows behind the cached text.
+        """Run n rows after the cached text.
 
         Args:
-            tokens: [n]; positions: [n], the text position of each row.
+            tokens: [n].
+            positions: [n], the text position of each row.
             ancestors: additive [n, n], which row sees which; None for a single row.
+            cache: gets the rows' keys and values, which are not committed yet.
 
         Returns:
-            [n, hidden]: the last hidden states, after the final norm. Their keys and values stand in the cache,
-            not yet committed.
+            [n, hidden]: the last hidden states, after the final norm.
         """
-        return self._forward(
-            tokens, positions, self._masks(ancestors, positions, cache.length), cache
-        )
+        masks = self._masks(ancestors, positions, cache.length)
+        return self._forward(tokens, positions, masks, cache)
 
     def hidden_at(
         self,
@@ -123,17 +134,38 @@ class Backbone:
         span: int,
         cache: KVCache,
     ) -> Tensor:
-        """The same with shapes that do not depend on the text, whose length `start` [] is read on the device alone.
+        """Run n rows as `hidden` does, with shapes that do not depend on the text's length.
 
         Args:
-            ancestors: bool [n, n]; span: positions of the cache that are read, start + n at least.
+            tokens: [n].
+            positions: [n], the text position of each row.
+            ancestors: bool [n, n], which row sees which.
+            start: [], the text's length, which is read on the device only.
+            span: positions of the cache that are read, at least start + n.
+            cache: gets the rows' keys and values.
+
+        Returns:
+            [n, hidden]
         """
         mask = attention.TreeMask.of(ancestors, positions, start, span, self.dtype, self.attend)
-        near = mask if self._window is None else mask.within(self._window)
-        masks = {"full_attention": mask, "sliding_attention": near} if self._mixed else near
+        near = mask if self._window is None else mask.with_window(self._window)
         places = start + torch.arange(len(tokens), device=tokens.device)
         with cache.at(places, span):
-            return self._forward(tokens, positions, masks, cache)
+            return self._forward(tokens, positions, self._by_kind(mask, near), cache)
+
+    def hidden_of_text(self, tokens: Tensor) -> Tensor:
+        """Run a whole text, apart from any conversation: [n] -> [n, hidden]."""
+        n = len(tokens)
+        chain = attention.chain_mask(n, self.dtype, self.device)
+        positions = torch.arange(n, device=self.device)
+        return self.hidden(tokens, positions, chain, self.new_cache(n))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the LM head as the model's own forward does: [n, hidden] -> [n, V]."""
+        logits: Tensor = self.lm_head(hidden)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
 
     def _forward(self, tokens: Tensor, positions: Tensor, masks: Any, cache: KVCache) -> Tensor:
         output = self.model.base_model(
@@ -146,63 +178,43 @@ class Backbone:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def hidden_of_text(self, tokens: Tensor) -> Tensor:
-        """Last hidden states of a whole text, apart from any conversation: [n] -> [n, hidden]."""
-        n, device = len(tokens), self.device
-        chain = attention.chain_mask(n, self.dtype, device)
-        return self.hidden(tokens, torch.arange(n, device=device), chain, self.new_cache(n))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, V], as the model's own forward gives them."""
-        logits: Tensor = self.lm_head(hidden)
-        if self._softcap:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
-
     def _masks(self, ancestors: Tensor | None, positions: Tensor, length: int) -> Any:
-        """What the model takes as attention_mask: one mask, or one for each kind of layer."""
+        """The model's attention_mask for rows after `length` positions."""
         if ancestors is None:
             ancestors = torch.zeros(1, 1, dtype=self.dtype, device=self.device)
-        mask = attention.full_mask(ancestors, length)
-        if self._window is None:
-            return mask
-        # No row lies further along than length + n, so a shorter text can't outgrow the window.
-        near = (
-            mask
-            if mask.shape[-1] <= self._window
-            else attention.windowed(mask, positions, length, self._window)
-        )
-        return {"full_attention": mask, "sliding_attention": near} if self._mixed else near
+        mask = near = attention.full_mask(ancestors, length)
+        # No row's position exceeds length + n, so a shorter text cannot outgrow the window.
+        if self._window is not None and mask.shape[-1] > self._window:
+            near = attention.windowed(mask, positions, length, self._window)
+        return self._by_kind(mask, near)
+
+    def _by_kind(self, mask: Tensor, near: Tensor) -> Any:
+        """One mask, or one for each kind of layer if the model has both."""
+        return {FULL: mask, SLIDING: near} if self._mixed else near
 
     @torch.inference_mode()
-    def _set_attention(self) -> None:
-        """Switch to tree attention, and refuse a model that it would not follow before it gives wrong text.
+    def _use_tree_attention(self) -> None:
+        """Switch to tree attention, and refuse a model that would then give wrong text.
 
-        The text (0, 1, 1) is run as a tree with a stray 0 beside the second token: the logits have to be those
-        of the model's own attention over the text alone.
+        The text (0, 1, 1) is run as a tree with another 0 next to the second token. Its logits
+        have to be those of the model's own attention over the text.
         """
-        text, rows = [0, 1, 1], torch.tensor([0, 1, 3], device=self.device)
-        ancestors = torch.tensor(
-            [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], device=self.device
-        ).bool()
-        theirs = (
-            self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False)
-            .logits[0]
-            .float()
-        )
+        text = torch.tensor([[0, 1, 1]], device=self.device)
+        expected = self.model(input_ids=text, use_cache=False).logits[0].float()
+        kind = self.config.model_type
         try:
             self.model.set_attn_implementation(attention.register())
-            tokens, positions = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 2]], device=self.device)
-            mask = attention.additive(ancestors, self.dtype)
-            ours = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))[
-                rows
-            ].float()
+            logits = self._logits_of_tree()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.config.model_type} models do not take tree attention: {error!r}"
-            ) from None
+            raise UserError(f"{kind} models do not take tree attention: {error!r}") from None
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
-        if not (ours - theirs).abs().max() <= tolerance * theirs.abs().max():
-            raise UserError(
-                f"{self.config.model_type} models attend or make logits in a way that is not supported"
-            )
+        if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
+            raise UserError(f"{kind} models attend or make logits in a way that is not supported")
+
+    def _logits_of_tree(self) -> Tensor:
+        """Logits of the tree's nodes that spell the text (0, 1, 1): [3, V]."""
+        tokens, positions = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 2]], device=self.device)
+        ancestors = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]])
+        mask = attention.additive(ancestors.bool().to(self.device), self.dtype)
+        logits = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))
+        return logits[torch.tensor([0, 1, 3], device=self.device)].float()

@@ -1,4 +1,4 @@
-"""KVCache: one preallocated buffer for all layers, with rows that can be kept, dropped and rewound."""
+"""KVCache: one preallocated buffer for all layers, whose rows can be kept, dropped and rewound."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 
 class KVCache(Cache):
-    """Keys and values of one text, [2, layers, kv_heads, capacity, head_dim].
+    """Keys and values of one text.
 
-    A forward writes its rows behind `length`; `commit` keeps some of them, `rewind` drops committed ones.
-    Sliding-window layers get the full length too: their mask does the sliding, so that they can be rewound.
+    A forward writes its rows from `length` on; `commit` keeps some of them, `rewind` drops
+    committed ones. Sliding-window layers get the full length too, because a buffer that slides
+    could not be rewound: their mask limits what they see.
+
+    Attributes:
+        buffer: [2, layers, kv_heads, capacity, head_dim].
+        length: committed positions.
+        places: [n], where a forward writes its rows inside `at`; None elsewhere.
+        span: positions that a forward reads inside `at`.
     """
 
     def __init__(
@@ -31,53 +38,57 @@ class KVCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # Zeros: a step that reads a fixed span masks what is not text yet, which must be finite for that.
-        self.buffer = torch.zeros(
-            2, layers, kv_heads, capacity, head_dim, dtype=dtype, device=device
-        )
+        # Zeros: a step over a fixed span also reads unwritten positions, which must be finite for
+        # the mask to hide them.
+        shape = (2, layers, kv_heads, capacity, head_dim)
+        self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
-        self.places: Tensor | None = (
-            None  # [n], where a forward writes its rows if not behind `length`
-        )
+        self.places: Tensor | None = None
         self.span = capacity
         super().__init__(layers=[_Layer(self, layer) for layer in range(layers)])
 
     @property
     def capacity(self) -> int:
+        """Positions that the buffer can hold."""
         return self.buffer.shape[3]
 
     def commit(self, rows: tuple[int, ...]) -> None:
         """Keep these rows of the last forward, in this order, as the text's next positions."""
-        start, stop = self.length, self.length + len(rows)
+        start = self.length
+        stop = start + len(rows)
         if rows != tuple(range(len(rows))):
             kept = torch.tensor(rows, device=self.buffer.device) + start
             self.buffer[:, :, :, start:stop] = self.buffer.index_select(3, kept)
         self.length = stop
 
+    def rewind(self, length: int) -> None:
+        """Drop all but the first `length` positions; raises ValueError if there are fewer."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind {self.length} positions to {length}")
+        self.length = length
+
     def fill(self, length: int) -> None:
-        """Commit zeros up to `length` positions: enough to time a step behind a text that nobody reads."""
+        """Commit zeros up to `length` positions, to time steps after a text of that length."""
         self.buffer[:, :, :, self.length : length] = 0
         self.length = length
 
     @contextmanager
     def at(self, places: Tensor, span: int) -> Iterator[None]:
-        """Inside, a forward writes its rows at `places` [n], a tensor of the device, and reads `span` positions."""
-        self.places, self.span = places, span
+        """Make forwards write their rows at `places` [n] and read `span` positions."""
+        self.places = places
+        self.span = span
         try:
             yield
         finally:
             self.places = None
 
     def move(self, start: Tensor, rows: Tensor) -> None:
-        """Put these rows [m] behind `start` [], in this order, from `start` on; `commit` has to count them still."""
+        """Move rows [m] of a forward at `start` [] to the positions from `start` on, in this order.
+
+        The rows count from `start`. `commit` still has to count them as text.
+        """
         places = start + torch.arange(len(rows), device=rows.device)
         self.buffer.index_copy_(3, places, self.buffer.index_select(3, start + rows))
-
-    def rewind(self, length: int) -> None:
-        """Drop what lies behind the first `length` positions."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind {self.length} positions to {length}")
-        self.length = length
 
 
 class _Layer(CacheLayerMixin):
@@ -86,33 +97,32 @@ class _Layer(CacheLayerMixin):
     def __init__(self, cache: KVCache, layer: int) -> None:
         super().__init__()
         self.cache = cache
-        self.keys: Tensor
-        self.values: Tensor
-        self.keys, self.values = (
-            cache.buffer[0, layer].unsqueeze(0),
-            cache.buffer[1, layer].unsqueeze(0),
-        )
+        self.keys: Tensor = cache.buffer[0, layer].unsqueeze(0)
+        self.values: Tensor = cache.buffer[1, layer].unsqueeze(0)
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write n rows behind the committed length; returns keys and values [1, kv_heads, length + n, head_dim]."""
+        """Write n rows; returns the keys and values to read, [1, kv_heads, T, head_dim] each."""
         if key_states.shape[1::2] != self.keys.shape[1::2]:
             raise UserError(
-                "this backbone's layers differ in their key and value shapes, which one cache can't hold"
+                "this backbone's layers differ in the shapes of their keys and values, which one"
+                " cache cannot hold"
             )
         if self.cache.places is not None:
             self.keys.index_copy_(2, self.cache.places, key_states)
             self.values.index_copy_(2, self.cache.places, value_states)
-            return self.keys[:, :, : self.cache.span], self.values[:, :, : self.cache.span]
-        stop = self.cache.length + key_states.shape[2]
-        self.keys[:, :, self.cache.length : stop] = key_states
-        self.values[:, :, self.cache.length : stop] = value_states
+            stop = self.cache.span
+        else:
+            start = self.cache.length
+            stop = start + key_states.shape[2]
+            self.keys[:, :, start:stop] = key_states
+            self.values[:, :, start:stop] = value_states
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The buffer is there from the start."""
+        """Do nothing: the buffer exists from the start."""
 
     def get_seq_length(self) -> int:
         return self.cache.length

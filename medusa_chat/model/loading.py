@@ -1,54 +1,37 @@
-"""ModelSpec -> Backbone + MedusaHeads + tokenizer; what goes wrong is one line for the user."""
+"""A ModelSpec becomes a backbone, heads and a tokenizer, ready to decode."""
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging as transformers_logging
-
-from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
+from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory
-from medusa_chat.machine.devices import frugal_heap
-from medusa_chat.model.backbone import Backbone, check_rewindable
+from medusa_chat.machine.devices import choose_device, choose_dtype, frugal_heap
+from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, decoding_heads
-from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
-from medusa_chat.model.linear.joined import fuse_linears
-from medusa_chat.model.linear.packed import leave_files, pack_linears
-from medusa_chat.model.linear.quantization import (
-    as_quant,
-    check_quantization,
-    compute_dtype,
-    quantization_config,
-    settle_4bit,
-)
+from medusa_chat.model.layouts import HEADS_FILE, ReadHeads, find_heads, read_heads
+from medusa_chat.model.linear.joined import join_linears
+from medusa_chat.model.linear.packed import detach_from_files, pack_linears
+from medusa_chat.model.linear.quantization import as_quant, prepare_4bit
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import ChatTemplate, resolve_template
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_CPU = torch.device("cpu")
+    import torch
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a spec names, ready to decode.
+    """A model, ready to decode.
 
     Attributes:
-        accuracy: the file that holds the heads' measured accuracies, which need not be there yet; None for a model
-            without heads.
-        notices: what the user should know, a line each.
+        accuracy: the file of the heads' measured accuracies, which may not exist yet; None for a
+            model without heads.
+        notices: lines for the user.
     """
 
     backbone: Backbone
@@ -60,231 +43,101 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec,
-    device: str = "auto",
-    dtype: str | None = None,
-    files: hub.Files | None = None,
-    *,
-    context: int | None = None,
-    ignore_memory: bool = False,
-    fuse: bool = True,
+    spec: ModelSpec, options: LoadOptions = LoadOptions(), files: hub.Files | None = None
 ) -> Loaded:
     """Load a backbone, its heads and its tokenizer.
 
     Args:
-        files: where they lie, if that is known already; otherwise they are fetched.
-        context: tokens that the engine's cache will hold, for the check that all fits into memory.
-        ignore_memory: load without that check.
-        fuse: join matmuls that read the same rows (model/linear/joined.py); off only to measure what that brings.
+        spec: the model, with its quantization and its template.
+        options: device, dtype, context (for the memory check), ignore_memory and fuse are read.
+        files: the local files of `spec`; they are fetched if not given.
 
     Raises:
-        UserError: for all that is the user's to put right.
+        UserError: a file, the device or the memory does not allow it.
     """
-    chosen = choose_device(device)
-    number = choose_dtype(chosen, dtype)
+    device = choose_device(options.device)
+    dtype = choose_dtype(device, options.dtype)
     files = files or hub.fetch(spec)
-    here = replace(
-        spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None
-    )
-    if not ignore_memory:
-        memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
+    heads = str(files.heads) if files.heads else None
+    local = replace(spec, backbone=str(files.backbone), heads=heads)
+    if not options.ignore_memory:
+        load = memory.load_of(spec, str(device), options.context, dtype.itemsize)
+        memory.check(local, load)
     with frugal_heap():
-        return _read(spec, here, chosen, number, list(files.notices), fuse)
+        loaded = _load(spec, local, device, dtype, options.fuse)
+    return replace(loaded, notices=(*files.notices, *loaded.notices))
 
 
-def _read(
-    spec: ModelSpec,
-    here: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    notices: list[str],
-    fuse: bool,
+def _load(
+    spec: ModelSpec, local: ModelSpec, device: torch.device, dtype: torch.dtype, join: bool
 ) -> Loaded:
-    """What `spec` names, from the files that `here` names."""
-    model, tokenizer = load_pretrained(here, dtype, spec.quant, device, notices)
+    """Load `spec` from the files that `local` names, stage by stage.
+
+    The stages: read and quantize the backbone, join its layers, read the heads, lay out all for
+    the device.
+    """
+    notices: list[str] = []
+    model, tokenizer = load_pretrained(local, dtype, spec.quant, device, notices)
     template = resolve_template(tokenizer, spec)
-    if fuse and fuse_linears(model):
-        settle_4bit(model, device, dtype)
+    if join and join_linears(model):
+        prepare_4bit(model, device, dtype)  # joined layers are new ones
     backbone = Backbone(model)
-    file, heads, accuracy = heads_file(here), None, None
-    if file is not None:
-        lm_head = getattr(backbone.lm_head, "weight", None)
-        read = read_heads(
-            file,
-            backbone.hidden_size,
-            backbone.vocabulary,
-            dtype=dtype,
-            lm_head=lm_head,
-            layout=spec.layout,
-        )
+    file = heads_file(local)
+    read = _read_heads(file, backbone, spec.layout) if file else None
+    heads = _lay_out(backbone, read, spec.quant_heads, device)
+    if read:
         notices += read.notices
-        heads = decoding_heads(
-            read.heads, as_quant(spec.quant_heads), device, dtype, backbone.lm_head
-        )
-        accuracy = _known_accuracy(spec, file)
-    pack_linears(
-        backbone.model
-    )  # after the heads: packed, the LM head could neither be compared nor quantized
-    leave_files(backbone.model)
+    accuracy = _accuracy_file(spec, file) if file else None
     return Loaded(backbone, heads, tokenizer, template, accuracy, tuple(notices))
 
 
-def _known_accuracy(spec: ModelSpec, heads: Path) -> Path:
-    """What was measured here, else what came with the heads."""
-    own, published = hub.accuracy_file(spec), heads.parent / ACCURACY_FILE
+def _read_heads(file: Path, backbone: Backbone, layout: str) -> ReadHeads:
+    return read_heads(
+        file,
+        backbone.hidden_size,
+        backbone.vocabulary,
+        dtype=backbone.dtype,
+        lm_head=getattr(backbone.lm_head, "weight", None),
+        layout=layout,
+    )
+
+
+def _lay_out(
+    backbone: Backbone, read: ReadHeads | None, quant_heads: str, device: torch.device
+) -> Heads | None:
+    """Bring backbone and heads into the form that decodes fastest on a device."""
+    heads = None
+    if read:
+        quant = as_quant(quant_heads)
+        heads = decoding_heads(read.heads, quant, device, backbone.dtype, backbone.lm_head)
+    pack_linears(backbone.model)  # after the heads, which may copy the LM head's plain weights
+    detach_from_files(backbone.model)
+    return heads
+
+
+def _accuracy_file(spec: ModelSpec, heads: Path) -> Path:
+    """Return the accuracies that were measured here, else those published with the heads."""
+    own = hub.accuracy_file(spec)
+    published = heads.parent / ACCURACY_FILE
     return published if published.exists() and not own.exists() else own
 
 
-def load_pretrained(
-    spec: ModelSpec,
-    dtype: torch.dtype | None,
-    quant: str = "auto",
-    device: torch.device = _CPU,
-    notices: list[str] | None = None,
-) -> tuple[Any, Any]:
-    """Transformers' own model and tokenizer of a spec; dtype None keeps that of the files.
-
-    Args:
-        quant: a Quant, or auto: as the files are, which may be quantized in any way that transformers loads.
-        notices: a line on weights that the model has no place for is added here.
-    """
-    folder = str(hub.local(spec.backbone))
-    with one_line(spec.backbone):
-        config = AutoConfig.from_pretrained(folder)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if model_class is None:
-            raise UserError(
-                f"{config.model_type} models are not causal language models that transformers can load"
-            )
-        check_rewindable(model_class, config.get_text_config())
-        own = check_quantization(spec.name, config, quant)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_tokenizer_settings(Path(folder)))
-        asked = attention_settings(
-            config
-        )  # not even None may be said of weights that are quantized already
-        if not own and as_quant(quant) != "none":
-            asked["quantization_config"] = quantization_config(
-                quant, compute_dtype(device, dtype or torch.bfloat16)
-            )
-        quantized = own is not None or "quantization_config" in asked
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            device_map={"": device} if quantized else None,  # quantized where it will be used
-            **asked,
-        )
-    model, report = loaded
-    if quantized:
-        settle_4bit(model, device, model.dtype)
-    else:
-        model.to(device)
-    unknown = _check_report(spec.backbone, report)
-    if unknown and notices is not None:
-        notices.append(unknown)
-    return model, tokenizer
-
-
-def attention_settings(config: Any) -> dict[str, Any]:
-    """How to load a model so that its own attention is the one it was trained with.
-
-    Of soft-capped scores sdpa leaves the cap out, which transformers 5.17 passes over in silence.
-    """
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return {"attn_implementation": "eager"} if capped else {}
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is the first of cuda, mps, cpu that is there."""
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if device == "auto":
-        return torch.device(next(name for name, there in present.items() if there))
-    if not present.get(device.split(":")[0], False):
-        raise UserError(f"there is no {device} device here; --device auto picks one")
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise UserError(f"{device!r} names no device; --device auto picks one") from None
-
-
-def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
-    """By default bfloat16 where the hardware computes in it, else float32 on a CPU and float16 on a GPU."""
-    if dtype not in (None, "auto"):
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-        return DTYPES[dtype]
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """What transformers 5 takes for granted otherwise than what made the checkpoint.
-
-    A Llama of before 2023-07 says nothing of `legacy`, and was trained with a space before the word behind `</s>`.
-    """
-    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
-        return {}
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return (
-        {"legacy": True}
-        if config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config
-        else {}
-    )
-
-
-@contextmanager
-def one_line(backbone: str) -> Iterator[None]:
-    """Turn what transformers raises for missing, damaged or foreign files into a UserError, and keep it quiet."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever transformers runs into over files that are not ours
-        first = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise UserError(f"cannot load the model {backbone}: {first}") from None
-
-
-def _check_report(backbone: str, report: dict[str, Any]) -> str:
-    """A weight that is missing or does not fit would be random. Returns a line on those that are too many, or ""."""
-    for kind, fault in (
-        ("missing_keys", "is missing"),
-        ("mismatched_keys", "has another shape than the config says"),
-    ):
-        if report.get(kind):
-            key = min(key if isinstance(key, str) else key[0] for key in report[kind])
-            raise UserError(f"cannot load the model {backbone}: weight {key} {fault}")
-    strange = sorted(key for key in report.get("unexpected_keys") or () if not is_heads_tensor(key))
-    more = f" and {len(strange) - 1} more" if strange[1:] else ""
-    return (
-        f"{backbone} holds weights that the model has no place for: {strange[0]}{more}"
-        if strange
-        else ""
-    )
-
-
 def heads_file(spec: ModelSpec) -> Path | None:
-    """The file of the heads, or the index of its shards: named by the user, or beside the backbone if there is one."""
+    """Find the file of a spec's heads, or the index of its shards.
+
+    Returns:
+        The path; None if the spec names no heads and the backbone's folder holds none.
+
+    Raises:
+        UserError: the spec names heads, and there are none.
+    """
     place = hub.local(spec.heads, "heads") if spec.heads else hub.local(spec.backbone)
     if place.is_file():
         return place
     file = find_heads(place)
     if file is None and spec.heads:
         raise UserError(
-            f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor those of another layout"
+            f"there are no Medusa heads in {spec.heads}: no {HEADS_FILE}, nor a file of another"
+            " layout"
         )
     return file

@@ -1,4 +1,4 @@
-"""Messages -> prompt: the tokenizer's own chat template where it has one, else a conversation template of fastchat."""
+"""Messages become a prompt, by the tokenizer's own chat template or one of fastchat."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from fastchat.conversation import Conversation
 
 HOW_TO_NAME = "name one with --template NAME (`--template list` lists them)"
+TURNS = ("user", "assistant")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a model is talked to.
+    """The text around the messages of a conversation.
 
     Attributes:
-        model: its name, for complaints.
-        conversation: fastchat's template, without messages of this conversation; None: the tokenizer's own.
+        model: its name, for messages.
+        conversation: fastchat's template, without messages; None for the tokenizer's own.
     """
 
     tokenizer: Any
@@ -34,11 +35,12 @@ class ChatTemplate:
 
     @property
     def name(self) -> str:
+        """Name of the template."""
         return self.conversation.name if self.conversation else "the tokenizer's own"
 
     @property
     def system(self) -> str:
-        """The system message where none is given; the tokenizer's own template keeps its to itself."""
+        """The default system message; "" for the tokenizer's template, which does not show it."""
         return self.conversation.system_message if self.conversation else ""
 
     @property
@@ -50,69 +52,75 @@ class ChatTemplate:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a reply, besides the model's EOS."""
-        return frozenset((self.conversation.stop_token_ids if self.conversation else None) or ())
+        ids = self.conversation.stop_token_ids if self.conversation else None
+        return frozenset(ids or ())
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the reply begins, with one BOS if the model has any."""
+        """Encode a conversation up to where the reply begins, with one BOS if the model has any."""
         return self.tokens(self.render(messages))["input_ids"]
 
-    def tokens(self, text: str, **asked: bool) -> dict[str, list[Any]]:
-        """`input_ids` of a conversation's text, and what else the tokenizer is asked for, an item a token."""
-        # The tokenizer's own template brings its special tokens; fastchat's leave BOS to the tokenizer, most of them.
-        found = self.tokenizer(text, add_special_tokens=self.conversation is not None, **asked)
+    def tokens(self, text: str, **options: bool) -> dict[str, list[Any]]:
+        """Encode the text of `render` or `text`.
+
+        Returns:
+            `input_ids`, and further outputs that `options` ask the tokenizer for, one by token.
+        """
+        # The tokenizer's template writes its special tokens; most of fastchat's leave BOS out.
+        add = self.conversation is not None
+        found = self.tokenizer(text, add_special_tokens=add, **options)
         bos = self.tokenizer.bos_token_id
-        twice = (
-            self.conversation is not None
-            and bos is not None
-            and found["input_ids"][:2] == [bos, bos]
-        )
+        twice = add and bos is not None and found["input_ids"][:2] == [bos, bos]
         return {name: items[twice:] for name, items in found.items()}
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation up to where the reply begins.
+        """Write a conversation up to where the reply begins.
 
         Without a system message the template's own is used; an empty one suppresses it.
 
         Raises:
-            UserError: there is no template, it refuses the conversation, or the last message is no user's.
+            UserError: there is no template, the template refuses the conversation, or its last
+                message is a reply.
         """
         if messages and messages[-1]["role"] == "assistant":
             raise UserError(
-                "the conversation ends with a reply, which cannot be continued: the user speaks next"
+                "the conversation ends with a reply, which cannot be continued: the user speaks"
+                " next"
             )
         return self.text(messages, replying=True)
 
     def text(self, messages: Sequence[Message], replying: bool = False) -> str:
-        """The text of a conversation as it stands or, `replying`, up to where a reply begins. Raises as `render`."""
-        by = self._by_fastchat if self.conversation else self._by_tokenizer
-        return by(messages, replying)
+        """Write a conversation, with the beginning of a reply if `replying`; raises as `render`."""
+        if self.conversation is None:
+            return self._by_tokenizer(messages, replying)
+        return self._by_fastchat(self.conversation.copy(), messages, replying)
 
     def reply_end(self, text: str, start: int, reply: str) -> int:
-        """Where `reply`, which begins at `start` and is the last of `text`, has ended, with what the model ends it by.
+        """Find where the last reply of a text ends, with the mark that ends it.
 
-        What fastchat has behind that opens the next turn. Of the tokenizer's own template all belongs to the reply.
+        In a template of fastchat the text after the mark opens the next turn. In the tokenizer's
+        own, all text to the end belongs to the reply.
+
+        Args:
+            text: a conversation's text.
+            start: where the reply begins in it.
+            reply: the reply, which templates may strip.
         """
         if self.conversation is None:
             return len(text)
-        said = text.find(reply.strip(), start)  # templates may strip it
-        said = start if said < 0 else said + len(reply.strip())
-        marks = (
-            *self.stop,
-            *self.tokenizer.convert_ids_to_tokens([*self.stop_ids]),
-            self.tokenizer.eos_token,
-        )
-        places = ((text.find(mark, said), mark) for mark in marks if mark)
-        return min((place + len(mark) for place, mark in places if place >= 0), default=len(text))
+        written = text.find(reply.strip(), start)
+        end = start if written < 0 else written + len(reply.strip())
+        stop_tokens = self.tokenizer.convert_ids_to_tokens([*self.stop_ids])
+        marks = [*self.stop, *stop_tokens, self.tokenizer.eos_token]
+        places = [(text.find(mark, end), mark) for mark in marks if mark]
+        return min((at + len(mark) for at, mark in places if at >= 0), default=len(text))
 
     def _by_tokenizer(self, messages: Sequence[Message], replying: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
-        said = [
-            message for message in messages if message["role"] != "system" or message["content"]
-        ]
+        kept = [each for each in messages if each["role"] != "system" or each["content"]]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=replying
+                kept, tokenize=False, add_generation_prompt=replying
             )
         except TemplateError as error:
             raise UserError(
@@ -120,19 +128,18 @@ class ChatTemplate:
             ) from None
         return text
 
-    def _by_fastchat(self, messages: Sequence[Message], replying: bool) -> str:
-        assert self.conversation is not None
-        conversation = self.conversation.copy()
+    def _by_fastchat(
+        self, conversation: Conversation, messages: Sequence[Message], replying: bool
+    ) -> str:
         turns = list(messages)
         if turns and turns[0]["role"] == "system":
             conversation.set_system_message(turns.pop(0)["content"])
         for place, turn in enumerate(turns):
-            role = ("user", "assistant")[place % 2]
-            if turn["role"] != role or not turn["content"]:
+            if turn["role"] != TURNS[place % 2] or not turn["content"]:
                 found = f"of {turn['role']}" if turn["content"] else "empty"
                 raise UserError(
-                    f"the chat template {self.name} of {self.model} refuses this conversation: user and assistant speak"
-                    f" in turn, and message {place + 1} is {found}"
+                    f"the chat template {self.name} of {self.model} refuses this conversation:"
+                    f" user and assistant speak in turn, and message {place + 1} is {found}"
                 )
             conversation.append_message(conversation.roles[place % 2], turn["content"])
         if replying:
@@ -142,7 +149,7 @@ class ChatTemplate:
 
 
 def resolve_template(tokenizer: Any, spec: ModelSpec) -> ChatTemplate:
-    """The template that the spec names, else the tokenizer's own, else the one that fastchat has for the model's name.
+    """Choose a template: the spec's, else the tokenizer's, else fastchat's for the model's name.
 
     Raises:
         UserError: the named template is unknown, or there is none.
@@ -155,12 +162,13 @@ def resolve_template(tokenizer: Any, spec: ModelSpec) -> ChatTemplate:
         if conversation := matching_template(name):
             return ChatTemplate(tokenizer, spec.name, conversation)
     raise UserError(
-        f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it: {HOW_TO_NAME}"
+        f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it:"
+        f" {HOW_TO_NAME}"
     )
 
 
 def named_template(name: str) -> Conversation:
-    """A conversation template of fastchat."""
+    """Return a conversation template of fastchat; raises UserError for an unknown name."""
     from fastchat.conversation import conv_templates
 
     if name not in conv_templates:
@@ -171,7 +179,7 @@ def named_template(name: str) -> Conversation:
 
 
 def matching_template(model: str) -> Conversation | None:
-    """What fastchat's adapters choose for a model's name; None where only its catch-all would."""
+    """Return fastchat's template for a model's name; None if only its catch-all matches."""
     from fastchat.model.model_adapter import BaseModelAdapter, get_model_adapter
 
     adapter = get_model_adapter(model)

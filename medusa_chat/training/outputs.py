@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, Recipe
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import write_heads
-from medusa_chat.model.loading import load_pretrained
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.training.evaluate import perplexity
 from medusa_chat.training.trainee import adapt
 

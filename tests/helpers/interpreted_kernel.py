@@ -1,5 +1,8 @@
-"""The Triton kernel against its plain twin, in Triton's interpreter. tests/test_tree_kernel.py runs this file, in a
-process of its own: the interpreter has to be chosen before anything imports triton."""
+"""The Triton kernel against the reference, in Triton's interpreter.
+
+tests/test_tree_kernel.py runs this file in a process of its own: the interpreter has to be chosen
+before anything imports triton.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.graphs import static_step
 from medusa_chat.model.attention.kernel import Launch, attend
-from medusa_chat.model.attention.tree_attention import TreeMask, plain
+from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 from tests.helpers.tiny import (
     WINDOW,
     make_engine,
@@ -26,16 +29,15 @@ from tests.helpers.tiny import (
 )
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:divide by zero:RuntimeWarning"
-)  # a part without keys has log 0
+# A part without keys has a sum of 0.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 
 # The interpreter multiplies no bfloat16 matrices: those are for tests/test_gpu.py.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
 def random_mask(seed: int, nodes: int, length: int, span: int, window: int | None) -> TreeMask:
-    """A random tree behind `length` positions."""
+    """Return the mask of a random tree after `length` positions."""
     tree = random_tree(seed, nodes - 1, 6, 4)
     tensors = TreeTensors.of(tree, torch.device("cpu"))
     return TreeMask.of(
@@ -63,23 +65,21 @@ def random_mask(seed: int, nodes: int, length: int, span: int, window: int | Non
 )
 @example(1, 1, 16, 128, 0, None, None, torch.float32, 1, 0)  # more rows than a tile, no text
 @example(2, 4, 128, 64, 320, 3, None, torch.float32, 16, 1)  # windows shorter than the tree is deep
-@example(
-    2, 1, 64, 1, 383, None, None, torch.float16, 64, 2
-)  # a vanilla step up to the end of the span
+@example(2, 1, 64, 1, 383, None, None, torch.float16, 64, 2)  # a vanilla step, to the span's end
 @example(1, 2, 64, 9, 64, 64, None, torch.float32, 4, 3)  # text that ends where a block does
-def test_the_kernel_is_its_twin(
-    kv_heads: Any,
-    groups: Any,
-    size: Any,
-    nodes: Any,
-    length: Any,
-    window: Any,
-    softcap: Any,
-    number: Any,
-    programs: Any,
-    seed: Any,
+def test_the_kernel_equals_the_reference(
+    kv_heads: int,
+    groups: int,
+    size: int,
+    nodes: int,
+    length: int,
+    window: int | None,
+    softcap: float | None,
+    number: torch.dtype,
+    programs: int,
+    seed: int,
 ) -> None:
-    """Keys and values are cut out of a longer cache, and what lies behind the text is not a number."""
+    """Keys and values are slices of a longer cache, which holds NaN after the step's rows."""
     span = 384
     mask = random_mask(seed, nodes, length, span, window)
     rows = len(mask.ancestors)
@@ -91,7 +91,7 @@ def test_the_kernel_is_its_twin(
     )
     cache = torch.randn(2, 1, kv_heads, span + 8, size, generator=generator).to(number)
     key, value = cache[:, :, :, :span]
-    expected = plain(query.float(), key.float(), value.float(), mask, size**-0.5, softcap)
+    expected = torch_attention(query.float(), key.float(), value.float(), mask, size**-0.5, softcap)
     cache[:, :, :, length + rows :] = torch.nan
     ours = attend(query, key, value, mask, size**-0.5, softcap, launch=Launch(programs))
     assert ours.dtype == number
@@ -100,23 +100,25 @@ def test_the_kernel_is_its_twin(
     )
 
 
-def test_the_text_ends_where_the_device_says() -> None:
-    """One mask and one launch, as in a recording, with lengths written into its buffers."""
+def test_the_text_has_the_length_on_the_device() -> None:
+    """One mask is used at many lengths, as a CUDA graph uses it."""
     mask = random_mask(0, 12, 0, 256, 100)
     depths = mask.positions.clone()
     query, key, value = (torch.randn(1, 4, rows, 32) for rows in (len(depths), 256, 256))
     for length in (0, 5, 120, 256 - len(depths)):
         mask.start.fill_(length)
         mask.positions.copy_(depths + length)
-        expected = plain(query, key, value, mask.behind(length), 0.2)
+        expected = torch_attention(query, key, value, mask.at_length(length), 0.2)
         torch.testing.assert_close(
             attend(query, key, value, mask, 0.2), expected, rtol=1e-5, atol=1e-5
         )
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3-mixed", "gemma2"])
-def test_text_is_that_of_the_eager_step(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through transformers' own layers: groups, windows in some layers, softcaps, spans that the text outgrows."""
+def test_text_is_that_of_the_eager_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' layers give groups, windows in some layers, softcaps, and a text that outgrows
+    its span.
+    """
     monkeypatch.setattr(static_step, "SHORTEST_SPAN", 16)
     used = []
 

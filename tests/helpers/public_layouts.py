@@ -1,4 +1,4 @@
-"""Files of heads as other programs write them: names spelled out, as the reference for ours."""
+"""Files of heads as other programs write them, with names spelled out as the reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LM_HEADS = {
 
 
 def tensors_of(heads: MedusaHeads, layout: str, biases: bool = True) -> dict[str, Tensor]:
-    """Tensors by the names of a layout; for official ones whether v0.1 or v2 is the heads' affair."""
+    """Return tensors by the names of a layout; `official` is v0.1 or v2, as the heads are."""
     found = {}
     for h in range(heads.heads):
         for b in range(heads.layers):
@@ -45,7 +45,7 @@ def tensors_of(heads: MedusaHeads, layout: str, biases: bool = True) -> dict[str
 
 
 def logits_of(heads: MedusaHeads, lm_head: Tensor) -> Tensor:
-    """Logits of fixed hidden states, [K, n, V], by the same operations whoever owns the LM heads."""
+    """Guess for fixed hidden states, alike whoever owns the LM heads: [K, n, V]."""
     hidden = torch.randn(5, heads.weight.shape[-1], generator=torch.Generator().manual_seed(3))
     own = [lm_head] * heads.heads if heads.lm_heads is None else heads.lm_heads
     with torch.no_grad():
@@ -55,16 +55,17 @@ def logits_of(heads: MedusaHeads, lm_head: Tensor) -> Tensor:
 
 def put(tensors: dict[str, Tensor], file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, {"format": "pt"}) if file.suffix == ".safetensors" else torch.save(
-        tensors, file
-    )
+    if file.suffix == ".safetensors":
+        save_file(tensors, file, {"format": "pt"})
+    else:
+        torch.save(tensors, file)
     return file
 
 
 def put_shards(
     shards: list[dict[str, Tensor]], folder: Path, stem: str = "model", suffix: str = ".safetensors"
 ) -> Path:
-    """Shards of a model with their index; returns the index."""
+    """Write shards of a model and their index; returns the index."""
     names = [f"{stem}-{i:05}-of-{len(shards):05}{suffix}" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         put(shard, folder / name)
@@ -75,7 +76,7 @@ def put_shards(
 
 
 def with_heads(folder: Path, heads: MedusaHeads, layout: str = "v1.0") -> Path:
-    """Make a model folder of one file a whole model of Medusa-2."""
+    """Add heads to the one file of a model folder, as Medusa-2 does."""
     file = folder / "model.safetensors"
     return put(load_file(file) | tensors_of(heads, layout), file)
 

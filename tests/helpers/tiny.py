@@ -26,7 +26,7 @@ from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import write_heads
-from medusa_chat.model.loading import attention_settings
+from medusa_chat.model.pretrained import attention_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

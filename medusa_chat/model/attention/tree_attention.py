@@ -1,7 +1,8 @@
 """Tree attention as a registered transformers attention function, and the masks that it takes.
 
-A step's rows attend to the whole cached text and, among themselves, to their ancestors only. A prefill is the
-tree that is a chain. Masks are additive, in the backbone's dtype, so that nothing is converted layer by layer.
+Each row of a step attends to the whole cached text and, among the step's rows, to its ancestors.
+A prefill is the tree that is a chain. Masks are additive and in the backbone's dtype, so that no
+layer has to convert them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from transformers.masking_utils import eager_mask
 NAME = "medusa_tree"
 
 
+def register() -> str:
+    """Register tree attention with transformers; returns the name for `attn_implementation`."""
+    AttentionInterface.register(NAME, tree_attention)
+    # Without a mask function a plain forward of the model would get no mask, not a causal one.
+    AttentionMaskInterface.register(NAME, eager_mask)
+    return NAME
+
+
 def tree_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -28,17 +37,25 @@ def tree_attention(
     scaling: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **ignored: Any,
+    **_unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of n rows over T cached positions, without repeating the key and value heads of a group.
+    """Attend from n rows to T cached positions, without repeating grouped key and value heads.
 
     Args:
-        query: [batch, heads, n, head_dim]; key, value: [batch, kv_heads, T, head_dim].
-        attention_mask: additive [batch or 1, 1, n, T], or None where every row sees everything; or a TreeMask.
-        s_aux: attention sinks, which some models add to the softmax; not supported.
+        query: [batch, heads, n, head_dim].
+        key: [batch, kv_heads, T, head_dim].
+        value: [batch, kv_heads, T, head_dim].
+        attention_mask: additive [batch or 1, 1, n, T], None if every row sees everything, or a
+            TreeMask.
+        scaling: factor of the scores.
+        softcap: bound of the scores, applied by tanh; None for no bound.
+        s_aux: attention sinks, which are not supported.
 
     Returns:
-        [batch, n, heads, head_dim], None
+        [batch, n, heads, head_dim], and None in place of the attention weights.
+
+    Raises:
+        ValueError: the model has attention sinks.
     """
     if s_aux is not None:
         raise ValueError("attention sinks are not supported")
@@ -51,29 +68,30 @@ def masked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """The same for an additive mask or none."""
+    """Compute `tree_attention` with an additive mask or none."""
     batch, heads, rows, size = query.shape
     groups = heads // key.shape[1]
     if groups > 1:
         query = query.reshape(batch, key.shape[1], groups * rows, size)
-        if attention_mask is not None:
-            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+        if mask is not None:
+            mask = mask.repeat(1, 1, groups, 1)
     if softcap is None:
         mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling
+            query, key, value, attn_mask=mask, scale=scaling
         )
     else:
         scores = softcap * torch.tanh(query @ key.mT * scaling / softcap)
-        scores = scores if attention_mask is None else scores + attention_mask
+        if mask is not None:
+            scores = scores + mask
         mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
     return mixed.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2).contiguous()
 
 
-def plain(
+def torch_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,23 +99,34 @@ def plain(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """The same for a tree's rows over a fixed span of the cache: [1, heads, n, head_dim] -> [1, n, heads, head_dim]."""
+    """Attend over a fixed span by torch's operations, as the reference for the Triton kernel.
+
+    query [1, heads, n, head_dim]; key, value [1, kv_heads, span, head_dim] ->
+    [1, n, heads, head_dim].
+    """
     return masked_attention(query, key, value, mask.additive, scaling, softcap)
 
 
-# How a TreeMask is attended by: `plain`, `tree_kernel.attend` or a FasterAttention.
+# An implementation of attention over a TreeMask: `torch_attention`, `kernel.attend`, or a
+# FasterAttention that chooses between them.
 Attend = Callable[[Tensor, Tensor, Tensor, "TreeMask", float, float | None], Tensor]
 
 
 class TreeMask(Tensor):
-    """Which of `span` cached positions n rows see that are written from `start` on: all text, and their ancestors.
+    """The mask of n tree nodes over a fixed span of the cache, with what a kernel needs instead.
 
-    transformers hands any 4-D tensor on to the layers as it is. This one is [1, 1, n, n] and carries what a kernel
-    needs to do without the mask over the whole span.
+    The nodes are written from position `start` on. Each sees all positions before `start` and,
+    from there on, its ancestors. transformers passes any 4-D tensor on to the layers unchanged;
+    this one is the ancestors, [1, 1, n, n].
 
     Attributes:
-        ancestors: bool [n, n]; positions: [n]; start: [], on the device: the text's length.
-        window: positions that a row sees back from itself, or None for all.
+        ancestors: bool [n, n]; row i may see row j.
+        positions: [n], the text position of each node.
+        start: [], the text's length, on the device.
+        span: cached positions that are read.
+        window: positions that a node sees back from itself; None for all.
+        attend: the implementation that `tree_attention` calls.
+        number: dtype of the additive mask, which is that of the queries.
     """
 
     ancestors: Tensor
@@ -106,7 +135,7 @@ class TreeMask(Tensor):
     span: int
     window: int | None
     attend: Attend
-    _number: torch.dtype
+    number: torch.dtype
 
     @classmethod
     def of(
@@ -116,58 +145,70 @@ class TreeMask(Tensor):
         start: Tensor,
         span: int,
         number: torch.dtype,
-        attend: Attend = plain,
+        attend: Attend = torch_attention,
         window: int | None = None,
     ) -> Self:
-        """`number`: the dtype of the additive mask, which is the queries'."""
+        """Make a mask of these attributes."""
         mask = ancestors[None, None].as_subclass(cls)
-        mask.ancestors, mask.positions, mask.start, mask.span = ancestors, positions, start, span
-        mask.window, mask.attend, mask._number = window, attend, number
+        mask.ancestors = ancestors
+        mask.positions = positions
+        mask.start = start
+        mask.span = span
+        mask.number = number
+        mask.attend = attend
+        mask.window = window
         return mask
 
-    def within(self, window: int) -> TreeMask:
-        """The same for a layer that sees less than `window` positions back; the whole text may be shorter."""
-        if self.span <= window:
-            return self
+    def _with(self, positions: Tensor, start: Tensor, window: int | None) -> TreeMask:
         return TreeMask.of(
-            self.ancestors, self.positions, self.start, self.span, self._number, self.attend, window
+            self.ancestors, positions, start, self.span, self.number, self.attend, window
         )
 
-    def behind(self, length: int) -> TreeMask:
-        """The same rows behind a text of another length."""
+    def with_window(self, window: int) -> TreeMask:
+        """Return the mask of a layer whose nodes see less than `window` positions back."""
+        if self.span <= window:
+            return self
+        return self._with(self.positions, self.start, window)
+
+    def at_length(self, length: int) -> TreeMask:
+        """Return the mask of the same nodes after a text of another length."""
         start = torch.full_like(self.start, length)
-        positions = self.positions - self.start + start
-        return TreeMask.of(
-            self.ancestors, positions, start, self.span, self._number, self.attend, self.window
-        )
+        return self._with(self.positions - self.start + start, start, self.window)
 
     @cached_property
     def additive(self) -> Tensor:
-        """[1, 1, n, span]"""
-        allowed = fixed_mask(self.ancestors, self.start, self.span)
+        """The additive mask over the whole span, [1, 1, n, span]."""
+        allowed = self._seen()
         if self.window is not None:
-            allowed &= fixed_window(self.positions, self.start, self.span, self.window)
-        return additive(allowed, self._number)[None, None]
+            allowed &= self._in_window(self.window)
+        return additive(allowed, self.number)[None, None]
 
+    def _seen(self) -> Tensor:
+        """All text, and the ancestors: bool [n, span]."""
+        rows = len(self.ancestors)
+        node = torch.arange(self.span, device=self.start.device) - self.start
+        ancestor = self.ancestors[:, node.clamp(0, rows - 1)] & (node < rows)
+        return ancestor | (node < 0)
 
-def register() -> str:
-    """Make the function known to transformers; returns the name for `attn_implementation`."""
-    AttentionInterface.register(NAME, tree_attention)
-    # Without a mask function of its own a plain forward of the model would get no mask at all, not a causal one.
-    AttentionMaskInterface.register(NAME, eager_mask)
-    return NAME
+    def _in_window(self, window: int) -> Tensor:
+        """Positions less than `window` back: bool [n, span]."""
+        place = torch.arange(self.span, device=self.start.device)
+        node = (place - self.start).clamp(0, len(self.positions) - 1)
+        keys = torch.where(place < self.start, place, self.positions[node])
+        return keys > self.positions[:, None] - window
 
 
 def chain_mask(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The additive mask of rows that follow one another: [n, n]."""
+    """Return the additive mask of rows that follow one another, [n, n]."""
     return additive(torch.ones(rows, rows, dtype=torch.bool, device=device).tril(), dtype)
 
 
 def full_mask(ancestors: Tensor, length: int) -> Tensor:
-    """The additive mask of n rows behind `length` cached positions.
+    """Return the additive mask of n rows after `length` cached positions.
 
     Args:
         ancestors: additive [n, n]: 0 where row i may see row j, the dtype's minimum elsewhere.
+        length: cached positions, all of which every row sees.
 
     Returns:
         [1, 1, n, length + n]
@@ -176,36 +217,13 @@ def full_mask(ancestors: Tensor, length: int) -> Tensor:
 
 
 def windowed(mask: Tensor, positions: Tensor, length: int, window: int) -> Tensor:
-    """`mask` with everything hidden that lies `window` or more positions back. positions: [n]"""
+    """Hide what lies `window` or more positions back; mask [1, 1, n, length + n], positions [n]."""
     keys = torch.cat([torch.arange(length, device=positions.device), positions])
     far = keys[None, :] <= positions[:, None] - window
     return mask.masked_fill(far, torch.finfo(mask.dtype).min)
 
 
-def fixed_mask(ancestors: Tensor, start: Tensor, span: int) -> Tensor:
-    """Which of `span` cached positions n rows see that are written from `start` on: all text, and their ancestors.
-
-    Args:
-        ancestors: bool [n, n]; start: [], on the device: the text's length.
-
-    Returns:
-        bool [n, span]
-    """
-    node = torch.arange(span, device=start.device) - start
-    behind = ancestors[:, node.clamp(0, len(ancestors) - 1)] & (node < len(ancestors))
-    return behind | (node < 0)
-
-
-def fixed_window(positions: Tensor, start: Tensor, span: int, window: int) -> Tensor:
-    """Which of those positions are less than `window` back. positions: [n] -> bool [n, span]"""
-    place = torch.arange(span, device=start.device)
-    node = (place - start).clamp(0, len(positions) - 1)
-    keys = torch.where(place < start, place, positions[node])
-    return keys > positions[:, None] - window
-
-
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as an additive one."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )
+    """Turn a boolean mask into an additive one."""
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)

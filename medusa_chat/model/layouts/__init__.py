@@ -1,6 +1,16 @@
-"""Files of Medusa heads in every public layout: found, read and written.
+"""Files of Medusa heads in every public layout.
 
-Structure is read from the tensors, never from a config, and no key is skipped silently.
+The structure of heads comes from the tensors, never from a config, and no tensor is skipped
+silently.
+
+find.py      the file of a folder that holds heads
+names.py     how each layout names its tensors
+tensors.py   tensors of one file or of shards, read one at a time
+checked.py   tensors with their faults refused: dtype, shape, NaN
+lm_heads.py  LM heads: own, shared, padded, or for a part of the vocabulary
+read.py      a file's heads, checked against the backbone
+config.py    configs, and where one contradicts the tensors
+write.py     heads and tensors, written in one move
 """
 
 from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE

@@ -1,36 +1,44 @@
-"""Which file of a folder holds heads."""
+"""The file of a folder that holds heads."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
-from medusa_chat.hub.file_names import HEAD_FILES
+from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE, PICKLE_FILE
+from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
-from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+OWN_FILES = (HEADS_FILE, PICKLE_FILE)  # they hold heads and nothing else
+SECOND_RANK = "rank1.safetensors"
+
 
 def find_heads(folder: Path) -> Path | None:
-    """The file, or the index of shards, that holds the heads in a folder of any layout; None if there are none.
+    """Find the file, or the index of shards, that holds the heads of a folder in any layout.
 
     Heads in a file of their own come before those among a whole model's weights.
 
+    Returns:
+        The path; None if there are no heads.
+
     Raises:
-        UserError: the one file that would hold them is damaged, or they are split over several GPUs.
+        UserError: the one file that could hold them is damaged, or they are split over several
+            GPUs.
     """
-    for name in HEAD_FILES[:2]:
+    for name in OWN_FILES:
         if (folder / name).is_file():
             return folder / name
-    if (folder / "rank1.safetensors").is_file():
+    if (folder / SECOND_RANK).is_file():
         raise UserError(
-            f"the heads in {folder} are split over several GPUs (rank1.safetensors); convert them for one"
+            f"the heads in {folder} are split over several GPUs ({SECOND_RANK}); convert them for"
+            " one"
         )
     heads_alone = read_config(folder / "config.json").get("model_type") == "medusa"
-    for name in HEAD_FILES[2:]:
+    for name in HEAD_FILES:
         file = folder / name
         if file.is_file() and (heads_alone or _has_heads(file)):
             return file
@@ -39,5 +47,6 @@ def find_heads(folder: Path) -> Path | None:
 
 def _has_heads(file: Path) -> bool:
     if file.suffix == ".bin" and not is_mappable(file):
-        return False  # from before torch 1.6, and so before Medusa: a whole model would be read into memory
-    return any(is_heads_tensor(tensor) or naming_of(tensor) for tensor in TensorFiles(file).files)
+        # The format is older than Medusa, and would be read into memory as a whole.
+        return False
+    return any(is_heads_tensor(name) or naming_of(name) for name in TensorFiles(file).files)

@@ -1,6 +1,6 @@
 """How each public layout names the tensors of heads.
 
-Block l of head h is a linear layer, then comes head h's own LM head, if it has one. Counts start at 0.
+Block l of head h is a linear layer. Head h's own LM head follows, if it has one. Counts start at 0.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from medusa_chat.config import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+COUNT = r"\d{1,9}"
+
 
 @dataclass(frozen=True)
 class Naming:
-    """Names as templates; `{layer}` in the LM head's is the number of blocks.
+    """Templates of names; `{layer}` in the LM head's is the number of blocks.
 
     Attributes:
-        prefix: before each name; `optional` if it may be left out.
-        whole: whether a backbone's tensors may stand beside them in the same file.
+        prefix: text before each name.
+        block: template of a block's tensors.
+        lm_head: template of an LM head's weight.
+        whole: the file may also hold a backbone's tensors.
+        optional: the prefix may be left out.
     """
 
     prefix: str
@@ -32,36 +37,39 @@ class Naming:
     optional: bool = False
 
     def block_name(self, head: int, layer: int, kind: str) -> str:
-        return ("" if self.optional else self.prefix) + self.block.format(
-            head=head, layer=layer, kind=kind
-        )
+        """Name the `weight` or `bias` of a block."""
+        return self._written_prefix + self.block.format(head=head, layer=layer, kind=kind)
 
     def lm_head_name(self, head: int, layers: int) -> str:
-        return ("" if self.optional else self.prefix) + self.lm_head.format(head=head, layer=layers)
+        """Name the LM head of a head of `layers` blocks."""
+        return self._written_prefix + self.lm_head.format(head=head, layer=layers)
+
+    @property
+    def _written_prefix(self) -> str:
+        return "" if self.optional else self.prefix
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        prefix = re.escape(self.prefix) if not self.optional else f"(?:{re.escape(self.prefix)})?"
-        block, lm_head = (
-            re.compile(
-                prefix
-                + re.escape(template)
-                .replace(r"\{head\}", r"(?P<head>\d{1,9})")
-                .replace(r"\{layer\}", r"(?P<layer>\d{1,9})")
-                .replace(r"\{kind\}", "(?P<kind>weight|bias)")
-            )
-            for template in (self.block, self.lm_head)
-        )
-        return block, lm_head
+        """Patterns of a block's names and of an LM head's."""
+        return self._pattern(self.block), self._pattern(self.lm_head)
+
+    def _pattern(self, template: str) -> re.Pattern[str]:
+        prefix = re.escape(self.prefix)
+        if self.optional:
+            prefix = f"(?:{prefix})?"
+        pattern = re.escape(template)
+        for name, allowed in (("head", COUNT), ("layer", COUNT), ("kind", "weight|bias")):
+            pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{allowed})")
+        return re.compile(prefix + pattern)
 
 
-_OFFICIAL = "{head}.{layer}.linear.{kind}", "{head}.{layer}.weight"
+BLOCK = "{head}.{layer}.linear.{kind}"
+LM_HEAD = "{head}.{layer}.weight"
 NAMINGS = {
-    "official": Naming(
-        "", *_OFFICIAL
-    ),  # v0.1 with own LM heads, v2 without; TGI, and TensorRT-LLM's input
-    "v1.0": Naming("medusa_head.", *_OFFICIAL, whole=True),
-    "modelopt": Naming("medusa_heads.", *_OFFICIAL, whole=True),
+    # v0.1 with own LM heads, v2 without; also TGI's, and the input of TensorRT-LLM.
+    "official": Naming("", BLOCK, LM_HEAD),
+    "v1.0": Naming("medusa_head.", BLOCK, LM_HEAD, whole=True),
+    "modelopt": Naming("medusa_heads.", BLOCK, LM_HEAD, whole=True),
     "tensorrt-llm engine": Naming(
         "medusa_heads.",
         "{head}.medusa_layers.{layer}.linear.{kind}",
@@ -76,19 +84,23 @@ NAMINGS = {
     ),
 }
 # PEFT puts these around the modules that it saves whole (`modules_to_save`).
-_PEFT = re.compile(r"^(?:base_model\.model\.)+|(?<=\.)modules_to_save\.[^.]+\.")
-_REPLACED = ".original_module."
+PEFT = re.compile(r"^(?:base_model\.model\.)+|(?<=\.)modules_to_save\.[^.]+\.")
+REPLACED = ".original_module."
+LORA = ".lora_"
 
 
 @dataclass
 class Parts:
-    """The tensors of heads by what they are; values are names in the file.
+    """Names of a file's tensors of heads, by their part in a head.
 
     Attributes:
         naming: key of NAMINGS.
-        blocks: by (head, layer, kind); lm_heads: by (head, layer), None where the name tells no layer.
-        shared: one LM head for all heads, in the file (vLLM); token_map: the ids of its rows.
-        replaced, lora: tensors of an adapter that are left out.
+        blocks: by (head, layer, kind).
+        lm_heads: by (head, layer); layer is None if the naming has none.
+        shared: one LM head for all heads, in the file (vLLM).
+        token_map: the ids of the rows of LM heads (vLLM).
+        replaced: number of tensors that training replaced, which are left out.
+        lora: number of an adapter's tensors, which are left out.
     """
 
     naming: str
@@ -101,52 +113,40 @@ class Parts:
 
     @property
     def heads(self) -> int:
+        """Number of heads."""
         return 1 + max(head for head, *_ in self.blocks)
 
     @property
     def layers(self) -> int:
+        """Number of blocks of a head."""
         return 1 + max(layer for _, layer, _ in self.blocks)
 
 
 def is_heads_tensor(name: str) -> bool:
-    """Whether a tensor in the file of a whole model belongs to Medusa heads."""
+    """Return whether a tensor in the file of a whole model belongs to Medusa heads."""
     return _plain(name).startswith(("medusa_head.", "medusa_heads."))
 
 
-def _plain(name: str) -> str:
-    return _PEFT.sub("", name) if "base_model." in name or "modules_to_save." in name else name
-
-
 def naming_of(name: str) -> str | None:
-    """The naming that a tensor's name follows; None for one that is no part of a head."""
+    """Return the naming that a tensor's name follows; None if it is no part of a head."""
     plain = _plain(name)
-    return next(
-        (n for n, naming in NAMINGS.items() if any(p.fullmatch(plain) for p in naming.patterns)),
-        None,
-    )
+    for key, naming in NAMINGS.items():
+        if any(pattern.fullmatch(plain) for pattern in naming.patterns):
+            return key
+    return None
 
 
 def sort_names(file: str, names: Iterable[str]) -> Parts:
-    """Tell the tensors of heads from a backbone's.
+    """Sort the tensors of heads by their part, apart from a backbone's.
 
     Raises:
-        UserError: there are no heads, layouts are mixed, or a name is none of any layout.
+        UserError: there are no heads, layouts are mixed, or no layout has such a name.
     """
     every = list(names)
     found = {name: naming for name in every if (naming := naming_of(name))}
-    if not found:
-        begin = f": {min(every)!r} is no tensor of a head in any known layout" if every else ""
-        raise UserError(f"{file} holds no Medusa heads{begin}")
-    first, *others = dict.fromkeys(found.values())
-    if others:
-        strange = next(name for name, naming in found.items() if naming != first)
-        example = next(iter(found))
-        raise UserError(
-            f"{file}: unknown tensor {strange!r} beside {example!r}: they are of two layouts of heads"
-        )
-    parts = Parts(first)
+    parts = Parts(_only_naming(file, every, found))
     for name in every:
-        if _REPLACED in name and is_heads_tensor(name):
+        if REPLACED in name and is_heads_tensor(name):
             parts.replaced += 1
         elif name in found:
             _place(file, parts, name)
@@ -154,43 +154,66 @@ def sort_names(file: str, names: Iterable[str]) -> Parts:
             _place_other(file, parts, name)
     if not parts.blocks:
         raise UserError(f"{file} holds no Medusa heads: there are LM heads, but no blocks")
-    if (
-        first == "vllm"
-        and parts.shared is None
-        and list(parts.lm_heads) == [(0, None)]
-        and parts.heads > 1
-    ):
-        parts.shared = parts.lm_heads.pop((0, None))  # which vLLM takes for `original_lm_head` too
+    if _only_first_lm_head(parts):
+        parts.shared = parts.lm_heads.pop((0, None))
     return parts
 
 
+def _plain(name: str) -> str:
+    """Strip what PEFT puts around a name."""
+    wrapped = "base_model." in name or "modules_to_save." in name
+    return PEFT.sub("", name) if wrapped else name
+
+
+def _only_naming(file: str, names: list[str], found: dict[str, str]) -> str:
+    if not found:
+        example = ""
+        if names:
+            example = f": {min(names)!r} is no tensor of a head in any known layout"
+        raise UserError(f"{file} holds no Medusa heads{example}")
+    example, first = next(iter(found.items()))
+    for name, naming in found.items():
+        if naming != first:
+            raise UserError(
+                f"{file}: unknown tensor {name!r} together with {example!r}: they are of two"
+                " layouts of heads"
+            )
+    return first
+
+
+def _only_first_lm_head(parts: Parts) -> bool:
+    """Return whether the only LM head is the first head's: vLLM takes it for a shared one."""
+    if parts.naming != "vllm" or parts.shared is not None or parts.heads == 1:
+        return False
+    return list(parts.lm_heads) == [(0, None)]
+
+
 def _place(file: str, parts: Parts, name: str) -> None:
+    """Add a block's tensor or an LM head."""
     block, lm_head = NAMINGS[parts.naming].patterns
     if match := block.fullmatch(_plain(name)):
-        twin = parts.blocks.setdefault(
-            (int(match["head"]), int(match["layer"]), match["kind"]), name
-        )
+        key = int(match["head"]), int(match["layer"]), match["kind"]
+        twin = parts.blocks.setdefault(key, name)
     else:
         match = lm_head.fullmatch(_plain(name))
         assert match
         layer = match.groupdict().get("layer")
-        twin = parts.lm_heads.setdefault(
-            (int(match["head"]), None if layer is None else int(layer)), name
-        )
+        place = int(match["head"]), None if layer is None else int(layer)
+        twin = parts.lm_heads.setdefault(place, name)
     if twin != name:
         raise UserError(f"{file}: {twin} and {name} are the same tensor of a head")
 
 
 def _place_other(file: str, parts: Parts, name: str) -> None:
-    """What is no block and no LM head of a head."""
-    plain = _plain(name)
-    if parts.naming == "vllm" and plain.removeprefix("medusa_heads.") == "lm_head.weight":
+    """Add a tensor that is neither a block's nor an LM head."""
+    bare = _plain(name).removeprefix("medusa_heads.")
+    if parts.naming == "vllm" and bare == "lm_head.weight":
         parts.shared = name
-    elif parts.naming == "vllm" and plain.removeprefix("medusa_heads.") == "token_map":
+    elif parts.naming == "vllm" and bare == "token_map":
         parts.token_map = name
     elif not NAMINGS[parts.naming].whole or is_heads_tensor(name):
         raise UserError(
             f"{file}: unknown tensor {name!r}; these are no Medusa heads in a known layout"
         )
-    elif ".lora_" in name:
+    elif LORA in name:
         parts.lora += 1

@@ -1,6 +1,7 @@
-"""Named tensors of one file or of shards behind an index, safetensors or pickle, read one at a time.
+"""Named tensors of one file or of shards with an index, safetensors or pickle.
 
-Every tensor is mapped into memory anew and let go after use, so that a process never holds a file twice.
+Each tensor is mapped into memory anew and freed after use, so that a process never holds a file
+twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import pickle
 import re
 import warnings
 import zipfile
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medusa_chat.config import UserError
+from medusa_chat.text import first_line
 
 PICKLES = (".pt", ".bin", ".pth")
 INDEX = ".index.json"
@@ -33,37 +34,46 @@ class TensorFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the names; raises UserError for a file that is missing, damaged, or holds more than tensors."""
+        """Read the names.
+
+        Raises:
+            UserError: a file is missing, damaged, or holds more than tensors.
+        """
         self.path = path
+        self._unmappable: dict[Path, dict[str, Tensor]] = {}  # pickles of before torch 1.6
         if path.name.endswith(INDEX):
             self.files = {name: path.parent / file for name, file in _weight_map(path).items()}
         else:
             self.files = dict.fromkeys(_names(path), path)
 
     def get(self, name: str) -> Tensor:
-        """A tensor of a file that has it, mapped from there; raises UserError for one that is not in its shard."""
+        """Return a tensor, mapped from its file.
+
+        Raises:
+            UserError: the file is damaged, or the tensor is not in the shard that the index names.
+        """
         file = self.files[name]
-        if file.suffix in PICKLES:
-            found = self._old[file] if file in self._old else _unpickle(file)
-            if not is_mappable(file):
-                self._old[file] = found
-            if name not in found:
-                raise UserError(
-                    f"cannot read {file}: the tensor {name} that {self.path.name} places there is missing"
-                )
-            tensor = found[name]
-        else:
+        if file.suffix not in PICKLES:
             try:
                 with safe_open(file, "pt") as opened:
-                    tensor = opened.get_tensor(name)
+                    tensor: Tensor = opened.get_tensor(name)
+                    return tensor
             except (OSError, SafetensorError, ValueError) as error:
                 raise _unreadable(file, error) from None
-        return tensor
+        found = self._unmappable.get(file) or _unpickle(file)
+        if not is_mappable(file):
+            self._unmappable[file] = found
+        if name not in found:
+            raise UserError(
+                f"cannot read {file}: the tensor {name} that {self.path.name} places there is"
+                " missing"
+            )
+        return found[name]
 
-    @cached_property
-    def _old(self) -> dict[Path, dict[str, Tensor]]:
-        """Pickles in the format of before torch 1.6, which cannot be mapped."""
-        return {}
+
+def is_mappable(path: Path) -> bool:
+    """Return whether a pickle is in the format that torch has written since 1.6."""
+    return zipfile.is_zipfile(path)
 
 
 def _names(path: Path) -> list[str]:
@@ -77,6 +87,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
+    """Return the file of each tensor from an index of shards."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -84,35 +95,21 @@ def _weight_map(path: Path) -> dict[str, str]:
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"cannot read {path}: it has no weight_map of names to files")
-    if strange := next((file for file in files.values() if Path(file).name != file), None):
-        raise UserError(f"cannot read {path}: {strange!r} is no file of its folder")
+    for file in files.values():
+        if Path(file).name != file:
+            raise UserError(f"cannot read {path}: {file!r} is no file of its folder")
     return files
 
 
-def is_mappable(path: Path) -> bool:
-    """Whether a pickle is in the format that torch has written since 1.6."""
-    return zipfile.is_zipfile(path)
-
-
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped where the format allows; nothing else in it is ever run or built."""
-    mapped = path.is_file() and is_mappable(path)
+    """Load the tensors of a pickle, mapped if the format allows; nothing else in it is run."""
     try:
-        if mapped:
-            with zipfile.ZipFile(path) as archive:
-                # torch stores records as they are; compressed ones could grow without bounds.
-                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                    raise UserError(
-                        f"cannot read {path}: its records are compressed, which torch never does"
-                    )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        found = _load(path)
     except pickle.UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it calls {called[1]}" if called else "it is damaged, or not what torch writes"
+        fault = f"it calls {called[1]}" if called else "it is damaged, or torch did not write it"
         raise UserError(
-            f"cannot read {path}: {what}; only pickles of tensors alone are opened"
+            f"cannot read {path}: {fault}; only pickles of tensors alone are opened"
         ) from None
     except UserError:
         raise
@@ -123,21 +120,38 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             f"cannot read {path}: it holds a {type(found).__name__}, not tensors by name"
         )
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"cannot read {path}: {name!r} is a {type(value).__name__}, not a tensor"
-            )
-        if value.layout is not torch.strided or value.device.type != "cpu":
-            raise UserError(
-                f"cannot read {path}: {name!r} is a {value.layout} tensor on {value.device}: no plain one"
-            )
+        _check_tensor(path, name, value)
     return found
+
+
+def _load(path: Path) -> Any:
+    mapped = path.is_file() and is_mappable(path)
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            kinds = {record.compress_type for record in archive.infolist()}
+        # torch stores records as they are; compressed ones could grow without bounds.
+        if kinds - {zipfile.ZIP_STORED}:
+            raise UserError(
+                f"cannot read {path}: its records are compressed, which torch never does"
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _check_tensor(path: Path, name: Any, value: Any) -> None:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        raise UserError(f"cannot read {path}: {name!r} is a {type(value).__name__}, not a tensor")
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        raise UserError(
+            f"cannot read {path}: {name!r} is a {value.layout} tensor on {value.device}: no plain"
+            " one"
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"cannot read {path}: {error.strerror}")
-    reason = next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    return UserError(
+        f"cannot read {path}: {first_line(error)}; the file is damaged or not what its name says"
     )
-    return UserError(f"cannot read {path}: {reason}; the file is damaged or not what its name says")

@@ -1,42 +1,52 @@
-"""Writing heads, tensor by tensor as a layout names them."""
+"""Heads written tensor by tensor as a layout names them."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medusa_chat.config import UserError
 from medusa_chat.hub.file_names import HEADS_FILE
 from medusa_chat.model.layouts.names import NAMINGS
+from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from medusa_chat.model.heads import MedusaHeads
 
 
 def write_heads(heads: MedusaHeads, folder: Path) -> Path:
-    """Write heads in the official layout as bfloat16 safetensors; returns the file."""
+    """Write heads in the official layout as bfloat16 safetensors.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / HEADS_FILE
-    tensors = {
-        name: t.to(torch.bfloat16).contiguous().cpu()
-        for name, t in named_tensors(heads, "official")
-    }
-    save_file(tensors, file, {"format": "pt"})
+    tensors = named_tensors(heads, "official")
+    write_tensors({name: tensor.to(torch.bfloat16) for name, tensor in tensors}, file)
     return file
 
 
 def named_tensors(
     heads: MedusaHeads, naming: str, lm_head: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of heads by the names of NAMINGS[naming].
+    """Yield the tensors of heads with their names.
 
     Args:
-        lm_head: [V, hidden], the backbone's: heads that share it get a copy each.
+        heads: the heads.
+        naming: key of NAMINGS.
+        lm_head: [V, hidden], the backbone's; heads that share it get a copy each.
     """
     names = NAMINGS[naming]
     for head in range(heads.heads):
@@ -47,3 +57,30 @@ def named_tensors(
             yield names.lm_head_name(head, heads.layers), heads.lm_heads[head].detach()
         elif lm_head is not None:
             yield names.lm_head_name(head, heads.layers), lm_head.clone()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors in one move, as safetensors or, for any other ending, as a pickle.
+
+    Raises:
+        UserError: the file cannot be written; nothing of it is left.
+    """
+    plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        if file.suffix == ".safetensors":
+            save_file(plain, temporary, {"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())  # safetensors ignores the umask
+        else:
+            torch.save(plain, temporary)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError, RuntimeError) as error:  # of a full disk, the last two
+        raise UserError(f"cannot write {file}: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

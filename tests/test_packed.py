@@ -1,4 +1,4 @@
-"""Packed linear layers give the very same numbers."""
+"""Packed linear layers give the same numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from medusa_chat.model.linear.packed import PackedLinear, pack_linears
+from medusa_chat.model.linear.packed import PackedLinear, has_bfloat16, pack_linears
 
 needs_bfloat16 = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    reason="oneDNN does not compute in bfloat16 here",
+    not has_bfloat16(), reason="oneDNN does not compute in bfloat16 here"
 )
 
 

@@ -1,0 +1,154 @@
+"""transformers' own model and tokenizer of a spec, loaded quietly and with plain errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.hub import fetch as hub
+from medusa_chat.model.backbone import check_rewindable
+from medusa_chat.model.layouts import is_heads_tensor
+from medusa_chat.model.linear.quantization import (
+    as_quant,
+    check_quantization,
+    compute_dtype,
+    prepare_4bit,
+    quantization_config,
+)
+from medusa_chat.text import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CPU = torch.device("cpu")
+
+
+def load_pretrained(
+    spec: ModelSpec,
+    dtype: torch.dtype | None,
+    quant: str = "auto",
+    device: torch.device = CPU,
+    notices: list[str] | None = None,
+) -> tuple[Any, Any]:
+    """Load the transformers model and tokenizer of a spec.
+
+    Args:
+        spec: the model; its `quant` is not read.
+        dtype: of the weights; None keeps that of the files.
+        quant: a Quant, or auto: as the files are, which may be quantized in any way that
+            transformers loads.
+        device: where to load the model.
+        notices: gets a line on weights that the model has no place for.
+
+    Raises:
+        UserError: files are missing or damaged, or the model cannot decode with Medusa heads.
+    """
+    folder = Path(hub.local(spec.backbone))
+    with loading_errors(spec.backbone):
+        config = AutoConfig.from_pretrained(str(folder))
+        _check_class(config)
+        own = check_quantization(spec.name, config, quant)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **tokenizer_settings(folder))
+        settings = attention_settings(config)
+        number = compute_dtype(device, dtype or torch.bfloat16)
+        # Weights that are quantized already take no such setting, not even None.
+        if not own and (made := quantization_config(quant, number)):
+            settings["quantization_config"] = made
+        quantized = own is not None or as_quant(quant) != "none"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map={"": device} if quantized else None,  # quantized where it will be used
+            **settings,
+        )
+    model, report = loaded
+    if quantized:
+        prepare_4bit(model, device, model.dtype)
+    else:
+        model.to(device)
+    _check_weights(spec.backbone, report)
+    if notices is not None:
+        notices += _unused_weights(spec.backbone, report)
+    return model, tokenizer
+
+
+def attention_settings(config: Any) -> dict[str, Any]:
+    """Return settings that load a model with the attention that it was trained with.
+
+    sdpa leaves the cap of soft-capped scores out; transformers 5.17 does not report that.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """Return settings that load a tokenizer as its checkpoint was made with it.
+
+    A Llama of before 2023-07 does not mention `legacy`, which transformers 5 takes as False. It
+    was trained with a space before the word after `</s>`.
+    """
+    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        return {}
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    old_llama = config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config
+    return {"legacy": True} if old_llama else {}
+
+
+@contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Silence transformers, and turn what it raises for a model's files into a UserError."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds over files that it does not expect
+        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+
+
+def _check_class(config: Any) -> None:
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UserError(
+            f"{config.model_type} models are not causal language models that transformers can load"
+        )
+    check_rewindable(model_class, config.get_text_config())
+
+
+def _check_weights(backbone: str, report: dict[str, Any]) -> None:
+    """Refuse a model with a weight that is missing or does not fit, which would be random."""
+    faults = {
+        "missing_keys": "is missing",
+        "mismatched_keys": "has another shape than the config says",
+    }
+    for kind, fault in faults.items():
+        keys = [key if isinstance(key, str) else key[0] for key in report.get(kind) or ()]
+        if keys:
+            raise UserError(f"cannot load the model {backbone}: weight {min(keys)} {fault}")
+
+
+def _unused_weights(backbone: str, report: dict[str, Any]) -> list[str]:
+    """A notice of weights in the files that neither model nor heads use, if there are any."""
+    keys = report.get("unexpected_keys") or ()
+    unused = sorted(key for key in keys if not is_heads_tensor(key))
+    if not unused:
+        return []
+    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    return [f"{backbone} holds weights that the model has no place for: {unused[0]}{more}"]
