@@ -14,9 +14,10 @@ from torch import nn
 
 import medusa_chat
 from medusa_chat import Sampling, UserError
-from medusa_chat.bench import verification as verify
+from medusa_chat.bench import near_ties
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.random_model import random_heads, random_model
+from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import ModelSpec
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, LinearHeads, MedusaHeads, decoding_heads
@@ -97,7 +98,7 @@ def test_the_bundled_model_decodes_right_in_each_quantization(quant: str) -> Non
     engine = bundled(quant, quant)
     assert quant_of(engine.backbone.model.config) == quant
     prompts = [Prompt("a", [PROMPT[0]["content"]]), Prompt("b", ["Tell me a story."])]
-    checks = verify.verify(
+    checks = verify(
         engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda done, total: None
     )
     assert "vanilla, generate()" in {check.name for check in checks}  # on a peer quantized alike
@@ -303,18 +304,18 @@ def test_a_wrong_token_of_a_quantized_model_is_a_fault() -> None:
     ids = engine.encode(PROMPT)  # type: ignore[arg-type]
     right = reply(engine, ids, mode="vanilla", max_new_tokens=4)
     for how in (Sampling(), Sampling(mode="exact", temperature=0.7, top_p=0.9)):
-        check = verify.Check("wrong")
-        verify._compare(check, engine, ids, right, [right[0], (right[1] + 1) % 4096], how)
-        assert (check.faults, check.near_ties) == (1, 0)
+        comparison = Comparison("wrong")
+        comparison.add(engine, ids, right, [right[0], (right[1] + 1) % 4096], how)
+        assert (comparison.faults, comparison.near_ties) == (1, 0)
 
 
 def test_a_token_at_the_edge_of_top_p_may_be_in_or_out() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     share = logits.softmax(-1)[0]
     at_edge = Sampling(mode="exact", temperature=1.0, top_p=float(share[:2].sum()))
-    assert verify._at_an_edge(logits, 2, at_edge, 0.01)
-    assert not verify._at_an_edge(logits, 0, at_edge, 0.01)
-    assert not verify._at_an_edge(logits, 2, Sampling(mode="exact", temperature=1.0), 0.01)
+    assert near_ties.at_an_edge(logits, 2, at_edge, 0.01)
+    assert not near_ties.at_an_edge(logits, 0, at_edge, 0.01)
+    assert not near_ties.at_an_edge(logits, 2, Sampling(mode="exact", temperature=1.0), 0.01)
 
 
 def test_training_heads_are_left_as_they_were() -> None:
@@ -374,9 +375,9 @@ def test_a_peer_of_an_int8_engine_multiplies_as_the_engine_does() -> None:
 def test_noise_explains_no_more_than_sixteen_bits_do() -> None:
     backbone = bundled("nf4").backbone
     unit = torch.finfo(torch.bfloat16).eps * 20
-    assert verify._rounding(backbone, 1e9, 20.0) == pytest.approx(verify.ULPS * unit)
-    assert verify._rounding(backbone, 0.1, 20.0) == pytest.approx(
-        max(verify.NOISE * 0.1, 2 * unit), rel=0.3
+    assert near_ties.explained_gap(backbone, 1e9, 20.0) == pytest.approx(near_ties.ULPS * unit)
+    assert near_ties.explained_gap(backbone, 0.1, 20.0) == pytest.approx(
+        max(near_ties.NOISE_FACTOR * 0.1, 2 * unit), rel=0.3
     )
-    noise = verify._row_noise(backbone, list(range(5, 60)))
+    noise = near_ties.row_noise(backbone, list(range(5, 60)))
     assert 0 <= noise < unit

@@ -1,7 +1,8 @@
-"""How long the device waits for the host between two captured steps."""
+"""Time that the device waits for the host between two captured steps."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -11,26 +12,23 @@ if TYPE_CHECKING:
 
 
 def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str, Any] | None:
-    """Time from a step's result on the host to the start of the next step's programs, in a reply of the engine.
+    """Time from one step's result on the host to the start of the next step's programs.
 
-    All that the engine does in between is in it: text, copies, policy, the Step itself, and what the next step is told.
+    All that the engine does in between counts: text, copies, policy, the Step, the next input.
 
     Returns:
-        {"steps", "median_ms", "p90_ms"}; None where steps are eager, or fewer than three were taken.
+        {"steps", "median_ms", "p90_ms"}; None if steps are eager or fewer than three were taken.
     """
     if engine.runner.static is None:
         return None
-    list(engine.generate(prompt, sampling))  # what is not recorded yet is recorded now
+    list(engine.generate(prompt, sampling))  # captures the steps
     static = engine.runner.static
-    if static is None:  # it could not be
+    if static is None:  # capturing failed
         return None
-    gaps, learned = [], 0.0
-    for step in engine.generate(prompt, sampling):
-        if not step.nodes:
-            continue
-        if learned:
-            gaps.append(static.started - learned)
-        learned = static.learned
+    times = [
+        (static.started, static.learned) for step in engine.generate(prompt, sampling) if step.nodes
+    ]
+    gaps = [started - learned for (_, learned), (started, _) in pairwise(times)]
     if len(gaps) < 2:
         return None
     tenths = quantiles(gaps, n=10, method="inclusive")
