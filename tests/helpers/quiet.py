@@ -1,4 +1,4 @@
-"""Progress that nobody looks at."""
+"""Progress bars that print nothing."""
 
 from __future__ import annotations
 
