@@ -20,7 +20,7 @@ from medusa_chat.config import Message, Sampling
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.machine import memory
 
-DEFAULTS = ["bundled", "auto", "auto", "2048"]
+DEFAULTS = ["bundled", "auto", "auto", "1024"]
 
 
 def resident(kind: str) -> int:
