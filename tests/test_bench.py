@@ -317,9 +317,9 @@ def test_the_command_prints_tables_json_and_plots(result: tuple[dict[str, Any], 
 
 
 def shown(result: dict[str, Any], width: int) -> str:
-    console = Console(width=width, file=io.StringIO())
-    bench_report.show_bench(result, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    bench_report.show_bench(result, Console(width=width, file=printed))
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 120])

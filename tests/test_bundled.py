@@ -107,7 +107,7 @@ def test_greedy_is_vanilla_in_every_tree(engine: Engine, tree: str) -> None:
 def test_vanilla_is_transformers_generate(engine: Engine) -> None:
     peer = TransformersPeer(engine)
     for prompt in PROMPTS:
-        ids = engine.encode([{"role": "user", "content": prompt}])
+        ids = engine.encode([Message(role="user", content=prompt)])
         ours = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
         assert ours == peer.generate(ids, 60)
 
@@ -151,7 +151,7 @@ def test_greedy_is_vanilla_if_id_0_is_frequent(
     new_id, shuffled = permuted
     zeros = 0
     for prompt in PROMPTS:
-        ids = engine.encode([{"role": "user", "content": prompt}])
+        ids = engine.encode([Message(role="user", content=prompt)])
         plain = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
         found = ids_of(
             list(shuffled.generate([new_id(i) for i in ids], Sampling(max_new_tokens=60)))

@@ -18,8 +18,9 @@ from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import runner as runner_module
+from medusa_chat.decoding.draft.plans import Outcome
 from medusa_chat.decoding.graphs.capture import as_it_is
-from medusa_chat.decoding.runner import Outcome, Runner
+from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import choice as tuning
 from medusa_chat.shapes import SHAPES, Shape
 from medusa_chat.terminal.reports import bench as bench_report

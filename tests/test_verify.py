@@ -11,7 +11,8 @@ import torch
 import medusa_chat
 from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.runner import Outcome, Runner
+from medusa_chat.decoding.draft.plans import Outcome
+from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
 from medusa_chat.terminal.reports import report
 from tests.helpers.quiet import quiet

@@ -19,11 +19,10 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     Returns:
         {"steps", "median_ms", "p90_ms"}; None if steps are eager or fewer than three were taken.
     """
-    if engine.runner.static is None:
-        return None
-    list(engine.generate(prompt, sampling))  # captures the steps
+    if engine.runner.static is not None:
+        list(engine.generate(prompt, sampling))  # captures the steps, or makes them eager
     static = engine.runner.static
-    if static is None:  # capturing failed
+    if static is None:
         return None
     times = [
         (static.started, static.learned) for step in engine.generate(prompt, sampling) if step.nodes

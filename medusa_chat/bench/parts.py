@@ -58,12 +58,13 @@ class Stopwatch:
     def _now(self) -> Any:
         if not self._cuda:
             return self._clock()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def _between(self, before: Any, now: Any) -> float:
-        return before.elapsed_time(now) / 1000 if self._cuda else now - before
+        seconds: float = before.elapsed_time(now) / 1000 if self._cuda else now - before
+        return seconds
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from medusa_chat.config import ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.machine import memory
+from medusa_chat.machine.contents import contents_of
 from medusa_chat.machine.devices import free_memory
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import decoding_heads
@@ -132,7 +133,7 @@ def memory_plan(
         medusa_heads=wanted.heads,
         lm_heads="own" if wanted.own else "shared",
     )
-    contents = memory.contents_of(spec)
+    contents = contents_of(spec)
     assert contents is not None
     load = memory.Load(str(device), wanted.quant, wanted.quant_heads, positions, dtype.itemsize)
     return memory.plan(contents, load)
@@ -141,4 +142,4 @@ def memory_plan(
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are their ids as text: random weights have no words."""
     words = models.WordLevel({str(number): number for number in range(vocabulary)}, unk_token="0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))  # type: ignore[no-untyped-call]
