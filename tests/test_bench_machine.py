@@ -15,7 +15,6 @@ from medusa_chat.bench.random_engine import RandomModel, memory_plan, numbers, p
 from medusa_chat.bench.steps import bandwidth_of, measure_steps
 from medusa_chat.cli import main
 from medusa_chat.config import Quant, UserError
-from medusa_chat.decoding.draft.plans import Outcome
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import choice as tuning
 from medusa_chat.hub.model_list import packaged_file, read_models
@@ -35,6 +34,7 @@ from tests.helpers.quiet import quiet
 from tests.helpers.tiny import decode, make_engine, prompt_ids, random_backbone, random_heads
 
 if TYPE_CHECKING:
+    from medusa_chat.decoding.draft.plans import Outcome
     from pathlib import Path
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import runner as runner_module
-from medusa_chat.decoding.draft.plans import Outcome
 from medusa_chat.decoding.graphs.capture import as_it_is
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import choice as tuning
@@ -32,6 +31,9 @@ from tests.helpers.tiny import (
     random_backbone,
     random_heads,
 )
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.draft.plans import Outcome
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)

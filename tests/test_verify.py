@@ -11,7 +11,6 @@ import torch
 import medusa_chat
 from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.draft.plans import Outcome
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
 from medusa_chat.terminal.reports import report
@@ -19,6 +18,7 @@ from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
+    from medusa_chat.decoding.draft.plans import Outcome
     from medusa_chat.decoding.engine import Engine
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
