@@ -16,7 +16,7 @@ from medusa_chat.bench.job import SHIPPED_PROMPTS, BenchJob
 from medusa_chat.bench.parts import Stopwatch, step_parts, watching
 from medusa_chat.bench.replies import (
     PEERS,
-    Conversation,
+    Transcript,
     Turn,
     converse,
     fitting,
@@ -126,8 +126,8 @@ def step(depth: int, seconds: float, kind: str = "tree") -> Step:
     return Step(tokens, 8, seconds, "tree", 3, tested=tuple(range(1, min(3, depth + 1) + 1)))
 
 
-def conversation(category: str, steps: list[Step], first: float) -> Conversation:
-    return Conversation(category, [Turn(Stats.of(steps), first, 2.0, 5, "text")])
+def conversation(category: str, steps: list[Step], first: float) -> Transcript:
+    return Transcript(category, [Turn(Stats.of(steps), first, 2.0, 5, "text")])
 
 
 def test_figures_are_those_of_the_steps() -> None:

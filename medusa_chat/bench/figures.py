@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.bench.replies import PEERS, Conversation, Round, Turn, baseline_name
+from medusa_chat.bench.replies import PEERS, Round, Transcript, Turn, baseline_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -70,7 +70,7 @@ def _head_acceptance(turns: Sequence[Turn]) -> dict[str, float]:
 
 
 def _round_figures(
-    conversations: Sequence[Conversation], baseline: Sequence[Conversation]
+    conversations: Sequence[Transcript], baseline: Sequence[Transcript]
 ) -> dict[str, float | None]:
     """Figures of one round. `speedup` is that of `Stats`, `throughput_ratio` is of all steps."""
     turns = _turns(conversations)
@@ -112,7 +112,7 @@ def _of_category(ways: Round, category: str) -> Round:
     }
 
 
-def _turns(conversations: Sequence[Conversation]) -> list[Turn]:
+def _turns(conversations: Sequence[Transcript]) -> list[Turn]:
     return [turn for each in conversations for turn in each.turns]
 
 
@@ -128,7 +128,7 @@ def _rate(turns: Sequence[Turn]) -> float | None:
     return _ratio(tokens, sum(turn.stats.seconds for turn in turns))
 
 
-def _wall_rate(conversations: Sequence[Conversation]) -> float:
+def _wall_rate(conversations: Sequence[Transcript]) -> float:
     turns = _turns(conversations)
     return sum(turn.stats.new_tokens for turn in turns) / sum(turn.wall for turn in turns)
 

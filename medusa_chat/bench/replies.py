@@ -40,7 +40,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Transcript:
     """The replies to one prompt in one way of decoding."""
 
     category: str
@@ -48,7 +48,7 @@ class Conversation:
 
 
 Answer = Callable[[list[int]], Turn]
-Round = dict[str, list[Conversation]]  # by way of decoding: one conversation for each prompt
+Round = dict[str, list[Transcript]]  # by way of decoding: one conversation for each prompt
 
 
 def baseline_name(sampling: Sampling) -> str:
@@ -103,7 +103,7 @@ def fitting(engine: Engine, prompts: list[Prompt]) -> list[Prompt]:
     return fit
 
 
-def converse(engine: Engine, prompt: Prompt, turns: int, answer: Answer) -> Conversation:
+def converse(engine: Engine, prompt: Prompt, turns: int, answer: Answer) -> Transcript:
     """Answer up to `turns` turns from an empty cache, while they fit the context."""
     engine.forget()
     messages: list[Message] = []
@@ -115,7 +115,7 @@ def converse(engine: Engine, prompt: Prompt, turns: int, answer: Answer) -> Conv
             break
         answered.append(answer(ids))
         messages.append({"role": "assistant", "content": answered[-1].text})
-    return Conversation(prompt.category, answered)
+    return Transcript(prompt.category, answered)
 
 
 def _engine_answer(engine: Engine, sampling: Sampling, consume: Consume = list) -> Answer:

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from medusa_chat.config import UserError
+from medusa_chat.files import replacing, write_json
 from medusa_chat.hub.file_names import WEIGHTS
 from medusa_chat.model.layouts import is_heads_tensor
 from medusa_chat.model.layouts.said import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
 from medusa_chat.model.loading import one_line
+from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,7 +109,7 @@ class BackboneFiles:
             "num_medusa_layers",
         }
         kept = {key: value for key, value in self.config.items() if key not in old}
-        write_json(out / "config.json", kept | config)
+        write_json(out / "config.json", kept | config, indent=2)
         self._copy_weights(heads, out)
 
     def _copy_weights(self, heads: dict[str, Tensor], out: Path) -> None:
@@ -135,28 +137,28 @@ class BackboneFiles:
             tensors.get(n).nbytes for f in used for n in shards[f]
         )
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
-        write_json(out / f"{stem}{suffix}.index.json", index)
+        write_json(out / f"{stem}{suffix}.index.json", index, indent=2)
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write safetensors, or a pickle of tensors for any other ending; raises UserError if the disk does not take it."""
+    """Write safetensors, or a pickle of tensors for any other ending, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        if file.suffix == ".safetensors":
-            save_file(plain, file, {"format": "pt"})
-            file.chmod(0o666 & ~_umask())  # which safetensors does not honour
-        else:
-            torch.save(plain, file)
-    except (SafetensorError, RuntimeError) as error:  # how both tell a full disk
-        raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}") from None
+        with replacing(file) as temporary:
+            if file.suffix == ".safetensors":
+                save_file(plain, temporary, {"format": "pt"})
+                temporary.chmod(0o666 & ~_umask())  # safetensors ignores the umask
+            else:
+                torch.save(plain, temporary)
+    except (SafetensorError, RuntimeError) as error:  # both raise these for a full disk
+        raise UserError(f"cannot write {file}: {first_line(error)}") from None
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def write_json(file: Path, document: dict[str, Any]) -> None:
-    """Write one JSON object; raises OSError."""
-    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

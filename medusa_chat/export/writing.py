@@ -18,9 +18,10 @@ from torch.nn import functional
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
-from medusa_chat.export.backbone_files import LICENCES, BackboneFiles, write_json, write_tensors
+from medusa_chat.export.backbone_files import LICENCES, BackboneFiles, write_tensors
 from medusa_chat.export.card import Card, card_of, licence_of
 from medusa_chat.export.targets import TARGETS, Facts, Target
+from medusa_chat.files import write_json
 from medusa_chat.hub import fetch as hub
 from medusa_chat.model.layouts import find_heads, read_heads
 from medusa_chat.model.layouts.said import read_config

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medusa_chat.files import replacing
 from medusa_chat.hub.file_names import HEADS_FILE
 from medusa_chat.model.layouts.names import NAMINGS
 
@@ -26,7 +27,8 @@ def write_heads(heads: MedusaHeads, folder: Path) -> Path:
         name: t.to(torch.bfloat16).contiguous().cpu()
         for name, t in named_tensors(heads, "official")
     }
-    save_file(tensors, file, {"format": "pt"})
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
     return file
 
 
