@@ -1,11 +1,15 @@
-"""Acceptance length of several models with heads: what a recipe, a head or a layer brings. Nothing is timed.
+"""Compare the acceptance length of several models with heads. Nothing is timed.
 
-    python benchmarks/compare.py NAME=MODEL[:HEADS] ... --count TRAIN_PROMPTS --prompts VALID_PROMPTS
+    python benchmarks/compare.py NAME=MODEL[:HEADS] ... [--count PROMPTS] [--prompts PROMPTS]
 
-For each, accuracies are counted on one set of prompts, as `medusa-chat calibrate` does, and the best trees of 8 to 64
-nodes grown from them; then the model answers the other set, the first two turns of each conversation. Greedy lengths
-follow from the ranks that the heads give to what was answered; typical ones (temperature 0.7) are decoded. `heads`
-lists the greedy length with 16 nodes if only the first 1, 2, ... heads are kept.
+The script counts each model's accuracies on one set of prompts, as `medusa-chat calibrate` does,
+and grows the best trees of 8 to 64 nodes from them. Then the model answers the other set, the
+first two turns of each conversation. Greedy lengths follow from the ranks that the heads gave to
+the answers. Typical ones (temperature 0.7) are decoded. `heads` lists the greedy length with 16
+nodes if only the first 1, 2, ... heads are kept.
+
+Both sets are the prompts of `medusa-chat bench` unless others are named. Lengths on the prompts
+that were counted are too high, so name two different sets for a comparison that you report.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import medusa_chat
+from medusa_chat.bench.job import SHIPPED_PROMPTS
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.trees.accuracy import Accuracy
-from medusa_chat.decoding.trees.growth import grow
+from medusa_chat.decoding.trees.accuracy import Accuracy, grow
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import (
@@ -35,45 +39,30 @@ from medusa_chat.training.calibration import (
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
-TYPICAL = (16, 64)  # nodes
+TYPICAL_NODES = (16, 64)
 
 
 def main() -> None:
     options = parse()
-    count, prompts = (
-        read_prompts(options.count, options.count_limit),
-        read_prompts(options.prompts, options.limit),
-    )
+    count = read_prompts(options.count, options.count_limit)
+    prompts = read_prompts(options.prompts, options.limit)
     for named in options.models:
-        name, _, place = named.partition("=")
-        model, _, heads = place.partition(":")
+        name, _, source = named.partition("=")
+        model, _, heads = source.partition(":")
         engine = medusa_chat.load(
             model, heads or None, tree="chain-3", probing=False, measured=False, copies=False
         )
-        print(
-            json.dumps({"name": name, **measure(engine, count, prompts, options.max_new_tokens)}),
-            flush=True,
-        )
+        figures = measure(engine, count, prompts, options.max_new_tokens)
+        print(json.dumps({"name": name, **figures}), flush=True)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL[:HEADS]")
-    parser.add_argument(
-        "--count",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="prompts that accuracies are counted on",
-    )
+    files = {"type": Path, "nargs": "+", "default": [SHIPPED_PROMPTS]}
+    parser.add_argument("--count", **files, help="prompts to count accuracies on")
     parser.add_argument("--count-limit", type=int, default=120)
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="prompts that lengths are measured on",
-    )
+    parser.add_argument("--prompts", **files, help="prompts to measure lengths on")
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     return parser.parse_args()
@@ -82,33 +71,34 @@ def parse() -> argparse.Namespace:
 def measure(
     engine: Engine, count: list[Prompt], prompts: list[Prompt], max_new_tokens: int
 ) -> dict[str, object]:
-    """Accuracy on `count`, acceptance lengths on `prompts`."""
+    """Count accuracies on `count` and measure acceptance lengths on `prompts`."""
     accuracy = calibrate(engine, count, max_new_tokens)
     replies = ranked(engine, prompts, max_new_tokens)
+    fewer_heads = [accuracy.pruned(heads, 20) for heads in range(1, engine.heads + 1)]
     return {
         "top1": [round(row[0], 3) for row in accuracy.top],
         "greedy": {nodes: length(accuracy, nodes, replies) for nodes in SIZES},
-        "heads": [length(accuracy.pruned(k, 20), 16, replies) for k in range(1, engine.heads + 1)],
+        "heads": [length(fewer, 16, replies) for fewer in fewer_heads],
         "typical": {
-            nodes: typical(engine, accuracy, nodes, prompts, max_new_tokens) for nodes in TYPICAL
+            nodes: typical(engine, accuracy, nodes, prompts, max_new_tokens)
+            for nodes in TYPICAL_NODES
         },
     }
 
 
 def ranked(engine: Engine, prompts: list[Prompt], max_new_tokens: int) -> list[Ranks]:
-    """For every greedy reply, the ranks at which the heads held what followed."""
+    """The ranks that the heads gave to the tokens of every greedy reply."""
     found = []
+    sampling = Sampling(max_new_tokens=max_new_tokens)
     for prompt in prompts:
-        for ids, steps in answers(engine, prompt, Sampling(max_new_tokens=max_new_tokens)):
-            found.append(
-                joint_ranks(
-                    rank_reply(engine, ids, [token.id for step in steps for token in step.tokens])
-                )
-            )
+        for ids, steps in answers(engine, prompt, sampling):
+            reply = [token.id for step in steps for token in step.tokens]
+            found.append(joint_ranks(rank_reply(engine, ids, reply)))
     return found
 
 
 def length(accuracy: Accuracy, nodes: int, replies: list[Ranks]) -> float:
+    """Acceptance length of the best tree of so many nodes."""
     found = acceptance_length(grow(accuracy, nodes)[0], replies)
     assert found is not None, "no reply has a second token"
     return round(found, 3)
@@ -117,15 +107,15 @@ def length(accuracy: Accuracy, nodes: int, replies: list[Ranks]) -> float:
 def typical(
     engine: Engine, accuracy: Accuracy, nodes: int, prompts: list[Prompt], max_new_tokens: int
 ) -> float:
-    engine.trees.use(grow(accuracy, nodes)[0])
+    """Acceptance length of typical decoding."""
+    engine.use_tree(grow(accuracy, nodes)[0])
     sampling = Sampling(mode="typical", temperature=0.7, max_new_tokens=max_new_tokens)
-    stats = Stats.of(
-        step
-        for prompt in prompts
-        for _, steps in answers(engine, prompt, sampling)
-        for step in steps
-    )
-    return round(stats.tree_tokens / stats.tree_steps, 3)
+    stats = Stats()
+    for prompt in prompts:
+        for _, steps in answers(engine, prompt, sampling):
+            for step in steps:
+                stats.add(step)
+    return round(stats.acceptance_length or 0.0, 3)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Fixed against dynamic trees, with and without copies: acceptance length and speedup at 8 to 64 nodes.
+"""Compare fixed and dynamic trees, with and without copies, at 8 to 64 nodes.
 
-    python benchmarks/trees.py --prompts VALID_PROMPTS [--limit 40] [--model NAME] [--rounds 1]
+    python benchmarks/trees.py [--prompts FILES] [--limit 40] [--model NAME] [--rounds 1]
 
 Four kinds of replies, all greedy:
-- chat: the model's own, to the first two turns of each conversation;
-- read back: the model's own, where the conversation's reply in the file quotes what was said before (two fifths of its
-  runs of four tokens), such as a booking that is confirmed;
-- repeat, edit: the reply is given, not the model's own: the text of the prompt "Repeat this text: ..." again, and
-  again with every twelfth word replaced. The bundled model cannot do either when it is asked to. Steps accept what
-  the given text says; trees, heads and copies are what they would be for a model that writes it.
+- chat: the model's own reply to the first turn of each conversation;
+- read back: the model's own reply where the conversation's reply in the file quotes earlier text
+  (two fifths of its runs of four tokens), such as a booking that is confirmed;
+- repeat, edit: the reply is given: the text of the prompt "Repeat this text: ..." again, and again
+  with every twelfth word replaced. The bundled model can do neither when it is asked to. Steps
+  accept the given text; trees, heads and copies are those of a model that writes it.
 
-Each prompt is answered in every way, one after the other, after a vanilla reply that the speedup compares with.
+The prompts of `medusa-chat bench`, which are the default, have no replies, so that only `chat` is
+measured with them. For the other kinds name files of whole conversations ("messages").
+
+Each prompt is answered in every way, one after the other, after a vanilla reply as the baseline.
+`throughput_ratio` is tokens/s over those of vanilla decoding.
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import medusa_chat
+from medusa_chat.bench.job import SHIPPED_PROMPTS
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import engine as engine_module
-from medusa_chat.decoding.acceptance import Numbers, Rule, TreeTensors, Verdict, greedy
+from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
 from medusa_chat.machine.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
@@ -43,20 +48,38 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 SIZES = (8, 16, 32, 64)
+QUOTED = 0.4  # smallest share of a reply's runs of tokens that occur in earlier text
+RUN_TOKENS = 4
+REPLACED = 12  # one of so many words is replaced in an edited text
+SHORTEST = 24  # tokens of a text to repeat
+LONGEST = 160
+
+Figures = dict[str, dict[str, float]]  # by way
+
+
+@dataclass(frozen=True)
+class Way:
+    """A tree, with copies or without."""
+
+    tree: str
+    copies: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.tree} copies" if self.copies else self.tree
+
+
 WAYS = [
-    (f"{kind}-{nodes}", copies)
+    Way(f"{kind}-{nodes}", copies)
     for nodes in SIZES
     for kind in ("static", "dynamic")
     for copies in (False, True)
 ]
-QUOTED, RUN = 0.4, 4  # share of a reply's runs of RUN tokens that stand before it already
-REPLACED = 12  # of so many words one is another in an edited text
-SHORTEST, LONGEST = 24, 160  # tokens of a text that is repeated
 
 
 @dataclass(frozen=True)
 class Task:
-    """Ids of a prompt, and the reply where it is given."""
+    """Ids of a prompt, and of the reply if it is given."""
 
     prompt: list[int]
     reply: list[int] | None = None
@@ -71,22 +94,17 @@ def main() -> None:
     found = {}
     for name, tasks in workloads(engine, prompts, options.limit).items():
         print(f"{name}: {len(tasks)} replies", file=sys.stderr)
-        found[name] = (
-            measure(engine, tasks, options.max_new_tokens, options.rounds) if tasks else {}
-        )
+        if tasks:
+            found[name] = measure(engine, tasks, options.max_new_tokens, options.rounds)
     show(found)
-    device = device_name(engine.backbone.device)
-    print(
-        json.dumps(
-            {"device": device, "model": engine.name, "torch": torch.__version__, "trees": found}
-        )
-    )
+    result = {"device": device_name(engine.backbone.device), "model": engine.name}
+    print(json.dumps(result | {"torch": torch.__version__, "trees": found}))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--prompts", type=Path, nargs="+", required=True, help="files of conversations"
+        "--prompts", type=Path, nargs="+", default=[SHIPPED_PROMPTS], help="files of conversations"
     )
     parser.add_argument("--limit", type=int, default=40, help="replies of each kind")
     parser.add_argument("--rounds", type=int, default=1)
@@ -113,21 +131,19 @@ def read_back(engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Task]:
     """Conversations up to a reply that quotes them."""
     for prompt in prompts:
         for i in range(1, len(prompt.reference), 2):
-            before = [*prompt.reference[:i]]
-            known, reply = (
-                runs(engine, " ".join(m["content"] for m in before)),
-                runs(engine, " " + prompt.reference[i]["content"]),
-            )
-            if len(reply) >= 2 * RUN and sum(run in set(known) for run in reply) >= QUOTED * len(
-                reply
-            ):
+            before = list(prompt.reference[:i])
+            earlier = runs(engine, " ".join(message["content"] for message in before))
+            reply = runs(engine, " " + prompt.reference[i]["content"])
+            quoted = sum(run in set(earlier) for run in reply)
+            if len(reply) >= 2 * RUN_TOKENS and quoted >= QUOTED * len(reply):
                 yield Task(engine.encode(before))
                 break
 
 
 def runs(engine: Engine, text: str) -> list[tuple[int, ...]]:
+    """All runs of RUN_TOKENS tokens in a text."""
     ids = tokens_of(engine, text)
-    return [tuple(ids[place : place + RUN]) for place in range(len(ids) - RUN + 1)]
+    return [tuple(ids[i : i + RUN_TOKENS]) for i in range(len(ids) - RUN_TOKENS + 1)]
 
 
 def tokens_of(engine: Engine, text: str) -> list[int]:
@@ -136,90 +152,71 @@ def tokens_of(engine: Engine, text: str) -> list[int]:
 
 
 def given(engine: Engine, text: str, reply: str) -> Task:
-    return Task(
-        engine.encode([{"role": "user", "content": f"Repeat this text: {text}"}]),
-        tokens_of(engine, reply),
-    )
+    prompt = engine.encode([{"role": "user", "content": f"Repeat this text: {text}"}])
+    return Task(prompt, tokens_of(engine, reply))
 
 
 def edited(text: str) -> str:
     words = text.split(" ")
-    return " ".join(
-        "something" if place % REPLACED == REPLACED - 1 else word
-        for place, word in enumerate(words)
-    )
+    words[REPLACED - 1 :: REPLACED] = ["something"] * (len(words) // REPLACED)
+    return " ".join(words)
 
 
-@dataclass(frozen=True)
-class Following(Rule):
-    """A rule that accepts a given text, whatever the backbone thinks of it."""
+def following(text: list[int]) -> Rule:
+    """Make a rule that accepts the given text, whatever the backbone computes."""
+    known = torch.tensor(text + [0] * 64)
 
-    text: Tensor
+    def rule(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
+        places = (tree.depths + position + 1).clamp(max=len(known) - 1)
+        wanted = functional.one_hot(known.to(logits.device)[places], logits.shape[-1])
+        return greedy(wanted, candidates, tree, position)
 
-    def __call__(
-        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
-    ) -> Verdict:
-        """Accept the candidates that are the text's tokens."""
-        places = (tree.depths + position + 1).clamp(max=len(self.text) - 1)
-        wanted = functional.one_hot(self.text.to(logits.device)[places], logits.shape[-1])
-        return greedy(wanted, candidates, tree)
-
-
-def following(text: list[int]) -> Following:
-    return Following("greedy", Numbers.of(Sampling()), torch.tensor(text + [0] * 64))
+    return rule
 
 
 def answered(engine: Engine, task: Task, mode: str, max_new_tokens: int) -> Stats:
-    """One reply, prefilled anew."""
+    """Decode one reply after a prefill of its whole prompt."""
     engine.forget()
     if task.reply is None:
-        return Stats.of(
-            engine.generate(
-                task.prompt, Sampling(max_new_tokens=max_new_tokens).with_value("mode", mode)
-            )
-        )
+        sampling = Sampling(max_new_tokens=max_new_tokens).with_value("mode", mode)
+        return Stats.of(engine.generate(task.prompt, sampling))
     sampling = Sampling(max_new_tokens=len(task.reply), ignore_eos=True).with_value("mode", mode)
-    with patch.object(
-        engine_module, "make_rule", lambda sampling: following(task.prompt + task.reply)
-    ):
+    rule = following(task.prompt + task.reply)
+    with patch.object(engine_module, "make_rule", lambda _: rule):
         return Stats.of(engine.generate(task.prompt, sampling))
 
 
-def measure(
-    engine: Engine, tasks: list[Task], max_new_tokens: int, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Acceptance length and speedup of each way, over all tasks and rounds together."""
-    totals: dict[str, list[Stats]] = {}
-    for task in [*tasks] * rounds:
-        totals.setdefault("vanilla", []).append(answered(engine, task, "vanilla", max_new_tokens))
-        for tree, copies in WAYS:
-            engine.trees.use(tree)
-            engine.trees.use_copies(copies)
-            name = f"{tree} copies" if copies else tree
-            totals.setdefault(name, []).append(answered(engine, task, "greedy", max_new_tokens))
-    vanilla = pace(totals.pop("vanilla"))
-    return {name: figures(stats, vanilla) for name, stats in totals.items()}
+def measure(engine: Engine, tasks: list[Task], max_new_tokens: int, rounds: int) -> Figures:
+    """Acceptance length and throughput ratio of each way, over all tasks and rounds."""
+    vanilla: list[Stats] = []
+    by_way: dict[str, list[Stats]] = {way.name: [] for way in WAYS}
+    for task in tasks * rounds:
+        vanilla.append(answered(engine, task, "vanilla", max_new_tokens))
+        for way in WAYS:
+            engine.use_tree(way.tree)
+            engine.use_copies(way.copies)
+            by_way[way.name].append(answered(engine, task, "greedy", max_new_tokens))
+    baseline = rate(vanilla)
+    return {name: figures(stats, baseline) for name, stats in by_way.items()}
 
 
-def pace(stats: list[Stats]) -> float:
+def rate(stats: list[Stats]) -> float:
+    """Tokens per second over all replies."""
     return sum(each.new_tokens for each in stats) / sum(each.seconds for each in stats)
 
 
 def figures(stats: list[Stats], vanilla: float) -> dict[str, float]:
     length = sum(each.tree_tokens for each in stats) / sum(each.tree_steps for each in stats)
-    return {"acceptance_length": round(length, 3), "speedup": round(pace(stats) / vanilla, 3)}
+    ratio = rate(stats) / vanilla
+    return {"acceptance_length": round(length, 3), "throughput_ratio": round(ratio, 3)}
 
 
-def show(found: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table(
-        "tree", "copies", *(f"{name}: {what}" for name in found for what in ("length", "speedup"))
-    )
-    for tree, copies in WAYS:
-        rows = [ways.get(f"{tree} copies" if copies else tree, {}) for ways in found.values()]
-        cells = [
-            f"{row[key]:.2f}" for row in rows for key in ("acceptance_length", "speedup") if row
-        ]
-        table.add_row(tree, "on" if copies else "off", *cells)
+def show(found: dict[str, Figures]) -> None:
+    columns = [f"{name}: {figure}" for name in found for figure in ("length", "tokens/s ratio")]
+    table = Table("tree", "copies", *columns)
+    for way in WAYS:
+        cells = [f"{value:.2f}" for by_way in found.values() for value in by_way[way.name].values()]
+        table.add_row(way.tree, "on" if way.copies else "off", *cells)
     Console(width=160).print(table)
 
 

@@ -248,9 +248,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _distill(options: argparse.Namespace) -> int:
     from medusa_chat.terminal.reports.progress import progress_bar
-    from medusa_chat.training.distillation import Plan, distill
+    from medusa_chat.training.distillation import distill
+    from medusa_chat.training.questions import DistillJob
 
-    plan = Plan(
+    job = DistillJob(
         turns=options.turns,
         batch=options.batch,
         max_new_tokens=options.max_new_tokens,
@@ -264,7 +265,7 @@ def _distill(options: argparse.Namespace) -> int:
             options.model,
             options.prompts,
             options.out,
-            plan,
+            job,
             limit=options.limit,
             server=options.server,
             server_model=options.server_model,

@@ -1,4 +1,4 @@
-"""Shared set-up: one thread (other work shares the cores), no network, a cache of step costs of our own."""
+"""Set-up of all tests: one thread, no network, a temporary cache of step costs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import os
 import shutil
 import signal
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if TYPE_CHECKING:
+    from medusa_chat.model.backbone import Backbone
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # other work may share the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-chat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # no models.yaml of whoever runs the tests
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a job behind `&`: what it starts would be deaf too
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # ignores the models.yaml of the user
+# A shell starts a job with `&` so that it ignores Ctrl-C, and its children would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Any:
+def backbone() -> Backbone:
     """A tiny Llama with random weights."""
     from tests.helpers.tiny import random_backbone
 
@@ -32,7 +34,7 @@ def backbone() -> Any:
 
 
 @pytest.fixture(scope="module")
-def greedy_text(backbone: Any) -> list[int]:
+def greedy_text(backbone: Backbone) -> list[int]:
     """The tests' prompt and its vanilla greedy continuation."""
     from tests.helpers.tiny import NEW, PROMPT, make_engine, reply
 

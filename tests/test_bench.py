@@ -1,38 +1,40 @@
-"""bench and verify on a tiny model: the figures are those of the steps, and faults are found."""
+"""bench on a tiny model: its figures are those of the steps."""
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import medusa_chat
-from medusa_chat.bench import verification as verify
-from medusa_chat.bench.command import OWN_PROMPTS
 from medusa_chat.bench.figures import mode_figures, peer_figures
+from medusa_chat.bench.job import SHIPPED_PROMPTS, BenchJob
 from medusa_chat.bench.parts import Stopwatch, step_parts, watching
-from medusa_chat.bench.plan import Plan
-from medusa_chat.bench.replies import PEERS, Run, Turn, converse, fitting, ways_of
+from medusa_chat.bench.replies import (
+    PEERS,
+    Transcript,
+    Turn,
+    converse,
+    fitting,
+    ways_of,
+)
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.report import StepReport
-from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.trees import costs
+from medusa_chat.decoding.trees import choice as tuning
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.reports import bench as bench_report
 from medusa_chat.terminal.reports import bench_charts
-from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.complaints import complaint
-from tests.helpers.quiet import quiet, silent
-from tests.helpers.tiny import make_engine, save_with_heads
+from tests.helpers.quiet import silent
+from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,6 +47,7 @@ MODE_KEYS = {
     "acceptance_length",
     "overhead",
     "speedup",
+    "throughput_ratio",
     "tokens_per_second",
     "vanilla_tokens_per_second",
     "wall_tokens_per_second",
@@ -69,7 +72,7 @@ def engine(folder: Path) -> Engine:
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "REPEATS", 1)
+    monkeypatch.setattr(tuning, "REPEATS", 1)
     monkeypatch.setattr("medusa_chat.bench.bandwidth.BUFFER", 2**20)
 
 
@@ -79,7 +82,7 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
     def view(steps: Iterable[Step]) -> None:
         drawn.extend(steps)
 
-    plan = Plan(
+    job = BenchJob(
         PROMPTS,
         ["greedy", "typical"],
         Sampling(max_new_tokens=12),
@@ -90,7 +93,7 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
         contexts=(32, 64),
         histories=(40,),
     )
-    result = bench(engine, plan, silent)
+    result = bench(engine, job, silent)
     json.dumps(result, allow_nan=False)
     assert set(result["modes"]) == {"greedy", "typical"}
     for mode in result["modes"].values():
@@ -99,15 +102,18 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
         assert all(set(figures) == MODE_KEYS for figures in mode["categories"].values())
         assert [turn["conversations"] for turn in mode["turns"]] == [2, 1]
         assert 1 <= mode["acceptance_length"] <= 5
+        # Medians of two rounds.
         assert mode["overhead"] == pytest.approx(mode["step_ms"] / mode["vanilla_step_ms"], rel=0.5)
+        length_over_cost = mode["acceptance_length"] / mode["overhead"]
+        assert mode["speedup"] == pytest.approx(length_over_cost, rel=0.5)
         rates = mode["tokens_per_second"] / mode["vanilla_tokens_per_second"]
-        assert mode["speedup"] == pytest.approx(rates, rel=0.5)  # medians of two rounds
+        assert mode["throughput_ratio"] == pytest.approx(rates, rel=0.5)
     assert set(result["peers"]) == {"transformers", "transformers-lookup"}
     assert all(peer["tokens_per_second"] > 0 for peer in result["peers"].values())
     assert sum(len(step.tokens) for step in drawn) > 0
     assert (result["prompts"], result["left_out"], result["turns"]) == (2, 0, 2)
     assert [step["context"] for step in result["steps"]] == [32, 64]
-    assert set(result["steps"][0]["nodes"]) == {str(nodes) for nodes in costs.LADDER}
+    assert set(result["steps"][0]["nodes"]) == {str(nodes) for nodes in tuning.LADDER}
     assert set(result["parts"]) == {"vanilla", "greedy", "typical"}
     assert result["history"][0]["prefilled"] == result["history"][0]["new_tokens"]
     assert result["peak_memory_bytes"]["host"] > 2**20
@@ -120,25 +126,32 @@ def step(depth: int, seconds: float, kind: str = "tree") -> Step:
     return Step(tokens, 8, seconds, "tree", 3, tested=tuple(range(1, min(3, depth + 1) + 1)))
 
 
-def run(category: str, steps: list[Step], first: float) -> Run:
-    return Run(category, [Turn(Stats.of(steps), first, 2.0, 5, "text")])
+def conversation(category: str, steps: list[Step], first: float) -> Transcript:
+    return Transcript(category, [Turn(Stats.of(steps), first, 2.0, 5, "text")])
 
 
 def test_figures_are_those_of_the_steps() -> None:
     slow = {
-        "greedy": [run("a", [step(2, 0.02), step(1, 0.02)], 0.5), run("b", [step(0, 0.02)], 0.1)],
+        "greedy": [
+            conversation("a", [step(2, 0.02), step(1, 0.02)], 0.5),
+            conversation("b", [step(0, 0.02)], 0.1),
+        ],
         "vanilla": [
-            run("a", [step(0, 0.01, "vanilla")] * 5, 0.1),
-            run("b", [step(0, 0.01, "vanilla")], 0.1),
+            conversation("a", [step(0, 0.01, "vanilla")] * 5, 0.1),
+            conversation("b", [step(0, 0.01, "vanilla")], 0.1),
         ],
     }
     fast = slow | {
-        "greedy": [run("a", [step(2, 0.01), step(1, 0.01)], 0.3), run("b", [step(0, 0.01)], 0.1)]
+        "greedy": [
+            conversation("a", [step(2, 0.01), step(1, 0.01)], 0.3),
+            conversation("b", [step(0, 0.01)], 0.1),
+        ]
     }
     figures = mode_figures([slow, fast, fast], "greedy", "vanilla")
     assert figures["acceptance_length"] == pytest.approx(2.0)
     assert figures["overhead"] == pytest.approx(1.0)  # that of the median round
     assert figures["speedup"] == pytest.approx(2.0)
+    assert figures["throughput_ratio"] == pytest.approx(2.0)
     assert figures["tokens_per_second"] == pytest.approx(200)
     assert figures["wall_tokens_per_second"] == pytest.approx(6 / 4)
     assert figures["time_to_first_token_ms"] == pytest.approx(200)
@@ -150,23 +163,20 @@ def test_figures_are_those_of_the_steps() -> None:
 
 
 def test_a_reply_without_a_step_has_no_figures_but_is_counted() -> None:
-    ended = run("a", [Step((Token(1, "", 0),), 0, 0.0, "vanilla", finish="eos")], 0.1)
+    ended = conversation("a", [Step((Token(1, "", 0),), 0, 0.0, "vanilla", finish="eos")], 0.1)
     figures = mode_figures([{"greedy": [ended], "vanilla": [ended]}], "greedy", "vanilla")
-    assert (figures["acceptance_length"], figures["overhead"], figures["speedup"]) == (
-        None,
-        None,
-        None,
-    )
+    for key in ("acceptance_length", "overhead", "speedup", "throughput_ratio"):
+        assert figures[key] is None
     assert figures["new_tokens"] == 1
     json.dumps(figures, allow_nan=False)
 
 
 def test_peers_are_compared_with_prefill_on_both_sides() -> None:
-    runs = {name: [run("a", [step(0, 0.1)], 0.1)] for name in PEERS} | {
-        "greedy": [run("a", [step(2, 0.1)], 0.1)],
-        "vanilla": [run("a", [step(1, 0.1)], 0.1)],
+    conversations = {name: [conversation("a", [step(0, 0.1)], 0.1)] for name in PEERS} | {
+        "greedy": [conversation("a", [step(2, 0.1)], 0.1)],
+        "vanilla": [conversation("a", [step(1, 0.1)], 0.1)],
     }
-    found = peer_figures([runs], Plan([], ["greedy"], Sampling()))
+    found = peer_figures([conversations], BenchJob([], ["greedy"], Sampling()))
     assert found["transformers"] == {
         "tokens_per_second": 0.5,
         "ratio": {"greedy": 3.0},
@@ -174,11 +184,11 @@ def test_peers_are_compared_with_prefill_on_both_sides() -> None:
     }
 
 
-def test_each_baseline_samples_as_its_mode_does(engine: Engine) -> None:
-    plan = Plan(
+def test_each_baseline_samples_like_its_mode(engine: Engine) -> None:
+    job = BenchJob(
         PROMPTS, ["greedy", "exact"], Sampling(max_new_tokens=8, temperature=1.0), peer=True
     )
-    ways = ways_of(engine, plan)
+    ways = ways_of(engine, job)
     assert set(ways) == {"greedy", "exact", "vanilla", "vanilla-sampled", *PEERS}
     texts = {
         name: [turn.text for turn in converse(engine, PROMPTS[1], 3, way).turns]
@@ -193,9 +203,9 @@ def test_each_baseline_samples_as_its_mode_does(engine: Engine) -> None:
     assert len(texts["greedy"]) == 3
 
 
-def test_later_turns_keep_the_cache_and_hold_the_models_own_answers(engine: Engine) -> None:
+def test_later_turns_keep_the_cache_and_the_models_own_answers(engine: Engine) -> None:
     seen: list[int] = []
-    ours = ways_of(engine, Plan(PROMPTS, ["greedy"], Sampling(max_new_tokens=8)))["greedy"]
+    ours = ways_of(engine, BenchJob(PROMPTS, ["greedy"], Sampling(max_new_tokens=8)))["greedy"]
 
     def answer(ids: list[int]) -> Turn:
         seen.append(len(ids))
@@ -215,12 +225,12 @@ def test_prompts_that_do_not_fit_are_left_out(engine: Engine) -> None:
     with pytest.raises(UserError, match="none of the 1 prompts fits into the 512 tokens"):
         fitting(engine, [long])
     late = Prompt("talk", ("Hi", "x" * 600))
-    way = ways_of(engine, Plan([late], ["greedy"], Sampling(max_new_tokens=4)))["greedy"]
+    way = ways_of(engine, BenchJob([late], ["greedy"], Sampling(max_new_tokens=4)))["greedy"]
     assert len(converse(engine, late, 2, way).turns) == 1
 
 
-def test_the_prompts_that_come_along_have_categories_and_follow_ups() -> None:
-    prompts = read_prompts([OWN_PROMPTS])
+def test_the_shipped_prompts_have_categories_and_follow_ups() -> None:
+    prompts = read_prompts([SHIPPED_PROMPTS])
     categories = [prompt.category for prompt in prompts]
     assert min(categories.count(name) for name in set(categories)) >= 2
     assert "repeat" in categories
@@ -230,27 +240,21 @@ def test_the_prompts_that_come_along_have_categories_and_follow_ups() -> None:
 # ---- the parts of a step ----
 
 
-def test_a_stopwatch_gives_each_part_the_time_since_the_mark_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import torch
-
+def test_a_stopwatch_gives_each_part_the_time_since_the_last_mark() -> None:
     times = iter([1.0, 1.5, 3.5, 10.0, 11.0, 11.25])
-    stopwatch = Stopwatch(torch.device("cpu"))
-    monkeypatch.setattr(stopwatch, "_now", lambda: next(times))
+    stopwatch = Stopwatch(torch.device("cpu"), lambda: next(times))
     for part in ("begin", "heads", "forward", "begin", "heads", "heads"):
         stopwatch(part)
     assert stopwatch.steps() == [{"heads": 0.5, "forward": 2.0}, {"heads": 1.25}]
 
 
 def test_the_runner_marks_its_parts_in_order_and_only_while_watched(engine: Engine) -> None:
-    before = engine.runner.eager.mark
+    before = engine.runner.mark
     with watching(engine.runner) as stopwatch:
         list(engine.generate([1, 2, 3], Sampling(max_new_tokens=5, ignore_eos=True)))
-    parts = [part for part, _ in stopwatch._marks]
-    assert parts[:5] == ["begin", "heads", "forward", "acceptance", "commit"]
-    assert len(parts) % 5 == 0
-    assert engine.runner.eager.mark is before
+    assert stopwatch.marks[:5] == ["begin", "heads", "forward", "acceptance", "commit"]
+    assert len(stopwatch.marks) % 5 == 0
+    assert engine.runner.mark is before
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
@@ -265,10 +269,10 @@ def test_parts_add_up_to_the_step(engine: Engine, mode: Any) -> None:
     assert min(found["ms"].values()) >= 0
 
 
-def test_a_runner_that_tells_no_parts_apart_is_no_fault(
+def test_a_runner_without_marks_is_no_fault(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Stopwatch, "steps", lambda self: [])
+    monkeypatch.setattr(Stopwatch, "steps", lambda _: [])
     assert step_parts(engine, [[1, 2, 3]], Sampling(max_new_tokens=4, ignore_eos=True)) is None
 
 
@@ -279,46 +283,18 @@ def test_a_runner_that_tells_no_parts_apart_is_no_fault(
 def result(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> tuple[dict[str, Any], str, Path]:
-    words = [
-        "bench",
-        "--model",
-        str(folder),
-        "--dtype",
-        "float32",
-        "--tree",
-        "chain-2",
-        "--max-new-tokens",
-        "6",
-    ]
-    words += [
-        "--limit",
-        "5",
-        "--rounds",
-        "1",
-        "--turns",
-        "2",
-        "--modes",
-        "greedy,exact",
-        "--context",
-        "16",
-    ]
-    words += [
-        "--history",
-        "20,40",
-        "--plot",
-        str(tmp_path / "plots"),
-        "--json",
-        str(tmp_path / "out.json"),
-    ]
-    assert main(words) == 0
+    words = f"bench --model {folder} --dtype float32 --tree chain-2 --max-new-tokens 6"
+    words += " --limit 5 --rounds 1 --turns 2 --modes greedy,exact --context 16 --history 20,40"
+    words += f" --plot {tmp_path / 'plots'} --json {tmp_path / 'out.json'}"
+    assert main(words.split()) == 0
     *text, line = capsys.readouterr().out.splitlines()
     return json.loads(line), "\n".join(text), tmp_path
 
 
 def test_the_command_prints_tables_json_and_plots(result: tuple[dict[str, Any], str, Path]) -> None:
-    told, text, place = result
-    assert json.loads((place / "out.json").read_text()) == told
-    assert told["command"].startswith("medusa-chat bench --model")
+    printed, text, place = result
+    assert json.loads((place / "out.json").read_text()) == printed
+    assert printed["command"].startswith("medusa-chat bench --model")
     assert {
         "date",
         "device",
@@ -329,10 +305,10 @@ def test_the_command_prints_tables_json_and_plots(result: tuple[dict[str, Any], 
         "modes",
         "peers",
         "dtype",
-    } <= set(told)
-    assert {"torch", "transformers", "python"} <= set(told["versions"])
-    assert told["load_seconds"] > 0
-    assert told["steps"][0]["tree"]["simulated"]  # nobody measured these heads
+    } <= set(printed)
+    assert {"torch", "transformers", "python"} <= set(printed["versions"])
+    assert printed["load_seconds"] > 0
+    assert printed["steps"][0]["tree"]["simulated"]  # these heads are not calibrated
     names = {file.name for file in (place / "plots").iterdir()}
     assert names == {"replies.png", "step_cost.png", "step_parts.png"}
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in (place / "plots").iterdir())
@@ -341,9 +317,9 @@ def test_the_command_prints_tables_json_and_plots(result: tuple[dict[str, Any], 
 
 
 def shown(result: dict[str, Any], width: int) -> str:
-    console = Console(width=width, file=io.StringIO())
-    bench_report.show_bench(result, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    bench_report.show_bench(result, Console(width=width, file=printed))
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -356,15 +332,15 @@ def test_tables_fit_and_cut_nothing(result: tuple[dict[str, Any], str, Path], wi
 def test_an_interrupt_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("medusa_chat.bench.command.measure", interrupted)
     assert main(["bench"]) == 130
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.count("\n") == 1
-    assert "interrupted" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "interrupted" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -376,7 +352,7 @@ def test_an_interrupt_is_one_line(
         (["--shape", "vicuna-8b"], "unknown shape 'vicuna-8b'"),
         (
             ["--shape", "llama-1b:int3"],
-            "behind the colon stands none, nf4, nf4-double, int8, not 'int3'",
+            "'int3' is none of none, nf4, nf4-double, int8",
         ),
         (["--shape", "llama-1b", "--peer", "transformers"], "--peer and --view compare replies"),
         (["--context", "0"], "must be at least 1"),
@@ -405,70 +381,9 @@ def test_without_matplotlib_plot_is_refused_in_one_line(
         bench_charts.check_folder(tmp_path)
 
 
-def test_measured_heads_are_not_called_simulated(engine: Engine) -> None:
-    engine.trees.accuracy = Accuracy(((0.5, 0.6), (0.3, 0.4)))
-    plan = Plan(PROMPTS[:1], ["greedy"], Sampling(max_new_tokens=4), 1, contexts=(16,))
-    told = bench(engine, plan, silent) | {"load_seconds": 1.0, "device": "d"}
-    assert told["steps"][0]["tree"]["simulated"] is None
-    assert "simulated" not in shown(told, 100).lower()
-
-
-# ---- verify ----
-
-
-def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
-    checks = verify.verify(engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet)
-    names = {check.name for check in checks}
-    assert {
-        "vanilla, generate()",
-        "greedy, auto",
-        "greedy, mc_sim_7b_63",
-        "greedy, dynamic-16, copies",
-    } <= names
-    assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
-    assert any(name.startswith("greedy, random") for name in names)
-    assert all(check.replies == check.equal == 2 for check in checks)
-    show_checks([vars(check) for check in checks])
-
-
-def test_verify_tells_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner that now and then passes off the wrong token is found out, whatever the tree."""
-    honest = Runner.step
-
-    def lying(
-        self: Runner, root: int, tree: object, rule: object, copied: object = None
-    ) -> StepReport:
-        result = honest(self, root, tree, rule, copied)  # type: ignore[arg-type]
-        wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
-        return replace(result, next=(result.next + 1) % 256) if wrong else result
-
-    monkeypatch.setattr(Runner, "step", lying)
-    checks = {
-        c.name: c
-        for c in verify.verify(
-            engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet
-        )
-    }
-    assert checks["greedy, mc_sim_7b_63"].faults
-    assert "differs" in checks["greedy, mc_sim_7b_63"].first_fault
-    assert not checks["vanilla, generate()"].faults
-
-
-def test_a_near_tie_is_told_from_a_fault(engine: Engine) -> None:
-    import torch
-
-    prompt = engine.encode(PROMPTS[0].opening())
-    backbone = engine.backbone
-    logits = backbone.logits(backbone.hidden_of_text(torch.tensor(prompt)))[-1]
-    first, second = logits.topk(2).indices.tolist()
-    with torch.no_grad():  # make the two likeliest tokens equal up to rounding
-        gap = logits[first] - logits[second]
-        check = verify.Check("tie")
-        verify._compare(check, engine, prompt, [first], [second], Sampling())
-        assert (check.faults, check.near_ties) == (1, 0)
-        assert check.largest_gap == pytest.approx(gap.item(), rel=1e-4)
-        backbone.lm_head.weight[second] = backbone.lm_head.weight[first] * (1 + 1e-7)
-    check = verify.Check("tie")
-    verify._compare(check, engine, prompt, [first], [second], Sampling())
-    assert (check.faults, check.near_ties) == (0, 1)
-    make_engine(backbone)
+def test_figures_of_calibrated_heads_are_not_called_simulated(engine: Engine) -> None:
+    engine.use_accuracy(Accuracy(((0.5, 0.6), (0.3, 0.4))))
+    job = BenchJob(PROMPTS[:1], ["greedy"], Sampling(max_new_tokens=4), 1, contexts=(16,))
+    measured = bench(engine, job, silent) | {"load_seconds": 1.0, "device": "d"}
+    assert measured["steps"][0]["tree"]["simulated"] is None
+    assert "simulated" not in shown(measured, 100).lower()

@@ -185,7 +185,7 @@ def test_few_counts_are_drawn_towards_independence(monkeypatch: pytest.MonkeyPat
         return fmean(acceptance_length(tree, fresh) or 0 for tree in trees)
 
     with_prior = fresh_length()
-    monkeypatch.setattr(calibration, "PRIOR", 1e-6)
+    monkeypatch.setattr(calibration, "PRIOR_VISITS", 1e-6)
     assert with_prior > fresh_length() + 0.02
 
 

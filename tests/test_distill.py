@@ -18,7 +18,8 @@ import torch
 from medusa_chat.cli import main
 from medusa_chat.config import UserError
 from medusa_chat.training import server as module
-from medusa_chat.training.distillation import Plan, distill
+from medusa_chat.training.distillation import distill
+from medusa_chat.training.questions import DistillJob
 from tests.helpers.full_disk import room
 from tests.helpers.tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
@@ -125,10 +126,11 @@ def prompts(tmp_path: Path) -> Path:
 def run(
     prompts: Path, out: Path, model: Path | None = None, **changes: Any
 ) -> list[dict[str, Any]]:
-    plan = {"turns": 3, "batch": 3, "max_new_tokens": 8, "temperature": 0.7, "seed": 3}
-    plan |= {name: changes.pop(name) for name in (*plan, "system") if name in changes}
-    options = {"progress": lambda done, total: None} | changes
-    distill(str(model) if model else None, [prompts], out, Plan(**plan), **options)
+    job: dict[str, Any] = {"turns": 3, "batch": 3, "max_new_tokens": 8, "temperature": 0.7}
+    job |= {"seed": 3}
+    job |= {name: changes.pop(name) for name in (*job, "system") if name in changes}
+    options = {"progress": lambda *_: None} | changes
+    distill(str(model) if model else None, [prompts], out, DistillJob(**job), **options)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

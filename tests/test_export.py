@@ -34,15 +34,15 @@ TEMPLATE = ChatTemplate(tokenizer(), "tiny")
 def trainees(monkeypatch: pytest.MonkeyPatch) -> list[Trainee]:
     """The trainees that runs make, in float32 whatever the processor has."""
     made: list[Trainee] = []
-    plain = module._trainee
+    plain = module.make_trainee
 
-    def spy(*arguments: Any) -> tuple[Trainee, Any]:
-        trainee, tok = plain(*arguments)
+    def spy(*arguments: Any, **named: Any) -> tuple[Trainee, Any]:
+        trainee, tok = plain(*arguments, **named)
         made.append(trainee)
         return trainee, tok
 
-    monkeypatch.setattr(module, "_trainee", spy)
-    monkeypatch.setattr(module, "choose_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(module, "make_trainee", spy)
+    monkeypatch.setattr(module, "choose_dtype", lambda *_: torch.float32)
     return made
 
 
@@ -202,12 +202,12 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "out", "medusa2")
     write_talks(tmp_path / "talks.jsonl", 120)
     everything = list(read_documents(run.data[0]))
-    trained, held_out = module._documents(run)
+    trained, held_out = module.split_documents(run)
     assert len(held_out) == 3
     assert sorted(d.place for d in trained + held_out) == sorted(d.place for d in everything)
     assert not {d.place for d in trained} & {d.place for d in held_out}
     assert (
-        module._documents(tiny_run(tmp_path, "out"))[0] == everything
+        module.split_documents(tiny_run(tmp_path, "out"))[0] == everything
     )  # a backbone that stays as it is needs none
 
 

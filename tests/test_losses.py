@@ -285,9 +285,9 @@ def test_the_teacher_drops_nothing_out() -> None:
     trainee.train()
     ids, positions = batch()["input_ids"], batch()["position_ids"]
     with torch.no_grad():
-        assert not torch.equal(trainee._hidden(ids, positions), trainee._hidden(ids, positions))
-        with trainee._as_before():
-            first, second = (trainee._hidden(ids, positions) for _ in range(2))
+        assert not torch.equal(trainee.hidden_states(ids, positions), trainee.hidden_states(ids, positions))
+        with trainee.without_adapter():
+            first, second = (trainee.hidden_states(ids, positions) for _ in range(2))
         assert torch.equal(first, second)
         plain = random_model("llama").model(input_ids=ids, position_ids=positions, use_cache=False)[
             0

@@ -1,4 +1,4 @@
-"""Backbones and heads in nf4 and int8: correct text, and steps nearly as long as in 16 bits."""
+"""Backbones and heads in nf4 and int8: the bundled model decodes in each, right and nearly as far a step."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import nn
 
 import medusa_chat
 from medusa_chat import Sampling, UserError
-from medusa_chat.bench import verification as verify
+from medusa_chat.bench import near_ties
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.random_model import random_heads, random_model
-from medusa_chat.config import LoadOptions, Message, ModelSpec, Quant
+from medusa_chat.bench.verification import Comparison, verify
+from medusa_chat.config import ModelSpec
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, LinearHeads, MedusaHeads, decoding_heads
-from medusa_chat.model.linear.packed import Int8Linear, has_bfloat16, pack_linear, pack_linears
+from medusa_chat.model.linear.packed import Int8Linear, _has_bfloat16, pack_linear, pack_linears
 from medusa_chat.model.linear.quantization import (
     compute_dtype,
-    prepare_4bit,
     quant_of,
     quantization_config,
     quantize_linear,
+    settle_4bit,
 )
-from medusa_chat.model.loading import load_model
-from medusa_chat.model.pretrained import load_pretrained
+from medusa_chat.model.loading import load_model, load_pretrained
 from medusa_chat.prompts import Prompt
 from medusa_chat.shapes import Shape
 from tests.helpers.tiny import reply, save_model
@@ -41,17 +41,16 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 CPU = torch.device("cpu")
-ON_CPU = LoadOptions(device="cpu")
-QUANTS: tuple[Quant, ...] = ("nf4", "nf4-double", "int8")
+QUANTS = ("nf4", "nf4-double", "int8")
 SHAPE = Shape(
     layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, context=256
 )
-PROMPT: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 needs_dots = pytest.mark.skipif(
     not torch.cpu._is_vnni_supported(), reason="no 8-bit dot products here"
 )
 needs_packed_4bit = pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16 here")
-DTYPE = torch.bfloat16 if has_bfloat16() else torch.float32
+DTYPE = torch.bfloat16 if _has_bfloat16() else torch.float32
 
 
 def bundled(
@@ -98,9 +97,9 @@ def acceptance_length(engine: Engine) -> float:
 def test_the_bundled_model_decodes_right_in_each_quantization(quant: str) -> None:
     engine = bundled(quant, quant)
     assert quant_of(engine.backbone.model.config) == quant
-    prompts = [Prompt("a", (PROMPT[0]["content"],)), Prompt("b", ("Tell me a story.",))]
-    checks = verify.verify(
-        engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda _done, _total: None
+    prompts = [Prompt("a", [PROMPT[0]["content"]]), Prompt("b", ["Tell me a story."])]
+    checks = verify(
+        engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda done, total: None
     )
     assert "vanilla, generate()" in {check.name for check in checks}  # on a peer quantized alike
     assert [check.first_fault for check in checks if check.faults] == []
@@ -111,8 +110,9 @@ def test_steps_stay_nearly_as_long() -> None:
     plain = acceptance_length(bundled())
     assert plain > 2
     for quant in ("nf4", "int8"):
-        # Over many prompts it is within 5%.
-        assert acceptance_length(bundled(quant)) > 0.9 * plain, quant
+        assert acceptance_length(bundled(quant)) > 0.9 * plain, (
+            quant
+        )  # over many prompts it is within 5%
 
 
 def test_float32_computes_in_float32() -> None:
@@ -128,8 +128,8 @@ def test_float32_computes_in_float32() -> None:
 
 @needs_packed_4bit
 @pytest.mark.parametrize("quant", ["nf4", "nf4-double"])
-def test_four_bit_layers_are_packed_at_load(quant: Quant) -> None:
-    layer: Any = quantize_linear(linear(), quant, CPU)
+def test_four_bit_layers_are_packed_at_load(quant: str) -> None:
+    layer: Any = quantize_linear(linear(), quant, CPU)  # type: ignore[arg-type]
     x = torch.randn(5, 128).bfloat16()
     wanted = (
         x.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T
@@ -180,11 +180,11 @@ def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(
         assert torch.equal(ours(x[0, :rows]), found[0, :rows])
 
 
-def test_packing_leaves_other_quantized_layers_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_chat.model.linear.packed.has_integer_dots", lambda: False)
+def test_packing_leaves_other_quantized_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medusa_chat.model.linear.packed._has_integer_dots", lambda: False)
     model = nn.Sequential(quantize_linear(linear(), "int8", CPU), linear(96, 8))
     pack_linears(model)
-    kept = "PackedLinear" if has_bfloat16() else "Linear"
+    kept = "PackedLinear" if _has_bfloat16() else "Linear"
     assert [type(layer).__name__ for layer in model] == ["Linear8bitLt", kept]
     assert model(torch.randn(3, 128).to(DTYPE)).isfinite().all()
 
@@ -192,7 +192,7 @@ def test_packing_leaves_other_quantized_layers_unchanged(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_heads_guess_alike_in_each_quantization(quant: Quant, own: bool, layers: int) -> None:
+def test_heads_guess_alike_in_each_quantization(quant: Any, own: bool, layers: int) -> None:
     backbone = Backbone(random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
     hidden = torch.randn(4, SHAPE.hidden).to(DTYPE)
     plain = random_heads(SHAPE, 3, own, layers=layers, dtype=DTYPE)
@@ -211,7 +211,7 @@ def test_heads_guess_alike_in_each_quantization(quant: Quant, own: bool, layers:
         > near
     )
     assert nn.functional.cosine_similarity(found.float(), logits.float(), dim=-1).min() > near
-    if isinstance(made, LinearHeads):  # the 16-bit stacks are freed
+    if isinstance(made, LinearHeads):  # the 16-bit stacks are gone
         assert plain.lm_heads is None
         assert not list(plain.parameters())
         large = [
@@ -222,7 +222,7 @@ def test_heads_guess_alike_in_each_quantization(quant: Quant, own: bool, layers:
 
 
 def test_heads_that_share_the_lm_head_guess_with_a_quantized_copy() -> None:
-    """The backbone verifies with its own 16-bit LM head, tied or not."""
+    """The backbone verifies with its own LM head in 16 bits, tied or not."""
     engine = bundled("none", "nf4")
     heads = engine.runner.heads
     assert isinstance(heads, LinearHeads)
@@ -238,16 +238,14 @@ def test_settings_are_never_bitsandbytes_defaults(monkeypatch: pytest.MonkeyPatc
     assert quantization_config("none", DTYPE) is quantization_config("auto", DTYPE) is None
     for capability, wanted in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda _device, found=capability: found
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
         )
         assert compute_dtype(torch.device("cuda"), torch.bfloat16) == wanted
     assert compute_dtype(CPU, torch.float32) == torch.float32
     layer: Any = bitsandbytes.nn.Linear4bit(
         64, 32, compute_dtype=torch.float32, quant_type="nf4"
     ).to("cpu")
-    prepare_4bit(
-        nn.Sequential(layer), CPU, torch.bfloat16
-    )  # as a checkpoint with the default comes
+    settle_4bit(nn.Sequential(layer), CPU, torch.bfloat16)  # as a checkpoint with the default comes
     assert layer.compute_dtype == torch.bfloat16
 
 
@@ -265,9 +263,9 @@ def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "own")
     tokenizer.save_pretrained(tmp_path / "own")
     own = str(tmp_path / "own")
-    loaded = load_model(ModelSpec("own", own), ON_CPU)
+    loaded = load_model(ModelSpec("own", own), "cpu")
     assert quant_of(loaded.backbone.config) == quant
-    other = load_model(ModelSpec("tiny", spec.backbone, quant=quant), ON_CPU)
+    other = load_model(ModelSpec("tiny", spec.backbone, quant=quant), "cpu")
     text = torch.arange(12)
     theirs, ours = (each.backbone.hidden_of_text(text).float() for each in (loaded, other))
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
@@ -275,7 +273,7 @@ def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> Non
         with pytest.raises(
             UserError, match=f"the files of own are quantized already, in {quant}: leave --quant"
         ):
-            load_model(ModelSpec("own", own, quant=asked), ON_CPU)
+            load_model(ModelSpec("own", own, quant=asked), "cpu")
 
 
 @pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
@@ -287,7 +285,7 @@ def test_a_method_whose_package_is_missing(method: str, package: str, tmp_path: 
     with pytest.raises(
         UserError, match=f"are quantized in {method}, which needs: pip install {package}"
     ):
-        load_model(ModelSpec("tiny", str(folder)), ON_CPU)
+        load_model(ModelSpec("tiny", str(folder)), "cpu")
     with pytest.raises(UserError, match="quant is auto, none, nf4, nf4-double, int8, not 'fp4'"):
         load_pretrained(ModelSpec("bundled", str(medusa_chat.config.BUNDLED)), DTYPE, "fp4")
 
@@ -297,27 +295,27 @@ def test_the_peer_is_quantized_alike() -> None:
         engine = bundled(quant)
         peer = TransformersPeer(engine)
         assert quant_of(peer.model.config) == quant
-        ids = engine.encode(PROMPT)
+        ids = engine.encode(PROMPT)  # type: ignore[arg-type]
         assert peer.generate(ids, 12) == reply(engine, ids, mode="vanilla", max_new_tokens=12)
 
 
 def test_a_wrong_token_of_a_quantized_model_is_a_fault() -> None:
     engine = bundled("nf4")
-    ids = engine.encode(PROMPT)
+    ids = engine.encode(PROMPT)  # type: ignore[arg-type]
     right = reply(engine, ids, mode="vanilla", max_new_tokens=4)
     for how in (Sampling(), Sampling(mode="exact", temperature=0.7, top_p=0.9)):
-        check = verify.Check("wrong")
-        verify._compare(check, engine, ids, right, [right[0], (right[1] + 1) % 4096], how)
-        assert (check.faults, check.near_ties) == (1, 0)
+        comparison = Comparison("wrong")
+        comparison.add(engine, ids, right, [right[0], (right[1] + 1) % 4096], how)
+        assert (comparison.faults, comparison.near_ties) == (1, 0)
 
 
 def test_a_token_at_the_edge_of_top_p_may_be_in_or_out() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     share = logits.softmax(-1)[0]
     at_edge = Sampling(mode="exact", temperature=1.0, top_p=float(share[:2].sum()))
-    assert verify._at_an_edge(logits, 2, at_edge, 0.01)
-    assert not verify._at_an_edge(logits, 0, at_edge, 0.01)
-    assert not verify._at_an_edge(logits, 2, Sampling(mode="exact", temperature=1.0), 0.01)
+    assert near_ties.at_an_edge(logits, 2, at_edge, 0.01)
+    assert not near_ties.at_an_edge(logits, 0, at_edge, 0.01)
+    assert not near_ties.at_an_edge(logits, 2, Sampling(mode="exact", temperature=1.0), 0.01)
 
 
 def test_training_heads_are_left_as_they_were() -> None:
@@ -326,7 +324,7 @@ def test_training_heads_are_left_as_they_were() -> None:
     assert decoding_heads(heads, "none", CPU, torch.float32, None) is heads
 
 
-def test_the_cost_of_steps_is_reported_for_a_shape(
+def test_the_cost_of_steps_is_told_for_a_shape(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     place = Path(__file__).parent.parent / "benchmarks" / "step_cost.py"
@@ -348,12 +346,12 @@ def test_the_cost_of_steps_is_reported_for_a_shape(
 
 
 @pytest.mark.skipif(
-    not (Path("/proc/self/maps").exists() and has_bfloat16()), reason="nothing is packed here"
+    not (Path("/proc/self/maps").exists() and _has_bfloat16()), reason="nothing is packed here"
 )
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_no_weight_keeps_its_file_in_memory(quant: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
-    loaded = load_model(ModelSpec("tiny", str(folder), quant=quant), ON_CPU)
+    loaded = load_model(ModelSpec("tiny", str(folder), quant=quant), "cpu")
     gc.collect()
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert loaded.backbone.hidden_of_text(torch.arange(4)).isfinite().all()
@@ -377,9 +375,9 @@ def test_a_peer_of_an_int8_engine_multiplies_as_the_engine_does() -> None:
 def test_noise_explains_no_more_than_sixteen_bits_do() -> None:
     backbone = bundled("nf4").backbone
     unit = torch.finfo(torch.bfloat16).eps * 20
-    assert verify._rounding(backbone, 1e9, 20.0) == pytest.approx(verify.ULPS * unit)
-    assert verify._rounding(backbone, 0.1, 20.0) == pytest.approx(
-        max(verify.NOISE * 0.1, 2 * unit), rel=0.3
+    assert near_ties.explained_gap(backbone, 1e9, 20.0) == pytest.approx(near_ties.ULPS * unit)
+    assert near_ties.explained_gap(backbone, 0.1, 20.0) == pytest.approx(
+        max(near_ties.NOISE_FACTOR * 0.1, 2 * unit), rel=0.3
     )
-    noise = verify._row_noise(backbone, list(range(5, 60)))
+    noise = near_ties.row_noise(backbone, list(range(5, 60)))
     assert 0 <= noise < unit

@@ -1,4 +1,4 @@
-"""Random models of a given shape: in memory in each quantization, and on disk as any checkpoint."""
+"""Random models of a given shape: in memory in each quantization, and as a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 
 import medusa_chat
 from medusa_chat.bench.random_model import main, random_heads, random_model, write_random_model
-from medusa_chat.config import LoadOptions, ModelSpec, Sampling, UserError
+from medusa_chat.config import Message, ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
+from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.pretrained import load_pretrained
+from medusa_chat.model.loading import load_pretrained
 from medusa_chat.shapes import SHAPES, Shape
+from tests.helpers.tiny import reply, tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,11 +36,11 @@ def made(shape: Shape = SHAPE, quant: Any = "none", dtype: torch.dtype = torch.f
 def test_a_random_model_has_its_shape_and_finite_states(quant: str) -> None:
     model = made(quant=quant)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    backbone = Backbone(model)  # it compares its tree attention with the model's own
+    backbone = Backbone(model)  # compares its tree attention with the model's own
     assert Shape.of(backbone.config.to_dict()) == SHAPE
     hidden = backbone.hidden_of_text(torch.arange(20))
     assert hidden.isfinite().all()
-    # Layers of the same matrices and other signs differ, and quantization keeps near the 16-bit states.
+    # Quantized states stay near the plain ones.
     plain = Backbone(made()).hidden_of_text(torch.arange(20))
     near = torch.nn.functional.cosine_similarity(hidden, plain).min()
     assert near > {"none": 0.9999, "int8": 0.99}.get(quant, 0.9)
@@ -52,7 +54,7 @@ def test_layers_share_no_memory() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_parameters_are_those_that_the_shape_tells(tied: bool) -> None:
+def test_a_random_model_has_the_parameters_of_its_shape(tied: bool) -> None:
     shape = replace(SHAPE, tied=tied)
     assert sum(parameter.numel() for parameter in made(shape).parameters()) == shape.parameters
 
@@ -76,8 +78,8 @@ def test_a_written_model_loads_and_decodes(tied: bool, tmp_path: Path) -> None:
     assert Shape.of(json.loads((tmp_path / "config.json").read_text())) == shape
     engine: Engine = medusa_chat.load(str(tmp_path), device="cpu", tree="chain-2", probing=False)
     assert engine.heads == 2
-    prompt = [{"role": "user", "content": "hi"}]
-    steps = list(engine.generate(prompt, Sampling(max_new_tokens=8, ignore_eos=True)))  # type: ignore[arg-type]
+    prompt: list[Message] = [{"role": "user", "content": "hi"}]
+    steps = list(engine.generate(prompt, Sampling(max_new_tokens=8, ignore_eos=True)))
     assert sum(len(step.tokens) for step in steps) == 8
     model, _ = load_pretrained(ModelSpec("written", str(tmp_path)), None)
     assert model.dtype == torch.bfloat16
@@ -85,7 +87,27 @@ def test_a_written_model_loads_and_decodes(tied: bool, tmp_path: Path) -> None:
     assert not torch.equal(first, second)
 
 
-def test_the_command_refuses_what_cannot_be(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_full_disk_leaves_no_half_written_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def failing(_: dict[str, torch.Tensor], file: Path, **__: Any) -> None:
+        file.write_bytes(b"half")
+        saved.append(file)
+        if len(saved) > 1:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr("medusa_chat.bench.random_model.save_file", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write_random_model(SHAPE, tmp_path, heads=0, own=False)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model-00001-of-00004.safetensors"]
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_command_refuses_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="vocabulary of 4096 or more"):
         write_random_model(replace(SHAPE, vocabulary=100), tmp_path / "small", heads=0, own=False)
     monkeypatch.setitem(SHAPES, "tiny", SHAPE)
@@ -101,13 +123,12 @@ def test_the_command_refuses_what_cannot_be(tmp_path: Path, monkeypatch: Any, ca
 
 
 def test_a_random_model_decodes_with_random_heads() -> None:
-    from tests.helpers.tiny import reply, tokenizer
-
     engine = Engine(
         Backbone(made()),
         random_heads(SHAPE, 3, True, dtype=torch.float32),
         tokenizer(),
-        LoadOptions(tree="chain-3", probing=False),
+        tree=chain(3),
+        probing=False,
     )
     vanilla = reply(engine, [5, 6, 7], mode="vanilla", max_new_tokens=12)
     assert reply(engine, [5, 6, 7], max_new_tokens=12) == vanilla

@@ -286,7 +286,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
 ) -> None:
     from medusa_chat.training import trainer as module
 
-    export = module.export_backbone
+    export = module.save_backbone
     asked = words(tmp_path, "out", "--recipe", "medusa2")
     with room() as limit:
 
@@ -294,7 +294,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
             limit(4096)
             export(*arguments)
 
-        monkeypatch.setattr(module, "export_backbone", fill)
+        monkeypatch.setattr(module, "save_backbone", fill)
         assert main(asked) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith("checkpoint-10 is whole, and --resume goes on from it")

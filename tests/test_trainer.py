@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers whether or not the processor has bfloat16."""
-    monkeypatch.setattr(module, "choose_dtype", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(module, "choose_dtype", lambda *_: torch.float32)
 
 
 PROBE = torch.arange(1, 60)[None]
@@ -54,14 +54,14 @@ def weights_hash(model: Any) -> str:
 def trainees(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainee, str]]:
     """The trainees that runs make, with the hash of their backbones before."""
     made: list[tuple[Trainee, str]] = []
-    plain = module._trainee
+    plain = module.make_trainee
 
-    def spy(*arguments: Any) -> tuple[Trainee, Any]:
-        trainee, tokenizer = plain(*arguments)
+    def spy(*arguments: Any, **named: Any) -> tuple[Trainee, Any]:
+        trainee, tokenizer = plain(*arguments, **named)
         made.append((trainee, weights_hash(trainee.backbone)))
         return trainee, tokenizer
 
-    monkeypatch.setattr(module, "_trainee", spy)
+    monkeypatch.setattr(module, "make_trainee", spy)
     return made
 
 
@@ -173,15 +173,15 @@ def test_every_kind_of_layer_is_trained(
         ("4", "distilled", {"lambda_0": 0.5, "layers": 2}),
     ):
         begun: dict[str, torch.Tensor] = {}
-        fit = module._fit
+        fit = module.fit
 
         def spy(*arguments: Any, begun: dict[str, torch.Tensor] = begun, fit: Any = fit) -> None:
             begun |= {n: p.detach().clone() for n, p in trainees[-1][0].named_parameters()}
             fit(*arguments)
 
-        monkeypatch.setattr(module, "_fit", spy)
+        monkeypatch.setattr(module, "fit", spy)
         do(tiny_run(tmp_path, out, name, heads_first=0.0, **changes))
-        monkeypatch.setattr(module, "_fit", fit)
+        monkeypatch.setattr(module, "fit", fit)
         for parameter_name, parameter in trainees[-1][0].named_parameters():
             moved = (parameter.detach() != begun[parameter_name]).any()
             assert moved == parameter.requires_grad, parameter_name
@@ -280,17 +280,17 @@ def poison(trainee: Trainee, kind: str, step: int) -> None:
 def test_a_run_stops_where_it_meets_nan(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = module._trainee
+    plain = module.make_trainee
 
-    def poisoned(*arguments: Any) -> tuple[Trainee, Any]:
-        trainee, tokenizer = plain(*arguments)
+    def poisoned(*arguments: Any, **named: Any) -> tuple[Trainee, Any]:
+        trainee, tokenizer = plain(*arguments, **named)
         poison(trainee, kind, 6)
         trainee.register_forward_pre_hook(
             lambda _, __, named: seen.append(named["rows"].tolist()), with_kwargs=True
         )
         return trainee, tokenizer
 
-    monkeypatch.setattr(module, "_trainee", poisoned)
+    monkeypatch.setattr(module, "make_trainee", poisoned)
     seen: list[list[int]] = []
     with pytest.raises(UserError) as stop:
         do(tiny_run(tmp_path, "out", save_steps=3))

@@ -57,7 +57,7 @@ def test_damaged_data_are_told_before_anything_is_made(
 ) -> None:
     from medusa_chat.training import trainer
 
-    monkeypatch.setattr(trainer, "_trainee", None)
+    monkeypatch.setattr(trainer, "make_trainee", None)
     (tmp_path / "talks.jsonl").write_text("{}\n")
     assert "talks.jsonl, line 1: no 'messages'" in complaint(capsys, *asked)
     assert not (tmp_path / "out").exists()

@@ -389,7 +389,7 @@ def test_a_packed_document_is_read_as_if_alone(kind: str) -> None:
     documents = [prompt_ids(size, seed=size) for size in (17, 30, 40, 25)]
     rows = PackedRows([Example(ids, [True] * len(ids)) for ids in documents], 60)
     batch = [rows[0], rows[1]]
-    hidden = trainee._hidden(
+    hidden = trainee.hidden_states(
         *(torch.stack([row[key] for row in batch]) for key in ("input_ids", "position_ids"))
     )
     # Where each document, or what is left of one on the second row, stands.

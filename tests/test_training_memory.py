@@ -12,8 +12,8 @@ from medusa_chat.config import ModelSpec, Recipe, make_recipe
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
-from medusa_chat.training import distillation as distill
 from medusa_chat.training import trainer
+from medusa_chat.training.distillation import distill
 from medusa_chat.training.memory import (
     Needs,
     answer_needs,
@@ -21,6 +21,7 @@ from medusa_chat.training.memory import (
     check_training,
     training_needs,
 )
+from medusa_chat.training.questions import DistillJob
 from tests.helpers.complaints import complaint, refusal
 from tests.helpers.tiny import random_model, save_model
 from tests.helpers.tiny_runs import backbone_folder, do, tiny_run
@@ -196,7 +197,7 @@ def test_nothing_is_loaded_or_written_where_it_does_not_fit(
     ]
     free["cpu"] = 10**6
     with monkeypatch.context() as patch:
-        patch.setattr("medusa_chat.model.pretrained.load_pretrained", None)
+        patch.setattr("medusa_chat.training.local_model.load_pretrained", None)
         patch.setattr(trainer, "load_pretrained", None)
         assert "backbone with recipe medusa1 needs 0.5 GB (0.0 GB for weights" in complaint(
             capsys, *train
@@ -207,11 +208,11 @@ def test_nothing_is_loaded_or_written_where_it_does_not_fit(
     ]  # which the next run replaces
     assert (tmp_path / "own.jsonl").read_text() == ""
     do(replace(run, ignore_memory=True))
-    distill.distill(
+    distill(
         run.model,
         [tmp_path / "prompts.txt"],
         tmp_path / "own.jsonl",
-        distill.Plan(1, 1, 8, 0, 0),
+        DistillJob(1, 1, 8, 0, 0),
         ignore_memory=True,
         progress=lambda *_: None,
     )

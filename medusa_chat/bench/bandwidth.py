@@ -1,4 +1,4 @@
-"""How far a step is from the time that reading its weights takes: the measured limit, and the bytes of a step."""
+"""Bytes that a step reads, and the machine's limit for reading them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.runner import Runner
     from medusa_chat.model.backbone import Backbone
 
-BUFFER = 2**30  # bytes of the buffer that is read, where memory allows
-READS = 8  # in a row, so that starting them and waiting for the last one count little
-REPEATS = 3  # the fastest of which is the limit
-# Reductions that read every byte once; which one is limited by the memory alone differs by device.
+BUFFER = 2**30  # bytes of the buffer to read, if a quarter of the free memory allows it
+READS = 8  # reads in a row, so that the start and the last wait weigh little
+REPEATS = 3  # the fastest one is the limit
+# Both read every byte once. Which of them only the memory limits depends on the device.
 _READERS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x.sum(),
     lambda x: x.view(torch.int32).amax(),
@@ -27,61 +27,68 @@ _READERS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def read_limit(device: torch.device, size: int) -> float:
-    """Bytes/s at which a buffer of `size` bytes is read, with as many threads as decoding has."""
+    """Bytes/s of reading a buffer of `size` bytes with the threads that decoding uses."""
     buffer = torch.ones(max(size // 4, 1), device=device)  # float32
-    return max(
-        buffer.nbytes / _seconds(reader, buffer) for reader in _READERS for _ in range(REPEATS + 1)
-    )
+    readers = _READERS * (REPEATS + 1)
+    return buffer.nbytes / min(_seconds(reader, buffer) for reader in readers)
 
 
 def _seconds(reader: Callable[[Tensor], Tensor], buffer: Tensor) -> float:
-    """Time of one read of a row of them. The copy of the last result to the host waits for the device."""
+    """Mean seconds of READS reads in a row."""
     reader(buffer[:1]).item()
     started = time.perf_counter()
     for _ in range(READS):
         last = reader(buffer)
-    last.item()
+    last.item()  # waits for the device
     return (time.perf_counter() - started) / READS
 
 
 def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
-    """The limit of memory, and for a model that fits into the last-level cache the limit of that as well.
+    """Measure the speed of memory, and that of the last-level cache if the model fits into it.
 
     Returns:
-        {"memory_gb_per_second", "buffer_bytes", "cache_bytes", "in_cache", "gb_per_second"}; the last is the limit
-        that holds for the model, with "cached_gb_per_second" besides where it is the cache's.
+        {"memory_gb_per_second", "buffer_bytes", "cache_bytes", "in_cache", "gb_per_second"}. The
+        last is the limit for this model. "cached_gb_per_second" is added if it is the cache's.
     """
     cache = last_level_cache(device)
     size = max(min(BUFFER, free_memory(str(device)) // 4), 4 * cache)
-    memory = read_limit(device, size) / 1e9
+    memory = round(read_limit(device, size) / 1e9, 2)
     limit: dict[str, Any] = {
-        "memory_gb_per_second": round(memory, 2),
+        "memory_gb_per_second": memory,
         "buffer_bytes": size,
         "cache_bytes": cache,
         "in_cache": model_bytes <= cache,
-        "gb_per_second": round(memory, 2),
+        "gb_per_second": memory,
     }
     if limit["in_cache"]:
-        cached = read_limit(device, model_bytes) / 1e9
-        limit |= {"cached_gb_per_second": round(cached, 2), "gb_per_second": round(cached, 2)}
+        cached = round(read_limit(device, model_bytes) / 1e9, 2)
+        limit |= {"cached_gb_per_second": cached, "gb_per_second": cached}
     return limit
 
 
 def resident_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of all tensors that the modules hold, each byte once however many tensors share it.
+    """Bytes of all tensors of the modules. Bytes that tensors share count once.
 
-    Quantized weights count as they lie in memory, with their scales; packed ones too.
+    Quantized weights count in their stored form, with their scales.
     """
+    tensors: dict[int, Tensor] = {}
+    for module in modules:
+        tensors |= {id(tensor): tensor for tensor in _tensors(module)}
     spans: set[tuple[int, int]] = set()
-    opaque: dict[int, int] = {}
-    for tensor in {
-        id(tensor): tensor for module in modules for tensor in _tensors(module)
-    }.values():
+    total = 0
+    for tensor in tensors.values():
         if tensor.layout == torch.strided:
-            spans.add((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
-        else:  # oneDNN's own layout tells no address
-            opaque[id(tensor)] = tensor.numel() * tensor.element_size()
-    total, reached = sum(opaque.values()), 0
+            start = tensor.data_ptr()
+            spans.add((start, start + tensor.nbytes))
+        else:  # a tensor in oneDNN's own layout has no address
+            total += tensor.numel() * tensor.element_size()
+    return total + _covered(spans)
+
+
+def _covered(spans: Iterable[tuple[int, int]]) -> int:
+    """Bytes in the union of spans (start, end)."""
+    total = 0
+    reached = 0
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0)
         reached = max(reached, end)
@@ -90,43 +97,42 @@ def resident_bytes(modules: Iterable[nn.Module]) -> int:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """The tensors of one module, without those of its children."""
-    held = [
-        *module.parameters(recurse=False),
-        *module.buffers(recurse=False),
-        *vars(module).values(),
-    ]
-    for value in held:
-        yield from _held(value)
+    yield from _nested_tensors(module.parameters(recurse=False))
+    yield from _nested_tensors(module.buffers(recurse=False))
+    yield from _nested_tensors(vars(module).values())
 
 
-def _held(value: Any) -> Iterator[Tensor]:
-    """A tensor, and what bitsandbytes keeps beside it: scales, code books, their own scales."""
-    if isinstance(value, Tensor):
-        yield value
-    elif not type(value).__module__.startswith("bitsandbytes") or isinstance(value, nn.Module):
-        return
-    for inner in getattr(value, "__dict__", {}).values():
-        yield from _held(inner)
+def _nested_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among the values, and those in bitsandbytes' states: scales and code books."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif not type(value).__module__.startswith("bitsandbytes") or isinstance(value, nn.Module):
+            continue
+        yield from _nested_tensors(getattr(value, "__dict__", {}).values())
 
 
 def backbone_bytes(backbone: Backbone) -> int:
-    """Bytes of weights that a forward reads: all but the embedding, of which a few rows are looked up."""
-    embedding, lm_head = backbone.model.get_input_embeddings(), backbone.lm_head
+    """Bytes of weights that a forward reads: all but the embedding, which is only looked up."""
+    embedding = backbone.model.get_input_embeddings()
     modules = [module for module in backbone.model.modules() if module is not embedding]
-    return resident_bytes(modules if lm_head in modules else [*modules, lm_head])
+    if backbone.lm_head not in modules:
+        modules.append(backbone.lm_head)
+    return resident_bytes(modules)
 
 
 def step_bytes(runner: Runner, length: int, *, tree: bool) -> int:
-    """Bytes that one step behind `length` cached positions has to read.
+    """Bytes that one step reads after `length` cached positions.
 
-    A tree step reads the heads too, and the backbone's LM head once more where they share it.
+    A tree step also reads the heads. Heads that share the LM head read it a second time.
     """
     cache = runner.cache.buffer
     total = backbone_bytes(runner.backbone) + cache.nbytes // cache.shape[3] * length
     heads = runner.heads
-    if tree and heads is not None:
-        total += resident_bytes(heads.modules())
-        own = heads.lm_heads is not None and len(heads.lm_heads) > 0
-        if not own and getattr(heads, "lm_head", None) is None:
-            total += resident_bytes(runner.backbone.lm_head.modules())
+    if not tree or heads is None:
+        return total
+    total += resident_bytes(heads.modules())
+    own = heads.lm_heads is not None and len(heads.lm_heads) > 0
+    if not own and getattr(heads, "lm_head", None) is None:
+        total += resident_bytes(runner.backbone.lm_head.modules())
     return total

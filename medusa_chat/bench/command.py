@@ -5,13 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.bench.plan import Consume, Plan, Progress, RandomModel
+from medusa_chat.bench.job import SHIPPED_PROMPTS, BenchJob, Consume, ProgressBar
+from medusa_chat.bench.random_engine import (
+    SHAPE_CONTEXTS,
+    SHAPES_OF_GPU,
+    RandomModel,
+    parse_shapes,
+    random_engine,
+)
 from medusa_chat.bench.run import bench, bench_steps, header
-from medusa_chat.bench.shapes import SHAPE_CONTEXTS, SHAPES_OF_GPU, parse_shapes, random_engine
-from medusa_chat.bench.steps import measure_steps, room_for
+from medusa_chat.bench.steps import measure_steps, positions_needed
 from medusa_chat.bench.twin import compare_in_float32
 from medusa_chat.config import Sampling, UserError, out_of_memory
 from medusa_chat.machine.devices import choose_device, choose_dtype, reset_peak_memory
@@ -27,14 +32,13 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 FLOAT32_PROMPTS = 4  # that the CPU answers too
-OWN_PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 
 def measure(
     options: Namespace,
     sampling: Sampling,
     load: Callable[..., Engine],
-    progress: Progress,
+    progress: ProgressBar,
     view: Consume | None = None,
 ) -> dict[str, Any]:
     """Measure the model that the flags name on its prompts, and the random ones.
@@ -77,10 +81,10 @@ def is_gpu(device: torch.device) -> bool:
 
 def whole_story(
     options: Namespace,
-    plan: Plan,
+    plan: BenchJob,
     load: Callable[..., Engine],
     device: torch.device,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> dict[str, Any]:
     """What is told of a GPU besides the bundled model's figures there: `float32`, `shapes` and `left_out_shapes`.
 
@@ -106,10 +110,10 @@ def whole_story(
     return told
 
 
-def _plan(options: Namespace, sampling: Sampling, view: Consume | None) -> Plan:
+def _plan(options: Namespace, sampling: Sampling, view: Consume | None) -> BenchJob:
     modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
-    plan = Plan(
-        read_prompts(options.prompts or [OWN_PROMPTS], options.limit),
+    plan = BenchJob(
+        read_prompts(options.prompts or [SHIPPED_PROMPTS], options.limit),
         modes,
         sampling,
         options.rounds,
@@ -134,7 +138,7 @@ def _shapes(options: Namespace) -> list[RandomModel]:
     )
 
 
-def _loaded(load: Callable[[], Engine], plan: Plan, progress: Progress) -> dict[str, Any]:
+def _loaded(load: Callable[[], Engine], plan: BenchJob, progress: ProgressBar) -> dict[str, Any]:
     started = time.perf_counter()
     engine = load()
     seconds = round(time.perf_counter() - started, 3)
@@ -142,7 +146,11 @@ def _loaded(load: Callable[[], Engine], plan: Plan, progress: Progress) -> dict[
 
 
 def _shape(
-    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, progress: Progress
+    wanted: RandomModel,
+    options: Namespace,
+    plan: BenchJob,
+    device: torch.device,
+    progress: ProgressBar,
 ) -> dict[str, Any]:
     """The steps of a random model."""
     started = time.perf_counter()
@@ -157,7 +165,11 @@ def _shape(
 
 
 def _apart(
-    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, progress: Progress
+    wanted: RandomModel,
+    options: Namespace,
+    plan: BenchJob,
+    device: torch.device,
+    progress: ProgressBar,
 ) -> list[dict[str, Any]]:
     """The cost of steps where matrices that read the same rows are not joined."""
     engine, plan = _random(replace(wanted, fused=False), options, plan, device, progress)
@@ -166,14 +178,20 @@ def _apart(
 
 
 def _random(
-    wanted: RandomModel, options: Namespace, plan: Plan, device: torch.device, progress: Progress
-) -> tuple[Engine, Plan]:
+    wanted: RandomModel,
+    options: Namespace,
+    plan: BenchJob,
+    device: torch.device,
+    progress: ProgressBar,
+) -> tuple[Engine, BenchJob]:
     """A random model, and the plan with the contexts that its steps are timed behind."""
     gc.collect()  # a model before this one may still be held by a cycle
     reset_peak_memory()
     plan = replace(plan, contexts=options.context or SHAPE_CONTEXTS)
     with progress(wanted.name) as tick:
         dtype = choose_dtype(device, options.dtype)
-        engine = random_engine(wanted, room_for(plan.contexts, plan.histories), device, dtype)
+        engine = random_engine(
+            wanted, positions_needed(plan.contexts, plan.histories), device, dtype
+        )
         tick(1, 1)
     return engine, plan

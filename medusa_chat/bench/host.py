@@ -1,11 +1,10 @@
-"""How long the device waits for the host between two captured steps."""
+"""Time that the device waits for the host between two captured steps."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
-
-from medusa_chat.decoding.graphs.static_step import StaticStep
 
 if TYPE_CHECKING:
     from medusa_chat.config import Sampling
@@ -13,26 +12,22 @@ if TYPE_CHECKING:
 
 
 def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str, Any] | None:
-    """Time from a step's result on the host to the start of the next step's programs, in a reply of the engine.
+    """Time from one step's result on the host to the start of the next step's programs.
 
-    All that the engine does in between is in it: text, copies, policy, the Step itself, and what the next step is told.
+    All that the engine does in between counts: text, copies, policy, the Step, the next input.
 
     Returns:
-        {"steps", "median_ms", "p90_ms"}; None where steps are eager, or fewer than three were taken.
+        {"steps", "median_ms", "p90_ms"}; None if steps are eager or fewer than three were taken.
     """
-    if engine.runner.fast is None:
+    if engine.runner.static is not None:
+        list(engine.generate(prompt, sampling))  # captures the steps, or makes them eager
+    static = engine.runner.static
+    if static is None:
         return None
-    list(engine.generate(prompt, sampling))  # what is not recorded yet is recorded now
-    static = engine.runner.fast
-    if not isinstance(static, StaticStep):  # it could not be recorded
-        return None
-    gaps, finished = [], 0.0
-    for step in engine.generate(prompt, sampling):
-        if not step.nodes:
-            continue
-        if finished:
-            gaps.append(static.started - finished)
-        finished = static.finished
+    times = [
+        (static.started, static.learned) for step in engine.generate(prompt, sampling) if step.nodes
+    ]
+    gaps = [started - learned for (_, learned), (started, _) in pairwise(times)]
     if len(gaps) < 2:
         return None
     tenths = quantiles(gaps, n=10, method="inclusive")

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: real steps of the ordinary engine, timed part by part."""
+"""Time of a step, part by part: real steps of the ordinary engine."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.runner import Runner
-    from medusa_chat.events import Step
 
-PARTS = ("forward", "heads", "acceptance", "commit")
-REST = "rest"  # detokenizing, Python, and on a GPU the time in which it waits
+STEP_PARTS = ("forward", "heads", "acceptance", "commit")
+OTHER = "rest"  # detokenizing, Python, and on a GPU the time in which it waits
 
 
 class Stopwatch:
-    """Takes the place of `EagerStep.mark`: the time since the mark before belongs to the part that a mark names.
+    """A value for `Runner.mark` that adds the time since the last mark to the part it names.
 
-    On CUDA events are recorded on the stream, so that nothing waits; elsewhere every part is over when it returns.
+    On CUDA it records events on the stream, so that nothing waits. Elsewhere a part is over when
+    its call returns.
+
+    Args:
+        clock: seconds, in place of the device's own.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None) -> None:
+        self._cuda = device.type == "cuda" and clock is None
+        self._clock = clock or time.perf_counter
+        self._times: list[Any] = []
+        self.marks: list[str] = []
 
     def __call__(self, part: str) -> None:
-        self._marks.append((part, self._now()))
+        """End the part `part` of a step; `begin` starts a step."""
+        self.marks.append(part)
+        self._times.append(self._now())
 
     def steps(self) -> list[dict[str, float]]:
         """Seconds of each part, step by step."""
@@ -40,7 +47,7 @@ class Stopwatch:
             torch.cuda.synchronize()
         found: list[dict[str, float]] = []
         before: Any = None
-        for part, now in self._marks:
+        for part, now in zip(self.marks, self._times, strict=True):
             if part == "begin":
                 found.append({})
             else:
@@ -50,52 +57,54 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def _between(self, before: Any, now: Any) -> float:
-        return before.elapsed_time(now) / 1000 if self._cuda else now - before
+        seconds: float = before.elapsed_time(now) / 1000 if self._cuda else now - before
+        return seconds
 
 
 @contextmanager
 def watching(runner: Runner) -> Iterator[Stopwatch]:
-    """Time the parts of the runner's steps while inside."""
-    stopwatch, before = Stopwatch(runner.backbone.device), runner.eager.mark
-    runner.eager.mark = stopwatch
+    """Time the parts of the runner's steps inside the block."""
+    stopwatch = Stopwatch(runner.backbone.device)
+    before = runner.mark
+    runner.mark = stopwatch
     try:
         yield stopwatch
     finally:
-        runner.eager.mark = before
+        runner.mark = before
 
 
 def step_parts(
     engine: Engine, prompts: Sequence[list[int]], sampling: Sampling
 ) -> dict[str, Any] | None:
-    """Median milliseconds of each part of the steps that answer the prompts, and the parts' shares of the step.
+    """Median milliseconds of each part of the steps that answer the prompts, and their shares.
 
-    Args:
-        prompts: ids, one after the other; the first is answered once before, unwatched.
+    The first prompt is answered once before, untimed.
 
     Returns:
-        {"step_ms", "ms": {part: ...}, "shares": {part: ...}, "outside_forward"}; None if no step was taken, or if
-        the runner does not tell parts apart, as a captured one cannot.
+        {"step_ms", "ms": {part: ...}, "shares": {part: ...}, "outside_forward"}; None if no step
+        was taken, or if the runner cannot time parts, as with captured steps.
     """
     list(engine.generate(prompts[0], sampling))
-    steps: list[Step] = []
+    wholes: list[float] = []
     with watching(engine.runner) as stopwatch:
         for prompt in prompts:
-            steps += [step for step in engine.generate(prompt, sampling) if step.nodes]
+            wholes += [step.seconds for step in engine.generate(prompt, sampling) if step.nodes]
     timed = stopwatch.steps()
-    if not timed:
-        return None
-    wholes = [step.seconds for step in steps]
-    ms = {part: 1000 * median(step.get(part, 0.0) for step in timed) for part in PARTS}
-    rests = (
+    return _summary(wholes, timed) if timed else None
+
+
+def _summary(wholes: Sequence[float], timed: Sequence[dict[str, float]]) -> dict[str, Any]:
+    ms = {part: 1000 * median(step.get(part, 0.0) for step in timed) for part in STEP_PARTS}
+    others = [
         max(whole - sum(parts.values()), 0.0) for whole, parts in zip(wholes, timed, strict=True)
-    )
-    ms[REST] = 1000 * median(rests)
+    ]
+    ms[OTHER] = 1000 * median(others)
     total = sum(ms.values())
     shares = {part: round(value / total, 4) for part, value in ms.items()}
     return {

@@ -1,4 +1,4 @@
-"""Other decoders of the same weights, to compare with."""
+"""Other decoders of the same weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TransformersPeer:
-    """transformers' own greedy generate(), with its default attention and cache, plain or with prompt lookup."""
+    """Greedy generate() of transformers, with its default attention and cache."""
 
     def __init__(self, engine: Engine) -> None:
         backbone = engine.backbone
@@ -25,17 +25,16 @@ class TransformersPeer:
         model, _ = load_pretrained(spec, backbone.dtype, quant or "none", backbone.device)
         self.model = model.eval()
         if quant == "int8":
-            # On a CPU bitsandbytes cuts activations to 8 bits and the engine does not: another model, in effect.
+            # On a CPU bitsandbytes cuts activations to 8 bits. The engine does not.
             pack_linears(self.model)
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], max_new_tokens: int, lookup: int = 0) -> list[int]:
-        """Ids of the reply, the EOS included; `lookup` tokens at once are guessed from the text before, if above 0."""
+        """Ids of the reply, EOS included. With `lookup` so many tokens are copied from the text."""
         ids = torch.tensor([prompt], device=self.model.device)
-        mask = torch.ones_like(ids)
         output = self.model.generate(
             ids,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             prompt_lookup_num_tokens=lookup or None,

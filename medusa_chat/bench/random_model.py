@@ -1,9 +1,10 @@
-"""Random models of a known shape, to measure what a step costs where nothing can be downloaded.
+"""Random models of a known shape, to measure steps where nothing can be downloaded.
 
     python -m medusa_chat.bench.random_model SHAPE FOLDER
 
-One layer is drawn; the others are that layer with its rows in another order (on disk) or with other signs in the norms
-(in memory). So a 7B model takes seconds, and never more than one layer of it is held in 16 bits beside the result.
+Only one layer is drawn. The others are copies of it, with the rows in another order (on disk) or
+with other signs in the norms (in memory). So a 7B model takes seconds, and at most one layer of it
+is held in 16 bits at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_chat.config import BUNDLED, Quant, UserError
+from medusa_chat.files import replacing, write_json, write_text
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.linear.quantization import (
@@ -34,7 +36,7 @@ from medusa_chat.shapes import SHAPES, Shape
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -45,35 +47,41 @@ TOKENIZER = (
 def random_model(
     shape: Shape, *, quant: Quant, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Any:
-    """Transformers' Llama of a shape with random weights on `device`, the layers' matrices in `quant`."""
+    """Make transformers' Llama of a shape with random weights, its layers' matrices in `quant`."""
     config = llama_config(shape)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-    body, size = model.model, (shape.vocabulary, shape.hidden)
+    body = model.model
+    size = (shape.vocabulary, shape.hidden)
     body.embed_tokens.weight = _drawn(size, config, dtype, generator)
-    model.lm_head.weight = (
-        body.embed_tokens.weight if shape.tied else _drawn(size, config, dtype, generator)
-    )
-    first: dict[str, nn.Module] = {}
-    for layer in body.layers:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
-                if name in first:
-                    layer.set_submodule(name, copy_linear(first[name]))
-                    continue
-                module.weight = _drawn(tuple(module.weight.shape), config, dtype, generator)
-                first[name] = quantize_linear(module, quant, device)
-                layer.set_submodule(name, first[name])
-            elif hasattr(module, "weight"):  # a norm
-                module.weight = _signs(shape.hidden, dtype, generator)
+    model.lm_head.weight = body.embed_tokens.weight
+    if not shape.tied:
+        model.lm_head.weight = _drawn(size, config, dtype, generator)
+    _fill_layers(body.layers, config, quant, dtype, generator)
     body.norm.weight = _drawn((shape.hidden,), config, dtype, generator)
     body.rotary_emb = type(body.rotary_emb)(config).to(device)
-    if quant != "none":
-        config.quantization_config = quantization_config(
-            quant, compute_dtype(device, dtype)
-        )  # as a loaded model's
+    if quant != "none":  # recorded as in a loaded model
+        config.quantization_config = quantization_config(quant, compute_dtype(device, dtype))
     return model.eval()
+
+
+def _fill_layers(
+    layers: Any, config: LlamaConfig, quant: Quant, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Draw the matrices of the first layer, copy them to the others, and draw all norms."""
+    first: dict[str, nn.Module] = {}
+    for layer in layers:
+        for name, module in list(layer.named_modules()):
+            if not isinstance(module, nn.Linear):
+                if hasattr(module, "weight"):  # a norm
+                    module.weight = _signs(config.hidden_size, dtype, generator)
+            elif name in first:
+                layer.set_submodule(name, copy_linear(first[name]))
+            else:
+                module.weight = _drawn(tuple(module.weight.shape), config, dtype, generator)
+                first[name] = quantize_linear(module, quant, generator.device)
+                layer.set_submodule(name, first[name])
 
 
 def random_heads(
@@ -86,57 +94,70 @@ def random_heads(
     device: torch.device | None = None,
     seed: int = 0,
 ) -> MedusaHeads:
-    """Random heads for a model of that shape, with LM heads of their own or without."""
+    """Make random heads for a model of that shape, with LM heads of their own or without."""
     with torch.device("meta"):
         made = MedusaHeads(heads, layers, shape.hidden, shape.vocabulary if own else None).to(dtype)
-    config, generator = llama_config(shape), torch.Generator(device or "cpu").manual_seed(seed)
+    spread = llama_config(shape).initializer_range
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
     made.to_empty(device=device or "cpu").requires_grad_(False)
-    made.weight.normal_(0, config.initializer_range, generator=generator)
+    made.weight.normal_(0, spread, generator=generator)
     made.bias.zero_()
     if made.lm_heads is not None:
-        made.lm_heads[0].normal_(0, config.initializer_range, generator=generator)
+        made.lm_heads[0].normal_(0, spread, generator=generator)
         for head in range(1, heads):
             made.lm_heads[head] = made.lm_heads[0].roll(head, 0)
     return made
 
 
 def write_random_model(shape: Shape, folder: Path, *, heads: int, own: bool, seed: int = 0) -> None:
-    """Write a random model of a shape as a checkpoint in bfloat16, a shard a layer, with heads and a tokenizer.
+    """Write a random checkpoint in bfloat16: one shard for each layer, heads, a tokenizer.
 
-    The tokenizer is the bundled model's. `heads` 0 writes no heads.
+    Args:
+        shape: sizes of the model. The tokenizer is the bundled model's.
+        folder: created if needed. Each file is written whole or not at all, the index of the
+            shards after them, config.json last.
+        heads: number of Medusa heads; 0 writes none.
+        own: give the heads LM heads of their own.
+        seed: of the weights.
 
     Raises:
         UserError: the vocabulary is smaller than the tokenizer's.
-        OSError: the disk is full, or the folder can't be written.
+        OSError: the folder cannot be written.
     """
     tokens = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if shape.vocabulary < tokens:
         raise UserError(
-            f"a random model gets the bundled tokenizer, which needs a vocabulary of {tokens} or more"
+            "a random model gets the bundled tokenizer, which needs a vocabulary of"
+            f" {tokens} or more"
         )
     folder.mkdir(parents=True, exist_ok=True)
     config = llama_config(shape)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
-    config.save_pretrained(folder)
-    for name in TOKENIZER:
-        shutil.copyfile(BUNDLED / name, folder / name)
-    places: dict[str, str] = {}
-    size = 0
-    for shard, tensors in enumerate(_shards(config, seed), 1):
-        file = f"model-{shard:05}-of-{shape.layers + 1:05}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=1), encoding="utf-8"
-    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "bfloat16"
+    for name in TOKENIZER_FILES:
+        with replacing(folder / name) as temporary:
+            shutil.copyfile(BUNDLED / name, temporary)
     if heads:
         write_heads(random_heads(shape, heads, own, seed=seed + 1), folder)
+    _write_shards(config, folder, seed)
+    write_text(folder / "config.json", config.to_json_string())
+
+
+def _write_shards(config: LlamaConfig, folder: Path, seed: int) -> None:
+    files: dict[str, str] = {}
+    size = 0
+    for shard, tensors in enumerate(_shards(config, seed), 1):
+        name = f"model-{shard:05}-of-{config.num_hidden_layers + 1:05}.safetensors"
+        with replacing(folder / name) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
-    """Transformers' config of a shape."""
+    """Make transformers' config of a shape."""
     return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -151,29 +172,23 @@ def llama_config(shape: Shape) -> LlamaConfig:
 
 
 def _shards(config: LlamaConfig, seed: int) -> Iterator[dict[str, Tensor]]:
-    """The weights by name: a shard for what lies around the layers, and one for each layer."""
+    """Yield weights by name: all outside the layers in the first shard, then layer by layer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        sizes = {
-            name: tuple(tensor.shape)
-            for name, tensor in LlamaForCausalLM(config).state_dict().items()
-        }
+        state = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
-        del sizes["lm_head.weight"]
-    first = "model.layers.0."
-    around = {name: size for name, size in sizes.items() if ".layers." not in name}
-    yield {
-        name: _drawn(size, config, torch.bfloat16, generator).data for name, size in around.items()
-    }
-    drawn = {
-        name.removeprefix(first): _drawn(size, config, torch.bfloat16, generator).data
-        for name, size in sizes.items()
-        if name.startswith(first)
-    }
-    for layer in range(config.num_hidden_layers):
-        yield {
-            f"model.layers.{layer}.{name}": tensor.roll(layer, 0) for name, tensor in drawn.items()
-        }
+        del state["lm_head.weight"]
+
+    def drawn(name: str) -> Tensor:
+        return _drawn(tuple(state[name].shape), config, torch.bfloat16, generator).data
+
+    yield {name: drawn(name) for name in state if ".layers." not in name}
+    prefix = "model.layers.0."
+    first = [name for name in state if name.startswith(prefix)]
+    layer = {name.removeprefix(prefix): drawn(name) for name in first}
+    for number in range(config.num_hidden_layers):
+        start = f"model.layers.{number}."
+        yield {start + name: tensor.roll(number, 0) for name, tensor in layer.items()}
 
 
 def _drawn(
@@ -194,23 +209,18 @@ def _signs(size: int, dtype: torch.dtype, generator: torch.Generator) -> nn.Para
 
 
 def main() -> int:
+    """Write the random model that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--heads", type=int, default=5, help="Medusa heads; 0 writes none (default: 5)"
-    )
+    parser.add_argument("--heads", type=int, default=5, help="Medusa heads; 0 writes none")
     parser.add_argument("--shared", action="store_true", help="heads share the backbone's LM head")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    own = not options.shared
     try:
-        write_random_model(
-            SHAPES[options.shape],
-            options.folder,
-            heads=options.heads,
-            own=not options.shared,
-            seed=options.seed,
-        )
+        write_random_model(shape, options.folder, heads=options.heads, own=own, seed=options.seed)
     except (OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What a step costs by its nodes, the tree that follows, and how near a step is to the limit of the memory."""
+"""Cost of a step by its nodes, the tree that follows, and its share of the memory's limit."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.bench.bandwidth import step_bytes
 from medusa_chat.config import MAX_NODES, UserError
-from medusa_chat.decoding.trees.accuracy import PUBLISHED
-from medusa_chat.decoding.trees.choice import StepCost, fastest, options
-from medusa_chat.decoding.trees.costs import measure
-from medusa_chat.decoding.trees.growth import kinds
+from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.trees.choice import StepCost, fastest, kinds, measure, options
 
 if TYPE_CHECKING:
-    from medusa_chat.bench.plan import Tick
+    from medusa_chat.bench.job import Tick
     from medusa_chat.decoding.engine import Engine
 
-SIMULATED = "published accuracies of the Vicuna-7B Medusa-1 heads (FasterDecoding/Medusa, assets/medusa_acc.csv)"
+SIMULATED = (
+    "published accuracies of the Vicuna-7B Medusa-1 heads"
+    " (FasterDecoding/Medusa, assets/medusa_acc.csv)"
+)
 
 
 def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
@@ -24,80 +25,80 @@ def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
     for length in contexts:
         if length >= engine.context:
             raise UserError(
-                f"steps behind {length} positions do not fit the context of {engine.name}, {engine.context};"
-                " --context takes fewer, and with --shape as many as you like"
+                f"steps behind {length} positions do not fit the context of {engine.name},"
+                f" {engine.context}; --context takes fewer, and with --shape as many as you like"
             )
 
 
 def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list[dict[str, Any]]:
-    """Time vanilla steps and tree steps over the ladder of costs.measure behind each number of cached positions.
+    """Time vanilla steps and tree steps at each number of cached positions.
 
     Returns:
-        for each context {"context", "vanilla_ms", "vanilla_tokens_per_second", "nodes": {n: {"ms", "overhead"}},
-        "tree"}; `tree` is what `auto` picks, and "simulated" says whose accuracies its acceptance length comes from
-        where the model's own were never measured.
+        For each context {"context", "vanilla_ms", "vanilla_tokens_per_second",
+        "nodes": {n: {"ms", "overhead"}}, "tree"}. "tree" is the choice of `auto`, forecast from
+        the heads' accuracies. If they are not calibrated, its "simulated" names the source.
     """
     check_contexts(engine, contexts)
-    measured = engine.trees.accuracy
-    accuracy = (PUBLISHED if measured is None else measured).pruned(
-        engine.heads, engine.backbone.vocabulary
-    )
+    accuracy = (engine.accuracy or PUBLISHED).pruned(engine.heads, engine.backbone.vocabulary)
     found = []
     for done, context in enumerate(contexts, 1):
         engine.forget()
         costs = {
-            kind: measure(engine.runner, accuracy, kind, length=context, budget=inf)
-            for kind in kinds(accuracy)
+            kind: measure(engine.runner, accuracy, tree_of=tree_of, length=context, budget=inf)
+            for kind, tree_of in kinds(accuracy).items()
         }
-        best = fastest(options(accuracy, costs))
-        vanilla = costs[best.kind].vanilla
-        picked: dict[str, Any] = {
-            "kind": best.kind,
-            "nodes": best.nodes,
-            "acceptance_length": round(best.length, 4),
-            "overhead": round(best.seconds / vanilla, 4),
-            "speedup": round(best.rate * vanilla, 4),
-            "tokens_per_second": round(best.rate, 2),
-            "simulated": SIMULATED if measured is None else None,
-        }
-        found.append(_told(context, costs["static"]) | {"tree": picked})
+        tree = _best_tree(accuracy, costs)
+        tree["simulated"] = None if engine.accuracy else SIMULATED
+        found.append({"context": context, **_cost_figures(costs["static"]), "tree": tree})
         tick(done, len(contexts))
     return found
 
 
-def _told(context: int, cost: StepCost) -> dict[str, Any]:
+def _best_tree(accuracy: Accuracy, costs: dict[str, StepCost]) -> dict[str, Any]:
+    best = fastest(options(accuracy, costs))
+    vanilla = costs[best.kind].vanilla
     return {
-        "context": context,
-        "vanilla_ms": round(1000 * cost.vanilla, 4),
-        "vanilla_tokens_per_second": round(1 / cost.vanilla, 2),
-        "nodes": {
-            str(nodes): {
-                "ms": round(1000 * seconds, 4),
-                "overhead": round(seconds / cost.vanilla, 4),
-            }
-            for nodes, seconds in cost.by_nodes.items()
-        },
+        "kind": best.kind,
+        "nodes": best.nodes,
+        "acceptance_length": round(best.length, 4),
+        "overhead": round(best.seconds / vanilla, 4),
+        "speedup": round(best.rate * vanilla, 4),
+        "tokens_per_second": round(best.rate, 2),
     }
 
 
-def reached(engine: Engine, step: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that a vanilla step and a step of the picked tree must read, the GB/s that this is, and its share of the
-    limit: {"vanilla": {"bytes", "gb_per_second", "share_of_limit"}, "tree": ...}.
+def _cost_figures(cost: StepCost) -> dict[str, Any]:
+    nodes = {}
+    for count, seconds in cost.by_nodes.items():
+        overhead = round(seconds / cost.vanilla, 4)
+        nodes[str(count)] = {"ms": round(1000 * seconds, 4), "overhead": overhead}
+    return {
+        "vanilla_ms": round(1000 * cost.vanilla, 4),
+        "vanilla_tokens_per_second": round(1 / cost.vanilla, 2),
+        "nodes": nodes,
+    }
+
+
+def bandwidth_of(engine: Engine, step: dict[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    """Bytes/s that a vanilla step and a step of the chosen tree read.
+
+    Returns:
+        {"vanilla": {"bytes", "gb_per_second", "share_of_limit"}, "tree": ...}
     """
-    told = {}
     vanilla = step["vanilla_ms"] / 1000
-    for kind, seconds in (("vanilla", vanilla), ("tree", step["tree"]["overhead"] * vanilla)):
+    seconds = {"vanilla": vanilla, "tree": step["tree"]["overhead"] * vanilla}
+    found = {}
+    for kind, taken in seconds.items():
         size = step_bytes(engine.runner, step["context"], tree=kind == "tree")
-        rate = size / seconds / 1e9
-        share = rate / limit["gb_per_second"]
-        told[kind] = {
+        rate = size / taken / 1e9
+        found[kind] = {
             "bytes": size,
             "gb_per_second": round(rate, 3),
-            "share_of_limit": round(share, 4),
+            "share_of_limit": round(rate / limit["gb_per_second"], 4),
         }
-    return told
+    return found
 
 
-def room_for(contexts: tuple[int, ...], histories: tuple[int, ...]) -> int:
-    """Positions that a model needs to be measured behind these contexts and histories."""
+def positions_needed(contexts: tuple[int, ...], histories: tuple[int, ...]) -> int:
+    """Positions that a model needs so that these contexts and histories can be measured."""
     return max((*contexts, *histories), default=0) + 2 * MAX_NODES

@@ -1,48 +1,40 @@
-"""`medusa-chat verify`: greedy equals vanilla, exact equals vanilla sampling, and near-ties are told from faults."""
+"""`medusa-chat verify`: compare the text of every mode with vanilla decoding."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from medusa_chat.bench.near_ties import score_gap
 from medusa_chat.bench.peers import TransformersPeer
-from medusa_chat.decoding.acceptance import Numbers, temper, truncate
-from medusa_chat.decoding.noise import gumbel
-from medusa_chat.decoding.trees.growth import dynamic_tree
+from medusa_chat.decoding.trees.accuracy import dynamic_tree
 from medusa_chat.decoding.trees.tree import AnyTree, Tree, chain, named_tree, paper_trees
-from medusa_chat.model.attention.tree_attention import chain_mask
-from medusa_chat.model.linear.quantization import quant_of
+from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.model.backbone import Backbone
     from medusa_chat.prompts import Prompt
 
-SAMPLINGS = tuple((temperature, top_p) for temperature in (0.3, 0.7, 1.0) for top_p in (1.0, 0.9))
-WITH_COPIES = (
-    "auto",
-    "mc_sim_7b_63",
-    "random-12",
-    "dynamic-16",
-    "dynamic-64",
-)  # trees decoded with copies too
-ULPS = (
-    16  # two scores closer than this many units in the last place of the dtype may fall either way
-)
-NOISE = 4  # two scores of a quantized model, than this many times the largest difference that the row count makes
-REPLAYED = 32  # tokens whose logits are computed one row at a time too, to measure that difference
+# Temperature and top-p of the exact mode.
+SAMPLINGS = ((0.3, 1.0), (0.3, 0.9), (0.7, 1.0), (0.7, 0.9), (1.0, 1.0), (1.0, 0.9))
+# Trees that greedy mode is also checked in with copies.
+WITH_COPIES = ("auto", "mc_sim_7b_63", "random-12", "dynamic-16", "dynamic-64")
 
 
 @dataclass
-class Check:
-    """One row of the table: how many replies of a mode and tree equal their reference."""
+class Comparison:
+    """Replies of one mode and tree compared with their references.
+
+    Attributes:
+        near_ties: replies whose first difference rounding explains.
+        faults: replies whose first difference it does not.
+        largest_gap: largest gap between the scores of two tokens that differed.
+        first_fault: description of the first fault.
+    """
 
     name: str
     replies: int = 0
@@ -51,6 +43,143 @@ class Check:
     faults: int = 0
     largest_gap: float = 0.0
     first_fault: str = ""
+
+    def add(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        reference: list[int],
+        found: list[int],
+        sampling: Sampling,
+    ) -> None:
+        """Compare one reply with its reference, ids with ids."""
+        self.replies += 1
+        if reference == found:
+            self.equal += 1
+            return
+        place = common_prefix(reference, found)
+        gap = float("inf")
+        limit = 0.0
+        if place < min(len(reference), len(found)):
+            text = prompt + reference[:place]
+            gap, limit = score_gap(engine, text, reference[place], found[place], sampling)
+        self.largest_gap = max(self.largest_gap, gap)
+        if gap <= limit:
+            self.near_ties += 1
+            return
+        self.faults += 1
+        if not self.first_fault:
+            end = engine.tokenizer.decode((prompt + reference)[-12:])
+            self.first_fault = f"after {end!r}: token {place} differs, gap {gap:.3g}"
+
+
+def verify(
+    engine: Engine,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    *,
+    turns: int,
+    progress: Callable[[int, int], None],
+) -> list[Comparison]:
+    """Check that fast modes give the text of vanilla decoding, and vanilla that of transformers.
+
+    Greedy mode must equal vanilla in every tree, and exact mode vanilla sampling with the same
+    seed for every entry of SAMPLINGS.
+
+    Args:
+        engine: the model.
+        prompts: conversations to answer.
+        sampling: length of the replies, and the seed of the random trees.
+        turns: first turns of each conversation to answer.
+        progress: called with (done, total) after each prompt.
+    """
+    check = _Check(engine, sampling)
+    for done, prompt in enumerate(prompts, 1):
+        for ids in _histories(engine, prompt, turns):
+            check.greedy(ids)
+            check.exact(ids, seed=done)
+        progress(done, len(prompts))
+    return list(check.comparisons.values())
+
+
+@dataclass
+class _Check:
+    """The comparisons of one engine."""
+
+    engine: Engine
+    sampling: Sampling
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trees = trees_to_check(self.engine, self.sampling.seed)
+        self.peer = TransformersPeer(self.engine)
+
+    def greedy(self, ids: list[int]) -> None:
+        """Compare vanilla with transformers' generate(), and greedy with vanilla in every tree."""
+        plain = replace(self.sampling, mode="greedy")
+        vanilla = self._vanilla(ids, self.sampling, sample=False)
+        # The engine ends a reply where its context ends.
+        longest = min(self.sampling.max_new_tokens, self.engine.context - len(ids))
+        expected = self.peer.generate(ids, longest)
+        self._compare("vanilla, generate()", ids, expected, vanilla, plain)
+        for name, tree in self.trees.items():
+            found = self._reply(ids, plain, tree)
+            self._compare(f"greedy, {name}", ids, vanilla, found, plain)
+            if name in WITH_COPIES:
+                found = self._reply(ids, plain, tree, copies=True)
+                self._compare(f"greedy, {name}, copies", ids, vanilla, found, plain)
+
+    def exact(self, ids: list[int], seed: int) -> None:
+        """Compare exact mode with vanilla sampling: a fixed tree, and a dynamic one with copies."""
+        for temperature, top_p in SAMPLINGS:
+            drawn = replace(
+                self.sampling, mode="exact", temperature=temperature, top_p=top_p, seed=seed
+            )
+            vanilla = self._vanilla(ids, drawn, sample=True)
+            settings = f"T={temperature}, top-p={top_p}"
+            found = self._reply(ids, drawn, self.trees["auto"])
+            self._compare(f"exact, auto, {settings}", ids, vanilla, found, drawn)
+            found = self._reply(ids, drawn, self.trees["dynamic-16"], copies=True)
+            self._compare(f"exact, dynamic-16, copies, {settings}", ids, vanilla, found, drawn)
+
+    def _compare(
+        self,
+        name: str,
+        ids: list[int],
+        reference: list[int],
+        found: list[int],
+        sampling: Sampling,
+    ) -> None:
+        comparison = self.comparisons.setdefault(name, Comparison(name))
+        comparison.add(self.engine, ids, reference, found, sampling)
+
+    def _vanilla(self, prompt: list[int], sampling: Sampling, *, sample: bool) -> list[int]:
+        vanilla = replace(sampling, mode="vanilla", sample=sample)
+        return self._reply(prompt, vanilla, self.engine.tree)
+
+    def _reply(
+        self, prompt: list[int], sampling: Sampling, tree: AnyTree, *, copies: bool = False
+    ) -> list[int]:
+        engine = self.engine
+        engine.use_tree(tree)
+        engine.use_copies(copies)
+        engine.notices.clear()
+        return [token.id for step in engine.generate(prompt, sampling) for token in step.tokens]
+
+
+def trees_to_check(engine: Engine, seed: int) -> dict[str, AnyTree]:
+    """The trees of a check by name.
+
+    They are the engine's own, every released one, a chain, two random and two dynamic ones.
+    """
+    rng = random.Random(seed)
+    named: dict[str, AnyTree] = {"auto": engine.tree}
+    named |= {name: named_tree(name) for name in paper_trees()}
+    named[f"chain-{engine.heads}"] = chain(engine.heads)
+    for nodes in (12, 40):
+        named[f"random-{nodes}"] = random_tree(rng, nodes, engine.heads, 10)
+    accuracy = engine.runner.accuracy.pruned(engine.heads, engine.backbone.vocabulary)
+    return named | {f"dynamic-{nodes}": dynamic_tree(accuracy, nodes) for nodes in (16, 64)}
 
 
 def random_tree(rng: random.Random, nodes: int, depth: int, width: int) -> Tree:
@@ -62,181 +191,11 @@ def random_tree(rng: random.Random, nodes: int, depth: int, width: int) -> Tree:
     return Tree.of(paths, f"random-{nodes}")
 
 
-def trees_to_check(engine: Engine, seed: int) -> dict[str, AnyTree]:
-    """The engine's own tree, every released one, a chain, two random and two dynamic ones, pruned to the heads."""
-    rng = random.Random(seed)
-    named: dict[str, AnyTree] = {"auto": engine.trees.current} | {
-        name: named_tree(name) for name in paper_trees()
-    }
-    named[f"chain-{engine.heads}"] = chain(engine.heads)
-    for nodes in (12, 40):
-        named[f"random-{nodes}"] = random_tree(rng, nodes, engine.heads, 10)
-    accuracy = engine.runner.accuracy.pruned(engine.heads, engine.backbone.vocabulary)
-    return named | {f"dynamic-{nodes}": dynamic_tree(accuracy, nodes) for nodes in (16, 64)}
-
-
-def verify(
-    engine: Engine,
-    prompts: list[Prompt],
-    sampling: Sampling,
-    *,
-    turns: int,
-    progress: Callable[[int, int], None],
-) -> list[Check]:
-    """Decode every prompt in every tree and compare with vanilla: greedy on all turns, exact on three temperatures."""
-    trees = trees_to_check(engine, sampling.seed)
-    peer = TransformersPeer(engine)
-    checks: dict[str, Check] = {}
-
-    def compare(
-        name: str, ids: list[int], reference: list[int], found: list[int], how: Sampling
-    ) -> None:
-        _compare(checks.setdefault(name, Check(name)), engine, ids, reference, found, how)
-
-    for done, prompt in enumerate(prompts, 1):
-        for ids in _histories(engine, prompt, turns):
-            reference = _ids(
-                engine, ids, replace(sampling, mode="vanilla", sample=False), engine.trees.current
-            )
-            plain = replace(sampling, mode="greedy")
-            room = min(
-                sampling.max_new_tokens, engine.context - len(ids)
-            )  # its own end has to be ours
-            compare("vanilla, generate()", ids, peer.generate(ids, room), reference, plain)
-            for name, tree in trees.items():
-                compare(f"greedy, {name}", ids, reference, _ids(engine, ids, plain, tree), plain)
-                if name in WITH_COPIES:
-                    found = _ids(engine, ids, plain, tree, copies=True)
-                    compare(f"greedy, {name}, copies", ids, reference, found, plain)
-            for temperature, top_p in SAMPLINGS:
-                drawn = replace(
-                    sampling, mode="exact", temperature=temperature, top_p=top_p, seed=done
-                )
-                vanilla = _ids(
-                    engine, ids, replace(drawn, mode="vanilla", sample=True), engine.trees.current
-                )
-                for name, copies in (("auto", False), ("dynamic-16", True)):
-                    found = _ids(engine, ids, drawn, trees[name], copies)
-                    law = f"exact, {name}{', copies' if copies else ''}, T={temperature}, top-p={top_p}"
-                    compare(law, ids, vanilla, found, drawn)
-        progress(done, len(prompts))
-    return list(checks.values())
-
-
 def _histories(engine: Engine, prompt: Prompt, turns: int) -> Iterator[list[int]]:
-    """Ids of the conversation before each of the first replies, with the answers that the file has."""
+    """Ids of the conversation before each of the first replies, with the answers in the file."""
     messages = prompt.reference or prompt.opening()
     asked = [i for i, message in enumerate(messages) if message["role"] == "user"][:turns]
     for i in asked:
         ids = engine.encode(list(messages[: i + 1]))
         if len(ids) + 1 < engine.context:
             yield ids
-
-
-def _ids(
-    engine: Engine, prompt: list[int], sampling: Sampling, tree: AnyTree, copies: bool = False
-) -> list[int]:
-    engine.trees.use(tree)
-    engine.trees.use_copies(copies)
-    engine.notices.clear()
-    return [token.id for step in engine.generate(prompt, sampling) for token in step.tokens]
-
-
-def _compare(
-    check: Check,
-    engine: Engine,
-    prompt: list[int],
-    reference: list[int],
-    found: list[int],
-    sampling: Sampling,
-) -> None:
-    check.replies += 1
-    if reference == found:
-        check.equal += 1
-        return
-    place = next(
-        (i for i, pair in enumerate(zip(reference, found, strict=False)) if pair[0] != pair[1]),
-        None,
-    )
-    if place is None:
-        gap, limit = float("inf"), 0.0
-    else:
-        gap, limit = _gap(
-            engine, prompt + reference[:place], reference[place], found[place], sampling
-        )
-    check.largest_gap = max(check.largest_gap, gap)
-    if gap <= limit:
-        check.near_ties += 1
-        return
-    check.faults += 1
-    check.first_fault = check.first_fault or (
-        f"after {engine.tokenizer.decode((prompt + reference)[-12:])!r}: token {place} differs, gap {gap:.3g}"
-    )
-
-
-def _rounding(backbone: Backbone, noise: float, largest: float) -> float:
-    """The gap of two logits that rounding explains, where the largest of all is `largest`.
-
-    Kernels of quantized layers differ by their number of rows in ways that no dtype tells: some cut activations, by
-    scales or columns that all rows share. There the difference is measured on plain text, where no tree is involved,
-    and held below what 16 bits explain.
-    """
-    unit = torch.finfo(backbone.dtype).eps * largest
-    if not quant_of(backbone.model.config):
-        return ULPS * unit
-    return min(max(NOISE * noise, 2 * unit), ULPS * torch.finfo(torch.bfloat16).eps * largest)
-
-
-def _row_noise(backbone: Backbone, text: list[int]) -> float:
-    """The largest difference of a logit between all rows at once and the last of them one by one."""
-    tokens = torch.tensor(text, device=backbone.device)
-    positions = torch.arange(len(text), device=backbone.device)
-    start = max(len(text) - REPLAYED, 0)
-    together = backbone.logits(backbone.hidden_of_text(tokens)[start:]).float()
-    cache = backbone.new_cache(len(text))
-    if start:
-        mask = chain_mask(start, backbone.dtype, backbone.device)
-        backbone.hidden(tokens[:start], positions[:start], mask, cache)
-        cache.commit(tuple(range(start)))
-    noise = 0.0
-    for i in range(start, len(text)):
-        alone = backbone.logits(
-            backbone.hidden(tokens[i : i + 1], positions[i : i + 1], None, cache)
-        ).float()
-        cache.commit((0,))
-        noise = max(noise, float((alone[0] - together[i - start]).abs().max()))
-    return noise
-
-
-@torch.inference_mode()
-def _gap(
-    engine: Engine, text: list[int], a: int, b: int, sampling: Sampling
-) -> tuple[float, float]:
-    """Gap of the two tokens' scores after `text`, teacher-forced, and the gap that rounding explains."""
-    backbone = engine.backbone
-    logits = backbone.logits(
-        backbone.hidden_of_text(torch.tensor(text, device=backbone.device))[-1:]
-    ).float()
-    noise = _row_noise(backbone, text)
-    limit = _rounding(backbone, noise, float(logits.abs().max()))
-    if sampling.greedy:
-        return abs(float(logits[0, a] - logits[0, b])), limit
-    limit /= sampling.temperature
-    if any(_at_an_edge(logits, token, sampling, NOISE * noise) for token in (a, b)):
-        return limit, limit
-    scores = temper(logits, sampling.temperature)
-    scores = scores + gumbel(
-        sampling.seed, torch.tensor([len(text)], device=scores.device), scores.shape[-1]
-    )
-    return abs(float(scores[0, a] - scores[0, b])), limit
-
-
-def _at_an_edge(logits: Tensor, token: int, sampling: Sampling, noise: float) -> bool:
-    """Whether noise may put a token in or out of what top-p, top-k and min-p leave. logits: [1, V]."""
-    kept = []
-    for change in (-noise, noise):
-        rounded = logits.clone()
-        rounded[0, token] += change
-        scores = truncate(temper(rounded, sampling.temperature), *Numbers.of(sampling)[1:4])
-        kept.append(bool(scores[0, token].isfinite()))
-    return kept[0] != kept[1]

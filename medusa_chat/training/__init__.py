@@ -1,0 +1,23 @@
+"""Train Medusa heads, calibrate them, and make the text that they learn from.
+
+data.py            documents, their tokens and targets, packed rows
+losses.py          losses of the heads and of the backbone
+schedules.py       learning rates and the weight of the heads' loss over a run
+trainee.py         a backbone with its heads, and the loss of a batch
+optimization.py    transformers' Trainer with two learning rates and a guard against NaN
+trainer.py         `medusa-chat train`: a run from its data to its files
+progress.py        progress, log and Ctrl-C of a run
+checkpoints.py     begin, resume and fail
+outputs.py         the files that a run leaves
+evaluate.py        perplexity of a backbone
+memory.py          memory that training and answering need
+distillation.py    `medusa-chat distill`: the model answers prompts
+questions.py       DistillJob, and what its answerers take and give
+conversations.py   conversations of distill, and resuming in their file
+local_model.py     answers of a model on this machine
+server.py          answers of a model behind an HTTP server
+calibration.py     `medusa-chat calibrate`: accuracies of the heads, and the check of a forecast
+confidence.py      calibration of the heads' probabilities, for dynamic trees
+bundled.py         the recipe of the bundled backbone
+stories.py         fairy tales for it
+"""

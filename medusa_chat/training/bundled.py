@@ -1,11 +1,12 @@
 """The recipe of the bundled backbone: tokenizer, text mix, a Llama from scratch, two phases.
 
-    python -m medusa_chat.training.bundled --data ../shared/data/train --out build/backbone
+    python -m medusa_chat.training.bundled --data FOLDER --out build/backbone --phase language
 
-The first phase learns the language of all sources on short rows at a constant rate; the second learns to be
-the assistant: agent sources only, loss on the assistant's tokens only, long rows of several conversations,
-rate falling to zero. `--resume` goes on from the last checkpoint of either. Its heads come from the ordinary
-`medusa-chat distill` and `medusa-chat train`.
+FOLDER has a JSONL file of conversations for each source that the mixes below name. The first phase
+learns the language of all sources, on short rows at a constant rate. The second learns to be the
+assistant: agent sources only, loss on the assistant's tokens only, long rows of several
+conversations, rate falling to zero. `--resume` goes on from the last checkpoint of either. The
+heads come from the ordinary `medusa-chat distill` and `medusa-chat train`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ if TYPE_CHECKING:
 
     from medusa_chat.config import Message
 
+    Conversations = list[list[Message]]
+    Sources = dict[str, Conversations]  # by name
+
 SYSTEM = "You are Medusa, a friendly assistant that runs on this computer."
 CONTEXT = 1024
-# How often each source is seen in an epoch of each phase (advice of the corpus's README).
+# Times that an epoch of each phase contains each source.
 LANGUAGE_MIX = {
     "sgd_accentor": 1,
     "star": 1,
@@ -69,15 +73,14 @@ ASSISTANT_MIX = {
 }
 STORIES = 3000
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def train_tokenizer(
-    conversations: list[list[Message]], size: int = 4096
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits, so that times and prices are spelt from ten tokens."""
+def train_tokenizer(conversations: Conversations, size: int = 4096) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE in which each digit is a token, for times and prices."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -92,8 +95,9 @@ def train_tokenizer(
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((m["content"] for c in conversations for m in c), trainer)
-    wrapped = PreTrainedTokenizerFast(
+    texts = (message["content"] for each in conversations for message in each)
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="<|end|>",
@@ -105,47 +109,45 @@ def train_tokenizer(
     return wrapped
 
 
-def read_sources(folder: Path, seed: int) -> dict[str, list[list[Message]]]:
-    """The conversations of every source, and of the story grammar, by name."""
+def read_sources(folder: Path, seed: int) -> Sources:
+    """Read the conversations of every source, and make those of the story grammar."""
     rng = random.Random(seed)
-    sources = {
-        path.stem: [list(d.messages) for d in read_documents(path)]
-        for path in sorted(folder.glob("*.jsonl"))
-    }
+    sources: Sources = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        sources[path.stem] = [list(document.messages) for document in read_documents(path)]
     sources["stories"] = [story_conversation(rng) for _ in range(STORIES)]
     return sources
 
 
-def mixed(
-    sources: dict[str, list[list[Message]]], mix: dict[str, float], seed: int
-) -> list[list[Message]]:
-    """One epoch: each source as often as the mix says, shuffled, some with the system prompt."""
+def mixed(sources: Sources, mix: dict[str, float], seed: int) -> Conversations:
+    """Make one epoch: shuffle the sources in the mix, and add the system prompt to some."""
     rng = random.Random(seed)
-    chosen: list[list[Message]] = []
+    chosen: Conversations = []
     for name, weight in mix.items():
         whole, part = divmod(weight, 1)
         chosen += sources[name] * int(whole)
         chosen += rng.sample(sources[name], int(part * len(sources[name])))
     rng.shuffle(chosen)
     system: Message = {"role": "system", "content": SYSTEM}
-    return [[system, *c] if rng.random() < 0.25 else c for c in chosen]
+    return [[system, *each] if rng.random() < 0.25 else each for each in chosen]
 
 
-def chained(conversations: list[list[Message]], seed: int) -> Iterator[list[Message]]:
-    """Join one to four conversations into one, so that the model learns to follow a change of topic."""
+def chained(conversations: Conversations, seed: int) -> Iterator[list[Message]]:
+    """Join one to four conversations, so that the model learns to follow a change of topic."""
     rng = random.Random(seed)
-    rest = iter(conversations)
-    for first in rest:
+    remaining = iter(conversations)
+    for first in remaining:
         joined = list(first)
         for _ in range(rng.choice((0, 0, 1, 2, 3))):
-            joined += [m for m in next(rest, []) if m["role"] != "system"]
+            following = next(remaining, [])
+            joined += [message for message in following if message["role"] != "system"]
         yield joined
 
 
 def encoded(
-    tokenizer: Any, conversations: list[list[Message]], everything: bool = False
+    tokenizer: Any, conversations: Conversations, everything: bool = False
 ) -> Iterator[Example]:
-    """The conversations as examples."""
+    """Tokenize conversations."""
     template = ChatTemplate(tokenizer, "bundled")
     for conversation in conversations:
         yield from encode(template, Document(tuple(conversation)), everything)
@@ -154,7 +156,7 @@ def encoded(
 def new_backbone(
     tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, intermediate: int
 ) -> LlamaForCausalLM:
-    """A Llama with random weights and tied embeddings."""
+    """Make a Llama with random weights and tied embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -175,22 +177,19 @@ def fit(
     model: Any,
     rows: PackedRows,
     out: Path,
+    options: argparse.Namespace,
     *,
-    steps: int,
     batch: int,
-    rate: float,
     schedule: str,
-    seed: int,
-    resume: bool,
 ) -> None:
-    """Run transformers' Trainer and leave the result in the model."""
+    """Train the model in place with transformers' Trainer."""
     arguments = TrainingArguments(
         output_dir=str(out),
-        max_steps=steps,
+        max_steps=options.steps,
         per_device_train_batch_size=batch,
-        learning_rate=rate,
+        learning_rate=options.learning_rate,
         lr_scheduler_type=schedule,
-        warmup_steps=min(100, steps // 10),
+        warmup_steps=min(100, options.steps // 10),
         weight_decay=0.1,
         adam_beta2=0.95,
         optim="adamw_torch_fused",
@@ -201,20 +200,25 @@ def fit(
         save_steps=250,
         save_total_limit=2,
         report_to=[],
-        seed=seed,
+        seed=options.seed,
         disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(str(out)) if resume and out.is_dir() else None
-    )
+    checkpoint = last_checkpoint(out) if options.resume and out.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in a folder of Trainer's."""
+    found: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    return found
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the backbone in bfloat16, its tokenizer and its generation config."""
     model.bfloat16()
-    model.config.use_cache = True  # Trainer leaves it off, and generate() would do without a cache
-    model.generation_config = GenerationConfig(
+    model.config.use_cache = True  # Trainer turns it off
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -224,6 +228,18 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def main() -> None:
+    """Train one phase."""
+    options = parse()
+    torch.manual_seed(options.seed)
+    sources = read_sources(options.data, options.seed)
+    if options.phase == "language":
+        train_language(sources, options)
+    else:
+        train_assistant(sources, options)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the bundled backbone from scratch.")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of conversations, a JSONL file a source"
@@ -234,50 +250,31 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    sources = read_sources(options.data, options.seed)
-    language, assistant = options.out / "language", options.out / "assistant"
-    if options.phase == "language":
-        tokenizer = train_tokenizer([c for name in LANGUAGE_MIX for c in sources[name]])
-        model: Any = new_backbone(tokenizer, 320, 6, 864)
-        conversations = mixed(sources, LANGUAGE_MIX, options.seed)
-        rows = PackedRows(encoded(tokenizer, conversations, everything=True), 256)
-        tokenizer.save_pretrained(language)
-        print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows) * 256:,} tokens",
-            flush=True,
-        )
-        fit(
-            model,
-            rows,
-            language,
-            steps=options.steps,
-            batch=16,
-            rate=options.learning_rate,
-            schedule="constant_with_warmup",
-            seed=options.seed,
-            resume=options.resume,
-        )
-        return
+    return parser.parse_args()
+
+
+def train_language(sources: Sources, options: argparse.Namespace) -> None:
+    """First phase: all tokens of all sources, on short rows at a constant rate."""
+    out = options.out / "language"
+    tokenizer = train_tokenizer([each for name in LANGUAGE_MIX for each in sources[name]])
+    model = new_backbone(tokenizer, 320, 6, 864)
+    conversations = mixed(sources, LANGUAGE_MIX, options.seed)
+    rows = PackedRows(encoded(tokenizer, conversations, everything=True), 256)
+    tokenizer.save_pretrained(out)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{size:,} parameters, {len(rows) * 256:,} tokens", flush=True)
+    fit(model, rows, out, options, batch=16, schedule="constant_with_warmup")
+
+
+def train_assistant(sources: Sources, options: argparse.Namespace) -> None:
+    """Second phase: the assistant's tokens, on long rows at a falling rate. Writes the result."""
+    language = options.out / "language"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
-    model = LlamaForCausalLM.from_pretrained(
-        get_last_checkpoint(str(language)), dtype=torch.float32
-    )
+    model = LlamaForCausalLM.from_pretrained(last_checkpoint(language), dtype=torch.float32)
     conversations = list(chained(mixed(sources, ASSISTANT_MIX, options.seed + 1), options.seed))
     rows = PackedRows(encoded(tokenizer, conversations), CONTEXT)
     print(f"{len(rows) * CONTEXT:,} tokens", flush=True)
-    fit(
-        model,
-        rows,
-        assistant,
-        steps=options.steps,
-        batch=4,
-        rate=options.learning_rate,
-        schedule="linear",
-        seed=options.seed,
-        resume=options.resume,
-    )
+    fit(model, rows, options.out / "assistant", options, batch=4, schedule="linear")
     save(model, tokenizer, options.out)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which one is whole, whether a run may go on from it, what is left of one that was cut off."""
+"""Checkpoints of a run: begin anew, resume from the last whole one, and report failures."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import UserError, out_of_memory
-from medusa_chat.files import write_text
+from medusa_chat.files import write_json
+from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 SETTINGS_FILE = "training.json"
+# Signs of a failed write in the errors that safetensors and torch raise.
 _WRITE_FAILED = (
     *(os.strerror(number).lower() for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)),
     "failed writing",
@@ -29,48 +31,54 @@ _WRITE_FAILED = (
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first: Trainer writes its state last."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _state(path) is not None]
+    """Complete checkpoints, oldest first. Trainer writes the state of a checkpoint last."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_whole(path)]
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
-def _state(checkpoint: Path) -> dict[str, Any] | None:
+def _is_whole(checkpoint: Path) -> bool:
     try:
-        state: dict[str, Any] = json.loads(
-            (checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")
-        )
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return state
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(file, json.dumps(content, indent=1) + "\n")
+        return False
+    return True
 
 
 def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True) -> Path | None:
-    """Prepare `out` for a run; returns the checkpoint to go on from, if any.
+    """Prepare `out` for a run; returns the checkpoint to resume from, if there is one.
 
     Args:
-        writes: False where another process prepares it, and has.
+        out: folder of the run.
+        settings: what a resumed run must have in common with the one before.
+        resume: continue the run in `out`.
+        writes: False if another process has prepared the folder.
 
     Raises:
         UserError: `out` holds another run, or one with other settings.
     """
-    file, run = out / SETTINGS_FILE, out / "checkpoints"
+    run = out / "checkpoints"
     checkpoints = whole_checkpoints(run)
-    if not resume:
-        if checkpoints:
-            raise UserError(
-                f"{out} holds a run already ({checkpoints[-1].name}); --resume goes on with it, or choose another --out"
-            )
-        if writes:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(file, settings)
-        return None
+    if resume:
+        _check_settings(out, settings)
+        for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if writes and path not in checkpoints:
+                shutil.rmtree(path)
+        return checkpoints[-1] if checkpoints else None
+    if checkpoints:
+        raise UserError(
+            f"{out} holds a run already ({checkpoints[-1].name}); --resume goes on with it,"
+            " or choose another --out"
+        )
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SETTINGS_FILE, settings)
+    return None
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError unless the run in `out` had these settings."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
             f"there is no run to resume in {out}: {SETTINGS_FILE} is missing or damaged"
@@ -78,40 +86,30 @@ def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(
-                f"the run in {out} had {name} {before.get(name)!r}, not {value!r}; --resume needs the same settings"
+                f"the run in {out} had {name} {before.get(name)!r}, not {value!r};"
+                " --resume needs the same settings"
             )
-    for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if writes and path not in checkpoints:  # cut off while it was written
-            shutil.rmtree(path)
-    return checkpoints[-1] if checkpoints else None
 
 
 @contextmanager
-def one_line(run: Path) -> Iterator[None]:
-    """Turn a full disk or memory into one line that says which checkpoint is whole.
-
-    safetensors and torch raise errors of their own, with the system's message in their text.
-    """
+def reported_failures(run: Path) -> Iterator[None]:
+    """Turn a full disk or memory into a UserError that names the last whole checkpoint."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         whole = whole_checkpoints(run)
-        kept = (
-            f"{whole[-1]} is whole, and --resume goes on from it"
-            if whole
-            else "there is no checkpoint yet"
-        )
+        kept = "there is no checkpoint yet"
+        if whole:
+            kept = f"{whole[-1]} is whole, and --resume goes on from it"
         if out_of_memory(error):
             remedy = "--batch-size, --length, --gradient-checkpointing and --quant nf4 need less"
             raise UserError(f"out of memory; {remedy}; {kept}") from None
-        if not isinstance(error, OSError) and not any(
-            sign in str(error).lower() for sign in _WRITE_FAILED
-        ):
+        if not _is_failed_write(error):
             raise
-        raise UserError(f"cannot write to {run}: {_first_line(error)}; {kept}") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write to {run}: {reason}; {kept}") from None
 
 
-def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0]
+def _is_failed_write(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, OSError) or any(sign in text for sign in _WRITE_FAILED)

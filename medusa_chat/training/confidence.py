@@ -1,4 +1,4 @@
-"""How far the heads' own probabilities are to be trusted, and what trees that are chosen by them reach."""
+"""Calibration of the heads' probabilities, and the acceptance length of dynamic trees."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
     from medusa_chat.decoding.trees.tree import DynamicTree, NodePath
 
-SUREST = -1e-3  # log p above which a guess counts as no surer: a miss must not cost without bound
+HIGHEST_LOG_P = -1e-3  # so that one wrong guess has a bounded cost
 
 
 @dataclass(frozen=True)
 class Guessed:
-    """A reply as the heads saw it coming, at each of its tokens but the last.
+    """The heads' guesses at each token of a reply but the last.
 
     Attributes:
-        ranks: the ranks at which heads 1, 2, ... held what followed, up to the first that missed or the end.
-        log_p: [n, K, WIDTH], natural logarithms of what each head gave its likeliest guesses.
+        ranks: the ranks that heads 1, 2, ... gave to the tokens that followed, up to the first
+            head that missed, or to the end of the reply.
+        log_p: [n, heads, RANKED_GUESSES], natural logarithms of the guesses' probabilities.
     """
 
     ranks: list[NodePath]
@@ -39,56 +40,67 @@ def calibrated(
     begun: Sequence[Sequence[int]],
     sizes: Sequence[int],
 ) -> Accuracy:
-    """Add what makes dynamic trees: the heads' calibration, and the acceptance length at each of `sizes` nodes.
+    """Add the heads' calibration, and the acceptance length of dynamic trees.
 
     Args:
-        begun: the tokens of each reply at which steps begin. There guessing is harder, as the guesses before missed.
+        accuracy: of the heads.
+        replies: the guesses to fit.
+        begun: the tokens of each reply at which steps begin. The guesses before them missed, so
+            guessing is harder there.
+        sizes: nodes of the dynamic trees.
     """
     pairs = [head_pairs(replies, begun, head) for head in range(1, len(accuracy.top) + 1)]
     fitted = replace(accuracy, calibration=tuple(fit(log_p, right) for log_p, right in pairs))
-    lengths = {
-        nodes: dynamic_length(dynamic_tree(fitted, nodes), fitted, replies) for nodes in sizes
-    }
-    return replace(
-        fitted, dynamic={nodes: length for nodes, length in lengths.items() if length is not None}
-    )
+    lengths = {}
+    for nodes in sizes:
+        length = dynamic_length(dynamic_tree(fitted, nodes), fitted, replies)
+        if length is not None:
+            lengths[nodes] = length
+    return replace(fitted, dynamic=lengths)
 
 
 def head_pairs(
     replies: Sequence[Guessed], begun: Sequence[Sequence[int]], head: int
 ) -> tuple[Tensor, Tensor]:
-    """Every ranked guess of a head where those of the heads before are right: its log p, and whether it is right."""
-    log_p, right = [torch.empty(0)], [torch.empty(0)]
+    """The log p of a head's guesses and 1 for each right one, where all heads before are right."""
+    log_p = [torch.empty(0)]
+    right = [torch.empty(0)]
     for reply, places in zip(replies, begun, strict=True):
         for place in places:
-            # Behind the last token there is nothing to be right about.
-            if len(reply.ranks[place]) < head - 1 or place + head > len(reply.ranks):
+            ranks = reply.ranks[place]
+            # The reply may end before the head's token.
+            if len(ranks) < head - 1 or place + head > len(reply.ranks):
                 continue
             guesses = reply.log_p[place, head - 1]
             hit = torch.zeros(len(guesses))
-            if len(reply.ranks[place]) >= head:
-                hit[reply.ranks[place][head - 1]] = 1
+            if len(ranks) >= head:
+                hit[ranks[head - 1]] = 1
             log_p.append(guesses)
             right.append(hit)
     return torch.cat(log_p), torch.cat(right)
 
 
 def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
-    """Scale and shift that make min(0, scale * log_p + shift) the likeliest log p of being right; both [m]."""
+    """Fit scale and shift so that min(0, scale * log_p + shift) is the log p of being right.
+
+    Args:
+        log_p: [m], natural logarithms.
+        right: [m], 1 for a right guess, else 0.
+    """
     if not 0 < right.sum() < len(right):
         return 1.0, 0.0
     with torch.inference_mode(False), torch.enable_grad():
         line = torch.tensor([1.0, 0.0], requires_grad=True)
         optimizer = torch.optim.LBFGS([line], max_iter=60, line_search_fn="strong_wolfe")
 
-        def loss() -> Tensor:
+        def loss() -> float:
             optimizer.zero_grad()
-            said = (line[0] * log_p + line[1]).clamp(max=SUREST)
-            total = -(right * said + (1 - right) * torch.log1p(-said.exp())).mean()
-            total.backward()
-            return total
+            fitted = (line[0] * log_p + line[1]).clamp(max=HIGHEST_LOG_P)
+            total = -(right * fitted + (1 - right) * torch.log1p(-fitted.exp())).mean()
+            total.backward()  # type: ignore[no-untyped-call]
+            return total.item()
 
-        optimizer.step(loss)
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
     scale, shift = line.tolist()
     return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
 
@@ -96,7 +108,7 @@ def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
 def dynamic_length(
     tree: DynamicTree, accuracy: Accuracy, replies: Sequence[Guessed]
 ) -> float | None:
-    """Tokens a step that greedy decoding with a dynamic tree has over these replies; None for no step."""
+    """Acceptance length of greedy decoding with a dynamic tree over replies; None for no step."""
     tokens = [1 + depth for reply in replies for depth in _depths_reached(tree, accuracy, reply)]
     return sum(tokens) / len(tokens) if tokens else None
 
@@ -104,16 +116,16 @@ def dynamic_length(
 @torch.inference_mode()
 def _depths_reached(tree: DynamicTree, accuracy: Accuracy, reply: Guessed) -> Iterator[int]:
     selector = Selector(tree.superset, len(tree), 0, reply.log_p.device)
-    lines = torch.tensor([accuracy.calibration_of(head) for head in range(1, tree.depth + 1)]).view(
-        -1, 2, 1
-    )
-    none = torch.zeros(tree.depth, tree.width, dtype=torch.long)
-    root, chain, place = none.new_zeros(1), none.new_zeros(0), 0
+    lines = torch.tensor([accuracy.calibration_of(head) for head in range(1, tree.depth + 1)])
+    scale, shift = lines.T[..., None]  # [depth, 1] each
+    no_guesses = torch.zeros(tree.depth, tree.width, dtype=torch.long)
+    root = no_guesses.new_zeros(1)
+    no_copies = no_guesses.new_zeros(0)
+    place = 0
     while place < len(reply.ranks):
-        said = reply.log_p[place, : tree.depth, : tree.width] * lines[:, 0] + lines[:, 1]
-        rows = selector.choose(
-            root, none, selector.along_paths(said.clamp(max=0)), chain, chain.float()
-        ).rows
+        log_p = reply.log_p[place, : tree.depth, : tree.width] * scale + shift
+        along = selector.along_paths(log_p.clamp(max=0))
+        rows = selector.choose(root, no_guesses, along, no_copies, no_copies.float()).rows
         nodes = set(selector.paths(rows.tolist(), 0))
         ranks = reply.ranks[place]
         depth = next(depth for depth in range(len(ranks), -1, -1) if ranks[:depth] in nodes)

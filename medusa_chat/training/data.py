@@ -1,4 +1,4 @@
-"""Training text: read documents, mark the assistant's tokens, pack rows without attention across documents."""
+"""Training text: read documents, mark the assistant's tokens, pack rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medusa_chat.config import Message, UserError
+from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
     from medusa_chat.model.templates import ChatTemplate
 
-_MARK = "\ufdd0"  # a code point that no text holds
-IGNORED = -100  # the label that carries no loss, as torch's cross entropy has it
-# "gpt" and "human" are ShareGPT's own; the others are what the collections made from it hold as well.
+_MARK = "\ufdd0"  # a code point that no text contains
+IGNORED = -100  # label without a loss, as in torch's cross entropy
+# ShareGPT itself has "gpt" and "human"; collections made from it have the others.
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -33,14 +34,16 @@ _ROLES = {
     "model": "assistant",
 }
 
+Span = tuple[int, int]  # of characters: start and end
+
 
 @dataclass(frozen=True)
 class Document:
     """A conversation, or plain text.
 
     Attributes:
-        place: file and line, for complaints.
-        cut: the last reply was cut off, so that it does not teach where a reply ends.
+        place: file and line, for error messages.
+        cut: the last reply was cut off, so it does not teach where a reply ends.
     """
 
     messages: tuple[Message, ...] = ()
@@ -51,7 +54,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Example:
-    """A document as ids; trained[i] says whether token i is a target."""
+    """A document as ids. Token i is a target if trained[i]."""
 
     ids: list[int]
     trained: list[bool]
@@ -59,24 +62,16 @@ class Example:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file.
+    """Read the documents of a file.
 
-    JSONL holds a `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}` or a `{"text": ...}` a line, JSON a list
-    of such; any other file is one plain text.
+    A line of JSONL is `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}` or
+    `{"text": ...}`. A JSON file is a list of these. Any other file is one plain text.
 
     Raises:
-        UserError: the file cannot be read, or a line (or item), which it names, is damaged.
+        UserError: the file cannot be read, or a line or item is damaged. The message names it.
     """
     try:
-        if path.suffix == ".jsonl":
-            items = _json_lines(path)
-        elif path.suffix == ".json":
-            items = iter(
-                [(f"{path}, item {i}", item) for i, item in enumerate(json.loads(_text(path)), 1)]
-            )
-        else:
-            items = iter([(str(path), {"text": _text(path)})])
-        for place, item in items:
+        for place, item in _items(path):
             if document := _document(item, place):
                 yield document
     except json.JSONDecodeError as error:
@@ -85,8 +80,17 @@ def read_documents(path: Path) -> Iterator[Document]:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Items of a file, each with its place."""
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path)
+        return
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        yield str(path), {"text": text}
+        return
+    for number, item in enumerate(json.loads(text), 1):
+        yield f"{path}, item {number}", item
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -94,25 +98,27 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
-                yield f"{path}, line {number}", json.loads(line.decode("utf-8"))
+                yield place, json.loads(line.decode("utf-8"))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+                raise UserError(f"{place}: not JSON ({error.msg})") from None
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
+                raise UserError(f"{place}: not UTF-8 ({error.reason})") from None
 
 
 def _document(item: Any, place: str) -> Document | None:
-    """None for a conversation without an answer: ShareGPT's collections hold such."""
-    if isinstance(item, dict) and isinstance(item.get("text"), str):
-        return Document(text=item["text"], place=place) if item["text"].strip() else None
-    turns = item.get("messages", item.get("conversations")) if isinstance(item, dict) else None
+    """Read one item; None for a conversation without an answer, as ShareGPT has some."""
+    fields = item if isinstance(item, dict) else {}
+    text = fields.get("text")
+    if isinstance(text, str):
+        return Document(text=text, place=place) if text.strip() else None
+    turns = fields.get("messages", fields.get("conversations"))
     if not isinstance(turns, list):
         raise UserError(f"{place}: no 'messages', no ShareGPT 'conversations' and no 'text'")
     messages = [_message(turn, place) for turn in turns]
-    while (
-        messages and messages[0]["role"] == "assistant"
-    ):  # it answers nothing, and templates refuse it
+    # A reply to nothing comes first in some collections, and templates refuse it.
+    while messages and messages[0]["role"] == "assistant":
         messages.pop(0)
     if not any(message["role"] == "assistant" for message in messages):
         return None
@@ -120,8 +126,9 @@ def _document(item: Any, place: str) -> Document | None:
 
 
 def _message(turn: Any, place: str) -> Message:
-    role = _ROLES.get(str(turn.get("role", turn.get("from")))) if isinstance(turn, dict) else None
-    content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+    fields = turn if isinstance(turn, dict) else {}
+    role = _ROLES.get(str(fields.get("role", fields.get("from"))))
+    content = fields.get("content", fields.get("value"))
     if role is None or not isinstance(content, str):
         raise UserError(f"{place}: a turn needs a known role and text content")
     return {"role": role, "content": content}
@@ -130,22 +137,21 @@ def _message(turn: Any, place: str) -> Message:
 def encode(
     template: ChatTemplate, document: Document, everything: bool = False
 ) -> Iterator[Example]:
-    """Tokenize a document; a conversation as the model is talked to, its assistant's tokens as targets.
+    """Tokenize a document in the model's template, with the assistant's tokens as targets.
 
-    Most conversations make one example. Where the template rewrites earlier turns (it drops what a model thought),
-    each reply is an example of its own, because a model sees it like that.
+    Most conversations give one example. Some templates rewrite earlier turns, such as the model's
+    thoughts. There each reply is an example of its own, as the model sees it.
 
     Args:
-        everything: train on all tokens, not only on the assistant's (for a backbone made from scratch).
+        template: the model's template and tokenizer.
+        document: a conversation or plain text.
+        everything: train on all tokens, for a backbone from scratch.
 
     Raises:
         UserError: the template refuses the conversation.
     """
-    tokenizer = template.tokenizer
     if document.text:
-        ids = tokenizer(document.text)["input_ids"]
-        ids = ids if tokenizer.eos_token_id in (None, *ids[-1:]) else [*ids, tokenizer.eos_token_id]
-        yield Example(ids, [True] * len(ids), document.place)
+        yield _encode_text(template.tokenizer, document)
         return
     messages = list(document.messages)
     try:
@@ -162,20 +168,22 @@ def encode(
         yield Example(encoded["input_ids"], trained, document.place)
 
 
-def _renderings(
-    template: ChatTemplate, messages: list[Message]
-) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Texts, each with the character spans of the assistant's turns in it, end markers included."""
+def _encode_text(tokenizer: Any, document: Document) -> Example:
+    ids = tokenizer(document.text)["input_ids"]
+    if tokenizer.eos_token_id not in (None, *ids[-1:]):
+        ids = [*ids, tokenizer.eos_token_id]
+    return Example(ids, [True] * len(ids), document.place)
+
+
+def _renderings(template: ChatTemplate, messages: list[Message]) -> list[tuple[str, list[Span]]]:
+    """Texts, each with the spans of its trained replies. A span includes the end marker."""
     whole = template.text(messages)
     replies = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, after = (
-                template.text(messages[:i], replying=True),
-                template.text(messages[: i + 1]),
-            )
-            differing = (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
-            start = len(before) if after.startswith(before) else next(differing, len(after))
+            before = template.text(messages[:i], replying=True)
+            after = template.text(messages[: i + 1])
+            start = common_prefix(before, after)
             replies.append((after, (start, template.reply_end(after, start, message["content"]))))
     if all(whole.startswith(after) for after, _ in replies):
         return [(whole, [span for _, span in replies])]
@@ -183,33 +191,39 @@ def _renderings(
 
 
 def _without_end(template: ChatTemplate, messages: list[Message]) -> str:
-    """The conversation up to where its last reply was cut off: templates may rewrite a reply, but keep a mark in it."""
+    """The text of a conversation up to the place where its last reply was cut off.
+
+    Templates may rewrite a reply, but they keep a mark at its end.
+    """
     *before, last = messages
     marked: Message = {"role": last["role"], "content": last["content"].rstrip() + _MARK}
     return template.text([*before, marked]).partition(_MARK)[0]
 
 
-class PackedRows(Dataset):
+class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of `length` tokens cut from a stream of examples.
 
-    Position ids start again with every document, which is how transformers' masks keep documents apart in
-    a packed row. A document that does not fit continues in the next row as a document of its own. The last
-    row is filled up with a document without targets.
+    Position ids start again with every document. transformers' masks then keep the documents of a
+    row apart. A document that does not fit continues in the next row as a document of its own.
+    The last row is filled with a document without targets.
     """
 
     def __init__(self, examples: Iterable[Example], length: int) -> None:
-        ids, trained, positions, starts = array("i"), array("b"), array("i"), array("q")
+        ids = array("i")
+        trained = array("b")
+        positions = array("i")
+        starts = array("q")
         self.length = length
         self._places: list[str] = []
 
         def add(example: Example) -> None:
             starts.append(len(ids))
             self._places.append(example.place)
-            pieces = _pieces(len(example.ids), length - len(ids) % length, length)
+            free = length - len(ids) % length
+            for piece in _pieces(len(example.ids), free, length):
+                positions.extend(range(piece))
             ids.extend(example.ids)
             trained.extend(example.trained)
-            for piece in pieces:
-                positions.extend(range(piece))
 
         for example in examples:
             add(example)
@@ -217,8 +231,8 @@ class PackedRows(Dataset):
             raise UserError(
                 "the data hold nothing to learn from: no reply of an assistant and no text"
             )
-        if rest := -len(ids) % length:
-            add(Example([0] * rest, [False] * rest))
+        if missing := -len(ids) % length:
+            add(Example([0] * missing, [False] * missing))
         self._starts = torch.frombuffer(starts, dtype=torch.int64)
         self.ids = torch.frombuffer(ids, dtype=torch.int32).view(-1, length)
         self.trained = torch.frombuffer(trained, dtype=torch.int8).view(-1, length).bool()
@@ -231,25 +245,24 @@ class PackedRows(Dataset):
         """`input_ids`, `position_ids`, `labels`: [length] each; `rows`: the row's own number."""
         ids = self.ids[row].long()
         positions = self.positions[row].long()
-        # The first token of a document is predicted from nothing that belongs to it.
+        # Nothing in a document predicts its first token.
         target = self.trained[row] & (positions > 0)
-        labels = ids.masked_fill(~target, IGNORED)
         return {
             "input_ids": ids,
             "position_ids": positions,
-            "labels": labels,
+            "labels": ids.masked_fill(~target, IGNORED),
             "rows": torch.tensor(row),
         }
 
     def place(self, row: int) -> str:
-        """Where the documents of a row come from."""
+        """The files and lines of a row's documents."""
         ends = torch.tensor([row * self.length, (row + 1) * self.length - 1])
         first, last = (torch.searchsorted(self._starts, ends, right=True) - 1).tolist()
         places = [place for place in self._places[first : last + 1] if place]
         return places[0] if len(set(places)) == 1 else f"{places[0]} to {places[-1]}"
 
 
-def _pieces(size: int, room: int, length: int) -> list[int]:
-    """How a document of `size` tokens falls on rows of which the first has `room` left."""
-    whole, rest = divmod(max(size - room, 0), length)
-    return [min(size, room), *[length] * whole, rest]
+def _pieces(size: int, free: int, length: int) -> list[int]:
+    """Sizes of a document's parts on rows of which the first has `free` tokens left."""
+    whole, remainder = divmod(max(size - free, 0), length)
+    return [min(size, free), *[length] * whole, remainder]

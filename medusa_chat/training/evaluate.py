@@ -1,4 +1,4 @@
-"""Perplexity of a backbone on held-out text, so that training it with heads cannot make it worse unseen."""
+"""Perplexity of a backbone on held-out text, to see what training has done to it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from medusa_chat.training.losses import cross_entropy, head_targets, output_laye
 
 @torch.inference_mode()
 def perplexity(backbone: Any, rows: PackedRows, batch: int = 8) -> float:
-    """Exp of the mean cross entropy over all targets of `rows`; `backbone` is a transformers causal LM."""
-    was, device = backbone.training, backbone.device
+    """Exponential of the mean cross entropy over all targets of `rows`.
+
+    Args:
+        backbone: a transformers causal LM.
+        rows: the text.
+        batch: rows to run at once.
+    """
+    training = backbone.training
     backbone.eval()
-    total, count, lm_head = 0.0, 0, output_layer(backbone)
+    lm_head = output_layer(backbone)
+    total = 0.0
+    count = 0
     for start in range(0, len(rows), batch):
         items = [rows[i] for i in range(start, min(start + batch, len(rows)))]
         ids, positions, labels = (
-            torch.stack([item[key] for item in items]).to(device)
+            torch.stack([item[key] for item in items]).to(backbone.device)
             for key in ("input_ids", "position_ids", "labels")
         )
         output = backbone.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         targets = head_targets(labels, positions, 0)
         answered = targets != IGNORED
-        total += float(
-            cross_entropy(output.last_hidden_state[answered], targets[answered], lm_head)
-        )
+        hidden = output.last_hidden_state[answered]
+        total += float(cross_entropy(hidden, targets[answered], lm_head))
         count += int(answered.sum())
-    backbone.train(was)
+    backbone.train(training)
     return math.exp(total / max(count, 1))

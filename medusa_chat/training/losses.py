@@ -1,7 +1,8 @@
-"""Losses of Medusa training (paper, section 2.2). Head k from hidden state t answers for token t + k + 1.
+"""Losses of Medusa training (paper, section 2.2). Head k at token t predicts token t + k + 1.
 
-Logits are made for a few rows at a time and made again for the gradient, so that heads x tokens x vocabulary never
-exists at once; on CUDA Liger's fused kernel does the same faster where it is installed.
+Logits are computed for a few rows at a time and again for the gradient, so that
+[heads, tokens, vocabulary] never exists at once. On CUDA, Liger's fused kernel does the same
+faster if it is installed.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ if TYPE_CHECKING:
     from medusa_chat.model.heads import MedusaHeads
 
 LOGITS = 2**27  # logits held at once: half a gigabyte in float32
-SAMPLED = 512  # rows of a batch that top-1 and top-5 are counted on
+SAMPLED_ROWS = 512  # rows of a batch that top-1 and top-5 are counted on
 
 Projection = nn.Module | Tensor  # an LM head, maybe quantized or adapted, or the weight of one
 
 
 @dataclass(frozen=True)
 class HeadsLoss:
-    """The weighted sum to train on; per head the mean cross entropy and, over a sample of rows, top-1 and top-5.
+    """The loss of all heads. A figure without a row is NaN.
 
-    What there was no row for is NaN.
+    Attributes:
+        total: the weighted sum to minimize.
+        losses: [heads], mean cross entropy of each head.
+        top1: [heads], share of a sample of rows whose target is the head's likeliest guess.
+        top5: [heads], share of those whose target is among its five likeliest guesses.
     """
 
     total: Tensor
@@ -44,14 +49,15 @@ class HeadsLoss:
 
 
 def head_targets(labels: Tensor, positions: Tensor, head: int) -> Tensor:
-    """What `head` (0 is the LM head) should say at each place: the label head + 1 places on, in the same document.
+    """Targets of `head`, where 0 is the LM head: the label head + 1 tokens later.
 
     Args:
-        labels: [rows, length], IGNORED where no loss falls.
+        labels: [rows, length], IGNORED for tokens without a loss.
         positions: [rows, length], counting up within a document.
+        head: number of the head.
 
     Returns:
-        [rows, length], IGNORED where there is no such label.
+        [rows, length], IGNORED if the same document has no such label.
     """
     ahead = head + 1
     targets = torch.full_like(labels, IGNORED)
@@ -71,21 +77,28 @@ def heads_loss(
     """Sum over heads of decay ** k times their mean cross entropy (paper, equation 1).
 
     Args:
+        heads: the heads.
+        lm_head: the LM head of heads without their own.
         hidden: [rows, length, hidden], the backbone's last hidden states.
+        labels: [rows, length].
+        positions: [rows, length].
+        decay: weight of one head's loss over that of the head before.
     """
-    features = heads.features(hidden.flatten(0, 1))  # [K, rows * length, hidden]
-    total, losses, accuracies = hidden.new_zeros(()), [], []
+    features = heads.features(hidden.flatten(0, 1))  # [heads, rows * length, hidden]
+    total = hidden.new_zeros(())
+    losses = []
+    accuracies = []
     for k in range(heads.heads):
         targets = head_targets(labels, positions, k + 1).flatten()
         answered = targets != IGNORED
         projection = lm_head if heads.lm_heads is None else heads.lm_heads[k]
-        rows, right = features[k][answered], targets[answered]
-        loss = cross_entropy(rows, right, projection, budget=LOGITS // heads.heads) / max(
-            len(right), 1
-        )
+        rows = features[k][answered]
+        wanted = targets[answered]
+        summed = cross_entropy(rows, wanted, projection, budget=LOGITS // heads.heads)
+        loss = summed / max(len(wanted), 1)
         total = total + decay ** (k + 1) * loss
-        losses.append(loss.detach() if len(right) else loss.new_tensor(math.nan))
-        accuracies.append(_top_1_and_5(rows, right, projection))
+        losses.append(loss.detach() if len(wanted) else loss.new_tensor(math.nan))
+        accuracies.append(_top_1_and_5(rows, wanted, projection))
     top1, top5 = torch.stack(accuracies).T
     return HeadsLoss(total, torch.stack(losses), top1, top5)
 
@@ -93,7 +106,10 @@ def heads_loss(
 def cross_entropy(
     features: Tensor, targets: Tensor, projection: Projection, budget: int = LOGITS
 ) -> Tensor:
-    """Summed cross entropy of rows: features [n, hidden], targets [n]; at most `budget` logits exist at once."""
+    """Summed cross entropy of features [n, hidden] and targets [n].
+
+    At most `budget` logits exist at once.
+    """
     if fused := _fused(features, projection):
         return fused(features, targets)
 
@@ -113,8 +129,11 @@ def distillation(
     """Summed KL(teacher || student) of next-token distributions (paper, section 2.3.2).
 
     Args:
-        features, reference: [n, hidden], last hidden states of the student and of the teacher.
-        student: the LM head; teacher: hidden states to logits, without a gradient.
+        features: [n, hidden], last hidden states of the student.
+        reference: [n, hidden], those of the teacher.
+        student: the student's LM head.
+        teacher: function from hidden states to the teacher's logits.
+        budget: number of logits that may exist at once.
     """
 
     def piece(rows: Tensor, theirs: Tensor) -> Tensor:
@@ -133,18 +152,18 @@ def _in_pieces(
     width: int,
     budget: int,
 ) -> Tensor:
-    """Sum of `piece` over rows: at once where they fit the budget, else in pieces that are computed again backwards."""
+    """Sum of `piece` over rows. Rows over the budget are split, and computed again backwards."""
     size = max(budget // width, 1)
     if len(features) <= size:
         return piece(features, others)
-    pieces = zip(features.split(size), others.split(size), strict=True)
+    pieces = zip(torch.split(features, size), torch.split(others, size), strict=True)
     return torch.stack([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces]).sum()
 
 
 @torch.no_grad()
 def _top_1_and_5(features: Tensor, targets: Tensor, projection: Projection) -> Tensor:
-    """Share of rows whose target is the likeliest guess, and among the five likeliest; NaN without rows. [2]"""
-    step = max(len(targets) // SAMPLED, 1)
+    """Top-1 and top-5 accuracy over a sample of rows, [2]; NaN without rows."""
+    step = max(len(targets) // SAMPLED_ROWS, 1)
     guesses = _project(features[::step], projection).topk(5, dim=-1).indices
     found = guesses == targets[::step, None]
     return torch.stack([found[:, 0].float().mean(), found.any(-1).float().mean()])
@@ -163,64 +182,27 @@ def _vocabulary(projection: Projection) -> int:
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """At least float32, which a softmax needs; tests compute in float64."""
+    """Logits in float32 or wider, as a softmax needs."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _fused(features: Tensor, projection: Projection) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Liger's cross entropy for plain weights on CUDA, where it is installed."""
-    weight = projection if isinstance(projection, Tensor) else getattr(projection, "weight", None)
-    plain = isinstance(projection, Tensor) or (
-        type(projection) is nn.Linear and projection.bias is None
-    )
-    if (
-        not features.is_cuda
-        or not len(features)
-        or not plain
-        or weight is None
-        or (kernel := _liger()) is None
-    ):
+    """Liger's cross entropy for plain weights on CUDA, if it is installed."""
+    if not features.is_cuda or not len(features):
         return None
-    dtype = (
-        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else features.dtype
-    )
+    if isinstance(projection, Tensor):
+        weight = projection
+    elif type(projection) is nn.Linear and projection.bias is None:
+        weight = projection.weight
+    else:
+        return None
+    kernel = _liger()
+    if kernel is None:
+        return None
+    dtype = features.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
     return lambda rows, targets: kernel(weight.to(dtype), rows.to(dtype), targets)
-
-
-class _Capped(nn.Module):
-    """An LM head with the softcap that Gemma puts on its logits."""
-
-    def __init__(self, lm_head: Any, softcap: float) -> None:
-        super().__init__()
-        self.lm_head, self.softcap, self.out_features = lm_head, softcap, lm_head.out_features
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
-        return torch.tanh(logits / self.softcap) * self.softcap
-
-
-class Frozen(nn.Module):
-    """An LM head that passes gradients on, but takes none."""
-
-    def __init__(self, lm_head: Any) -> None:
-        super().__init__()
-        self.lm_head, self.out_features = lm_head, lm_head.out_features
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        trained = {
-            name: weight.detach()
-            for name, weight in self.lm_head.named_parameters()
-            if weight.requires_grad
-        }
-        logits: Tensor = functional_call(self.lm_head, trained, (hidden,))
-        return logits
-
-
-def output_layer(backbone: Any) -> nn.Module:
-    """From last hidden states to logits as a transformers causal LM gives them."""
-    lm_head: nn.Module = backbone.get_output_embeddings()
-    softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
-    return _Capped(lm_head, softcap) if softcap else lm_head
 
 
 @cache
@@ -231,3 +213,43 @@ def _liger() -> nn.Module | None:
         return None
     kernel: nn.Module = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return kernel
+
+
+class _Capped(nn.Module):
+    """An LM head with Gemma's softcap on its logits."""
+
+    def __init__(self, lm_head: Any, softcap: float) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.softcap = softcap
+        self.out_features = lm_head.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)
+        return torch.tanh(logits / self.softcap) * self.softcap
+
+
+class Frozen(nn.Module):
+    """An LM head that passes gradients on to its input, but takes none."""
+
+    def __init__(self, lm_head: Any) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.out_features = lm_head.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute logits [..., V] of hidden states [..., hidden]."""
+        detached = {
+            name: weight.detach()
+            for name, weight in self.lm_head.named_parameters()
+            if weight.requires_grad
+        }
+        logits: Tensor = functional_call(self.lm_head, detached, (hidden,))
+        return logits
+
+
+def output_layer(backbone: Any) -> nn.Module:
+    """The layer from last hidden states to the logits of a transformers causal LM."""
+    lm_head: nn.Module = backbone.get_output_embeddings()
+    softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
+    return _Capped(lm_head, softcap) if softcap else lm_head

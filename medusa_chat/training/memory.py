@@ -1,6 +1,7 @@
-"""What training a model, or having it answer in batches, takes for certain: told before it is loaded. No torch.
+"""Memory that training, or answering in batches, needs at least, before anything is loaded.
 
-Activations are not counted: they depend on the batch, and --gradient-checkpointing trades them for time.
+Activations do not count: they depend on the batch, and --gradient-checkpointing trades them for
+time. No torch here.
 """
 
 from __future__ import annotations
@@ -15,33 +16,36 @@ from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import Contents, contents_of
 
-TRAINED = 4  # bytes of a number that is trained, of its gradient, and of each of Adam's two moments
+# Bytes of a trained number, of its gradient, and of each of Adam's two moments.
+TRAINED_BYTES = 4
 
-Needs = Mapping[str, Mapping[str, int]]  # by device: bytes by what they are for
+Needs = Mapping[str, Mapping[str, int]]  # by device: bytes by their use
 Fits = Callable[[Needs], bool]
 
 
 def check_training(spec: ModelSpec, recipe: Recipe, device: str, width: int, given: bool) -> None:
-    """Have a model's files here; raise UserError if it cannot be trained: before the download where that is known.
+    """Fetch a model's files. Raises UserError if the memory does not suffice to train it.
+
+    The error comes before the download if the model's sizes are known.
 
     Args:
+        spec: the model.
+        recipe: settings of the run.
+        device: the device.
         width: bytes of a number of a backbone that is frozen and not quantized.
-        given: the spec's heads are where to start, in place of new ones.
+        given: training starts from the spec's heads, in place of new ones.
     """
 
     def check(contents: Contents) -> None:
+        heads = contents.heads if given else None
+
         def needs(changed: Recipe) -> Needs:
-            return training_needs(
-                contents, changed, device, width, contents.heads if given else None
-            )
+            return training_needs(contents, changed, device, width, heads)
 
         def advice(fits: Fits) -> list[str]:
-            helps = [
-                flag
-                for flag, other in _savings(recipe, contents, given).items()
-                if fits(needs(other))
-            ]
-            return [flag for flag in helps if " with " not in flag] or helps
+            savings = _savings(recipe, contents, given)
+            helping = [flags for flags, changed in savings.items() if fits(needs(changed))]
+            return [flags for flags in helping if " with " not in flags] or helping
 
         _refuse(f"{spec.name} with recipe {recipe.name}", needs(recipe), device, advice)
 
@@ -49,14 +53,21 @@ def check_training(spec: ModelSpec, recipe: Recipe, device: str, width: int, giv
 
 
 def check_answers(spec: ModelSpec, device: str, batch: int, new_tokens: int) -> None:
-    """The same for a backbone that answers `batch` conversations at once, in up to `new_tokens` tokens each."""
+    """Like `check_training`, for a backbone that answers `batch` conversations at once.
+
+    Args:
+        spec: the model.
+        device: the device.
+        batch: conversations at once.
+        new_tokens: longest reply.
+    """
 
     def check(contents: Contents) -> None:
         def needs(size: int) -> Needs:
             return answer_needs(contents, device, size * new_tokens)
 
         def advice(fits: Fits) -> list[str]:
-            smaller = (batch >> halvings for halvings in range(1, batch.bit_length()))
+            smaller = [batch >> halvings for halvings in range(1, batch.bit_length())]
             return [f"--batch {size}" for size in smaller if fits(needs(size))][:1]
 
         _refuse(f"{spec.name} with {batch} replies at once", needs(batch), device, advice)
@@ -67,57 +78,69 @@ def check_answers(spec: ModelSpec, device: str, batch: int, new_tokens: int) -> 
 def training_needs(
     contents: Contents, recipe: Recipe, device: str, width: int, heads: int | None = None
 ) -> Needs:
-    """What a recipe takes.
+    """Bytes that a recipe needs.
 
     Args:
-        heads: weights of the heads that it starts from; None for new ones.
+        contents: sizes of the model.
+        recipe: settings of the run.
+        device: the device.
+        width: bytes of a number of a backbone that is frozen and not quantized.
+        heads: weights of the heads to start from; None for new ones.
     """
     shape = contents.shape
     backbone = shape.parameters if contents.packed else contents.layers + contents.plain
     if heads is None:
-        own = recipe.owns_lm_heads(shape.embedding_parameters, backbone)
-        heads = recipe.heads * recipe.layers * shape.hidden * (shape.hidden + 1)
-        heads += recipe.heads * shape.embedding_parameters if own else 0
-    trained = heads + (backbone if recipe.whole else 0)
-    trained += shape.adapter_parameters(recipe.lora_rank) if recipe.joint else 0
+        heads = _new_heads(contents, recipe, backbone)
+    trained = heads
+    frozen = 0
+    if recipe.whole:
+        trained += backbone
+    else:
+        frozen = _weights(contents, recipe.quant, width)
+    if recipe.joint:
+        trained += shape.adapter_parameters(recipe.lora_rank)
     parts = {
-        "weights": TRAINED * trained
-        + (0 if recipe.whole else _weights(contents, recipe.quant, width)),
-        "Adam's moments": 2 * TRAINED * trained,
-        "gradients": TRAINED * trained,
+        "weights": TRAINED_BYTES * trained + frozen,
+        "Adam's moments": 2 * TRAINED_BYTES * trained,
+        "gradients": TRAINED_BYTES * trained,
     }
-    # Heads, and after them a backbone with its adapter merged, are written from a copy on the host in full precision.
-    written = TRAINED * max(heads, backbone if recipe.joint else 0)
+    # Heads, and after them a backbone with its adapter merged, are written from a copy on the
+    # host in full precision. The gradients are gone by then.
+    written = TRAINED_BYTES * max(heads, backbone if recipe.joint else 0)
     if device == "cpu" and written > parts["gradients"]:
-        del parts["gradients"]  # they are gone by then
+        del parts["gradients"]
         parts["the copy that is written"] = written
     return _with_program(contents, device, parts, written)
 
 
+def _new_heads(contents: Contents, recipe: Recipe, backbone: int) -> int:
+    """Weights of new heads."""
+    shape = contents.shape
+    heads = recipe.heads * recipe.layers * shape.hidden * (shape.hidden + 1)
+    if recipe.owns_lm_heads(shape.embedding_parameters, backbone):
+        heads += recipe.heads * shape.embedding_parameters
+    return heads
+
+
 def answer_needs(contents: Contents, device: str, tokens: int) -> Needs:
-    """What a backbone takes, as its files are, with a cache of so many tokens."""
+    """Bytes that a backbone needs in the precision of its files, with a cache of `tokens`."""
     parts = {"weights": _weights(contents, "none", 2), "cache": contents.shape.cache_bytes(tokens)}
     return _with_program(contents, device, parts, 0)
 
 
 def _weights(contents: Contents, quant: str, width: int) -> int:
-    return (
-        memory.weight_bytes(contents.layers, quant, width)
-        + contents.plain * width
-        + contents.packed
-    )
+    layers = memory.weight_bytes(contents.layers, quant, width)
+    return layers + contents.plain * width + contents.packed
 
 
 def _with_program(contents: Contents, device: str, parts: Mapping[str, int], written: int) -> Needs:
-    """The parts with the program itself; for a GPU what the host needs besides."""
+    """Add the program itself, and for a GPU the needs of the host."""
     if device == "cpu":
         return {device: {**parts, "program": memory.PROCESS["cpu"]}}
     host = memory.host_plan(replace(contents, heads=0), memory.Load(device))
-    passing = (
-        {"the copy that is written": written}
-        if written > host.workspace
-        else {"loading": host.workspace}
-    )
+    passing = {"loading": host.workspace}
+    if written > host.workspace:
+        passing = {"the copy that is written": written}
     return {
         device: {**parts, "libraries": memory.GPU_LIBRARIES},
         "cpu": {**passing, "program": host.process},
@@ -125,7 +148,7 @@ def _with_program(contents: Contents, device: str, parts: Mapping[str, int], wri
 
 
 def _savings(recipe: Recipe, contents: Contents, given: bool) -> dict[str, Recipe]:
-    """The recipes that need less, by the flags that make them, least harm first; the last has all of these."""
+    """Recipes that need less memory, by their flags, the least harmful first. The last has all."""
     changes: dict[str, dict[str, Any]] = {}
     if recipe.whole:
         changes[f"--lora-rank {Recipe.lora_rank}"] = {"lora_rank": Recipe.lora_rank}
@@ -137,7 +160,7 @@ def _savings(recipe: Recipe, contents: Contents, given: bool) -> dict[str, Recip
     together: dict[str, Any] = {}
     for flag, change in changes.items():
         together |= change
-        if not (recipe.whole and "quant" in change):  # only with an adapter
+        if not (recipe.whole and "quant" in change):  # needs an adapter
             found[flag] = replace(recipe, **change)
     if together:
         found[" with ".join(changes)] = replace(recipe, **together)
@@ -145,7 +168,10 @@ def _savings(recipe: Recipe, contents: Contents, given: bool) -> dict[str, Recip
 
 
 def _refuse(what: str, needs: Needs, device: str, advice: Callable[[Fits], list[str]]) -> None:
-    """Raise UserError if the needs are not met; `advice` tells flags, given what tells whether their needs are."""
+    """Raise UserError if the needs are not met.
+
+    `advice` gets a function that tests needs, and returns the flags that help.
+    """
     free = memory.free_on(device)
 
     def lacking(needed: Needs) -> tuple[str, int, int]:
@@ -153,20 +179,18 @@ def _refuse(what: str, needs: Needs, device: str, advice: Callable[[Fits], list[
 
     short = lacking(needs)
     if short[2] > 0:
-        parts = ", ".join(
-            f"{memory.gigabytes(size)} for {name}" for name, size in needs[short[0]].items()
-        )
+        sizes = [f"{memory.gigabytes(size)} for {name}" for name, size in needs[short[0]].items()]
         found = advice(lambda other: lacking(other)[2] <= 0)
-        raise memory.complaint(what, short, found, counted=f" ({parts}, activations aside)")
+        counted = f" ({', '.join(sizes)}, activations aside)"
+        raise memory.complaint(what, short, found, counted=counted)
 
 
 def _check_and_fetch(spec: ModelSpec, check: Callable[[Contents], None]) -> None:
-    """Check what is known of a model before its files are here, and what they hold."""
-    if not Path(spec.backbone).exists() and (told := contents_of(spec)):
-        check(told)
+    """Check a model's known sizes, fetch its files, and check the sizes in the files."""
+    if not Path(spec.backbone).exists() and (known := contents_of(spec)):
+        check(known)
     files = hub.fetch(spec)
-    here = replace(
-        spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None
-    )
-    if found := contents_of(here):
+    heads = str(files.heads) if files.heads else None
+    local = replace(spec, backbone=str(files.backbone), heads=heads)
+    if found := contents_of(local):
         check(found)

@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress as TrainSteps and JSON lines, and a stop that keeps what was learnt."""
+"""Trainer callbacks: progress as TrainSteps and JSON lines, and a stop that keeps the result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from medusa_chat.events import TrainStep
+from medusa_chat.files import write_text
 from medusa_chat.machine.devices import peak_memory
 from medusa_chat.training.schedules import heads_weight
 
@@ -25,66 +26,81 @@ if TYPE_CHECKING:
 LOG_FILE = "training.jsonl"
 
 
-class Report(TrainerCallback):
-    """Tells the trainee where the run stands, and turns what Trainer logs into TrainSteps, shown and kept in a file."""
+class ProgressLog(TrainerCallback):
+    """Sets the trainee's step, and passes Trainer's logs on as TrainSteps.
+
+    Attributes:
+        file: a line of JSON is added to it for each TrainStep.
+        progress: called with each TrainStep.
+        step_tokens: tokens of one step.
+    """
 
     def __init__(
-        self, trainee: Trainee, progress: Callable[[TrainStep], None], log: Path, step_tokens: int
+        self, trainee: Trainee, progress: Callable[[TrainStep], None], file: Path, step_tokens: int
     ) -> None:
-        self.trainee, self.progress, self.log, self.step_tokens = (
-            trainee,
-            progress,
-            log,
-            step_tokens,
-        )
-        self.started, self.first = 0.0, 0
+        self.trainee = trainee
+        self.progress = progress
+        self.file = file
+        self.step_tokens = step_tokens
+        self._started = 0.0
+        self._first_step = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started, self.first = time.perf_counter(), state.global_step
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Start the clock, and drop log lines of steps that will be taken again."""
+        self._started = time.perf_counter()
+        self._first_step = state.global_step
         if state.is_world_process_zero:
-            _cut_log(self.log, state.global_step)
+            _cut_log(self.file, state.global_step)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainee.step, self.trainee.total = state.global_step, state.max_steps
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Set the trainee's step."""
+        self.trainee.step = state.global_step
+        self.trainee.total = state.max_steps
 
     def on_log(
         self,
-        args: Any,
+        _args: Any,
         state: Any,
-        control: Any,
+        _control: Any,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
+        """Write a line and call `progress`."""
         if not logs or "loss" not in logs:
             return
-        step = self._step(state, float(logs["loss"]), kwargs.get("optimizer"))
+        step = self._step(state, float(logs["loss"]), optimizer)
         if state.is_world_process_zero:
-            with self.log.open("a", encoding="utf-8") as lines:
+            with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(step.as_json()) + "\n")
             self.progress(step)
 
     def _step(self, state: Any, loss: float, optimizer: Any) -> TrainStep:
         means = self.trainee.meter.read()
-        done, seconds = state.global_step - self.first, time.perf_counter() - self.started
-        per_head = {name: tuple(means.get(name, ())) for name in ("head_loss", "top1", "top5")}
+        step = state.global_step
+        total = state.max_steps
+        done = step - self._first_step
+        seconds = time.perf_counter() - self._started
         peaks = peak_memory()
         groups = optimizer.param_groups if optimizer is not None else ()
         return TrainStep(
-            state.global_step,
-            state.max_steps,
+            step,
+            total,
             loss,
             means.get("backbone_loss"),
-            **per_head,
-            heads_weight=heads_weight(self.trainee.recipe, state.global_step, state.max_steps),
+            head_loss=tuple(means.get("head_loss", ())),
+            top1=tuple(means.get("top1", ())),
+            top5=tuple(means.get("top5", ())),
+            heads_weight=heads_weight(self.trainee.recipe, step, total),
             learning_rates=tuple(group["lr"] for group in groups),
             tokens_per_second=done * self.step_tokens / seconds,
-            seconds_left=(state.max_steps - state.global_step) * seconds / max(done, 1),
+            seconds_left=(total - step) * seconds / max(done, 1),
             memory=peaks.get("device", peaks.get("host", 0)),
         )
 
 
 def _cut_log(log: Path, step: int) -> None:
-    """Keep the lines up to `step`: a run that resumes writes those behind it again."""
+    """Keep the lines up to `step`: a resumed run writes the later ones again."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     kept = []
     for line in lines:
@@ -93,11 +109,15 @@ def _cut_log(log: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # a line that was cut off
-    log.write_text("".join(kept), encoding="utf-8")
+    write_text(log, "".join(kept))
 
 
 class Stopper(TrainerCallback):
-    """The first Ctrl-C ends the run after its step, with a checkpoint; a second one ends it at once."""
+    """Ends the run after its step, with a checkpoint, on Ctrl-C. A second Ctrl-C ends it at once.
+
+    Args:
+        say: called with a line for the user.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.asked = False
@@ -115,14 +135,16 @@ class Stopper(TrainerCallback):
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, _number: int, _frame: Any) -> None:
         self.asked = True
         self._say("stopping after this step; Ctrl-C again stops at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> None:
+        """Ask Trainer to save and stop if any process got the signal."""
         asked = torch.tensor(self.asked, dtype=torch.int32, device=args.device)
         if args.world_size > 1:  # the signal may reach one process a step later than another
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if asked:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""How learning rates and the weight of the heads' loss go over a run. No torch."""
+"""Learning rates and the weight of the heads' loss over a run. No torch here."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 def joint_from(recipe: Recipe, total: int) -> int:
-    """The step from which the backbone learns too; `total` for a recipe that leaves it alone.
+    """First step that also trains the backbone; `total` for a recipe with a frozen backbone.
 
-    The paper's two stages: heads first, then both. (Its text has them the other way round, a slip that its authors
-    confirmed in FasterDecoding/Medusa#74.)
+    The paper trains heads first, then both. (Its text states the reverse order, a slip that its
+    authors confirmed in FasterDecoding/Medusa#74.)
     """
     return round(recipe.heads_first * total) if recipe.joint else total
 
 
 def rate_at(step: int, total: int, warmup: int) -> float:
-    """Share of the learning rate at a step: a linear rise over `warmup` steps, then a half cosine to 0 at `total`."""
+    """Share of the learning rate: a linear rise over `warmup` steps, then a half cosine to 0."""
     if step < 0:
         return 0.0
     if step < warmup:
@@ -33,13 +33,16 @@ def heads_rate(recipe: Recipe, step: int, total: int) -> float:
 
 
 def backbone_rate(recipe: Recipe, step: int, total: int) -> float:
-    """Share of the backbone's learning rate: a warm-up and a cosine of its own once the joint stage begins."""
+    """Share of the backbone's learning rate: its warm-up and cosine begin with the joint stage."""
     begin = joint_from(recipe, total)
     return rate_at(step - begin, total - begin, recipe.warmup_steps)
 
 
 def heads_weight(recipe: Recipe, step: int, total: int) -> float:
-    """lambda_0 of L = L_backbone + lambda_0 * L_heads (paper, equation 2), or lambda_0 * sin(pi/2 * t/T) as a ramp."""
+    """lambda_0 of L = L_backbone + lambda_0 * L_heads (paper, equation 2).
+
+    With a sine ramp it is lambda_0 * sin(pi/2 * step/total).
+    """
     if not recipe.joint:
         return 1.0
     ramp = math.sin(math.pi / 2 * step / total) if recipe.ramp == "sine" else 1.0

@@ -1,4 +1,4 @@
-"""Replies from any server that speaks OpenAI's chat protocol (vLLM, llama.cpp, TGI). No torch here."""
+"""Answers of any server with OpenAI's chat protocol (vLLM, llama.cpp, TGI). No torch here."""
 
 from __future__ import annotations
 
@@ -8,77 +8,55 @@ import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 
 from medusa_chat.config import UserError
+from medusa_chat.training.questions import Answer, DistillJob, Question
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PAUSES = (1.0, 4.0, 16.0)  # seconds before a request that failed is sent again
-# A reply is one piece, and a busy server queues the request first.
+PAUSES = (1.0, 4.0, 16.0)  # seconds before a failed request is sent again
+# A reply comes in one piece, and a busy server queues the request first.
 TIMEOUT = httpx2.Timeout(600, connect=10)
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
-# vLLM, SGLang and llama.cpp speak of the context (OpenAI's code is context_length_exceeded), TGI of its `inputs`.
+# vLLM, SGLang and llama.cpp mention the context (OpenAI's code is context_length_exceeded), TGI
+# its `inputs`.
 _TOO_LONG = re.compile(
     r"context.{0,12}(length|size|window)|maximum model length|`inputs` (tokens|must have)", re.I
 )
 _KEPT = "; what was answered before is kept, and the same command goes on from there"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation that waits for the assistant, with its place in the run."""
-
-    index: int
-    turn: int
-    messages: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a model said; `cut` if it was stopped before it had ended."""
-
-    text: str
-    cut: bool
+_LONGEST_COMPLAINT = 300  # characters
 
 
 class Server:
-    """A model behind an OpenAI-compatible server; close it in the end.
+    """A model on an OpenAI-compatible server. Call `close` at the end.
 
     Attributes:
         name: the model's name on the server.
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str | None,
-        *,
-        batch: int,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-    ) -> None:
-        """Find the model: `name`, or the first one that the server lists.
+    def __init__(self, url: str, name: str | None, job: DistillJob) -> None:
+        """Find the model.
 
         Args:
             url: the server's address, with or without /v1.
-            batch: requests at once.
+            name: the model's name; None for the first one that the server lists.
+            job: how to draw replies; its batch is the number of requests at once.
 
         Raises:
-            UserError: the address is none, or the server cannot be reached, refuses or lists no model.
+            UserError: the address is invalid, or the server cannot be reached, refuses or lists
+                no model.
         """
         self.url = _base(url)
-        self.settings = {"max_tokens": max_new_tokens, "temperature": temperature}
-        self.seed = seed
+        self.settings = {"max_tokens": job.max_new_tokens, "temperature": job.temperature}
+        self.seed = job.seed
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(batch)
-        self._client = _client(batch)
+        self._pool = ThreadPoolExecutor(job.batch)
+        self._client = _client(job.batch)
         try:
             self.name = name or self._first_model()
         except BaseException:
@@ -86,38 +64,35 @@ class Server:
             raise
 
     def close(self) -> None:
-        """Send nothing more; requests on their way are waited for, pauses are not."""
+        """Send nothing more, and wait for requests under way, but not for pauses."""
         self._closing.set()
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
 
-    def answer(self, asked: Sequence[Question]) -> list[Reply | None]:
-        """A reply to each question, None where the context has no room for one.
+    def answer(self, questions: Sequence[Question]) -> list[Answer | None]:
+        """Answer questions; None for one that the context has no space for.
 
-        Raises UserError where the server cannot be reached, refuses, or answers something else.
+        Raises:
+            UserError: the server cannot be reached, refuses, or its response is not understood.
         """
-        return list(self._pool.map(self._reply, asked))
+        return list(self._pool.map(self._answer, questions))
 
-    def _reply(self, question: Question) -> Reply | None:
-        body = {"model": self.name, "messages": question.messages, **self.settings}
-        response = self._send(
-            "POST", CHAT, body | {"seed": draw_seed(self.seed, question.index, question.turn)}
-        )
+    def _answer(self, question: Question) -> Answer | None:
+        seed = draw_seed(self.seed, question.index, question.turn)
+        body = {"model": self.name, "messages": question.messages, **self.settings, "seed": seed}
+        response = self._send("POST", CHAT, body)
         if response.status_code in (400, 413, 422) and _TOO_LONG.search(_complaint(response)):
             return None
         document = self._document(CHAT, response)
         try:
             choice = document["choices"][0]
-            text, finish = choice["message"]["content"], choice.get("finish_reason")
+            text = choice["message"]["content"]
+            finish = choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.url}{CHAT} answered without 'choices' and a message{_KEPT}"
-            ) from None
+            raise self._error(CHAT, "answered without 'choices' and a message") from None
         if not isinstance(text, str):
-            raise UserError(
-                f"{self.url}{CHAT} answered without text (finish_reason {finish!r}){_KEPT}"
-            )
-        return Reply(text, finish == "length")
+            raise self._error(CHAT, f"answered without text (finish_reason {finish!r})")
+        return Answer(text, cut=finish == "length")
 
     def _first_model(self) -> str:
         document = self._document(MODELS, self._send("GET", MODELS))
@@ -128,48 +103,46 @@ class Server:
                 f"{self.url}{MODELS} lists no model; --server-model NAME says which to ask"
             ) from None
 
+    def _error(self, path: str, fault: str) -> UserError:
+        return UserError(f"{self.url}{path} {fault}{_KEPT}")
+
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
-        """The server's response, after some tries if need be; raises UserError if none came or it is not able to."""
+        """Send a request, up to four times. Raises UserError if no usable response comes."""
         content = None if body is None else json.dumps(body).encode()
         for pause in (*PAUSES, None):
             try:
                 response = self._client.request(method, self.url + path, content=content)
             except httpx2.RequestError as error:
-                fault = f"cannot be asked: {_one_line(str(error)) or type(error).__name__}"
+                fault = f"cannot be asked: {_printable(str(error)) or type(error).__name__}"
             else:
                 if response.status_code != 429 and response.status_code < 500:
                     return response
                 fault = f"answered with status {response.status_code}: {_complaint(response)}"
             if pause is None or self._closing.wait(pause):
                 break
-        raise UserError(f"{self.url}{path} {fault}{_KEPT}")
+        raise self._error(path, fault)
 
     def _document(self, path: str, response: httpx2.Response) -> Any:
-        """The JSON of a response; raises UserError for a refusal and for what is no JSON."""
+        """Read the JSON of a response. Raises UserError for a refusal and for other text."""
+        status = response.status_code
         if not response.is_success:
-            hint = (
-                " (the key is taken from OPENAI_API_KEY)"
-                if response.status_code in (401, 403)
-                else ""
-            )
-            fault = f"answered with status {response.status_code}: {_complaint(response)}{hint}"
-            raise UserError(f"{self.url}{path} {fault}{_KEPT}")
+            hint = " (the key is taken from OPENAI_API_KEY)" if status in (401, 403) else ""
+            fault = f"answered with status {status}: {_complaint(response)}{hint}"
+            raise self._error(path, fault)
         try:
             return response.json()
         except ValueError:
-            raise UserError(
-                f"{self.url}{path} answered with something that is not JSON{_KEPT}"
-            ) from None
+            raise self._error(path, "answered with something that is not JSON") from None
 
 
 def draw_seed(seed: int, index: int, turn: int) -> int:
-    """The seed of one reply: 31 bits of the run's seed, the conversation's index and the turn, and of nothing else."""
+    """Derive 31 bits from the run's seed, the number of the prompt and the turn."""
     digest = hashlib.sha256(f"{seed} {index} {turn}".encode()).digest()
     return int.from_bytes(digest[:4]) >> 1
 
 
 def _base(url: str) -> str:
-    """The address before /v1."""
+    """The address without /v1."""
     try:
         parsed = httpx2.URL(url)
         fits = parsed.scheme in ("http", "https") and bool(parsed.host.encode("idna"))
@@ -181,13 +154,13 @@ def _base(url: str) -> str:
 
 
 def _client(connections: int) -> httpx2.Client:
-    """A client with the key and the proxy of the environment."""
+    """Make a client with the key and the proxy of the environment."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY has characters that no key has")
-    headers = {"Content-Type": "application/json"} | (
-        {"Authorization": f"Bearer {key}"} if key else {}
-    )
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
     try:
         return httpx2.Client(headers=headers, timeout=TIMEOUT, limits=limits)
@@ -196,25 +169,24 @@ def _client(connections: int) -> httpx2.Client:
 
 
 def _complaint(response: httpx2.Response) -> str:
-    """What the server says is wrong: its error's message and code, or the text as it is."""
+    """The server's error message and code, or the text of its response."""
     try:
         document = response.json()
         error = document.get("error", document)
         if isinstance(error, dict):
-            parts = [
-                error.get("message") or error.get("detail"),
-                error.get("code"),
-                error.get("type"),
-            ]
+            message = error.get("message") or error.get("detail")
+            parts = [message, error.get("code"), error.get("type")]
             named = [part for part in parts if isinstance(part, str)]
             error = ", ".join(named) or json.dumps(error)
         text = str(error)
     except (ValueError, AttributeError):
         text = response.text
-    return _one_line(text) or response.reason_phrase
+    return _printable(text) or response.reason_phrase
 
 
-def _one_line(text: str) -> str:
-    """Printable, on one line, and not longer than one reads."""
+def _printable(text: str) -> str:
+    """Keep the printable characters, on one line of limited length."""
     plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return plain if len(plain) <= 300 else plain[:299] + "…"
+    if len(plain) > _LONGEST_COMPLAINT:
+        return plain[: _LONGEST_COMPLAINT - 1] + "…"
+    return plain

@@ -1,4 +1,4 @@
-"""Short fairy tales from a small grammar, so that the bundled model learns to tell one with a head and a tail."""
+"""Short fairy tales from a small grammar, from which the bundled model learns to tell one."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ _THANKS = [
 
 
 def _story(rng: random.Random) -> tuple[str, str]:
-    """A tale and a name for its hero, with which one can ask for it."""
+    """Make a tale; returns it and a name of its hero, for requests."""
     hero, they, their, short = rng.choice(_HEROES)
     hero = hero.format(girl=rng.choice(_GIRLS), boy=rng.choice(_BOYS))
     wish, end = rng.choice(_WISHES)
@@ -104,11 +104,15 @@ def _story(rng: random.Random) -> tuple[str, str]:
     gift, magic = rng.choice(_GIFTS)
     the_helper = "the " + helper.split(" ", 1)[1]
     the_hero = short[0].upper() + short[1:]
+
+    def it() -> str:
+        return "the poor creature" if rng.random() < 0.3 else the_helper
+
     sentences = [
         f"Once upon a time there was {hero} who lived {rng.choice(_PLACES)}.",
         f"{the_hero} {wish}.",
         f"One day {they} met {helper} who {trouble}.",
-        f"{the_hero} felt sorry and {help_given.format(it='the poor creature' if rng.random() < 0.3 else the_helper)}.",
+        f"{the_hero} felt sorry and {help_given.format(it=it())}.",
         rng.choice(
             [
                 f'"Thank you," said {the_helper}. "Take {gift}, for you were kind to me."',
@@ -123,7 +127,7 @@ def _story(rng: random.Random) -> tuple[str, str]:
 
 
 def story_conversation(rng: random.Random) -> list[Message]:
-    """A conversation in which the assistant tells one or two tales."""
+    """Make a conversation in which the assistant tells one or two tales."""
     story, about = _story(rng)
     messages: list[Message] = [
         {"role": "user", "content": rng.choice(_REQUESTS).format(about=about)},

@@ -1,4 +1,4 @@
-"""Progress that nobody looks at."""
+"""Progress bars that print nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from medusa_chat.bench.plan import Tick
+    from medusa_chat.bench.job import Tick
 
 
 def quiet(done: int, total: int) -> None:

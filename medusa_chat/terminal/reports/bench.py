@@ -25,6 +25,7 @@ MODE_ROWS = (
     ("acceptance_length", "acceptance length", "{:.2f} tokens/step"),
     ("overhead", "overhead", "{:.2f} vanilla steps"),
     ("speedup", "speedup over vanilla", "{:.2f}x"),
+    ("throughput_ratio", "tokens/s over vanilla", "{:.2f}x"),
     ("tokens_per_second", "tokens/s", "{:.1f}"),
     ("vanilla_tokens_per_second", "tokens/s, vanilla", "{:.1f}"),
     ("wall_tokens_per_second", "tokens/s, prefill included", "{:.1f}"),

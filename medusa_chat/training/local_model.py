@@ -1,0 +1,109 @@
+"""Answers of a model on this machine, through transformers' generate()."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from medusa_chat.config import COLD, Message, ModelSpec, UserError
+from medusa_chat.decoding.engine import eos_ids
+from medusa_chat.model.loading import choose_device, load_pretrained
+from medusa_chat.model.templates import named_template, resolve_template
+from medusa_chat.training.memory import check_answers
+from medusa_chat.training.questions import Answer, DistillJob, Question
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class LocalModel:
+    """A model that is loaded when it is first asked.
+
+    Attributes:
+        name: the model's name.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, job: DistillJob, device: str, ignore_memory: bool = False
+    ) -> None:
+        self.name = spec.name
+        self._spec = spec
+        self._job = job
+        self._device = device
+        self._ignore_memory = ignore_memory
+        self._backbone: Any = None
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer | None]:
+        """Answer questions of one batch and turn; None for one that may not fit the context.
+
+        Raises:
+            UserError: the model cannot be loaded, its template refuses a conversation, or the
+                memory does not suffice.
+        """
+        if self._backbone is None:
+            self._load()
+        if questions[0].turn == 0:
+            # Each batch has its own seed, so that a resumed run draws the same.
+            torch.manual_seed(self._job.seed + questions[0].index // self._job.batch)
+        rows = [self._template.encode(cast("list[Message]", each.messages)) for each in questions]
+        fits = [self._fits(row) for row in rows]
+        try:
+            answers = iter(self._generate([row for row in rows if self._fits(row)]))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "out of memory; a smaller --batch, with another --out, needs less"
+            ) from None
+        return [next(answers) if fit else None for fit in fits]
+
+    def _fits(self, row: list[int]) -> bool:
+        """Tell if the context holds a prompt and the longest reply.
+
+        A prompt closer to the end would shorten the other replies of its batch.
+        """
+        return self._context is None or len(row) + self._job.max_new_tokens <= self._context
+
+    def _load(self) -> None:
+        if self._spec.template:
+            named_template(self._spec.template)  # an unknown name fails before the load
+        device = choose_device(self._device)
+        if not self._ignore_memory:
+            check_answers(self._spec, str(device), self._job.batch, self._job.max_new_tokens)
+        backbone, self._tokenizer = load_pretrained(self._spec, None)
+        self._template = resolve_template(self._tokenizer, self._spec)
+        config = backbone.config.get_text_config()
+        self._context: int | None = getattr(config, "max_position_embeddings", None)
+        if self._context is not None and self._context <= self._job.max_new_tokens:
+            raise UserError(
+                f"--max-new-tokens must be below the {self._context} of the context of {self.name}"
+            )
+        self._ends = sorted(eos_ids(backbone, self._tokenizer) | self._template.stop_ids)
+        self._backbone = backbone.to(device).eval()
+
+    def _generate(self, rows: list[list[int]]) -> list[Answer]:
+        if not rows:
+            return []
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        # The model's own distribution, without the changes of its generation config.
+        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+        if self._job.temperature >= COLD:
+            temperature = self._job.temperature
+            sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.inference_mode():
+            output = self._backbone.generate(
+                input_ids=ids.to(self._backbone.device),
+                attention_mask=mask.to(self._backbone.device),
+                max_new_tokens=self._job.max_new_tokens,
+                eos_token_id=self._ends or None,
+                pad_token_id=0,
+                **sampling,
+            )
+        return [self._read(row) for row in output[:, width:].tolist()]
+
+    def _read(self, ids: list[int]) -> Answer:
+        """The answer up to the first id that ends one. Without such an id it was cut."""
+        stop = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        text = self._tokenizer.decode(ids[:stop], skip_special_tokens=True)
+        return Answer(text, cut=stop is None)

@@ -1,0 +1,84 @@
+"""verify on a tiny model: a sound engine passes, and faults are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import medusa_chat
+from medusa_chat.bench.verification import Comparison, verify
+from medusa_chat.config import Sampling
+from medusa_chat.decoding.runner import Runner
+from medusa_chat.prompts import Prompt
+from medusa_chat.terminal.reports import report
+from tests.helpers.quiet import quiet
+from tests.helpers.tiny import save_with_heads
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.draft.plans import Outcome
+    from medusa_chat.decoding.engine import Engine
+
+PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
+
+
+@pytest.fixture
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = save_with_heads(tmp_path_factory.mktemp("model"))
+    return medusa_chat.load(str(folder), tree="mc_sim_7b_63", dtype="float32", probing=False)
+
+
+def verified(engine: Engine) -> list[Comparison]:
+    return verify(engine, PROMPTS, Sampling(max_new_tokens=10), turns=1, progress=quiet)
+
+
+def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
+    checks = verified(engine)
+    names = {check.name for check in checks}
+    assert {
+        "vanilla, generate()",
+        "greedy, auto",
+        "greedy, mc_sim_7b_63",
+        "greedy, dynamic-16, copies",
+    } <= names
+    assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
+    assert any(name.startswith("greedy, random") for name in names)
+    assert all(check.replies == check.equal == 2 for check in checks)
+    report.show_checks([vars(check) for check in checks])
+
+
+def test_verify_finds_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner that sometimes returns a wrong token is found out in every tree."""
+    correct = Runner.step
+
+    def faulty(
+        self: Runner, root: int, tree: object, rule: object, copied: object = None
+    ) -> Outcome:
+        outcome = correct(self, root, tree, rule, copied)  # type: ignore[arg-type]
+        wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
+        return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
+
+    monkeypatch.setattr(Runner, "step", faulty)
+    checks = {check.name: check for check in verified(engine)}
+    assert checks["greedy, mc_sim_7b_63"].faults
+    assert "differs" in checks["greedy, mc_sim_7b_63"].first_fault
+    assert not checks["vanilla, generate()"].faults
+
+
+def test_a_near_tie_is_no_fault(engine: Engine) -> None:
+    prompt = engine.encode(PROMPTS[0].opening())
+    backbone = engine.backbone
+    logits = backbone.logits(backbone.hidden_of_text(torch.tensor(prompt)))[-1]
+    first, second = logits.topk(2).indices.tolist()
+    with torch.no_grad():  # make the two likeliest tokens equal up to rounding
+        gap = logits[first] - logits[second]
+        check = Comparison("fault")
+        check.add(engine, prompt, [first], [second], Sampling())
+        assert (check.faults, check.near_ties) == (1, 0)
+        assert check.largest_gap == pytest.approx(gap.item(), rel=1e-4)
+        backbone.lm_head.weight[second] = backbone.lm_head.weight[first] * (1 + 1e-7)
+    check = Comparison("tie")
+    check.add(engine, prompt, [first], [second], Sampling())
+    assert (check.faults, check.near_ties) == (0, 1)
