@@ -1,4 +1,4 @@
-"""Trees that follow confidence: the choice against a plain twin, that replies stay right, calibration, forecasts."""
+"""Dynamic trees: the choice against a plain twin, right replies, calibration, forecasts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def chosen_by_heap(
 
 
 def drawn(seed: int, ties: bool) -> Any:
-    """A superset, guesses of heads without doubles, a chain that often goes along with them, and how likely all are."""
+    """A superset, guesses without doubles, a chain that often agrees, and how likely all are."""
     draw = random.Random(seed)
     depth, width = draw.randint(1, 4), draw.randint(1, 5)
     superset = random_tree(seed, draw.randint(4, 40), depth, width)
@@ -135,7 +135,7 @@ def test_the_choice_is_that_of_a_heap(seed: Any, ties: Any, copies: Any) -> None
     more=st.tuples(*[st.integers(0, 9)] * 3),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_room_for_other_supersets_changes_no_choice(
+def test_buffers_for_other_supersets_change_no_choice(
     seed: Any, ties: Any, copies: Any, more: Any
 ) -> None:
     """More paths, depth and width than the superset has."""
@@ -145,7 +145,7 @@ def test_room_for_other_supersets_changes_no_choice(
         a + b for a, b in zip((len(superset), superset.depth, superset.width), more, strict=True)
     )
     tight = Selector(superset, nodes, len(chain), CPU)
-    roomy = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
+    shared = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
     wide = (
         torch.full((depth, width), 11),
         torch.zeros(depth, width),
@@ -153,7 +153,7 @@ def test_room_for_other_supersets_changes_no_choice(
     for table, values in zip(wide, (guesses, log_p), strict=True):
         table[: superset.depth, : superset.width] = torch.tensor(values)
     found = []
-    for selector, own in ((tight, (torch.tensor(guesses), torch.tensor(log_p))), (roomy, wide)):
+    for selector, own in ((tight, (torch.tensor(guesses), torch.tensor(log_p))), (shared, wide)):
         chances = selector.along_paths(own[1])
         drawn_chain = torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
         chosen = selector.choose(torch.tensor([99]), own[0], chances, *drawn_chain)
@@ -189,7 +189,8 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
             sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1))
             for kept in (with_copies, without)
         ]
-        assert gain.of(nodes) == pytest.approx((lengths[0] - lengths[1]) / (1 + copy_gain.GAIN_PRIOR))
+        gained = (lengths[0] - lengths[1]) / (1 + copy_gain.GAIN_PRIOR)
+        assert gain.of(nodes) == pytest.approx(gained)
 
 
 def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +210,10 @@ def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_is_a_tree(tensors: Any, paths: Any, tokens: Any) -> list[tuple[int, ...]]:
-    """Parents before children, and the topology that the paths say; returns each node's tokens from below the root."""
+    """Check order and topology; returns each node's tokens from below the root."""
     where = {path: row for row, path in enumerate(paths)}
-    assert paths[0] == () and tokens[0] == 99
+    assert paths[0] == ()
+    assert tokens[0] == 99
     parents, depths = tensors.parents.tolist(), tensors.depths.tolist()
     branches: list[tuple[int, ...]] = [()]
     for row, path in enumerate(paths[1:], 1):
@@ -311,7 +313,7 @@ def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbon
 
 
 def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
-    """The runner's choice at real steps, from the heads' logits on the text so far, calibrated by hand."""
+    """The runner's choice at real steps, from the heads' logits, calibrated by hand."""
     lines = ((1.4, 0.2), (0.8, -0.1), (1.1, 0.3), (0.6, 0.0))
     heads, superset = random_heads(backbone), random_tree(4, 60, 4, 5, spine=4)
     accuracy = Accuracy(PUBLISHED.top, calibration=lines)
@@ -325,8 +327,10 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
                 heads.logits(hidden, backbone.lm_head)[:, 0].log_softmax(-1).topk(superset.width)
             )
         guesses = likeliest.indices.tolist()
-        heard = zip(lines, likeliest.values.tolist(), strict=True)
-        said = [[min(0.0, scale * value + shift) for value in row] for (scale, shift), row in heard]
+        calibrated = zip(lines, likeliest.values.tolist(), strict=True)
+        said = [
+            [min(0.0, scale * value + shift) for value in row] for (scale, shift), row in calibrated
+        ]
         copied = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2) if step % 2 else None
         report = runner.step(root, DynamicTree(superset, 12), rule, copied)
         chain = (list(copied.tokens), list(copied.log_p)) if copied else ([], [])
@@ -342,15 +346,15 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
     assert len(seen) > 5
 
 
-def test_the_last_tree_is_told_with_its_proposers(backbone: Any, greedy_text: Any) -> None:
+def test_the_last_tree_shows_its_proposers(backbone: Any, greedy_text: Any) -> None:
     engine = make_engine(
         backbone, OracleHeads(4, 64, greedy_text, (0, 1)), "dynamic-16", copies=True
     )
     for step in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
         shown = engine.candidates()
         assert len(shown.paths) == len(shown.texts) == step.nodes == 16
-        told = [proposer(shown.paths[row]) for row in shown.accepted]
-        assert told[: len(step.tokens)] == [token.head for token in step.tokens][: len(told)]
+        heads = [proposer(shown.paths[row]) for row in shown.accepted]
+        assert heads[: len(step.tokens)] == [token.head for token in step.tokens][: len(heads)]
 
 
 # ---- names, forecasts, calibration ----

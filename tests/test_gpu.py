@@ -56,7 +56,7 @@ def captured_graphs(engine: Engine) -> set[Key]:
     return set(static.programs)
 
 
-# Turns of one conversation after another, so that modes, trees and seeds change over the same graphs.
+# Turns of one conversation, so that modes, trees and seeds change over the same graphs.
 TURNS = [
     Sampling(),
     Sampling(mode="typical", seed=1),
@@ -114,7 +114,7 @@ def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_o
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operation that reads the host in the middle of a recording; afterwards the device is as it was."""
+    """An operation reads the host in the middle of a recording; the device stays as it was."""
     eager = medusa_chat.load(
         device="cuda", dtype="float32", tree="static-16", probing=False, eager=True
     )
@@ -178,7 +178,7 @@ def save_with_heads(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize("quant", ["none", "nf4", "nf4-double"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
 def test_captured_steps_of_random_models_in_16_bits(kind: str, quant: str, tmp_path: Path) -> None:
-    """One forward has the same rows either way, so that only attention over a fixed span could round otherwise."""
+    """A forward has the same rows either way; only attention over a span could round otherwise."""
     save_with_heads(tmp_path, kind)
     told = []
     for eager in (True, None):

@@ -1,5 +1,8 @@
-"""The Triton kernel against its plain twin, in Triton's interpreter. tests/test_tree_kernel.py runs this file, in a
-process of its own: the interpreter has to be chosen before anything imports triton."""
+"""The Triton kernel against its plain twin, in Triton's interpreter.
+
+tests/test_tree_kernel.py runs this file in a process of its own: the interpreter has to be chosen
+before anything imports triton.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def test_the_kernel_is_its_twin(
     programs: Any,
     seed: Any,
 ) -> None:
-    """Keys and values are cut out of a longer cache, and what lies behind the text is not a number."""
+    """Keys and values are cut out of a longer cache, which holds NaN after the text."""
     span = 384
     mask = random_mask(seed, nodes, length, span, window)
     rows = len(mask.ancestors)
@@ -116,7 +119,7 @@ def test_the_text_ends_where_the_device_says() -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3-mixed", "gemma2"])
 def test_text_is_that_of_the_eager_step(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through transformers' own layers: groups, windows in some layers, softcaps, spans that the text outgrows."""
+    """Through transformers' own layers: groups, windows, softcaps, spans that the text outgrows."""
     monkeypatch.setattr(static_step, "SHORTEST_SPAN", 16)
     used = []
 
