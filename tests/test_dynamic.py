@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from functools import partial
 from math import exp
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import medusa_chat
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.draft.selection import Selector
@@ -21,7 +22,7 @@ from medusa_chat.decoding.trees import copy_gain
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.copy_gain import CopyGain
 from medusa_chat.decoding.trees.growth import SUPERSET, dynamic_tree, grow, shaped_tree
-from medusa_chat.decoding.trees.tree import DynamicTree, Tree
+from medusa_chat.decoding.trees.tree import DynamicTree, NodePath, Tree
 from medusa_chat.events import COPIED, proposer
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import guess_reply, joint_ranks
@@ -47,7 +48,7 @@ NEVER = float("-inf")
 
 def chosen_by_heap(
     superset: Tree, nodes: int, guesses: Any, log_p: Any, chain: Any, chain_log_p: Any
-) -> list[tuple[float, tuple, tuple]]:
+) -> list[tuple[float, tuple[int, ...], NodePath]]:
     """The likeliest nodes as (log p, tokens of the path, path), in plain Python."""
     text = {
         path: tuple(guesses[depth][rank] for depth, rank in enumerate(path))
@@ -59,7 +60,8 @@ def chosen_by_heap(
         tokens = tuple(chain[:length])
         steps[tokens] = max(steps.get(tokens, NEVER), chain_log_p[length - 1])
         paths.setdefault(tokens, (*paths[tokens[:-1]], COPIED))
-    found, frontier = [], [(0.0, 0, ())]
+    found: list[tuple[float, tuple[int, ...], NodePath]] = []
+    frontier: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
     while frontier and len(found) < nodes:
         negative, _, tokens = heapq.heappop(frontier)
         found.append((-negative, tokens, paths[tokens]))
@@ -181,10 +183,9 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
     gain.set_paths(sorted(likely.items(), key=lambda known: -known[1]))
     gain.add(guesses, Copied(tuple(chain), tuple(chain_log_p), 1), followed)
     for nodes in range(1, len(superset) + CHAIN + 1):
-        with_copies, without = (
-            {branch for _, branch, _ in chosen_by_heap(superset, nodes, guesses, log_p, *copies)}
-            for copies in ((chain, chain_log_p), ([], []))
-        )
+        heap = partial(chosen_by_heap, superset, nodes, guesses, log_p)
+        with_copies = {branch for _, branch, _ in heap(chain, chain_log_p)}
+        without = {branch for _, branch, _ in heap([], [])}
         lengths = [
             sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1))
             for kept in (with_copies, without)
@@ -352,6 +353,7 @@ def test_the_last_tree_shows_its_proposers(backbone: Any, greedy_text: Any) -> N
     )
     for step in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
         shown = engine.candidates()
+        assert shown is not None
         assert len(shown.paths) == len(shown.texts) == step.nodes == 16
         heads = [proposer(shown.paths[row]) for row in shown.accepted]
         assert heads[: len(step.tokens)] == [token.head for token in step.tokens][: len(heads)]
@@ -364,8 +366,10 @@ def test_trees_by_name(backbone: Any) -> None:
     accuracy = PUBLISHED.pruned(3, 64)
     tree = shaped_tree("dynamic-16", accuracy)
     assert (len(tree), tree.depth, tree.origin) == (16, 3, "dynamic-16")
+    assert isinstance(tree, DynamicTree)
     assert len(tree.superset) == min(SUPERSET, 1 + 5 + 25 + 125)
     static = shaped_tree("static-16", accuracy)
+    assert isinstance(static, Tree)
     assert (static.paths, static.origin) == (grow(accuracy, 16)[0].paths, "static-16")
     assert shaped_tree("chain-2", accuracy).origin == "chain of 2"
     for name in ("dynamic-1", "static-0", "dynamic-257", "static-99999999999"):
@@ -415,23 +419,26 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
         "What is the capital of France?",
         "I need a cheap hotel, please.",
     ]
-    accuracy, replies, lengths = engine.runner.accuracy, [], {}
+    accuracy = engine.runner.accuracy
+    replies: list[Guessed] = []
+    lengths: dict[str, float] = {}
     assert len(accuracy.calibration) == engine.heads
     for name in ("static-12", "dynamic-12"):
         engine.trees.use(name)
         stats = Stats()
         for text in said:
-            ids = engine.encode([{"role": "user", "content": text}])
+            asked: list[Message] = [{"role": "user", "content": text}]
+            ids = engine.encode(asked)
             steps = list(engine.generate(ids, Sampling(max_new_tokens=96)))
             for step in steps:
                 stats.add(step)
             if name == "dynamic-12":
                 ranks, log_p = guess_reply(engine, ids, ids_of(steps))
                 replies.append(Guessed(joint_ranks(ranks), log_p))
-        lengths[name] = stats.acceptance_length
-    assert dynamic_length(engine.trees.current, accuracy, replies) == pytest.approx(
-        lengths["dynamic-12"], rel=0.02
-    )
+        lengths[name] = stats.acceptance_length or 0.0
+    tree = engine.trees.current
+    assert isinstance(tree, DynamicTree)
+    assert dynamic_length(tree, accuracy, replies) == pytest.approx(lengths["dynamic-12"], rel=0.02)
     assert lengths["dynamic-12"] > lengths["static-12"] - 0.1
     assert "expected" in engine.trees.describe()
 

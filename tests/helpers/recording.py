@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.graphs.static_step import Key, Program
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations in order, with the tensors that they read and made.
 
     It refuses what a CUDA graph cannot record: a tensor's value, a shape that depends on it, and
@@ -33,7 +33,7 @@ class Tape(TorchDispatchMode):
     )
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
     def __torch_dispatch__(

@@ -117,7 +117,7 @@ def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **cha
     config_class, own = ARCHITECTURES[kind]
     torch.manual_seed(seed)
     config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
-    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
+    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))  # type: ignore[no-untyped-call]
     model.generation_config.eos_token_id = None
     return model.float().eval()
 
@@ -185,7 +185,7 @@ def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     made.chat_template = template
     return made
 
@@ -200,12 +200,13 @@ def make_engine(
 
     `settings` are LOAD_OPTIONS, or arguments of Engine.
     """
-    settings = {"eos": frozenset[int](), "probing": False, "copies": False} | settings
+    usual: dict[str, Any] = {"eos": frozenset(), "probing": False, "copies": False}
+    usual |= settings
     named = tree if isinstance(tree, str) else "chain-1"
-    options: dict[str, Any] = {name: settings.pop(name) for name in LOAD_OPTIONS & set(settings)}
+    options = {name: usual.pop(name) for name in LOAD_OPTIONS & set(usual)}
     options["tree"] = "auto" if heads is None else named
-    made = settings.pop("tokenizer", None) or tokenizer()
-    engine = Engine(backbone, heads, made, LoadOptions(**options), **settings)
+    made = usual.pop("tokenizer", None) or tokenizer()
+    engine = Engine(backbone, heads, made, LoadOptions(**options), **usual)
     if heads is not None and not isinstance(tree, str):
         engine.trees.use(tree)
     if isinstance(heads, OracleHeads):
