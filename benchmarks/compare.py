@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import medusa_chat
 from medusa_chat.bench.job import SHIPPED_PROMPTS
 from medusa_chat.config import Sampling
-from medusa_chat.decoding.trees.accuracy import Accuracy, grow
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import (
@@ -108,7 +109,7 @@ def typical(
     engine: Engine, accuracy: Accuracy, nodes: int, prompts: list[Prompt], max_new_tokens: int
 ) -> float:
     """Acceptance length of typical decoding."""
-    engine.use_tree(grow(accuracy, nodes)[0])
+    engine.trees.use(grow(accuracy, nodes)[0])
     sampling = Sampling(mode="typical", temperature=0.7, max_new_tokens=max_new_tokens)
     stats = Stats()
     for prompt in prompts:

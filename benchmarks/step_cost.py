@@ -25,7 +25,8 @@ from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.trees.accuracy import PUBLISHED, grow
+from medusa_chat.decoding.trees.accuracy import PUBLISHED
+from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.linear.quantization import as_quant

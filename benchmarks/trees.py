@@ -193,8 +193,8 @@ def measure(engine: Engine, tasks: list[Task], max_new_tokens: int, rounds: int)
     for task in tasks * rounds:
         vanilla.append(answered(engine, task, "vanilla", max_new_tokens))
         for way in WAYS:
-            engine.use_tree(way.tree)
-            engine.use_copies(way.copies)
+            engine.trees.use(way.tree)
+            engine.trees.use_copies(way.copies)
             by_way[way.name].append(answered(engine, task, "greedy", max_new_tokens))
     baseline = rate(vanilla)
     return {name: figures(stats, baseline) for name, stats in by_way.items()}

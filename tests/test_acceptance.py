@@ -1,4 +1,4 @@
-"""The rules of acceptance against plain loops in float64, with numbers of the host and of the device; and the noise."""
+"""The rules of acceptance against plain loops, truncation against transformers', and the noise."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_greedy_equals_the_loop(step: Any) -> None:
 def test_exact_equals_the_walk_that_draws_node_by_node(
     step: Any, seed: Any, temperature: Any
 ) -> None:
-    """DESIGN 3: draw after the node; where a child holds that token go down and draw again, else stop."""
+    """Draw after the node; if a child is that token go down and draw again, else stop."""
     logits, candidates, tree = step
     rule = make_rule(Sampling(mode="exact", temperature=temperature, seed=seed))
     verdict = rule(logits, candidates, TreeTensors.of(tree, CPU), POSITION)
@@ -126,7 +126,7 @@ def typical_bound(p: list[float], epsilon: float, delta: float) -> float:
 def typical_by_loops(
     logits: Any, candidates: Any, tree: Any, temperature: float, epsilon: float, delta: float
 ) -> Any:
-    """REFERENCE 0, node by node. Returns the row, the tokens that may follow, and the narrowest margin met."""
+    """The paper's rule, node by node: the row, the tokens that may follow, the narrowest margin."""
     laws = [softmax([float(value) for value in row], temperature) for row in logits.double()]
     bounds = [typical_bound(p, epsilon, delta) for p in laws]
     best, best_key, margins, keys = 0, (0, 0.0), [], [(0, 0.0)]
@@ -175,7 +175,7 @@ def test_typical_equals_the_paper_by_loops(
 
 
 def test_typical_accepts_what_greedy_would_not() -> None:
-    """Two likely tokens: greedy keeps the likelier alone, typical either, and the likelier path of two wins."""
+    """Greedy keeps the likelier of two tokens, typical either; the likelier path of two wins."""
     tree = Tree.of([[0], [1], [0, 0], [1, 0]])
     logits = torch.tensor(
         [[1.0, 0.9, -9, -9], [0, 0, 0, 9], [0, 0, 9, 0], [0, 0, 0, 9], [9, 0, 0, 0]]

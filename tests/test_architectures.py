@@ -1,4 +1,4 @@
-"""Every supported backbone, through files: our greedy text is that of transformers' own generate()."""
+"""Every supported backbone, through files: our greedy text is that of transformers' generate()."""
 
 from __future__ import annotations
 
@@ -71,12 +71,13 @@ def _generate(folder: str, prompt: list[int]) -> list[int]:
     output = model.generate(
         text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=NEW
     )
-    return output[0, len(prompt) :].tolist()
+    ids: list[int] = output[0, len(prompt) :].tolist()
+    return ids
 
 
 def test_a_backbone_without_a_bare_model_attribute() -> None:
     """GPT-2 keeps its body under another name and learns its positions."""
-    small = {
+    small: dict[str, Any] = {
         "n_embd": 32,
         "n_layer": 2,
         "n_head": 4,
@@ -84,15 +85,14 @@ def test_a_backbone_without_a_bare_model_attribute() -> None:
         "n_positions": 64,
         "initializer_range": 0.3,
     }
+    plain: dict[str, Any] = dict(SMALL)
+    del plain["num_key_value_heads"]
     for config in (
         GPT2Config(**small, bos_token_id=None, eos_token_id=None),
-        GPTNeoXConfig(
-            **{key: value for key, value in SMALL.items() if key != "num_key_value_heads"},
-            vocab_size=64,
-        ),
+        GPTNeoXConfig(**plain, vocab_size=64),
     ):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
         model.generation_config.eos_token_id = None
         prompt = prompt_ids(20)
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=44)[

@@ -249,12 +249,12 @@ def test_a_stopwatch_gives_each_part_the_time_since_the_last_mark() -> None:
 
 
 def test_the_runner_marks_its_parts_in_order_and_only_while_watched(engine: Engine) -> None:
-    before = engine.runner.mark
+    before = engine.runner.eager.mark
     with watching(engine.runner) as stopwatch:
         list(engine.generate([1, 2, 3], Sampling(max_new_tokens=5, ignore_eos=True)))
     assert stopwatch.marks[:5] == ["begin", "heads", "forward", "acceptance", "commit"]
     assert len(stopwatch.marks) % 5 == 0
-    assert engine.runner.mark is before
+    assert engine.runner.eager.mark is before
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "greedy", "typical", "exact"])
@@ -382,7 +382,7 @@ def test_without_matplotlib_plot_is_refused_in_one_line(
 
 
 def test_figures_of_calibrated_heads_are_not_called_simulated(engine: Engine) -> None:
-    engine.use_accuracy(Accuracy(((0.5, 0.6), (0.3, 0.4))))
+    engine.trees.use_accuracy(Accuracy(((0.5, 0.6), (0.3, 0.4))))
     job = BenchJob(PROMPTS[:1], ["greedy"], Sampling(max_new_tokens=4), 1, contexts=(16,))
     measured = bench(engine, job, silent) | {"load_seconds": 1.0, "device": "d"}
     assert measured["steps"][0]["tree"]["simulated"] is None

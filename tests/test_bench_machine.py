@@ -34,7 +34,7 @@ from tests.helpers.quiet import quiet
 from tests.helpers.tiny import decode, make_engine, prompt_ids, random_backbone, random_heads
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.draft.plans import Outcome
+    from medusa_chat.decoding.report import StepReport
     from pathlib import Path
 
 CPU = torch.device("cpu")
@@ -260,7 +260,7 @@ def test_steps_are_timed_at_the_asked_number_of_cached_positions(
     lengths = set()
     step = Runner.step
 
-    def watched(self: Runner, *arguments: Any) -> Outcome:
+    def watched(self: Runner, *arguments: Any) -> StepReport:
         lengths.add(self.cache.length)
         return step(self, *arguments)
 

@@ -97,7 +97,7 @@ def test_it_answers_sensibly_over_several_turns(engine: Engine) -> None:
 def test_greedy_is_vanilla_in_every_tree(engine: Engine, tree: str) -> None:
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]
-        engine.use_tree(named_tree(tree))
+        engine.trees.use(named_tree(tree))
         plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=60))))
         steps = list(engine.generate(asked, Sampling(max_new_tokens=60)))
         assert ids_of(steps) == plain
@@ -115,7 +115,7 @@ def test_vanilla_is_transformers_generate(engine: Engine) -> None:
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: float) -> None:
-    engine.use_tree("mc_sim_7b_63")
+    engine.trees.use("mc_sim_7b_63")
     for seed, prompt in enumerate(PROMPTS):
         asked: list[Message] = [{"role": "user", "content": prompt}]
         drawn = Sampling(

@@ -1,4 +1,4 @@
-"""How programs are recorded, with a CUDA that only takes notes: streams, warm-ups, and a recording that fails."""
+"""Recording programs, with a CUDA that only takes notes: streams, warm-ups, failures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 class Notes:
-    """Stands in for torch.cuda: notes on which stream what happens. As torch does, it leaves the recording's stream in
-    place if a recording cannot be ended."""
+    """Stands in for torch.cuda and notes on which stream things happen.
+
+    As torch does, it leaves the recording's stream in place if a recording does not end well.
+    """
 
     def __init__(self) -> None:
         self.now = self.usual = self.Stream()
@@ -40,7 +42,7 @@ class Notes:
         def pool(self) -> Any:
             return self
 
-    def current_stream(self, device: Any = None) -> Any:
+    def current_stream(self, _device: Any) -> Any:
         return self.now
 
     def set_stream(self, stream: Any) -> None:
@@ -55,7 +57,7 @@ class Notes:
             self.now = before
 
     @contextmanager
-    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def graph(self, _graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         self.pools.append(pool)
         before, self.now = self.now, stream
@@ -78,17 +80,19 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Notes:
 
 def test_a_program_is_warmed_up_on_the_stream_that_records_it(cuda: Notes) -> None:
     graphs = CudaGraphs(torch.device("cpu"))
-    replay = graphs(("nodes",), cuda.program)
+    replay = graphs(("layout",), cuda.program)
     assert cuda.seen == [*["apart"] * WARM_UPS, "recording", "apart", "recorded"]
-    assert graphs.stream.waited == [cuda.usual]  # what the program reads is there
-    assert cuda.usual.waited == [graphs.stream]  # and what it wrote, for what follows
+    apart: Any = graphs.stream
+    assert apart.waited == [cuda.usual]  # what the program reads is there
+    assert cuda.usual.waited == [apart]  # and what it wrote, for what follows
     assert cuda.now is cuda.usual
     replay()
     graphs(("forward",), cuda.program)
-    assert graphs.first is replay.__self__  # type: ignore[attr-defined]
-    assert graphs.first.replayed == 1  # type: ignore[union-attr]
-    graphs(("settle",), cuda.program)
-    assert cuda.pools == [None, graphs.first, graphs.first]
+    first: Any = graphs.first
+    assert first is replay.__self__  # type: ignore[attr-defined]
+    assert first.replayed == 1
+    graphs(("acceptance",), cuda.program)
+    assert cuda.pools == [None, first, first]
 
 
 @pytest.mark.parametrize("fails_at", [0, WARM_UPS])
@@ -103,8 +107,8 @@ def test_a_recording_that_fails_leaves_the_usual_stream(
 
     graphs = CudaGraphs(torch.device("cpu"))
     with pytest.raises(type(error)):
-        graphs(("nodes",), program)
+        graphs(("layout",), program)
     assert cuda.now is cuda.usual
     assert cuda.usual.waited == [graphs.stream]
     assert graphs.first is None
-    graphs(("nodes",), cuda.program)()
+    graphs(("layout",), cuda.program)()

@@ -1,4 +1,4 @@
-"""Guesses copied from the conversation: the index against brute force, what is learnt, and that replies stay right."""
+"""Guesses copied from the conversation: the index, what it learns, and that replies stay right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOOP = [5, 9, 3, 7, 11, 2, 8]
 
 
 def by_brute_force(text: list[int]) -> tuple[list[int], int] | None:
-    """The chain behind the latest place where the longest run of GRAMS stood before, and the length of the match."""
+    """The chain after the latest occurrence of the longest run of GRAMS, and the match's length."""
     for gram in reversed(GRAMS):
         for place in range(len(text) - 1, gram - 1, -1):
             if gram < len(text) and text[place - gram : place] == text[-gram:]:
@@ -57,7 +57,8 @@ edits = st.lists(
 @given(edits=edits)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_proposals_are_those_of_brute_force_however_the_text_is_cut_and_goes_on(edits: Any) -> None:
-    copies, text = Copies(), []
+    copies = Copies()
+    text: list[int] = []
     for edit in edits:
         if isinstance(edit, int):
             copies.rewind(edit)
@@ -124,7 +125,7 @@ def test_a_model_without_heads_gains_from_copies_alone(
     steps = decode(engine, prompt, max_new_tokens=NEW)
     assert ids_of(steps) == expected
     assert {token.head for step in steps for token in step.tokens} == {0, COPIED}
-    assert Stats.of(steps).acceptance_length > 3
+    assert (Stats.of(steps).acceptance_length or 0) > 3
     assert "copied text only" in engine.trees.describe()
     sampling = {"mode": "exact", "temperature": 0.8, "seed": 3, "max_new_tokens": NEW}
     drawn = reply(make_engine(backbone), prompt, **(sampling | {"mode": "vanilla"}), sample=True)
@@ -154,10 +155,8 @@ def test_copies_fill_a_tree_whose_heads_know_nothing(loop_text: Any, tree: Any) 
     assert stats.accepted[COPIED] == len(copied) > 10
     assert stats.reached[COPIED] >= stats.accepted[COPIED]
     engine.trees.use_copies(False)
-    assert (
-        Stats.of(decode(engine, text[:12], max_new_tokens=NEW)).acceptance_length
-        < stats.acceptance_length / 1.5
-    )
+    without = Stats.of(decode(engine, text[:12], max_new_tokens=NEW))
+    assert 1.5 * (without.acceptance_length or 0) < (stats.acceptance_length or 0)
 
 
 def test_a_node_that_both_propose_counts_as_the_heads(loop_text: Any) -> None:

@@ -1,9 +1,10 @@
-"""Trees that follow confidence: the choice against a plain twin, that replies stay right, calibration, forecasts."""
+"""Dynamic trees: the choice against a plain twin, right replies, calibration, forecasts."""
 
 from __future__ import annotations
 
 import heapq
 import random
+from functools import partial
 from math import exp
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import medusa_chat
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.draft.selection import Selector
@@ -21,7 +22,7 @@ from medusa_chat.decoding.trees import copy_gain
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.copy_gain import CopyGain
 from medusa_chat.decoding.trees.growth import SUPERSET, dynamic_tree, grow, shaped_tree
-from medusa_chat.decoding.trees.tree import DynamicTree, Tree
+from medusa_chat.decoding.trees.tree import DynamicTree, NodePath, Tree
 from medusa_chat.events import COPIED, proposer
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import guess_reply, joint_ranks
@@ -47,7 +48,7 @@ NEVER = float("-inf")
 
 def chosen_by_heap(
     superset: Tree, nodes: int, guesses: Any, log_p: Any, chain: Any, chain_log_p: Any
-) -> list[tuple[float, tuple, tuple]]:
+) -> list[tuple[float, tuple[int, ...], NodePath]]:
     """The likeliest nodes as (log p, tokens of the path, path), in plain Python."""
     text = {
         path: tuple(guesses[depth][rank] for depth, rank in enumerate(path))
@@ -59,7 +60,8 @@ def chosen_by_heap(
         tokens = tuple(chain[:length])
         steps[tokens] = max(steps.get(tokens, NEVER), chain_log_p[length - 1])
         paths.setdefault(tokens, (*paths[tokens[:-1]], COPIED))
-    found, frontier = [], [(0.0, 0, ())]
+    found: list[tuple[float, tuple[int, ...], NodePath]] = []
+    frontier: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
     while frontier and len(found) < nodes:
         negative, _, tokens = heapq.heappop(frontier)
         found.append((-negative, tokens, paths[tokens]))
@@ -71,7 +73,7 @@ def chosen_by_heap(
 
 
 def drawn(seed: int, ties: bool) -> Any:
-    """A superset, guesses of heads without doubles, a chain that often goes along with them, and how likely all are."""
+    """A superset, guesses without doubles, a chain that often agrees, and how likely all are."""
     draw = random.Random(seed)
     depth, width = draw.randint(1, 4), draw.randint(1, 5)
     superset = random_tree(seed, draw.randint(4, 40), depth, width)
@@ -135,7 +137,7 @@ def test_the_choice_is_that_of_a_heap(seed: Any, ties: Any, copies: Any) -> None
     more=st.tuples(*[st.integers(0, 9)] * 3),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_room_for_other_supersets_changes_no_choice(
+def test_buffers_for_other_supersets_change_no_choice(
     seed: Any, ties: Any, copies: Any, more: Any
 ) -> None:
     """More paths, depth and width than the superset has."""
@@ -145,7 +147,7 @@ def test_room_for_other_supersets_changes_no_choice(
         a + b for a, b in zip((len(superset), superset.depth, superset.width), more, strict=True)
     )
     tight = Selector(superset, nodes, len(chain), CPU)
-    roomy = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
+    shared = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
     wide = (
         torch.full((depth, width), 11),
         torch.zeros(depth, width),
@@ -153,7 +155,7 @@ def test_room_for_other_supersets_changes_no_choice(
     for table, values in zip(wide, (guesses, log_p), strict=True):
         table[: superset.depth, : superset.width] = torch.tensor(values)
     found = []
-    for selector, own in ((tight, (torch.tensor(guesses), torch.tensor(log_p))), (roomy, wide)):
+    for selector, own in ((tight, (torch.tensor(guesses), torch.tensor(log_p))), (shared, wide)):
         chances = selector.along_paths(own[1])
         drawn_chain = torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
         chosen = selector.choose(torch.tensor([99]), own[0], chances, *drawn_chain)
@@ -181,15 +183,15 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
     gain.set_paths(sorted(likely.items(), key=lambda known: -known[1]))
     gain.add(guesses, Copied(tuple(chain), tuple(chain_log_p), 1), followed)
     for nodes in range(1, len(superset) + CHAIN + 1):
-        with_copies, without = (
-            {branch for _, branch, _ in chosen_by_heap(superset, nodes, guesses, log_p, *copies)}
-            for copies in ((chain, chain_log_p), ([], []))
-        )
+        heap = partial(chosen_by_heap, superset, nodes, guesses, log_p)
+        with_copies = {branch for _, branch, _ in heap(chain, chain_log_p)}
+        without = {branch for _, branch, _ in heap([], [])}
         lengths = [
             sum(tuple(followed[:n]) in kept for n in range(1, CHAIN + 1))
             for kept in (with_copies, without)
         ]
-        assert gain.of(nodes) == pytest.approx((lengths[0] - lengths[1]) / (1 + copy_gain.GAIN_PRIOR))
+        gained = (lengths[0] - lengths[1]) / (1 + copy_gain.GAIN_PRIOR)
+        assert gain.of(nodes) == pytest.approx(gained)
 
 
 def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +211,10 @@ def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_is_a_tree(tensors: Any, paths: Any, tokens: Any) -> list[tuple[int, ...]]:
-    """Parents before children, and the topology that the paths say; returns each node's tokens from below the root."""
+    """Check order and topology; returns each node's tokens from below the root."""
     where = {path: row for row, path in enumerate(paths)}
-    assert paths[0] == () and tokens[0] == 99
+    assert paths[0] == ()
+    assert tokens[0] == 99
     parents, depths = tensors.parents.tolist(), tensors.depths.tolist()
     branches: list[tuple[int, ...]] = [()]
     for row, path in enumerate(paths[1:], 1):
@@ -311,7 +314,7 @@ def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbon
 
 
 def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
-    """The runner's choice at real steps, from the heads' logits on the text so far, calibrated by hand."""
+    """The runner's choice at real steps, from the heads' logits, calibrated by hand."""
     lines = ((1.4, 0.2), (0.8, -0.1), (1.1, 0.3), (0.6, 0.0))
     heads, superset = random_heads(backbone), random_tree(4, 60, 4, 5, spine=4)
     accuracy = Accuracy(PUBLISHED.top, calibration=lines)
@@ -325,8 +328,10 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
                 heads.logits(hidden, backbone.lm_head)[:, 0].log_softmax(-1).topk(superset.width)
             )
         guesses = likeliest.indices.tolist()
-        heard = zip(lines, likeliest.values.tolist(), strict=True)
-        said = [[min(0.0, scale * value + shift) for value in row] for (scale, shift), row in heard]
+        calibrated = zip(lines, likeliest.values.tolist(), strict=True)
+        said = [
+            [min(0.0, scale * value + shift) for value in row] for (scale, shift), row in calibrated
+        ]
         copied = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2) if step % 2 else None
         report = runner.step(root, DynamicTree(superset, 12), rule, copied)
         chain = (list(copied.tokens), list(copied.log_p)) if copied else ([], [])
@@ -342,15 +347,16 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
     assert len(seen) > 5
 
 
-def test_the_last_tree_is_told_with_its_proposers(backbone: Any, greedy_text: Any) -> None:
+def test_the_last_tree_shows_its_proposers(backbone: Any, greedy_text: Any) -> None:
     engine = make_engine(
         backbone, OracleHeads(4, 64, greedy_text, (0, 1)), "dynamic-16", copies=True
     )
     for step in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
         shown = engine.candidates()
+        assert shown is not None
         assert len(shown.paths) == len(shown.texts) == step.nodes == 16
-        told = [proposer(shown.paths[row]) for row in shown.accepted]
-        assert told[: len(step.tokens)] == [token.head for token in step.tokens][: len(told)]
+        heads = [proposer(shown.paths[row]) for row in shown.accepted]
+        assert heads[: len(step.tokens)] == [token.head for token in step.tokens][: len(heads)]
 
 
 # ---- names, forecasts, calibration ----
@@ -360,8 +366,10 @@ def test_trees_by_name(backbone: Any) -> None:
     accuracy = PUBLISHED.pruned(3, 64)
     tree = shaped_tree("dynamic-16", accuracy)
     assert (len(tree), tree.depth, tree.origin) == (16, 3, "dynamic-16")
+    assert isinstance(tree, DynamicTree)
     assert len(tree.superset) == min(SUPERSET, 1 + 5 + 25 + 125)
     static = shaped_tree("static-16", accuracy)
+    assert isinstance(static, Tree)
     assert (static.paths, static.origin) == (grow(accuracy, 16)[0].paths, "static-16")
     assert shaped_tree("chain-2", accuracy).origin == "chain of 2"
     for name in ("dynamic-1", "static-0", "dynamic-257", "static-99999999999"):
@@ -411,23 +419,26 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
         "What is the capital of France?",
         "I need a cheap hotel, please.",
     ]
-    accuracy, replies, lengths = engine.runner.accuracy, [], {}
+    accuracy = engine.runner.accuracy
+    replies: list[Guessed] = []
+    lengths: dict[str, float] = {}
     assert len(accuracy.calibration) == engine.heads
     for name in ("static-12", "dynamic-12"):
         engine.trees.use(name)
         stats = Stats()
         for text in said:
-            ids = engine.encode([{"role": "user", "content": text}])
+            asked: list[Message] = [{"role": "user", "content": text}]
+            ids = engine.encode(asked)
             steps = list(engine.generate(ids, Sampling(max_new_tokens=96)))
             for step in steps:
                 stats.add(step)
             if name == "dynamic-12":
                 ranks, log_p = guess_reply(engine, ids, ids_of(steps))
                 replies.append(Guessed(joint_ranks(ranks), log_p))
-        lengths[name] = stats.acceptance_length
-    assert dynamic_length(engine.trees.current, accuracy, replies) == pytest.approx(
-        lengths["dynamic-12"], rel=0.02
-    )
+        lengths[name] = stats.acceptance_length or 0.0
+    tree = engine.trees.current
+    assert isinstance(tree, DynamicTree)
+    assert dynamic_length(tree, accuracy, replies) == pytest.approx(lengths["dynamic-12"], rel=0.02)
     assert lengths["dynamic-12"] > lengths["static-12"] - 0.1
     assert "expected" in engine.trees.describe()
 

@@ -1,4 +1,4 @@
-"""The four modes: greedy is lossless, exact follows vanilla sampling and the backbone's law, typical is seeded."""
+"""The four modes: greedy is lossless, exact follows vanilla sampling, typical is seeded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.trees import pause
 from medusa_chat.decoding.trees.accuracy import Accuracy
@@ -82,7 +82,7 @@ def test_greedy_equals_vanilla_with_any_tree_and_heads(
 
 
 def test_deep_paths_are_really_accepted(backbone: Any, greedy_text: Any) -> None:
-    """A perfect oracle fills every step; one whose truth stands at changing ranks uses many different branches."""
+    """A perfect oracle fills every step; one with changing ranks uses many branches."""
     steps = decode(
         make_engine(backbone, oracle(backbone, greedy_text, (0,)), "chain-4"),
         PROMPT,
@@ -93,16 +93,16 @@ def test_deep_paths_are_really_accepted(backbone: Any, greedy_text: Any) -> None
     engine = make_engine(backbone, oracle(backbone, greedy_text, (0, 1, 2, 3)), "mc_sim_7b_63")
     rows = set()
     for _ in engine.generate(PROMPT, Sampling(max_new_tokens=NEW)):
-        rows.add(engine.candidates().accepted)
+        shown = engine.candidates()
+        assert shown is not None
+        rows.add(shown.accepted)
     assert max(map(len, rows)) >= 4
     assert len(rows) >= 6
     assert any(row != tuple(range(len(row))) for row in rows)
 
 
-def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats(
-    greedy_text: Any,
-) -> None:
-    """Real heads with a real acceptance length above 1: a model that falls into a loop, heads as they start out."""
+def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats() -> None:
+    """Real heads accept guesses where the model loops: heads as they start out."""
     from medusa_chat.model.heads import MedusaHeads
 
     backbone = random_backbone(initializer_range=0.02, tie_word_embeddings=True)
@@ -218,7 +218,7 @@ VOCABULARY, DRAWS = 8, 1200
     ],
 )
 def test_sampled_pairs_follow_the_law_of_the_backbone(law: Any) -> None:
-    """Two tokens jointly, over many seeds, against the law computed apart from the engine in float64."""
+    """Two tokens jointly, over many seeds, against the law computed in float64."""
     model = random_model(vocabulary=VOCABULARY, seed=4, initializer_range=0.2)
     law_of_pairs = _law_of_pairs(model, prompt := prompt_ids(6, VOCABULARY), law)
     backbone = Backbone(model)
@@ -238,7 +238,9 @@ def test_sampled_pairs_follow_the_law_of_the_backbone(law: Any) -> None:
     _assert_fits(counts, expected)
 
 
-def _law_of_pairs(model: Any, prompt: list[int], law: dict) -> dict[tuple[int, int], float]:
+def _law_of_pairs(
+    model: Any, prompt: list[int], law: dict[str, Any]
+) -> dict[tuple[int, int], float]:
     first = _law(model, prompt, law)
     return {
         (a, b): float(first[a] * p)
@@ -248,11 +250,11 @@ def _law_of_pairs(model: Any, prompt: list[int], law: dict) -> dict[tuple[int, i
     }
 
 
-def _law(model: Any, text: list[int], law: dict) -> list[float]:
-    """The next token's distribution: temperature, then top-k, top-p, min-p, each renormalized, in plain Python."""
+def _law(model: Any, text: list[int], law: dict[str, Any]) -> list[float]:
+    """The next token's law: temperature, then top-k, top-p, min-p, each renormalized."""
     with torch.inference_mode():
         logits = model(torch.tensor([text])).logits[0, -1].double()
-    p = (logits / law["temperature"]).softmax(-1).tolist()
+    p: list[float] = (logits / law["temperature"]).softmax(-1).tolist()
     order = sorted(range(VOCABULARY), key=lambda token: -p[token])
     if "top_k" in law:
         p = _renormalized(p, order[: law["top_k"]])
@@ -273,8 +275,8 @@ def _renormalized(p: list[float], kept: list[int]) -> list[float]:
     return [value / mass if token in kept else 0.0 for token, value in enumerate(p)]
 
 
-def _assert_fits(counts: Counter, expected: dict) -> None:
-    """Pearson's chi-square with rare cells pooled; the bound is about the 99.9% quantile (Wilson and Hilferty)."""
+def _assert_fits(counts: Counter[tuple[int, int]], expected: dict[tuple[int, int], float]) -> None:
+    """Pearson's chi-square, rare cells pooled; below about the 99.9% quantile (Wilson-Hilferty)."""
     common = {pair for pair, mean in expected.items() if mean >= 5}
     cells = [(counts[pair], expected[pair]) for pair in common]
     rest = [pair for pair in expected if pair not in common]
@@ -305,14 +307,16 @@ def test_a_prompt_that_cannot_be_answered_is_refused(backbone: Any) -> None:
 def test_messages_go_through_the_chat_template() -> None:
     backbone = random_backbone(vocabulary=260)
     engine = make_engine(backbone)
-    ids = engine.encode([{"role": "user", "content": "hé <|end|>"}])
+    asked: list[Message] = [{"role": "user", "content": "hé <|end|>"}]
+    ids = engine.encode(asked)
     assert engine.tokenizer.decode(ids) == "<|user|>hé <|end|><|end|><|assistant|>"
     refusing = "{{ raise_exception('System role not supported') }}"
     from tests.helpers.tiny import tokenizer
 
     strict = make_engine(backbone, tokenizer=tokenizer(refusing))
+    brief: list[Message] = [{"role": "system", "content": "be brief"}]
     with pytest.raises(UserError, match="System role not supported"):
-        strict.generate([{"role": "system", "content": "be brief"}], Sampling())
+        strict.generate(brief, Sampling())
 
 
 def test_probes_are_vanilla_steps_among_the_tree_steps(backbone: Any, greedy_text: Any) -> None:
@@ -361,6 +365,7 @@ def test_candidates_show_the_last_tree_step(backbone: Any, greedy_text: Any) -> 
     reply_steps = engine.generate(PROMPT, Sampling(max_new_tokens=NEW))
     step = next(reply_steps)
     shown = engine.candidates()
+    assert shown is not None
     assert shown.paths == ((), (0,), (1,), (0, 0))
     assert shown.accepted == (0, 1, 3)
     assert [shown.texts[row] for row in shown.accepted] == [token.text for token in step.tokens]
@@ -386,7 +391,7 @@ def test_candidates_are_the_guesses_of_the_heads_on_the_last_kept_token(backbone
         root = report.next
 
 
-def test_a_tree_is_pruned_to_the_heads_and_the_user_is_told(backbone: Any) -> None:
+def test_a_tree_is_pruned_to_the_heads_and_a_notice_says_so(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone, 2), "mc_sim_7b_63")
     assert engine.trees.current.depth == 2
     assert len(engine.notices) == 1

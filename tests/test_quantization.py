@@ -29,7 +29,8 @@ from medusa_chat.model.linear.quantization import (
     quantize_linear,
     settle_4bit,
 )
-from medusa_chat.model.loading import load_model, load_pretrained
+from medusa_chat.model.loading import load_model
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.prompts import Prompt
 from medusa_chat.shapes import Shape
 from tests.helpers.tiny import reply, save_model

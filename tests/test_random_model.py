@@ -15,7 +15,7 @@ from medusa_chat.config import Message, ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.loading import load_pretrained
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.shapes import SHAPES, Shape
 from tests.helpers.tiny import reply, tokenizer
 

@@ -19,7 +19,8 @@ TOKENIZER = tokenizer()
 
 
 def encode(text: str) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def run(
@@ -30,7 +31,7 @@ def run(
     chunk: int = 1,
     **changes: Any,
 ) -> Any:
-    """Feed ids some at a time, as steps do; returns the texts of the tokens taken and why it ended."""
+    """Feed ids some at a time, as steps do; returns the texts taken and the reason for the end."""
     reply = Reply(TOKENIZER, Sampling(**({"max_new_tokens": 10**6} | changes)), eos, left)
     taken = []
     for start in range(0, len(ids), chunk):
@@ -64,7 +65,7 @@ def test_any_text_comes_out_as_it_went_in(text: Any, chunk: Any) -> None:
 )
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_any_ids_are_decoded_without_an_error(ids: Any, stop: Any) -> None:
-    """A random model writes broken UTF-8, special tokens and ids that the tokenizer does not have."""
+    """A random model writes broken UTF-8, special tokens and ids that no tokenizer has."""
     texts, _ = run(ids, stop=tuple(filter(None, [TOKENIZER.decode(stop)])), eos=frozenset())
     assert len(texts) <= len(ids)
 
@@ -81,7 +82,7 @@ def test_special_tokens_are_not_shown() -> None:
 
 
 def test_a_tokenizer_that_marks_words_by_a_leading_space() -> None:
-    """SentencePiece style: the space before the first word is no part of the text, those between words are."""
+    """SentencePiece style: the space before the first word is no part of the text."""
     vocabulary = {
         "▁Hello": 0,
         "▁there": 1,
@@ -101,7 +102,7 @@ def test_a_tokenizer_that_marks_words_by_a_leading_space() -> None:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     ids = [0, 1, 2, 7, 3, 4, 5, 6, 0, 1]
     reply = Reply(made, Sampling(), frozenset(), 100)
     texts = [token.text for token in reply.take(ids, [0] * len(ids))]
@@ -224,7 +225,7 @@ def test_bytes_that_make_no_character_do_not_end_the_stream() -> None:
     vocabulary = {"a": 0, "b": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    llama = PreTrainedTokenizerFast(tokenizer_object=backend)
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     ids = [0, 2 + 0x37, 2 + 0x81, 1, 2 + 0xC3, 2 + 0xA9, 0]
     reply = Reply(llama, Sampling(), frozenset(), 100)
     assert [token.text for token in reply.take(ids, [0] * len(ids))] == [

@@ -1,5 +1,8 @@
-"""The static step, recorded and replayed on the CPU, against the eager step: same text in every mode, whatever changes
-between the replays; what is recorded when, and what is kept; and steps that cannot be recorded."""
+"""The static step, recorded and replayed on the CPU, against the eager step.
+
+The text is the same in every mode, whatever changes between the replays. And: what is recorded
+when, what is kept, and steps that cannot be recorded.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,6 @@ from tests.helpers.tiny import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.graphs.static_step import Key, Program
     from medusa_chat.model.backbone import Backbone
@@ -65,13 +66,13 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.fixture(autouse=True)
-def tape(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    """Steps that are not eager are recordings, with spans short enough that texts outgrow several."""
+def tape(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Record steps that are not eager, with spans so short that texts outgrow several."""
     recorder = Recorder()
     monkeypatch.setattr(fast, "not_recorded", recorder)
     monkeypatch.setattr(static_step, "SHORTEST_SPAN", 16)
     monkeypatch.setattr(static_step, "ROWS", 32)
-    yield recorder
+    return recorder
 
 
 def pair(kind: str, **settings: Any) -> tuple[Engine, Engine]:
@@ -129,7 +130,7 @@ def test_copies_alone_without_heads(tape: Recorder) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("how", SAMPLINGS)
-def test_an_outcome_is_that_of_the_eager_step(name: str, how: str) -> None:
+def test_a_report_is_that_of_the_eager_step(name: str, how: str) -> None:
     """Step by step, down to the buffers; the static step goes through every span on the way."""
     rule = make_rule(SAMPLINGS[how])
     both = runners(random_backbone("gemma2"))
@@ -181,7 +182,7 @@ def families() -> dict[str, list[AnyTree]]:
 def test_after_one_step_no_setting_and_no_tree_records_anything(
     family: str, copied: Any, tape: Recorder
 ) -> None:
-    """Modes (vanilla among them), numbers, seeds, trees of as many nodes, and other accuracies; to and fro."""
+    """Modes (vanilla too), numbers, seeds, trees of as many nodes, other accuracies; to and fro."""
     trees = families()[family]
     assert {len(tree) for tree in trees} == {12}
     both = runners(random_backbone("llama"))

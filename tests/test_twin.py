@@ -33,7 +33,7 @@ from tests.helpers.tiny import (
 )
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.draft.plans import Outcome
+    from medusa_chat.decoding.report import StepReport
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
@@ -55,7 +55,7 @@ class TwoSteps(Runner):
         super().__init__(*arguments)
         self.eager = eager
 
-    def step(self, *arguments: Any) -> Outcome:
+    def step(self, *arguments: Any) -> StepReport:
         outcome = super().step(*arguments)
         return (
             outcome

@@ -13,12 +13,12 @@ from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
-from medusa_chat.terminal.reports import report
+from medusa_chat.terminal.reports import checks
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.draft.plans import Outcome
+    from medusa_chat.decoding.report import StepReport
     from medusa_chat.decoding.engine import Engine
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
@@ -55,7 +55,7 @@ def test_verify_finds_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 
     def faulty(
         self: Runner, root: int, tree: object, rule: object, copied: object = None
-    ) -> Outcome:
+    ) -> StepReport:
         outcome = correct(self, root, tree, rule, copied)  # type: ignore[arg-type]
         wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
         return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome

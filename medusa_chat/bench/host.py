@@ -6,6 +6,8 @@ from itertools import pairwise
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
+from medusa_chat.decoding.graphs.static_step import StaticStep
+
 if TYPE_CHECKING:
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
@@ -19,13 +21,13 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     Returns:
         {"steps", "median_ms", "p90_ms"}; None if steps are eager or fewer than three were taken.
     """
-    if engine.runner.static is not None:
+    if engine.runner.fast is not None:
         list(engine.generate(prompt, sampling))  # captures the steps, or makes them eager
-    static = engine.runner.static
-    if static is None:
+    static = engine.runner.fast
+    if not isinstance(static, StaticStep):
         return None
     times = [
-        (static.started, static.learned) for step in engine.generate(prompt, sampling) if step.nodes
+        (static.started, static.finished) for step in engine.generate(prompt, sampling) if step.nodes
     ]
     gaps = [started - learned for (_, learned), (started, _) in pairwise(times)]
     if len(gaps) < 2:

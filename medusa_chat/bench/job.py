@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.decoding.trees.choice import TIMED_LENGTH
+from medusa_chat.decoding.trees.costs import TIMED_LENGTH
 from medusa_chat.events import Step
 
 if TYPE_CHECKING:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import gumbel, make_warp
+from medusa_chat.decoding.acceptance import Numbers, temper, truncate
+from medusa_chat.decoding.noise import gumbel
 from medusa_chat.model.attention.tree_attention import chain_mask
 from medusa_chat.model.linear.quantization import quant_of
 
@@ -41,7 +41,7 @@ def score_gap(
     limit /= sampling.temperature
     if any(at_an_edge(logits, token, sampling, NOISE_FACTOR * noise) for token in (a, b)):
         return limit, limit
-    scores = make_warp(replace(sampling, top_p=1.0, top_k=0, min_p=0.0))(logits)
+    scores = temper(logits, sampling.temperature)
     position = torch.tensor([len(text)], device=scores.device)
     scores = scores + gumbel(sampling.seed, position, scores.shape[-1])
     return abs(float(scores[0, a] - scores[0, b])), limit
@@ -91,5 +91,7 @@ def at_an_edge(logits: Tensor, token: int, sampling: Sampling, noise: float) -> 
     for change in (-noise, noise):
         rounded = logits.clone()
         rounded[0, token] += change
-        kept.append(bool(make_warp(sampling)(rounded)[0, token].isfinite()))
+        scores = temper(rounded, sampling.temperature)
+        scores = truncate(scores, *Numbers.of(sampling)[1:4])
+        kept.append(bool(scores[0, token].isfinite()))
     return kept[0] != kept[1]

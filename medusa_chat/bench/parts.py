@@ -71,12 +71,12 @@ class Stopwatch:
 def watching(runner: Runner) -> Iterator[Stopwatch]:
     """Time the parts of the runner's steps inside the block."""
     stopwatch = Stopwatch(runner.backbone.device)
-    before = runner.mark
-    runner.mark = stopwatch
+    before = runner.eager.mark
+    runner.eager.mark = stopwatch
     try:
         yield stopwatch
     finally:
-        runner.mark = before
+        runner.eager.mark = before
 
 
 def step_parts(

@@ -51,7 +51,7 @@ def bench(engine: Engine, job: BenchJob, progress: ProgressBar) -> Result:
     if not job.modes:
         raise UserError("bench needs at least one mode")
     _check(engine, job)
-    tree = engine.describe_tree()  # timing the steps later may change the choice
+    tree = engine.trees.describe()  # timing the steps later may change the choice
     prompts = fitting(engine, job.prompts)
     ids = [engine.encode(prompt.opening()) for prompt in prompts[:PARTS_PROMPTS]]
     eager = _compare_captured(engine, ids)
@@ -96,7 +96,7 @@ def _reply_figures(rounds: list[Round], job: BenchJob) -> Result:
 
 def _compare_captured(engine: Engine, prompts: list[list[int]]) -> Result:
     """Compare captured steps with eager ones; nothing where steps are eager anyway."""
-    if engine.runner.static is None:
+    if engine.runner.fast is None:
         return {}
     return {"eager": compare_with_eager(engine, prompts)}
 

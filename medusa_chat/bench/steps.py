@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.bench.bandwidth import step_bytes
 from medusa_chat.config import MAX_NODES, UserError
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
-from medusa_chat.decoding.trees.choice import StepCost, fastest, kinds, measure, options
+from medusa_chat.decoding.trees.choice import StepCost, fastest, options
+from medusa_chat.decoding.trees.costs import measure
+from medusa_chat.decoding.trees.growth import kinds
 
 if TYPE_CHECKING:
     from medusa_chat.bench.job import Tick
@@ -39,16 +41,16 @@ def measure_steps(engine: Engine, contexts: tuple[int, ...], tick: Tick) -> list
         the heads' accuracies. If they are not calibrated, its "simulated" names the source.
     """
     check_contexts(engine, contexts)
-    accuracy = (engine.accuracy or PUBLISHED).pruned(engine.heads, engine.backbone.vocabulary)
+    accuracy = (engine.trees.accuracy or PUBLISHED).pruned(engine.heads, engine.backbone.vocabulary)
     found = []
     for done, context in enumerate(contexts, 1):
         engine.forget()
         costs = {
-            kind: measure(engine.runner, accuracy, tree_of=tree_of, length=context, budget=inf)
-            for kind, tree_of in kinds(accuracy).items()
+            kind: measure(engine.runner, accuracy, kind, length=context, budget=inf)
+            for kind in kinds(accuracy)
         }
         tree = _best_tree(accuracy, costs)
-        tree["simulated"] = None if engine.accuracy else SIMULATED
+        tree["simulated"] = None if engine.trees.accuracy else SIMULATED
         found.append({"context": context, **_cost_figures(costs["static"]), "tree": tree})
         tick(done, len(contexts))
     return found

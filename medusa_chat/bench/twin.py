@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,15 @@ def compare_in_float32(load: Callable[..., Engine], conversations: Sequence[Any]
 @contextmanager
 def same_tree(engine: Engine) -> Iterator[None]:
     """Make the engine verify TREE inside the block."""
-    policy = engine.policy
-    engine.policy = deepcopy(policy)
+    trees = engine.trees
+    engine.trees = copy(trees)
+    engine.trees.policy = deepcopy(trees.policy)
     if engine.heads:
-        engine.use_tree(TREE)
+        engine.trees.use(TREE)
     try:
         yield
     finally:
-        engine.policy = policy
+        engine.trees = trees
 
 
 def agreement(ours: Ids, theirs: Ids) -> Figures:
@@ -125,9 +126,9 @@ def _replies(engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, flo
     """Ids of each reply, and tokens/s. The first prompt is also answered once to warm up."""
     ids: Ids = []
     seconds = 0.0
-    copies = engine.copies
+    copies = engine.trees.copies
     # A typical reply depends on the tree, and copies on earlier replies.
-    engine.copies = copies and sampling.mode != "typical"
+    engine.trees.use_copies(copies and sampling.mode != "typical")
     try:
         for number, prompt in enumerate([prompts[0], *prompts]):
             engine.forget()
@@ -136,6 +137,6 @@ def _replies(engine: Engine, prompts: Ids, sampling: Sampling) -> tuple[Ids, flo
                 ids.append([token.id for step in steps for token in step.tokens])
                 seconds += sum(step.seconds for step in steps)
     finally:
-        engine.copies = copies
+        engine.trees.use_copies(copies)
     tokens = sum(map(len, ids))
     return ids, round(tokens / seconds, 2) if seconds else 0.0

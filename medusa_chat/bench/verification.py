@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.bench.near_ties import score_gap
 from medusa_chat.bench.peers import TransformersPeer
-from medusa_chat.decoding.trees.accuracy import dynamic_tree
+from medusa_chat.decoding.trees.growth import dynamic_tree
 from medusa_chat.decoding.trees.tree import AnyTree, Tree, chain, named_tree, paper_trees
 from medusa_chat.text import common_prefix
 
@@ -155,14 +155,14 @@ class _Check:
 
     def _vanilla(self, prompt: list[int], sampling: Sampling, *, sample: bool) -> list[int]:
         vanilla = replace(sampling, mode="vanilla", sample=sample)
-        return self._reply(prompt, vanilla, self.engine.tree)
+        return self._reply(prompt, vanilla, self.engine.trees.current)
 
     def _reply(
         self, prompt: list[int], sampling: Sampling, tree: AnyTree, *, copies: bool = False
     ) -> list[int]:
         engine = self.engine
-        engine.use_tree(tree)
-        engine.use_copies(copies)
+        engine.trees.use(tree)
+        engine.trees.use_copies(copies)
         engine.notices.clear()
         return [token.id for step in engine.generate(prompt, sampling) for token in step.tokens]
 
@@ -173,7 +173,7 @@ def trees_to_check(engine: Engine, seed: int) -> dict[str, AnyTree]:
     They are the engine's own, every released one, a chain, two random and two dynamic ones.
     """
     rng = random.Random(seed)
-    named: dict[str, AnyTree] = {"auto": engine.tree}
+    named: dict[str, AnyTree] = {"auto": engine.trees.current}
     named |= {name: named_tree(name) for name in paper_trees()}
     named[f"chain-{engine.heads}"] = chain(engine.heads)
     for nodes in (12, 40):

@@ -6,14 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from medusa_chat.config import (
-    MAX_CONTEXT,
-    MAX_NODES,
-    LoadOptions,
-    Message,
-    Sampling,
-    UserError,
-)
+from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
 from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.reply import Reply, eos_ids
 from medusa_chat.decoding.runner import Runner
@@ -218,21 +211,16 @@ class Engine:
         return tokens
 
     def _event(
-        self,
-        choice: Choice,
-        report: StepReport,
-        tokens: list[Token],
-        reply: Reply,
-        seconds: float,
+        self, choice: Choice, report: StepReport, tokens: list[Token], reply: Reply, seconds: float
     ) -> Step:
-        is_tree = len(choice.tree) > 1
-        if is_tree:
+        nodes = len(choice.tree)
+        if nodes > 1:
             self._last = report
         return Step(
             tokens=tuple(tokens),
-            nodes=len(choice.tree),
+            nodes=nodes,
             seconds=seconds,
-            kind="tree" if is_tree else "vanilla",
+            kind="tree" if nodes > 1 else "vanilla",
             depth=report.depth,
             finish=reply.finish,
             tested=report.tested(len(tokens) - bool(reply.finish)),

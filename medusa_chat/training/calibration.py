@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.decoding.trees.accuracy import Accuracy, dynamic_tree, grow, likeliest
+from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
 from medusa_chat.stats import Stats
 from medusa_chat.training.confidence import Guessed, calibrated
@@ -249,10 +250,10 @@ def check_forecast(
     trees = [tree for nodes in SIZES for tree in _best(accuracy, nodes)]
     checks = []
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    engine.use_copies(False)
-    engine.use_accuracy(accuracy)
+    engine.trees.use_copies(False)
+    engine.trees.use_accuracy(accuracy)
     for number, (tree, forecast) in enumerate(trees):
-        engine.use_tree(tree)
+        engine.trees.use(tree)
         conversations: list[Stats] = []
         for prompt in prompts:
             replies = (step for _, steps in answers(engine, prompt, sampling) for step in steps)

@@ -1,4 +1,4 @@
-"""A recording of tensor operations, replayed as a CUDA graph is: same operations, same memory, none of our Python."""
+"""A recording of tensor operations, replayed as a CUDA graph is: same operations and memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.graphs.static_step import Key, Program
 
 
-class Tape(TorchDispatchMode):
-    """Operations in order, with the tensors that they read and made. Refuses what a CUDA graph cannot record.
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations in order, with the tensors that they read and made.
 
-    Refused are a tensor's value or a shape that depends on it, and data of the host.
+    It refuses what a CUDA graph cannot record: a tensor's value, a shape that depends on it, and
+    data of the host.
     """
 
     refused = (
@@ -32,7 +33,7 @@ class Tape(TorchDispatchMode):
     )
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
     def __torch_dispatch__(
@@ -55,7 +56,7 @@ class Tape(TorchDispatchMode):
 
 
 def _memory(values: Any) -> set[int]:
-    """Where the tensors among these lie; empty ones lie nowhere, and packed weights tell no place."""
+    """Addresses of the tensors among these; empty ones and packed weights have none."""
     tensors = [
         value
         for value in tree_flatten(values)[0]
@@ -65,7 +66,7 @@ def _memory(values: Any) -> set[int]:
 
 
 class Recorder:
-    """Stands in for Captured: warms a program up as it does, records it, and returns what replays the recording.
+    """Stands in for CudaGraphs: warms a program up, records it, and returns what replays it.
 
     Attributes:
         made: how often each key was recorded; alive: recordings that somebody still holds.

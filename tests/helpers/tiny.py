@@ -1,4 +1,4 @@
-"""The smallest real things to test the engine on: random models of a few thousand weights, heads, a tokenizer."""
+"""The smallest real things to test the engine on: random models, heads, a tokenizer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SMALL = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-# Grouped queries, a head_dim that is not hidden / heads, windows shorter than the texts, softcaps that bite.
+# Windows are shorter than the texts, and softcaps small enough to matter.
 MIXED = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -117,7 +117,7 @@ def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **cha
     config_class, own = ARCHITECTURES[kind]
     torch.manual_seed(seed)
     config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
-    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
+    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))  # type: ignore[no-untyped-call]
     model.generation_config.eos_token_id = None
     return model.float().eval()
 
@@ -139,9 +139,9 @@ def random_heads(
 
 
 class OracleHeads:
-    """Stands in for MedusaHeads: knows the reply, and puts the right token at a random rank, or nowhere.
+    """Stands in for MedusaHeads: knows the reply, and puts the right token at a random rank.
 
-    `ranks` is the law: the rank of the truth is drawn from it, -1 means that the head misses.
+    The rank is drawn from `ranks`; -1 means that the head misses.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class OracleHeads:
         self.text, self.ranks, self.random = list(text), list(ranks), random.Random(seed)
         self.engine: Engine | None = None
 
-    def logits(self, hidden: Tensor, lm_head: Any) -> Tensor:
+    def logits(self, _hidden: Tensor, _lm_head: Any) -> Tensor:
         assert self.engine is not None
         rows = [
             self._guesses(self.engine.runner.cache.length + head)
@@ -176,7 +176,7 @@ class OracleHeads:
 
 
 def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Bytes 0 to 255 in the order of ByteLevel's alphabet (ids 0 to 93 are printable ASCII), then SPECIAL."""
+    """Bytes in the order of ByteLevel's alphabet (0 to 93 are printable ASCII), then SPECIAL."""
     alphabet = {
         character: index
         for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -185,7 +185,7 @@ def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     made.chat_template = template
     return made
 
@@ -200,12 +200,13 @@ def make_engine(
 
     `settings` are LOAD_OPTIONS, or arguments of Engine.
     """
-    settings = {"eos": frozenset(), "probing": False, "copies": False} | settings
+    usual: dict[str, Any] = {"eos": frozenset(), "probing": False, "copies": False}
+    usual |= settings
     named = tree if isinstance(tree, str) else "chain-1"
-    options = {name: settings.pop(name) for name in LOAD_OPTIONS & set(settings)}
+    options = {name: usual.pop(name) for name in LOAD_OPTIONS & set(usual)}
     options["tree"] = "auto" if heads is None else named
-    made = settings.pop("tokenizer", None) or tokenizer()
-    engine = Engine(backbone, heads, made, LoadOptions(**options), **settings)
+    made = usual.pop("tokenizer", None) or tokenizer()
+    engine = Engine(backbone, heads, made, LoadOptions(**options), **usual)
     if heads is not None and not isinstance(tree, str):
         engine.trees.use(tree)
     if isinstance(heads, OracleHeads):
@@ -233,7 +234,7 @@ PROMPT, NEW = prompt_ids(12), 48  # of the fixture `greedy_text`, and tokens of 
 
 
 def random_tree(seed: int, nodes: int, depth: int, width: int, spine: int = 0) -> Tree:
-    """A random prefix-closed set of paths, with the likeliest guesses of the first `spine` heads among them."""
+    """A random tree that has the likeliest guesses of the first `spine` heads."""
     chance = random.Random(seed)
     paths: set[tuple[int, ...]] = {(0,) * length for length in range(spine + 1)}
     for _ in range(50 * nodes):

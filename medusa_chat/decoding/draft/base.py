@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from medusa_chat.decoding.report import PackedInput, ReportLayout
+
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     from torch import Tensor
 
     from medusa_chat.decoding.acceptance import TreeTensors
-    from medusa_chat.decoding.report import PackedInput, ReportLayout
-    from medusa_chat.decoding.trees.tree import Tree
+    from medusa_chat.decoding.trees.tree import NodePath, Tree
     from medusa_chat.model.backbone import Backbone
 
 RANKED = 10  # guesses of each head that a step takes at least, and reports at most
@@ -70,6 +71,13 @@ class Draft(ABC):
     deepest: int
     shape: Hashable
     layout: ReportLayout
+
+    def _layout(
+        self, heads: int, selection: int, paths: Callable[[list[int]], tuple[NodePath, ...]]
+    ) -> ReportLayout:
+        """Lay the report out for so many heads, once `size` and `ranked` are set."""
+        ranked = min(self.ranked, RANKED)
+        return ReportLayout(self.size, selection, heads if ranked else 0, ranked, paths)
 
     @property
     @abstractmethod

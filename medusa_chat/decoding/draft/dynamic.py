@@ -9,21 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.draft.base import (
-    RANKED,
-    ROWS,
-    Draft,
-    Nodes,
-    next_size,
-    ranked_guesses,
-)
+from medusa_chat.decoding.draft.base import ROWS, Draft, Nodes, next_size, ranked_guesses
 from medusa_chat.decoding.draft.copies import CHAIN
 from medusa_chat.decoding.draft.selection import Selector
-from medusa_chat.decoding.report import PackedInput, ReportLayout
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
 from medusa_chat.model.attention import tree_attention as attention
 
 if TYPE_CHECKING:
+    from medusa_chat.decoding.report import PackedInput
     from medusa_chat.decoding.trees.accuracy import Accuracy
     from medusa_chat.model.backbone import Backbone
 
@@ -68,13 +61,8 @@ class DynamicDraft(Draft):
         self._selector = selector
         self.deepest = min(self.size - 1, max(heads, chain))
         self.shape = ("dynamic", self.size, self.ranked, chain, *shape, self.uses_confidence)
-        shown = min(self.ranked, RANKED)
-        self.layout = ReportLayout(
-            nodes=self.size,
-            selection=1 + self.size,
-            heads=heads if shown else 0,
-            ranked=shown,
-            paths=lambda selection: selector.paths(selection[1:], selection[0]),
+        self.layout = self._layout(
+            heads, 1 + self.size, lambda selection: selector.paths(selection[1:], selection[0])
         )
         self._log_p: Tensor | None = None  # [D, S], of each guess along each path, as measured
         if not self.uses_confidence:

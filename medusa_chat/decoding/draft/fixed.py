@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.draft.base import RANKED, Draft, Nodes, ranked_guesses
-from medusa_chat.decoding.report import PackedInput, ReportLayout
+from medusa_chat.decoding.draft.base import Draft, Nodes, ranked_guesses
 from medusa_chat.model.attention import tree_attention as attention
 
 if TYPE_CHECKING:
+    from medusa_chat.decoding.report import PackedInput
     from medusa_chat.decoding.trees.tree import Tree
     from medusa_chat.model.backbone import Backbone
 
@@ -28,14 +28,7 @@ class FixedDraft(Draft):
         self.ranked = ranked_guesses(tree, heads, backbone)
         self.deepest = min(self.size - 1, heads)
         self.shape = ("fixed", self.size, self.ranked)
-        shown = min(self.ranked, RANKED)
-        self.layout = ReportLayout(
-            nodes=self.size,
-            selection=0,
-            heads=heads if shown else 0,
-            ranked=shown,
-            paths=lambda _: tree.paths,
-        )
+        self.layout = self._layout(heads, 0, lambda _: tree.paths)
         self._tensors = TreeTensors.of(tree, backbone.device)
         self._mask: Tensor | None = None
         if self.size > 1:

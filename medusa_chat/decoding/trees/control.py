@@ -70,7 +70,7 @@ class TreeControl:
 
     @property
     def copies(self) -> bool:
-        """Whether steps propose copied text too."""
+        """True if steps propose copied text too."""
         return self.policy.copying
 
     def use(self, tree: str | AnyTree) -> None:

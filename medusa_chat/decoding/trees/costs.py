@@ -154,14 +154,14 @@ class _Times:
         self.seconds[nodes].append(seconds)
 
     def enough(self, turn: int) -> bool:
-        """Whether the budget may end the timing: after two rounds, or before with a slow model."""
+        """Let the budget end the timing: after two rounds, or before with a slow model."""
         if 2 * len(self.seconds) * _typical(self.seconds[1]) < BUDGET:
             return turn > 1  # preparation took so long, such as the capture of CUDA graphs
         timed = sum(nodes > 1 and bool(seconds) for nodes, seconds in self.seconds.items())
         return timed >= min(ENOUGH, len(self.seconds) - 1)
 
     def may_win(self, nodes: int) -> bool:
-        """Whether this count may be the fastest: it costs no less than any smaller one."""
+        """Report that a count may be the fastest; it costs no less than any smaller one."""
         if nodes == 1:
             return True
         known = {

@@ -105,7 +105,7 @@ class Policy:
 
     @property
     def adapts(self) -> bool:
-        """Whether measurements choose the tree."""
+        """True if measurements choose the tree."""
         return self._option is not None
 
     def begin(self, sampling: Sampling) -> None:
