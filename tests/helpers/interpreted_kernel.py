@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The Triton kernel against the reference, in Triton's interpreter.
-=======
-"""The Triton kernel against its plain twin, in Triton's interpreter.
->>>>>>> r-decoding
 
 tests/test_tree_kernel.py runs this file in a process of its own: the interpreter has to be chosen
 before anything imports triton.
@@ -83,11 +79,7 @@ def test_the_kernel_equals_the_reference(
     programs: int,
     seed: int,
 ) -> None:
-<<<<<<< HEAD
     """Keys and values are slices of a longer cache, which holds NaN after the step's rows."""
-=======
-    """Keys and values are cut out of a longer cache, which holds NaN after the text."""
->>>>>>> r-decoding
     span = 384
     mask = random_mask(seed, nodes, length, span, window)
     rows = len(mask.ancestors)
@@ -123,15 +115,10 @@ def test_the_text_has_the_length_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3-mixed", "gemma2"])
-<<<<<<< HEAD
 def test_text_is_that_of_the_eager_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' layers give groups, windows in some layers, softcaps, and a text that outgrows
     its span.
     """
-=======
-def test_text_is_that_of_the_eager_step(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through transformers' own layers: groups, windows, softcaps, spans that the text outgrows."""
->>>>>>> r-decoding
     monkeypatch.setattr(static_step, "SHORTEST_SPAN", 16)
     used = []
 
