@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it replaces `file` when the block ends.
+
+    If the block raises, `file` stays as it was and the temporary file is removed.
+    """
+    # Another process may write the same file.
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(file: Path, text: str) -> None:
@@ -16,13 +34,8 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: nothing was changed, and nothing half-written is left.
     """
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # another process may write the same file
-    try:
+    with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(file: Path, document: Any, *, indent: int | None = 1) -> None:
