@@ -146,13 +146,13 @@ def test_layers_that_differ_stay_apart() -> None:
         assert parent.up_proj is other
 
 
-def attention_layers() -> tuple[list[nn.Linear], list[nn.Module]]:
+def attention_layers() -> tuple[list[nn.Linear], list[Any]]:
     """Return three layers, and the shares of a copy of them."""
     parts = [nn.Linear(4, width) for width in (6, 2, 2)]
     parent = nn.Module()
     parent.q_proj, parent.k_proj, parent.v_proj = copy.deepcopy(parts)
     assert join_linears(parent) == 1
-    shares = [parent.q_proj, parent.k_proj, parent.v_proj]
+    shares: list[Any] = [parent.q_proj, parent.k_proj, parent.v_proj]
     assert all(isinstance(share, Share) for share in shares)
     return parts, shares
 

@@ -88,7 +88,7 @@ def acceptance_length(engine: Engine) -> float:
         step
         for text in prompts
         for step in engine.generate(
-            [{"role": "user", "content": text}], Sampling(max_new_tokens=80)
+            [Message(role="user", content=text)], Sampling(max_new_tokens=80)
         )
     ]
     return sum(len(step.tokens) for step in steps) / len(steps)

@@ -19,8 +19,9 @@ from medusa_chat.bench.run import bench, bench_steps, header
 from medusa_chat.bench.steps import measure_steps, positions_needed
 from medusa_chat.bench.twin import compare_in_float32
 from medusa_chat.config import Sampling, UserError, out_of_memory
-from medusa_chat.machine.devices import choose_device, choose_dtype, reset_peak_memory
+from medusa_chat.machine.devices import reset_peak_memory
 from medusa_chat.model.linear.quantization import as_quant
+from medusa_chat.model.loading import choose_device, choose_dtype
 from medusa_chat.prompts import read_prompts
 
 if TYPE_CHECKING:

@@ -162,7 +162,7 @@ def _quantization() -> Iterator[Finding]:
     """A tiny 4-bit product on each device, compared with the one of the same weights in 16 bits."""
     import torch
 
-    from medusa_chat.machine.devices import choose_dtype
+    from medusa_chat.model.loading import choose_dtype
 
     for name in _names():
         dtype = choose_dtype(torch.device(name), None)
@@ -241,7 +241,7 @@ def _models() -> Iterator[Finding]:
 
 def _default() -> Iterator[Finding]:
     """What a command without flags uses, by the same functions that choose then."""
-    from medusa_chat.machine.devices import choose_device, choose_dtype
+    from medusa_chat.model.loading import choose_device, choose_dtype
 
     device = choose_device("auto")
     dtype = choose_dtype(device, None)

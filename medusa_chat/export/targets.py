@@ -35,7 +35,7 @@ class Facts:
 
     @property
     def public(self) -> bool:
-        """Whether the backbone is named by a hub id."""
+        """True if the backbone is named by a hub id."""
         return not Path(self.base).is_absolute()
 
     @property

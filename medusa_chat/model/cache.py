@@ -95,7 +95,7 @@ class _Layer(CacheLayerMixin):
     """One layer's view of the shared buffer, as transformers' attention modules use it."""
 
     def __init__(self, cache: KVCache, layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
         self.keys: Tensor = cache.buffer[0, layer].unsqueeze(0)
         self.values: Tensor = cache.buffer[1, layer].unsqueeze(0)

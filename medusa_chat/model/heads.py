@@ -162,7 +162,8 @@ def decoding_heads(
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:
     """Split the columns by head: [n, K * hidden] -> [K, n, hidden]."""
-    return rows.unflatten(-1, (heads, -1)).transpose(0, 1)
+    columns: Tensor = rows.unflatten(-1, (heads, -1))
+    return columns.transpose(0, 1)
 
 
 def _convert_blocks(

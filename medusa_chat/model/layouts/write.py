@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_chat.config import UserError
+from medusa_chat.files import replacing
 from medusa_chat.hub.file_names import HEADS_FILE
 from medusa_chat.model.layouts.names import NAMINGS
 from medusa_chat.text import first_line
@@ -66,18 +67,15 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         UserError: the file cannot be written; nothing of it is left.
     """
     plain = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        if file.suffix == ".safetensors":
-            save_file(plain, temporary, {"format": "pt"})
-            temporary.chmod(0o666 & ~_umask())  # safetensors ignores the umask
-        else:
-            torch.save(plain, temporary)
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            if file.suffix == ".safetensors":
+                save_file(plain, temporary, {"format": "pt"})
+                temporary.chmod(0o666 & ~_umask())  # safetensors ignores the umask
+            else:
+                torch.save(plain, temporary)
     except (OSError, SafetensorError, RuntimeError) as error:  # of a full disk, the last two
         raise UserError(f"cannot write {file}: {first_line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
