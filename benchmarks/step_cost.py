@@ -22,14 +22,15 @@ from rich.table import Table
 
 from medusa_chat.bench.plan import RandomModel
 from medusa_chat.bench.shapes import random_engine
-from medusa_chat.config import Sampling
+from medusa_chat.config import LoadOptions, Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, grow
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.linear.quantization import as_quant
-from medusa_chat.model.loading import choose_device, choose_dtype, load_model
+from medusa_chat.model.loading import load_model
 from medusa_chat.shapes import SHAPES
 
 ROWS = (1, 4, 8, 16, 32, 64)
@@ -89,7 +90,7 @@ def runner(options: argparse.Namespace, quant: str, quant_heads: str) -> Runner:
     capacity = options.length + max(ROWS)
     if options.model not in SHAPES:
         spec = resolve_model(options.model, None, quant, quant_heads or "none")
-        loaded = load_model(spec, options.device, options.dtype)
+        loaded = load_model(spec, LoadOptions(device=options.device, dtype=options.dtype))
         return Runner(loaded.backbone, loaded.heads, capacity)
     device = choose_device(options.device)
     dtype = choose_dtype(device, options.dtype)

@@ -12,14 +12,13 @@ from rich.console import Console
 
 import medusa_chat
 from medusa_chat.bench import verification as verify
-from medusa_chat.bench.command import OWN_PROMPTS
 from medusa_chat.bench.figures import mode_figures, peer_figures
 from medusa_chat.bench.parts import Stopwatch, step_parts, watching
 from medusa_chat.bench.plan import Plan
 from medusa_chat.bench.replies import PEERS, Run, Turn, converse, fitting, ways_of
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import SHIPPED_PROMPTS, Sampling, UserError
 from medusa_chat.decoding.runner import Outcome, Runner
 from medusa_chat.decoding.trees import choice as tuning
 from medusa_chat.decoding.trees.accuracy import Accuracy
@@ -218,7 +217,7 @@ def test_prompts_that_do_not_fit_are_left_out(engine: Engine) -> None:
 
 
 def test_the_prompts_that_come_along_have_categories_and_follow_ups() -> None:
-    prompts = read_prompts([OWN_PROMPTS])
+    prompts = read_prompts([SHIPPED_PROMPTS])
     categories = [prompt.category for prompt in prompts]
     assert min(categories.count(name) for name in set(categories)) >= 2
     assert "repeat" in categories
@@ -357,7 +356,7 @@ def test_an_interrupt_is_one_line(
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("medusa_chat.bench.command.measure", interrupted)
+    monkeypatch.setattr("medusa_chat.bench.measure.measure", interrupted)
     assert main(["bench"]) == 130
     told = capsys.readouterr()
     assert told.out == ""

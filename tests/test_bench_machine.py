@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from medusa_chat.bench import bandwidth, command, history, shapes, twin
+from medusa_chat.bench import bandwidth, history, measure, shapes, twin
 from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_bytes, step_bytes
 from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.plan import RandomModel
@@ -438,9 +438,9 @@ def test_one_call_tells_the_whole_story_of_a_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The CPU as the GPU, its steps static: every section is there, in the line of JSON and in words."""
-    monkeypatch.setattr(command, "is_gpu", lambda device: True)
+    monkeypatch.setattr(measure, "is_gpu", lambda device: True)
     shapes_of_gpu = (RandomModel("tiny"), RandomModel("tiny", "nf4"), RandomModel("llama-70b"))
-    monkeypatch.setattr(command, "SHAPES_OF_GPU", shapes_of_gpu)
+    monkeypatch.setattr(measure, "SHAPES_OF_GPU", shapes_of_gpu)
     monkeypatch.setitem(SHAPES, "llama-70b", replace(SHAPES["vicuna-7b"], layers=800))
     monkeypatch.setattr(runner_module, "capturable", lambda backbone, heads: True)
     monkeypatch.setattr(runner_module, "Captured", lambda device: as_it_is)

@@ -132,7 +132,10 @@ BAD = {
         "cannot read /nonesuch",
     ),
     "no mode": (["bench", "--modes", "warp", "--prompts", "/nonesuch"], "mode must be one of"),
-    "json alone": (["--json", "--device", "tpu"], "invalid choice: 'tpu'"),
+    "device": (
+        ["--json", "--device", "tpu"],
+        "device must be one of auto, cpu, cuda, mps, not 'tpu'",
+    ),
 }
 
 

@@ -106,7 +106,7 @@ def test_a_value_is_read_from_text(name: Any, text: Any, value: Any) -> None:
         ("top_k", "1.5", "a whole number"),
         ("sample", "maybe", "on or off"),
         ("seed", "", "a whole number"),
-        ("max_new_tokens", "0", "at least 1"),
+        ("max_new_tokens", "0", "1 or more"),
     ],
 )
 def test_a_wrong_text_is_refused(name: Any, text: Any, complaint: Any) -> None:

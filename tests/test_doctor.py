@@ -72,10 +72,10 @@ def test_a_check_that_breaks_off_is_a_line(
     def broken(*ignored: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image\nand more")
 
-    monkeypatch.setattr(doctor, "_product", broken)
-    monkeypatch.setattr(doctor, "_describe", broken)
+    monkeypatch.setattr(doctor, "nf4_product", broken)
+    monkeypatch.setattr(doctor, "describe_device", broken)
     monkeypatch.setattr(
-        doctor, "_version", lambda package: None if package == "bitsandbytes" else "1.0"
+        doctor, "package_version", lambda package: None if package == "bitsandbytes" else "1.0"
     )
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["doctor"]) == 1
@@ -91,8 +91,8 @@ def test_a_check_that_breaks_off_is_a_line(
 
 
 def test_a_wrong_product_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_product", lambda *ignored: (0.5, True))
-    assert [finding.fault for finding in doctor._quantization()] == [True] * len(doctor._names())
+    monkeypatch.setattr(doctor, "nf4_product", lambda *ignored: (0.5, True))
+    assert [finding.fault for finding in doctor.check_4bit()] == [True] * len(doctor.device_names())
 
 
 def test_a_damaged_list_of_ones_own_is_told(
@@ -101,9 +101,9 @@ def test_a_damaged_list_of_ones_own_is_told(
     own = tmp_path / "models.yaml"
     monkeypatch.setattr(doctor, "user_file", lambda: own)
     own.write_text("models: {a: {backbone: b/c}}")
-    assert [finding.text for finding in doctor._models()][1] == f"1 in {own}"
+    assert [finding.text for finding in doctor.check_models()][1] == f"1 in {own}"
     own.write_text("models: {a: {backbone: 3}}")
-    fault = list(doctor._told("models", doctor._models))[-1]
+    fault = list(doctor.run_check("models", doctor.check_models))[-1]
     assert fault.fault
     assert "entry 'a': backbone must be text" in fault.text
 
@@ -139,8 +139,8 @@ def test_models_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_the_list_fits_a_terminal_and_says_why_not(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_chat.commands.models.free_memory", lambda device: 7 * 10**9)
-    monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cpu")
+    monkeypatch.setattr("medusa_chat.commands.catalogue.free_memory", lambda device: 7 * 10**9)
+    monkeypatch.setattr("medusa_chat.commands.catalogue.likely_device", lambda: "cpu")
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -157,8 +157,8 @@ def test_a_full_host_beside_a_gpu_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {"cuda": 80 * 10**9, "cpu": 10**9}
-    monkeypatch.setattr("medusa_chat.commands.models.free_memory", free.__getitem__)
-    monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cuda")
+    monkeypatch.setattr("medusa_chat.commands.catalogue.free_memory", free.__getitem__)
+    monkeypatch.setattr("medusa_chat.commands.catalogue.likely_device", lambda: "cuda")
     model = next(model for model in listed(capsys) if model["name"] == "vicuna-7b")
     assert model["short_of"] == "cpu"
     report.show_models([model])
@@ -196,7 +196,7 @@ class _Full:
 def test_a_single_answer_without_memory_is_one_line(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("medusa_chat.cli._load", lambda options: _Full(error))
+    monkeypatch.setattr("medusa_chat.load", lambda *_, **__: _Full(error))
     assert main(["--prompt", "hi"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("medusa-chat: error: out of memory; a smaller model, --quant nf4")
@@ -204,9 +204,7 @@ def test_a_single_answer_without_memory_is_one_line(
 
 
 def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "medusa_chat.cli._load", lambda options: _Full(RuntimeError("shapes differ"))
-    )
+    monkeypatch.setattr("medusa_chat.load", lambda *_, **__: _Full(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         main(["--prompt", "hi"])
 

@@ -13,7 +13,8 @@ from transformers import BertConfig, T5Config
 import medusa_chat
 from medusa_chat.config import ModelSpec
 from medusa_chat.model.layouts import write_heads
-from medusa_chat.model.loading import choose_device, choose_dtype, load_model
+from medusa_chat.machine.devices import choose_device, choose_dtype
+from medusa_chat.model.loading import load_model
 from tests.helpers.complaints import refusal
 from tests.helpers.tiny import random_backbone, random_heads, random_model, reply, save_model
 

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from medusa_chat.config import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 _CGROUP = Path("/sys/fs/cgroup")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -58,9 +62,51 @@ def likely_device(device: str = "auto") -> str:
     )
     if device == "cpu" or (device == "auto" and not possible):
         return "cpu"
-    from medusa_chat.model.loading import choose_device
-
     return str(choose_device(device))
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of that name; `auto` is the first of cuda, mps and cpu that is present.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    import torch
+
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    if device == "auto":
+        return torch.device(present[0])
+    if device.split(":")[0] not in present:
+        raise UserError(f"there is no {device} device here; --device auto picks one")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UserError(f"{device!r} names no device; --device auto picks one") from None
+
+
+def choose_dtype(device: torch.device, dtype: str | None = None) -> torch.dtype:
+    """Return the number format of that name, or the one that suits a device if it is `auto`.
+
+    That is bfloat16 if the hardware computes in it, else float32 on a CPU and float16 on a GPU.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    import torch
+
+    if dtype not in (None, "auto"):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype must be auto, {', '.join(DTYPES)}, not {dtype!r}")
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def free_memory(device: str) -> int:

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
+from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory
-from medusa_chat.machine.devices import frugal_heap
+from medusa_chat.machine.devices import choose_device, choose_dtype, frugal_heap
 from medusa_chat.model.backbone import Backbone, check_rewindable
 from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, find_heads, is_heads_tensor, read_heads
@@ -60,36 +60,26 @@ class Loaded:
 
 
 def load_model(
-    spec: ModelSpec,
-    device: str = "auto",
-    dtype: str | None = None,
-    files: hub.Files | None = None,
-    *,
-    context: int | None = None,
-    ignore_memory: bool = False,
-    fuse: bool = True,
+    spec: ModelSpec, options: LoadOptions = LoadOptions(), files: hub.Files | None = None
 ) -> Loaded:
     """Load a backbone, its heads and its tokenizer.
 
     Args:
-        files: where they lie, if that is known already; otherwise they are fetched.
-        context: tokens that the engine's cache will hold, for the check that all fits into memory.
-        ignore_memory: load without that check.
-        fuse: join matmuls that read the same rows (model/linear/joined.py); off only to measure what that brings.
+        files: local paths of the spec's files; without them they are fetched.
 
     Raises:
         UserError: for all that is the user's to put right.
     """
-    chosen = choose_device(device)
-    number = choose_dtype(chosen, dtype)
+    chosen = choose_device(options.device)
+    number = choose_dtype(chosen, options.dtype)
     files = files or hub.fetch(spec)
     here = replace(
         spec, backbone=str(files.backbone), heads=str(files.heads) if files.heads else None
     )
-    if not ignore_memory:
-        memory.check(here, memory.load_of(spec, str(chosen), context, number.itemsize))
+    if not options.ignore_memory:
+        memory.check(here, memory.load_of(spec, str(chosen), options.context, number.itemsize))
     with frugal_heap():
-        return _read(spec, here, chosen, number, list(files.notices), fuse)
+        return _read(spec, here, chosen, number, list(files.notices), options.fuse)
 
 
 def _read(
@@ -193,35 +183,6 @@ def attention_settings(config: Any) -> dict[str, Any]:
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return {"attn_implementation": "eager"} if capped else {}
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is the first of cuda, mps, cpu that is there."""
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if device == "auto":
-        return torch.device(next(name for name, there in present.items() if there))
-    if not present.get(device.split(":")[0], False):
-        raise UserError(f"there is no {device} device here; --device auto picks one")
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise UserError(f"{device!r} names no device; --device auto picks one") from None
-
-
-def choose_dtype(device: torch.device, dtype: str | None) -> torch.dtype:
-    """By default bfloat16 where the hardware computes in it, else float32 on a CPU and float16 on a GPU."""
-    if dtype not in (None, "auto"):
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-        return DTYPES[dtype]
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:

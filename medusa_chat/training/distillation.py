@@ -325,7 +325,8 @@ class Local:
 
     def _load(self) -> None:
         from medusa_chat.decoding.engine import eos_ids
-        from medusa_chat.model.loading import choose_device, load_pretrained
+        from medusa_chat.machine.devices import choose_device
+        from medusa_chat.model.loading import load_pretrained
         from medusa_chat.model.templates import named_template, resolve_template
 
         if self._spec.template:

@@ -16,7 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 from medusa_chat.config import ModelSpec, Recipe, UserError
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.layouts import read_heads
-from medusa_chat.model.loading import choose_dtype, heads_file, load_pretrained
+from medusa_chat.machine.devices import choose_dtype
+from medusa_chat.model.loading import heads_file, load_pretrained
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
 from medusa_chat.training import schedules
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, one_line, write_json
