@@ -231,7 +231,7 @@ def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(
 
 
 def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
-    def planned(quant: Quant = "none", own: bool = False) -> memory.Plan:
+    def planned(quant: Quant = "none", own: bool = False) -> memory.MemoryPlan:
         return shapes.memory_plan(
             RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16
         )

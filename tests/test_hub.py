@@ -273,7 +273,7 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
         (
             "/cdn/.*safetensors",
             {"corrupt": True},
-            "model.safetensors of lmsys/vicuna-7b-v1.3 has not the hash",
+            "model.safetensors of lmsys/vicuna-7b-v1.3 has another hash than the hub states",
         ),
         (
             "/cdn/.*safetensors",
@@ -283,9 +283,9 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
         (
             "/resolve/.*tokenizer.json",
             {"corrupt": True},
-            "tokenizer.json of lmsys/vicuna-7b-v1.3 has not the hash",
+            "tokenizer.json of lmsys/vicuna-7b-v1.3 has another hash than the hub states",
         ),
-        ("/api/", {"status": 401, "error": "GatedRepo"}, "is paused: accept its licence at"),
+        ("/api/", {"status": 401, "error": "GatedRepo"}, "is gated: accept its licence at"),
         (
             "/cdn/.*safetensors",
             {"status": 403, "error": "GatedRepo"},
@@ -303,7 +303,7 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
         ),
         ("/api/", {"status": 500}, "answered 500 for lmsys/vicuna-7b-v1.3: try again later"),
         ("/cdn/", {"status": 503}, "answered 503"),
-        ("/cdn/", {"status": 429}, "wants a pause (429"),
+        ("/cdn/", {"status": 429}, "limits the requests for lmsys/vicuna-7b-v1.3 (429)"),
     ],
 )
 def test_what_goes_wrong_is_one_line(

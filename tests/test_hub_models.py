@@ -117,7 +117,7 @@ def test_what_the_hub_refuses_is_one_line_and_status_2(server: HubServer, tmp_pa
     server.faults.clear()
     assert (paused["status"], absent["status"]) == (2, 2)
     assert (
-        paused["said"].startswith("medusa-chat: error: lmsys/vicuna-7b-v1.3 is paused")
+        paused["said"].startswith("medusa-chat: error: lmsys/vicuna-7b-v1.3 is gated")
         and paused["said"].count("\n") == 1
     )
     assert "has no repository no/such" in absent["said"] and absent["said"].count("\n") == 1

@@ -347,17 +347,17 @@ def test_free_memory_counts_what_this_process_has() -> None:
 
 def test_a_container_may_allow_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = devices.free_memory("cpu")
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
     for name, text in (
         ("max", "900000000"),
         ("current", "500000000"),
         ("stat", "anon 4\ninactive_file 100000000"),
     ):
         (tmp_path / f"memory.{name}").write_text(text + "\n")
-    assert devices._container_memory() == 500_000_000
+    assert devices.container_memory() == 500_000_000
     assert devices.free_memory("cpu") < before
     (tmp_path / "memory.max").write_text("max\n")
-    assert devices._container_memory() > 10**8
+    assert devices.container_memory() > 10**8
 
 
 def test_shapes_of_the_list_are_those_of_the_backbones() -> None:

@@ -40,7 +40,7 @@ def test_mistakes_are_one_line(
         capsys, *asked, "--recipe", "medusa3"
     )
     assert "heads must be above 0" in complaint(capsys, *asked, "--heads", 0)
-    assert "--epochs" in complaint(capsys, *asked, "--epochs", "many")
+    assert "epochs must be a number" in complaint(capsys, *asked, "--epochs", "many")
     assert "unknown model" in complaint(capsys, *asked, "--model", "nothing")
     assert "no such file or folder" in complaint(capsys, *asked, "--heads-from", "./nowhere")
     assert "would overwrite" in complaint(

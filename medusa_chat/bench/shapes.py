@@ -85,7 +85,7 @@ def random_engine(
 
 def memory_plan(
     wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype
-) -> memory.Plan:
+) -> memory.MemoryPlan:
     """What such a model needs, as memory.plan foretells it of a real one."""
     spec = ModelSpec(
         wanted.name,

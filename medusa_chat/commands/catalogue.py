@@ -1,4 +1,4 @@
-"""The models that --model knows by name, with sizes, memory and measured accuracies. No torch here."""
+"""The models that --model knows by name, with sizes, memory and measured accuracies. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from medusa_chat.config import BUNDLED, ModelSpec
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.hub.fetch import accuracy_file
-from medusa_chat.hub.model_list import read_registry
+from medusa_chat.hub.model_list import known_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory, likely_device
 from medusa_chat.machine.memory import load_of, plan, shortage
@@ -16,13 +16,15 @@ from medusa_chat.machine.memory import load_of, plan, shortage
 
 @dataclass(frozen=True)
 class Listed:
-    """One model of the list. What is not known is None; sizes are bytes.
+    """One model of the list. Sizes are in bytes; None is unknown.
 
     Attributes:
-        download: of the files that the hub would send; 0 where they are here.
-        needs: memory on `device`, quantized as the entry says; short: how much of it is missing, 0 where it fits.
-        short_of: the device whose memory does not suffice: a load on a GPU needs some of the host's too.
-        top1: share of the steps in which each head's first guess is right, if calibrate measured it.
+        download: size of the files that the hub would send; 0 if they are on this machine.
+        device: the device that would compute.
+        needs: memory on `device`, with the entry's quantization.
+        short: missing memory; 0 if the model fits.
+        short_of: the device that lacks memory; a load on a GPU also needs some of the host's.
+        top1: for each head, the share of steps in which its first guess is right, if measured.
     """
 
     name: str
@@ -41,43 +43,49 @@ class Listed:
 
 
 def catalogue(models: Path | None = None) -> list[Listed]:
-    """All models that --model knows, with what is free on this machine now; `models`: the user's own list."""
+    """Return all models that --model knows, compared with the memory that is free now.
+
+    Args:
+        models: a list that replaces the user's own.
+    """
     device = likely_device()
     free = {name: free_memory(name) for name in {device, "cpu"}}
-    return [_listed(spec, device, free) for spec in read_registry(models).values()]
+    return [_listed(spec, device, free) for spec in known_models(models).values()]
 
 
 def _listed(spec: ModelSpec, device: str, free: dict[str, int]) -> Listed:
-    contents, load = contents_of(spec), load_of(spec, device)
+    contents = contents_of(spec)
+    load = load_of(spec, device)
     needs = short = short_of = None
     if contents is not None:
         needs = plan(contents, load).total
-        lacking, _, missing = shortage(contents, load, free)
-        short, short_of = max(missing, 0), lacking if missing > 0 else None
+        lack = shortage(contents, load, free)
+        short = max(lack.missing, 0)
+        short_of = lack.device if short else None
     return Listed(
-        spec.name,
-        spec.backbone,
-        spec.heads,
-        spec.licence,
-        spec.description,
-        load.quant,
-        load.quant_heads,
-        _download(spec, contents),
-        device,
-        needs,
-        short,
-        short_of,
-        _top1(spec),
+        name=spec.name,
+        backbone=spec.backbone,
+        heads=spec.heads,
+        licence=spec.licence,
+        description=spec.description,
+        quant=load.quant,
+        quant_heads=load.quant_heads,
+        download=_download(spec, contents),
+        device=device,
+        needs=needs,
+        short=short,
+        short_of=short_of,
+        top1=_top1(spec),
     )
 
 
 def _download(spec: ModelSpec, contents: Contents | None) -> int | None:
-    """The hub's files are in 16 bits."""
     if _folder(spec.backbone).is_dir() and (spec.heads is None or Path(spec.heads).exists()):
         return 0
     if contents is None:
         return None
-    return (contents.layers + contents.plain + contents.heads) * 2 + contents.packed
+    weights = contents.layers + contents.plain + contents.heads
+    return 2 * weights + contents.packed  # the hub's files are in 16 bits
 
 
 def _top1(spec: ModelSpec) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medusa_chat.config import PREFILL_ROWS
 from medusa_chat.decoding.draft.plans import (
     DynamicDraft,
     FixedDraft,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.draft.copies import Copied
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
-
-PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
 
 
 class Runner:

@@ -1,4 +1,4 @@
-"""The devices of this machine: names, memory, and that the CPU's is given back. No torch until one is asked."""
+"""The devices of this machine: names, number formats, memory, and the heap. No torch on import."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-_CGROUP = Path("/sys/fs/cgroup")
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_LARGE, _LARGEST = 1 << 20, 32 << 20  # bytes; the second is what glibc's own threshold rises to
+CGROUP = Path("/sys/fs/cgroup")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3
+LARGE = 1 << 20  # bytes
+LARGEST = 32 << 20  # the most that glibc raises its own threshold to
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person would name it."""
+    """Return a device's name for people to read."""
     import torch
 
     if device.type == "cuda":
@@ -41,25 +42,22 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """The processor as the system names it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [
-                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-            ]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "CPU"
+    """Return the system's name of the processor."""
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "CPU"
 
 
 def likely_device(device: str = "auto") -> str:
-    """The device that will be chosen. Where no GPU can be, torch is not asked: importing it takes seconds."""
+    """Return the name of the device that `choose_device` will choose.
+
+    Importing torch takes seconds, so this does without it if the machine has no GPU.
+    """
     signs = (Path("/dev/nvidia0"), Path("/dev/kfd"), Path("/dev/dxg"))
-    possible = (
-        sys.platform == "darwin"
-        or shutil.which("nvidia-smi")
-        or any(sign.exists() for sign in signs)
-    )
+    possible = sys.platform == "darwin" or shutil.which("nvidia-smi")
+    possible = possible or any(sign.exists() for sign in signs)
     if device == "cpu" or (device == "auto" and not possible):
         return "cpu"
     return str(choose_device(device))
@@ -110,7 +108,7 @@ def choose_dtype(device: torch.device, dtype: str | None = None) -> torch.dtype:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that this process can have on a device: what it has already counts as free, being part of any plan.
+    """Return the bytes that this process can have on a device, with those that it has already.
 
     Args:
         device: cpu, mps, cuda or cuda:N.
@@ -120,10 +118,8 @@ def free_memory(device: str) -> int:
 
         free, _ = torch.cuda.mem_get_info(torch.device(device))
         return free + torch.cuda.memory_reserved(torch.device(device))
-    available = (
-        min(psutil.virtual_memory().available, _container_memory())
-        + psutil.Process().memory_info().rss
-    )
+    available = min(psutil.virtual_memory().available, container_memory())
+    available += psutil.Process().memory_info().rss
     if device == "mps":
         import torch
 
@@ -132,7 +128,7 @@ def free_memory(device: str) -> int:
 
 
 def total_memory(device: str) -> int:
-    """Bytes of memory that a device has in all."""
+    """Return the bytes of a device's memory."""
     if device.startswith("cuda"):
         import torch
 
@@ -140,18 +136,26 @@ def total_memory(device: str) -> int:
     return psutil.virtual_memory().total
 
 
-def _container_memory() -> int:
-    """What the container that this process may be in (cgroup 2) still allows; files cached there give way."""
+def container_memory() -> int:
+    """Return the bytes that this process's container (cgroup 2) still allows.
+
+    Cached files count as free. Without a container, or without a limit, it is all that is free.
+    """
     try:
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        limit = int((CGROUP / "memory.max").read_text())  # "max" if there is no limit
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         return max(limit - used + int(stat.get("inactive_file", 0)), 0)
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError):
         return psutil.virtual_memory().available
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes taken at most, so far or since `reset_peak_memory`: `host` by this process, `device` by a GPU's tensors."""
+    """Return the most bytes in use so far, or since `reset_peak_memory`.
+
+    Returns:
+        `host` for this process, and `device` for the tensors on a GPU; unknown ones are left out.
+    """
     import torch
 
     peaks = {"host": _host_peak()}
@@ -161,7 +165,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def reset_peak_memory() -> None:
-    """Let peaks begin at what is held now; on the host only where Linux lets a process do that."""
+    """Start peaks at what is in use now; the host's only on Linux, which allows that."""
     import torch
 
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
@@ -172,11 +176,13 @@ def reset_peak_memory() -> None:
 
 
 def _host_peak() -> int:
-    """0 where nobody tells."""
-    with suppress(OSError, StopIteration), open("/proc/self/status") as lines:
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    """Return the peak in bytes, or 0 if the platform does not report it."""
+    with suppress(OSError), open("/proc/self/status") as lines:
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     try:
-        import resource  # not there on Windows
+        import resource  # absent on Windows
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -184,47 +190,47 @@ def _host_peak() -> int:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache before memory; 0 where nobody tells."""
+    """Return the bytes of the largest cache, or 0 if the platform does not report it."""
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     try:
-        sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
-        return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=0)
+        sizes = [file.read_text().strip() for file in CACHES.glob("index*/size")]
+        return max((int(size[:-1]) * UNITS[size[-1]] for size in sizes), default=0)
     except (OSError, ValueError, KeyError):
         return 0
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a figure depends on."""
+    """Return the versions of Python and of the libraries that a measurement depends on."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "bitsandbytes"):
-        try:
+        with suppress(PackageNotFoundError):  # not every platform has bitsandbytes
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue  # bitsandbytes is not there on every platform
     return found
 
 
 @contextmanager
 def frugal_heap() -> Iterator[None]:
-    """While it lasts, what is freed in large pieces goes back to the system at once; glibc only.
+    """Return large freed blocks to the system at once while this lasts; glibc only.
 
-    Otherwise small tensors that stay (the scales of quantized weights) come to lie between large ones that pass, and
-    pin what those leave: measured as 0.2 bytes for each weight of a 7B model in nf4, a third of the model.
+    Small tensors that stay, such as the scales of quantized weights, otherwise come to lie between
+    large ones that pass, and pin the memory that those leave: measured as 0.2 bytes for each weight
+    of a 7B model in nf4, a third of the model.
     """
     try:
         libc = ctypes.CDLL(None)
-        mallopt, trim = libc.mallopt, libc.malloc_trim
+        mallopt = libc.mallopt
+        trim = libc.malloc_trim
     except (AttributeError, OSError, TypeError):  # another C library
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    mallopt(M_MMAP_THRESHOLD, LARGE)
     try:
         yield
     finally:
-        # Decoding allocates and frees the same sizes over and over: there the heap is faster.
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST)
+        # Decoding allocates and frees the same sizes again and again: the heap is faster there.
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
         trim(0)

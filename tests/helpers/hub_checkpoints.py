@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from medusa_chat.hub.fetch import split_revision
+from medusa_chat.hub.model_list import split_revision
 from tests.helpers.tiny import random_model
 
 if TYPE_CHECKING:

@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "private": False,
             }
             self._json(
-                document | {"tags": [], "downloads": 0, "paused": False, "siblings": siblings}
+                document | {"tags": [], "downloads": 0, "gated": False, "siblings": siblings}
             )
 
     def _tree(self, fault: Fault | None, repository: str, revision: str) -> None:

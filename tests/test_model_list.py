@@ -13,9 +13,9 @@ from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, UserError
 from medusa_chat.hub import model_list as registry
 from medusa_chat.hub.model_list import (
     is_hub_id,
+    known_models,
     packaged_file,
     read_models,
-    read_registry,
     resolve_model,
     split_revision,
 )
@@ -75,7 +75,7 @@ def test_templates_are_fastchats() -> None:
     conversation = pytest.importorskip("fastchat.conversation")
     assert all(
         spec.template in conversation.conv_templates
-        for spec in read_registry().values()
+        for spec in known_models().values()
         if spec.template
     )
 
@@ -128,17 +128,17 @@ def test_a_broken_list_names_file_entry_and_key(text: str, complaint: str, tmp_p
     file = tmp_path / "models.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=complaint) as refused:
-        read_registry(file)
+        known_models(file)
     assert "\n" not in str(refused.value)
     assert str(file) in str(refused.value)
 
 
 def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the model list"):
-        read_registry(tmp_path / "absent.yaml")
+        known_models(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00models")
     with pytest.raises(UserError, match="cannot read the model list"):
-        read_registry(tmp_path / "binary.yaml")
+        known_models(tmp_path / "binary.yaml")
 
 
 def test_an_entry_as_it_stands(tmp_path: Path) -> None:
@@ -164,15 +164,15 @@ def test_an_entry_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_ones_own_list_adds_and_overrides(own: Path, tmp_path: Path) -> None:
-    assert list(read_registry()) == NAMES
+    assert list(known_models()) == NAMES
     own.write_text("models: {mine: {backbone: a/b}, vicuna-7b: {backbone: c/d}}")
-    assert list(read_registry()) == [*NAMES, "mine"]
+    assert list(known_models()) == [*NAMES, "mine"]
     assert resolve_model("vicuna-7b") == ModelSpec("vicuna-7b", "c/d")
     assert resolve_model("vicuna-13b") == read_models(packaged_file())["vicuna-13b"]
     # A list that is named takes its place.
     other = tmp_path / "other.yaml"
     other.write_text("models: {theirs: {backbone: a/b}}")
-    assert list(read_registry(other)) == [*NAMES, "theirs"]
+    assert list(known_models(other)) == [*NAMES, "theirs"]
     assert "unknown model 'mine'" in refused("mine", models=other)
 
 
@@ -250,13 +250,13 @@ def test_other_heads_than_the_listed_ones() -> None:
 def test_quantization_named_and_not() -> None:
     assert resolve_model("vicuna-7b", quant="none", quant_heads="int8").quant == "none"
     assert resolve_model("vicuna-7b", quant="none", quant_heads="int8").quant_heads == "int8"
-    assert "quant_heads is one of auto, none, nf4" in refused("vicuna-7b", quant_heads="nf5")
+    assert "quant_heads must be one of auto, none, nf4" in refused("vicuna-7b", quant_heads="nf5")
 
 
 @pytest.mark.parametrize(
     ("place", "complaint"),
     [
-        ("owner/name@", "names no revision behind the @"),
+        ("owner/name@", "names no revision after the @"),
         ("owner/name@a b", "names no revision"),
         ("owner/name@a@b", "names no revision"),
         ("owner/na me", "'owner/na me' is no hub id"),
