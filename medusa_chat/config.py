@@ -17,6 +17,7 @@ from medusa_chat.settings import (
     require,
     require_above,
     require_at_least,
+    require_between,
     setting,
 )
 
@@ -28,6 +29,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 # Layouts of heads' files: the official ones by version, the others by the program that reads them.
 LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
 
+MAX_SEED = 2**32 - 1
 MAX_CONTEXT = 8192  # unless more is asked for: a longer cache could fill the memory
 MAX_NODES = 256  # of a candidate tree; the cache has rows for them after the context
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
@@ -83,10 +85,8 @@ class Sampling:
         require_at_least(self, 0, "temperature", "top_k")
         require_at_least(self, 1, "max_new_tokens")
         require_above(self, 0, "top_p", "epsilon", "delta")
-        for name in ("top_p", "min_p", "epsilon"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} must be between 0 and 1, not {value:g}")
-        _check_seed(self.seed)
+        require_between(self, 0, 1, "top_p", "min_p", "epsilon")
+        require_between(self, 0, MAX_SEED, "seed")
         require(all(self.stop), "a stop string may not be empty")
 
     @property
@@ -187,13 +187,12 @@ class Recipe:
     """Settings of one training (paper, section 2.2). Each field is also a `--flag` of `train`.
 
     RECIPES holds the paper's three: medusa1 trains heads on a frozen backbone, medusa2 trains both,
-    and distilled trains both while the backbone keeps to its own earlier predictions.
+    and distilled trains both while the backbone learns from its own earlier predictions.
     """
 
     name: str = setting(
         "medusa1",
-        "medusa1 (heads on a frozen backbone), medusa2 (both) or distilled (both,"
-        " the backbone taught by itself)",
+        "medusa1 (heads on a frozen backbone), medusa2 (both) or distilled (both, self-distilled)",
         flag="--recipe",
     )
     heads: int = setting(4, "Medusa heads")
@@ -242,18 +241,14 @@ class Recipe:
             self, 0, "heads", "layers", "epochs", "batch_size", "accumulation", "save_steps"
         )
         require_above(self, 0, "logging_steps", "decay", "learning_rate", "lora_alpha")
-        require_at_least(self, 0, "warmup_steps", "backbone_learning_rate", "lambda_0")
+        require_at_least(self, 0, "warmup_steps", "backbone_learning_rate", "lambda_0", "lora_rank")
         for name in ("heads_first", "lora_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must be from 0 to below 1, not {value:g}")
-        _check_seed(self.seed)
+        require_between(self, 0, MAX_SEED, "seed")
         require(
             self.length > self.heads + 1,
             f"rows of {self.length} tokens are too short for {self.heads} heads",
-        )
-        require(
-            self.lora_rank >= 0,
-            f"lora_rank must be 0 (train the whole backbone) or more, not {self.lora_rank}",
         )
         require(
             not self.whole or self.name != "distilled",
@@ -285,7 +280,7 @@ class Recipe:
         return self.lm_heads == "own" or (self.lm_heads == "auto" and small)
 
 
-# The released recipes (ctlllll/axolotl, examples/medusa), with rows and batches for a small machine.
+# The released recipes (ctlllll/axolotl, examples/medusa); rows and batches suit a small machine.
 RECIPES: dict[str, dict[str, Any]] = {
     "medusa1": {},
     "medusa2": {},
@@ -303,7 +298,3 @@ RECIPES: dict[str, dict[str, Any]] = {
 def make_recipe(name: str = "medusa1", **changes: Any) -> Recipe:
     """Return a recipe by name with some settings changed. Raises UserError for bad ones."""
     return make(Recipe, {"name": name, **RECIPES.get(name, {}), **changes})
-
-
-def _check_seed(seed: int) -> None:
-    require(0 <= seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {seed}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import field, fields
-from functools import cache
 from math import inf, isfinite
 from pathlib import Path
 from types import UnionType
@@ -86,17 +85,13 @@ def _parse_number(name: str, kind: type[int] | type[float], text: str) -> float:
     return value
 
 
-@cache
-def _choices(settings: type) -> dict[str, tuple[str, ...]]:
-    kinds = get_type_hints(settings)
-    return {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
-
-
 def check_choices(settings: Any) -> None:
     """Raise UserError if a Literal field has another value."""
-    for name, known in _choices(type(settings)).items():
-        value = getattr(settings, name)
-        require(value in known, f"{name} must be one of {', '.join(known)}, not {value!r}")
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            known = get_args(kind)
+            value = getattr(settings, name)
+            require(value in known, f"{name} must be one of {', '.join(known)}, not {value!r}")
 
 
 def require_above(settings: Any, low: float, *names: str) -> None:
@@ -111,6 +106,13 @@ def require_at_least(settings: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         require(low <= value < inf, f"{name} must be {low} or more, not {value}")
+
+
+def require_between(settings: Any, low: float, high: float, *names: str) -> None:
+    """Raise UserError unless these fields are in a closed range."""
+    for name in names:
+        value = getattr(settings, name)
+        require(low <= value <= high, f"{name} must be between {low} and {high}, not {value}")
 
 
 def require(holds: bool, complaint: str) -> None:

@@ -19,7 +19,7 @@ from medusa_chat.cli import main
 from medusa_chat.config import UserError
 from medusa_chat.training import server as module
 from medusa_chat.training.distillation import Plan, distill
-from tests.helpers.full_disk import room
+from tests.helpers.full_disk import full_disk
 from tests.helpers.tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
 if TYPE_CHECKING:
@@ -673,7 +673,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     assert main(["distill", *flags, str(whole)]) == 0
     capsys.readouterr()
     size = len(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])) + 20
-    with room() as limit:
+    with full_disk() as limit:
         limit(size)
         assert main(["distill", *flags, str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

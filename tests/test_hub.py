@@ -15,7 +15,7 @@ import pytest
 
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
-from tests.helpers.full_disk import room
+from tests.helpers.full_disk import full_disk
 from tests.helpers.hub_server import HubServer, hub_server
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ def test_a_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
 
 
 def test_a_full_disk(client: Client) -> None:
-    with room() as limit:
+    with full_disk() as limit:
         limit(100_000)  # inherited by the process
         complaint = client.fetch()["error"]
     assert (

@@ -153,7 +153,8 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("devices", name, f"{describe_device(name)}; {memory}")
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        text = f"an NVIDIA driver is installed, but torch {torch.__version__}, built {built}, sees no GPU"
+        found = f"torch {torch.__version__}, built {built}, sees no GPU"
+        text = f"an NVIDIA driver is installed, but {found}"
         yield Finding("devices", "cuda", text, fault=True)
 
 
@@ -201,17 +202,16 @@ def nf4_product(device: str, dtype: torch.dtype) -> tuple[float, bool]:
         the largest error, relative to the largest value, and True if the weights were packed for
         the CPU.
     """
-    import bitsandbytes
     import torch
+    from bitsandbytes import nn
     from bitsandbytes.functional import dequantize_4bit
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator).to(dtype)
     rows = torch.randn(4, 128, generator=generator).to(device, dtype)
-    layer: Any = bitsandbytes.nn.Linear4bit(
-        128, 64, bias=False, compute_dtype=dtype, quant_type="nf4"
-    )
-    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    modules: Any = nn  # bitsandbytes has no types
+    layer = modules.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer = layer.to(device).eval()
     with torch.inference_mode():
         plain = dequantize_4bit(layer.weight.data, layer.weight.quant_state)

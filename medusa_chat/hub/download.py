@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from huggingface_hub import constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import (
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
     WeakFileLock,
     build_hf_headers,
     hf_raise_for_status,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -86,7 +86,8 @@ def local(
             f"there {missing} at {source}: no such file or folder, and no hub id (owner/name)"
         )
     check_hub_id(source)
-    hub_logging.set_verbosity_error()  # warnings about retries would break the progress line
+    # Warnings about retries would break the progress line.
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     repository, revision = split_revision(source)
     with disk_errors(repository):
         try:

@@ -1,4 +1,4 @@
-"""The models that `--model` knows: models.yaml, the user's own list, folders and hub ids. No torch."""
+"""The models that `--model` knows: models.yaml, the user's list, folders, hub ids. No torch."""
 
 from __future__ import annotations
 
@@ -131,12 +131,15 @@ def resolve_model(
     if heads:
         # Layout and number are those of the listed heads: other heads may have others.
         spec = replace(spec, heads=os.path.expanduser(heads), layout="", medusa_heads=0)
-    changes = {"quant": quant, "quant_heads": quant_heads}
-    for key, value in changes.items():
+    for key, value in (("quant", quant), ("quant_heads", quant_heads)):
         if value not in _QUANTS:
             raise UserError(f"{key} must be one of {', '.join(_QUANTS)}, not {value!r}")
-    given = {key: value for key, value in changes.items() if value != "auto"}
-    spec = replace(spec, template=template or spec.template, **given)
+    spec = replace(
+        spec,
+        quant=spec.quant if quant == "auto" else quant,
+        quant_heads=spec.quant_heads if quant_heads == "auto" else quant_heads,
+        template=template or spec.template,
+    )
     for place in (spec.backbone, spec.heads):
         if place and not Path(place).exists() and is_hub_id(place):
             check_hub_id(place)
@@ -177,7 +180,7 @@ def is_hub_id(place: str) -> bool:
 def check_hub_id(place: str) -> None:
     """Raise UserError for an id that the hub cannot have, without asking the hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     identity, revision = split_revision(place)
     if "@" in place and (revision is None or any(c.isspace() or c == "@" for c in revision)):

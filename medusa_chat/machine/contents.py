@@ -57,8 +57,8 @@ class _Tensor(NamedTuple):
         return "layers" if _LAYER.search(self.name) else "plain"
 
     @property
-    def count(self) -> int:
-        """Numbers in the tensor."""
+    def weights(self) -> int:
+        """How many numbers it holds."""
         return prod(self.size)
 
 
@@ -86,7 +86,7 @@ def contents_of(spec: ModelSpec) -> Contents | None:
     if spec.heads and Path(spec.heads).exists():
         heads = _heads_in(Path(spec.heads))
     else:
-        heads = [tensor.count for tensor in tensors if tensor.part == "heads"]
+        heads = [tensor.weights for tensor in tensors if tensor.part == "heads"]
     heads = heads or _heads_of_entry(spec, shape)
     # A pickle counts as one number, but its matrices are no larger than an LM head.
     limit = max(shape.embedding_parameters, shape.hidden**2)
@@ -123,12 +123,12 @@ def _counted(shape: Shape, tensors: Iterable[_Tensor]) -> Contents:
     for tensor in tensors:
         # bitsandbytes' scales of a weight have a plain format, and .weight. in their names
         if tensor.format not in _PLAIN_FORMATS or ".weight." in tensor.name:
-            packed += tensor.count * _width(tensor.format)
+            packed += tensor.weights * _width(tensor.format)
         elif tensor.part == "layers" and len(tensor.size) > 1:
-            layers += tensor.count
-            largest = max(largest, tensor.count)
+            layers += tensor.weights
+            largest = max(largest, tensor.weights)
         else:
-            plain += tensor.count
+            plain += tensor.weights
     return Contents(shape, layers, plain, largest, packed)
 
 
@@ -147,7 +147,7 @@ def _heads_in(place: Path) -> list[int]:
     pickles = [] if files else list(place.glob("*.pt"))
     if place.suffix == ".pt":
         pickles = [place]
-    return [tensor.count for tensor in heads] + [file.stat().st_size // 2 for file in pickles]
+    return [tensor.weights for tensor in heads] + [file.stat().st_size // 2 for file in pickles]
 
 
 def _heads_of_entry(spec: ModelSpec, shape: Shape) -> list[int]:

@@ -56,8 +56,8 @@ def likely_device(device: str = "auto") -> str:
     Importing torch takes seconds, so this does without it if the machine has no GPU.
     """
     signs = (Path("/dev/nvidia0"), Path("/dev/kfd"), Path("/dev/dxg"))
-    possible = sys.platform == "darwin" or shutil.which("nvidia-smi")
-    possible = possible or any(sign.exists() for sign in signs)
+    possible = sys.platform == "darwin" or any(sign.exists() for sign in signs)
+    possible = possible or shutil.which("nvidia-smi") is not None
     if device == "cpu" or (device == "auto" and not possible):
         return "cpu"
     return str(choose_device(device))

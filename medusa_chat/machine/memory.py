@@ -1,4 +1,4 @@
-"""The memory that a load will need, part by part, and what would make it fit. No torch on import."""
+"""The memory that a load will need, part by part, and what would make it fit. No torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from medusa_chat.shapes import Shape
 
 GB = 10**9
-# Bytes per weight. nf4: half a byte, and a 4-byte scale per block of 64; nf4-double: those scales
-# in a byte each, with scales of their own per block of 256; int8: a byte, as a row's scale is small.
+# Bytes per weight. nf4: half a byte, and a 4-byte scale per block of 64. nf4-double: those scales
+# in a byte each, with scales of their own per block of 256. int8: a byte.
 BYTES = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 # The same after packing for a CPU that computes in bfloat16.
 PACKED = {"nf4": 0.5 + 2 / 64, "nf4-double": 0.5 + 2 / 64, "int8": 1.0}
@@ -134,14 +134,7 @@ def host_plan(contents: Contents, load: Load) -> MemoryPlan:
 
 
 def weight_bytes(weights: int, quant: str, width: int, each: Mapping[str, float] = BYTES) -> int:
-    """Return the bytes of weights.
-
-    Args:
-        weights: how many.
-        quant: their quantization, or none.
-        width: bytes of an unquantized one.
-        each: bytes of a quantized one, by quantization.
-    """
+    """Return the bytes of weights: `width` for each, or `each[quant]` if they are quantized."""
     return weights * width if quant == "none" else int(weights * each[quant])
 
 
