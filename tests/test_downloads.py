@@ -1,8 +1,8 @@
-"""What a user sees of a download, in a real terminal."""
+"""Downloads as they show in a real terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import ModelSpec
 from medusa_chat.terminal.downloads import Download
@@ -33,7 +33,7 @@ input()
 """
 
 
-def test_the_chat_opens_at_once_and_tells_how_far_the_download_is(tmp_path: Path) -> None:
+def test_the_chat_opens_at_once_and_shows_the_download(tmp_path: Path) -> None:
     with hub_server() as server:
         serve(server, SPEC, tmp_path / "served")
         server.fault("/cdn/", pace=60_000, method="GET")
@@ -48,7 +48,7 @@ def test_the_chat_opens_at_once_and_tells_how_far_the_download_is(tmp_path: Path
             "float32",
         )
         settings = ("--tree", "chain-2", "--max-new-tokens", "8", "--ignore-eos")
-        environment = server.environment(tmp_path / "home", XDG_STATE_HOME=str(tmp_path))
+        environment: Any = server.environment(tmp_path / "home", XDG_STATE_HOME=str(tmp_path))
         chat = Chat("-m", "medusa_chat.cli", *model, *settings, **environment)
         try:
             chat.see("downloading vicuna-7b-v1.3 · ")
@@ -64,7 +64,7 @@ def test_the_chat_opens_at_once_and_tells_how_far_the_download_is(tmp_path: Path
             chat.child.close(force=True)
 
 
-def test_bars_follow_each_other_and_leave_nothing_behind() -> None:
+def test_bars_follow_each_other_and_disappear() -> None:
     terminal = Chat("-c", BARS)
     try:
         seen = terminal.see(lambda text: "first ━" in text and "0.5/1.5 GB" in text)

@@ -27,11 +27,12 @@ FLOAT32_PROMPTS = 4  # that the CPU answers too
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """Everything that one `medusa-chat bench` measures.
 
     Attributes:
         command: the command line, for the result.
+        job: prompts and modes of the loaded model.
         load: loads the model; its keywords replace fields of LoadOptions.
         device: as LoadOptions has it, like `dtype`.
         named: the user named a model or prompts, so that the loaded model is measured.
@@ -40,7 +41,7 @@ class Job:
     """
 
     command: str
-    plan: Plan
+    job: Plan
     load: Callable[..., Engine]
     device: str = "auto"
     dtype: str = "auto"
@@ -49,28 +50,28 @@ class Job:
     contexts: tuple[int, ...] | None = None
 
 
-def measure(job: Job, progress: Progress) -> dict[str, Any]:
-    """Measure everything that a job names.
+def measure(request: Request, progress: Progress) -> dict[str, Any]:
+    """Measure everything that a request names.
 
-    A job that names nothing measures the bundled model, and on CUDA also `whole_story`.
+    A request that names nothing measures the bundled model, and on CUDA also `whole_story`.
 
     Returns:
         `header`, the figures of the loaded model that `bench` returns, `shapes`: {name:
         `bench_steps`}, the parts of `whole_story`, and `seconds`, the time of all this.
     """
     started = time.perf_counter()
-    device = choose_device(job.device)
-    if job.contexts:
-        job = replace(job, plan=replace(job.plan, contexts=job.contexts))
-    result = header(device, job.command) | {"model": "", "prompts": 0, "modes": {}, "peers": {}}
-    if job.named or not job.shapes:
-        result |= _loaded(job, progress)
-    if job.shapes:
+    device = choose_device(request.device)
+    if request.contexts:
+        request = replace(request, job=replace(request.job, contexts=request.contexts))
+    result = header(device, request.command) | {"model": "", "prompts": 0, "modes": {}, "peers": {}}
+    if request.named or not request.shapes:
+        result |= _loaded(request, progress)
+    if request.shapes:
         result["shapes"] = {
-            model.name: _shape(model, job, device, progress) for model in job.shapes
+            model.name: _shape(model, request, device, progress) for model in request.shapes
         }
-    elif is_gpu(device) and not job.named:
-        result |= whole_story(job, device, progress)
+    elif is_gpu(device) and not request.named:
+        result |= whole_story(request, device, progress)
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -79,7 +80,7 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def whole_story(job: Job, device: torch.device, progress: Progress) -> dict[str, Any]:
+def whole_story(request: Request, device: torch.device, progress: Progress) -> dict[str, Any]:
     """Measure what documents a GPU besides the bundled model.
 
     Returns:
@@ -88,16 +89,16 @@ def whole_story(job: Job, device: torch.device, progress: Progress) -> dict[str,
         `left_out_shapes`: {name: reason} of those that the memory does not hold.
     """
     with progress("float32") as tick:
-        openings = [prompt.opening() for prompt in job.plan.prompts[:FLOAT32_PROMPTS]]
-        float32 = compare_in_float32(job.load, openings)
+        openings = [prompt.opening() for prompt in request.job.prompts[:FLOAT32_PROMPTS]]
+        float32 = compare_in_float32(request.load, openings)
         tick(1, 1)
     shapes = {}
     left_out = {}
     for model in SHAPES_OF_GPU:
         try:
-            shapes[model.name] = _shape(model, job, device, progress)
+            shapes[model.name] = _shape(model, request, device, progress)
             if model.quant == "nf4":
-                shapes[model.name]["apart"] = _apart(model, job, device, progress)
+                shapes[model.name]["apart"] = _apart(model, request, device, progress)
         except (UserError, RuntimeError, MemoryError) as error:
             if not isinstance(error, UserError) and not out_of_memory(error):
                 raise
@@ -105,21 +106,21 @@ def whole_story(job: Job, device: torch.device, progress: Progress) -> dict[str,
     return {"float32": float32, "shapes": shapes, "left_out_shapes": left_out}
 
 
-def _loaded(job: Job, progress: Progress) -> dict[str, Any]:
+def _loaded(request: Request, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    engine = job.load()
+    engine = request.load()
     seconds = round(time.perf_counter() - started, 3)
-    return bench(engine, job.plan, progress) | {"load_seconds": seconds}
+    return bench(engine, request.job, progress) | {"load_seconds": seconds}
 
 
 def _shape(
-    model: RandomModel, job: Job, device: torch.device, progress: Progress
+    model: RandomModel, request: Request, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
     """Measure the steps of a random model."""
     started = time.perf_counter()
-    engine, plan = _random(model, job, device, progress)
+    engine, job = _random(model, request, device, progress)
     seconds = round(time.perf_counter() - started, 3)
-    return bench_steps(engine, plan, progress) | {
+    return bench_steps(engine, job, progress) | {
         "load_seconds": seconds,
         "quant": model.quant,
         "quant_heads": model.quant_heads,
@@ -128,23 +129,23 @@ def _shape(
 
 
 def _apart(
-    model: RandomModel, job: Job, device: torch.device, progress: Progress
+    model: RandomModel, request: Request, device: torch.device, progress: Progress
 ) -> list[dict[str, Any]]:
     """Measure step costs while matrices that read the same rows are not joined."""
-    engine, plan = _random(replace(model, fused=False), job, device, progress)
+    engine, job = _random(replace(model, fused=False), request, device, progress)
     with progress("matrices apart") as tick:
-        return measure_steps(engine, plan.contexts, tick)
+        return measure_steps(engine, job.contexts, tick)
 
 
 def _random(
-    model: RandomModel, job: Job, device: torch.device, progress: Progress
+    model: RandomModel, request: Request, device: torch.device, progress: Progress
 ) -> tuple[Engine, Plan]:
-    """Make a random model, and the plan with the contexts at which its steps are timed."""
+    """Make a random model, and the job with the contexts at which its steps are timed."""
     gc.collect()  # a cycle may still hold the model before this one
     reset_peak_memory()
-    plan = replace(job.plan, contexts=job.contexts or SHAPE_CONTEXTS)
+    job = replace(request.job, contexts=request.contexts or SHAPE_CONTEXTS)
     with progress(model.name) as tick:
-        dtype = choose_dtype(device, job.dtype)
-        engine = random_engine(model, room_for(plan.contexts, plan.histories), device, dtype)
+        dtype = choose_dtype(device, request.dtype)
+        engine = random_engine(model, room_for(job.contexts, job.histories), device, dtype)
         tick(1, 1)
-    return engine, plan
+    return engine, job

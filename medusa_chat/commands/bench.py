@@ -24,7 +24,7 @@ from medusa_chat.files import write_text
 from medusa_chat.shapes import SHAPES
 
 if TYPE_CHECKING:
-    from medusa_chat.bench.measure import Job
+    from medusa_chat.bench.measure import Request
     from medusa_chat.bench.plan import Consume
     from medusa_chat.decoding.engine import Engine
 
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     bench_charts.check_folder(options.plot)
     view = report.timed_view(sampling) if options.view else None
     try:
-        result = measure(_job(options, sampling, view), report.progress)
+        result = measure(_request(options, sampling, view), report.progress)
     except KeyboardInterrupt:
         print("medusa-chat: bench was interrupted before it had a result", file=sys.stderr)
         return 130
@@ -123,8 +123,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _job(options: argparse.Namespace, sampling: Sampling, view: Consume | None) -> Job:
-    from medusa_chat.bench.measure import Job
+def _request(options: argparse.Namespace, sampling: Sampling, view: Consume | None) -> Request:
+    from medusa_chat.bench.measure import Request
     from medusa_chat.bench.plan import Plan
     from medusa_chat.bench.shapes import parse_shapes
     from medusa_chat.model.linear.quantization import as_quant
@@ -138,7 +138,7 @@ def _job(options: argparse.Namespace, sampling: Sampling, view: Consume | None) 
             "--peer and --view compare replies, which random weights do not have:"
             " give --model or --prompts too"
         )
-    plan = Plan(
+    job = Plan(
         prompts=read_prompts(options.prompts or [SHIPPED_PROMPTS], options.limit),
         modes=modes,
         sampling=sampling,
@@ -161,9 +161,9 @@ def _job(options: argparse.Namespace, sampling: Sampling, view: Consume | None) 
     def load(**changes: Any) -> Engine:
         return load_engine(options.model, options.heads, replace(settings, **changes))
 
-    return Job(
+    return Request(
         command=shlex.join(["medusa-chat", *options.words]),
-        plan=plan,
+        job=job,
         load=load,
         device=settings.device,
         dtype=settings.dtype,
