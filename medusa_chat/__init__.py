@@ -36,10 +36,8 @@ def load(
 
     Args:
         model: a name of models.yaml, a folder or a hub id; None is the bundled model.
-        heads: a file, folder or hub id, in any public layout; None takes the heads in the
-            backbone's folder. Hub ids may end in @revision.
-        progress: called while something is downloaded with the repository, the bytes that are
-            present, and the bytes in all.
+        heads: a file, folder or hub id; None takes the heads in the backbone's folder.
+        progress: called during a download with the repository, bytes present and bytes in all.
         options: fields of LoadOptions by name, such as quant="nf4" or context=4096.
 
     Raises:
