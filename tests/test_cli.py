@@ -123,6 +123,8 @@ BAD = {
         ["--prompt", "hi", "--mode", "fast"],
         "mode must be one of greedy, typical, exact, vanilla",
     ),
+    "context": (["--prompt", "hi", "--max-context", "x"], "--max-context must be a whole number"),
+    "quant": (["--prompt", "hi", "--quant", "int3"], "quant must be one of auto, none, nf4"),
     "empty prompt": (["--prompt", ""], "the prompt is empty"),
     "no prompts": (
         ["bench", "--prompts", "/nonesuch/file"],

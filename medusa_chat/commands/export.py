@@ -1,4 +1,4 @@
-"""Write the heads in the layout of another program: TGI, vLLM, TensorRT-LLM, ..."""
+"""Write the heads in the layout of another program, such as TGI, vLLM or TensorRT-LLM."""
 
 from __future__ import annotations
 

@@ -45,11 +45,11 @@ def _add_field(
     note = _default_note(settings, field, default)
     form: dict[str, Any] = {
         "metavar": _metavar(kind),
-        "type": partial(parse_value, field.name, kind),
+        "type": partial(parse_value, field.metadata["flag"] or field.name, kind),
     }
-    if kind is bool:
+    if kind is bool and (field.default or settings is Recipe):  # a recipe may set it
         form = {"action": argparse.BooleanOptionalAction}
-    elif kind == bool | None:
+    elif kind in (bool, bool | None):
         form = {"action": "store_const", "const": True}
     elif field.name == "template":
         form = {"action": _Template, "metavar": "NAME"}
@@ -74,7 +74,7 @@ def _metavar(kind: Any) -> str:
 def _default_note(settings: type, field: Field[Any], default: object) -> str:
     """Name the default of a field, and the recipes that have another one."""
     shown = field.default if default is None else default
-    if shown in (None, "", (), False):
+    if shown is None or shown is False or shown in ("", ()):
         return ""
     notes = ["on" if shown is True else str(shown)]
     if settings is Recipe:
