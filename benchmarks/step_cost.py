@@ -29,8 +29,9 @@ from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.linear.quantization import as_quant
-from medusa_chat.model.loading import choose_device, choose_dtype, load_model
+from medusa_chat.model.loading import load_model
 from medusa_chat.shapes import SHAPES
 
 ROW_COUNTS = (1, 4, 8, 16, 32, 64)

@@ -335,7 +335,7 @@ def test_an_interrupt_is_one_line(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("medusa_chat.bench.command.measure", interrupted)
+    monkeypatch.setattr("medusa_chat.bench.measure.measure", interrupted)
     assert main(["bench"]) == 130
     printed = capsys.readouterr()
     assert printed.out == ""

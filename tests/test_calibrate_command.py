@@ -1,4 +1,4 @@
-"""`medusa-chat calibrate` as the user meets it: files, mistakes, tables, the figure; and what `models` shows of it."""
+"""`medusa-chat calibrate`: its files, mistakes, tables and figure; `models` shows the result."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ def test_calibrate_counts_checks_draws_and_writes(
 
     figures: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, file: (figures.append(self), save(self, file))
-    )
-    (folder / "head_accuracy.json").write_text(
-        "{"
-    )  # a damaged file is no reason not to write a good one
+
+    def keep(figure: Figure, file: Any) -> None:
+        figures.append(figure)
+        save(figure, file)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    (folder / "head_accuracy.json").write_text("{")  # a damaged file is replaced by a good one
     assert main(words(folder, "--plot", str(tmp_path / "figure.png"))) == 0
     printed = capsys.readouterr().out
     for text in ("■ 1 (+1)", "■ 4 (+4)", "held aside", "difference", "wrote"):
@@ -70,10 +71,11 @@ def test_calibrate_counts_checks_draws_and_writes(
         [100 * row[0] for row in document["accuracy"]], abs=1e-2
     )
     assert len(forecast.lines[0].get_ydata()) == 64  # type: ignore[arg-type]
-    assert list(forecast.containers[0].lines[0].get_xdata()) == [8, 16, 32, 64]  # type: ignore[union-attr]
+    bars: Any = forecast.containers[0]
+    assert list(bars.lines[0].get_xdata()) == [8, 16, 32, 64]
 
 
-def test_without_a_check_all_prompts_are_counted(
+def test_all_prompts_are_counted_without_a_check(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words(folder, "--no-check")) == 0
@@ -117,12 +119,12 @@ def test_mistakes_are_one_line_and_write_nothing(
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "head_accuracy.json").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="head_accuracy"):
         write_accuracy(Accuracy(((0.5,),)), tmp_path / "head_accuracy.json", "test")
     assert [each.name for each in tmp_path.iterdir()] == ["head_accuracy.json"]
 
 
-# ---- what is shown ----
+# ---- the report ----
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any) -> list[str]:
@@ -133,7 +135,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any) -> list[
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_bars_fit_the_screen_and_tell_the_ranks_apart_without_colour(
+def test_bars_fit_the_screen_and_show_ranks_without_colour(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top = [[0.5] * 4 + [0.75] * 5 + [1.0], [0.25] * 10, [0.0] * 4]
@@ -163,7 +165,7 @@ def test_models_shows_how_good_the_heads_are(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    registry = tmp_path / "models.yaml"
+    models = tmp_path / "models.yaml"
     entries = {
         "mine": {"backbone": str(folder)},
         "theirs": {"backbone": "nobody/nothing"},
@@ -173,8 +175,8 @@ def test_models_shows_how_good_the_heads_are(
         "backbone": "nobody/nothing",
         "heads": str(folder / "medusa_lm_head.safetensors"),
     }
-    registry.write_text(json.dumps({"models": entries}))
-    monkeypatch.setattr("medusa_chat.hub.model_list.packaged_file", lambda: registry)
+    models.write_text(json.dumps({"models": entries}))
+    monkeypatch.setattr("medusa_chat.hub.model_list.packaged_file", lambda: models)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     (folder / "head_accuracy.json").write_text(json.dumps({"accuracy": [[0.714, 0.8], [0.5, 0.6]]}))

@@ -1,4 +1,4 @@
-"""The command line: what scripts rely on, and that every mistake is one line and exit status 2."""
+"""The command line: the output that scripts read; every mistake is one line and status 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from medusa_chat.cli import main
+from medusa_chat.commands import COMMANDS
 from medusa_chat.model.layouts import HEADS_FILE
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny import save_with_heads
@@ -47,7 +48,7 @@ def answer(folder: Path, *words: str) -> list[str]:
     ]
 
 
-def test_json_lines_are_the_steps_and_their_sum(
+def test_json_lines_are_the_steps_and_a_summary(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(answer(folder, "--prompt", "Hi", "--json")) == 0
@@ -122,6 +123,8 @@ BAD = {
         ["--prompt", "hi", "--mode", "fast"],
         "mode must be one of greedy, typical, exact, vanilla",
     ),
+    "context": (["--prompt", "hi", "--max-context", "x"], "--max-context must be a whole number"),
+    "quant": (["--prompt", "hi", "--quant", "int3"], "quant must be one of auto, none, nf4"),
     "empty prompt": (["--prompt", ""], "the prompt is empty"),
     "no prompts": (
         ["bench", "--prompts", "/nonesuch/file"],
@@ -132,7 +135,10 @@ BAD = {
         "cannot read /nonesuch",
     ),
     "no mode": (["bench", "--modes", "warp", "--prompts", "/nonesuch"], "mode must be one of"),
-    "json alone": (["--json", "--device", "tpu"], "invalid choice: 'tpu'"),
+    "device": (
+        ["--json", "--device", "tpu"],
+        "device must be one of auto, cpu, cuda, mps, not 'tpu'",
+    ),
 }
 
 
@@ -168,7 +174,7 @@ def test_damaged_files_are_one_line(
     assert "holds 512" in long
 
 
-def test_a_closed_pipe_ends_in_silence(folder: Path) -> None:
+def test_a_closed_pipe_ends_without_an_error(folder: Path) -> None:
     words = answer(folder, "--prompt", "Hi", "--json", "--max-new-tokens", "400", "--ignore-eos")
     command = [sys.executable, "-m", "medusa_chat.cli", *words]
     chat = subprocess.Popen(
@@ -195,5 +201,5 @@ def test_help_and_the_model_list_need_no_torch() -> None:
         assert done.stderr.strip() == "[]", words
         assert done.stdout
     help_text = run("--help").stdout
-    for command in ("chat", "bench", "verify", "train", "distill", "calibrate", "export", "models"):
+    for command in COMMANDS:
         assert command in help_text

@@ -11,9 +11,9 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
-from medusa_chat import config
 from medusa_chat.config import MODES, Sampling, UserError
 from medusa_chat.events import COPIED, Candidates, Step, Token
+from medusa_chat.settings import help_of
 from medusa_chat.stats import Stats
 from medusa_chat.terminal import tree_view
 from medusa_chat.terminal.chat.command import REGISTRY, Chat, Stream, find, is_command
@@ -125,7 +125,7 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     shown = run(chat, "/set")
     for field in fields(Sampling):
         assert row(shown, field.name)[0] == tables.shown(field.default)
-    assert set(config.SAMPLING_HELP) == {field.name for field in fields(Sampling)}
+    assert set(help_of(Sampling)) == {field.name for field in fields(Sampling)}
     assert run(chat, "/set temperature 0.3").strip() == "temperature 0.3"
     assert run(chat, r"/set stop \n\nUser: x").strip() == r"stop '\n\nUser: x'"
     run(chat, "/set ignore_eos on")

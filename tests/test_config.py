@@ -1,4 +1,4 @@
-"""Settings: defaults, what is refused, and that the complaint names the setting."""
+"""Settings: defaults, values that are refused, and complaints that name the setting."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_chat.config import Sampling, UserError, out_of_memory
+import medusa_chat
+from medusa_chat.config import LoadOptions, Sampling, UserError, out_of_memory
 
 
 def test_defaults_are_those_of_the_paper() -> None:
     assert (Sampling().mode, Sampling().epsilon, Sampling().delta) == ("greedy", 0.09, 0.3)
     with pytest.raises(FrozenInstanceError):
-        Sampling().mode = "exact"
+        Sampling().mode = "exact"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_value_is_read_from_text(name: Any, text: Any, value: Any) -> None:
         ("top_k", "1.5", "a whole number"),
         ("sample", "maybe", "on or off"),
         ("seed", "", "a whole number"),
-        ("max_new_tokens", "0", "at least 1"),
+        ("max_new_tokens", "0", "1 or more"),
     ],
 )
 def test_a_wrong_text_is_refused(name: Any, text: Any, complaint: Any) -> None:
@@ -117,9 +118,13 @@ def test_a_wrong_text_is_refused(name: Any, text: Any, complaint: Any) -> None:
 @given(name=st.sampled_from([field.name for field in fields(Sampling)]), text=st.text(max_size=8))
 def test_any_text_is_a_value_or_a_user_error(name: Any, text: Any) -> None:
     try:
-        assert isinstance(Sampling().with_value(name, text), Sampling)
+        changed = Sampling().with_value(name, text)
     except UserError as error:
-        assert name in str(error) or name == "stop"
+        complaint = str(error)
+    else:
+        complaint = name
+        assert isinstance(changed, Sampling)
+    assert name in complaint or name == "stop"
 
 
 @pytest.mark.parametrize(
@@ -143,5 +148,30 @@ def test_any_text_is_a_value_or_a_user_error(name: Any, text: Any) -> None:
     ],
     ids=str,
 )
-def test_what_says_that_memory_ran_out(error: Any, memory: Any) -> None:
+def test_errors_that_say_that_memory_ran_out(error: Any, memory: Any) -> None:
     assert out_of_memory(error) is memory
+
+
+def test_an_unknown_option_of_load_is_named() -> None:
+    with pytest.raises(UserError, match="no setting 'devise'; the settings are device, dtype"):
+        medusa_chat.load(devise="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, not 'tpu'"),
+        ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16"),
+        ({"quant": "int3"}, "quant must be one of auto, none, nf4"),
+        ({"quant_heads": "int3"}, "quant_heads must be one of auto, none, nf4"),
+        ({"context": 0}, "the context must be at least 1 token, not 0"),
+    ],
+    ids=str,
+)
+def test_options_of_load_that_are_refused(wrong: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        LoadOptions(**wrong)
+
+
+def test_a_device_may_have_a_number() -> None:
+    assert LoadOptions(device="cuda:1").device == "cuda:1"

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import medusa_chat
-from medusa_chat.commands.flags import parser
+from medusa_chat.cli import make_parser
+from medusa_chat.commands.flags import read_fields
+from medusa_chat.config import LoadOptions
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
@@ -217,5 +219,7 @@ def test_load_keeps_costs_in_the_users_cache(
 
 
 def test_retune_is_a_flag_of_its_own() -> None:
-    assert parser().parse_args(["chat", "--retune"]).tree == "retune"
-    assert parser().parse_args(["bench", "--prompts", "x"]).tree == "auto"
+    retune = make_parser().parse_args(["chat", "--retune"])
+    assert read_fields(retune, LoadOptions).tree == "retune"
+    plain = make_parser().parse_args(["bench", "--prompts", "x"])
+    assert read_fields(plain, LoadOptions).tree == "auto"

@@ -675,7 +675,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     assert main(["distill", *flags, str(whole)]) == 0
     capsys.readouterr()
     size = len(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])) + 20
-    with room() as limit:
+    with full_disk() as limit:
         limit(size)
         assert main(["distill", *flags, str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What doctor and models say of this machine; a check that fails is a line, never a traceback."""
+"""`doctor` and `models` on this machine; a check that fails is a line, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import torch
 import medusa_chat
 from medusa_chat.cli import main
 from medusa_chat.commands import doctor
+from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
-from medusa_chat.terminal.reports.models import show_models
+from medusa_chat.machine.contents import contents_of
+
 from medusa_chat.text import size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from medusa_chat.events import Step
 
 TOPICS = ["versions", "devices", "4 bit", "hub", "models", "default"]
 
@@ -28,7 +33,7 @@ def found() -> dict[tuple[str, str], doctor.Finding]:
     return {(finding.topic, finding.name): finding for finding in doctor.examine()}
 
 
-def test_every_topic_has_its_findings(found: dict[tuple[str, str], doctor.Finding]) -> None:
+def test_every_topic_has_findings(found: dict[tuple[str, str], doctor.Finding]) -> None:
     assert list(dict.fromkeys(topic for topic, _ in found)) == TOPICS
     assert not [finding for finding in found.values() if finding.fault]
     assert found["versions", "medusa-chat"].text == medusa_chat.__version__
@@ -42,7 +47,7 @@ def test_every_topic_has_its_findings(found: dict[tuple[str, str], doctor.Findin
     assert found["default", "device"].text.split(":")[0] in ("cuda", "mps", "cpu")
 
 
-def test_the_hub_and_its_flags_are_told() -> None:
+def test_the_hub_and_its_settings_are_reported() -> None:
     code = "from medusa_chat.cli import main; main(['doctor', '--json'])"
     settings = {
         "PATH": "",
@@ -55,27 +60,28 @@ def test_the_hub_and_its_flags_are_told() -> None:
         [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
-    told = {
+    found = {
         finding["name"]: finding["text"]
         for finding in json.loads(done.stdout)
         if finding["topic"] == "hub"
     }
-    assert told["cache"].startswith("/tmp/no-such-cache (not there yet); ")
+    assert found["cache"].startswith("/tmp/no-such-cache (not there yet); ")
     assert (
-        told["mode"] == "offline: HF_HUB_OFFLINE is set, nothing is downloaded; http://here.invalid"
+        found["mode"]
+        == "offline: HF_HUB_OFFLINE is set, nothing is downloaded; http://here.invalid"
     )
 
 
-def test_a_check_that_breaks_off_is_a_line(
+def test_a_check_that_raises_is_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*ignored: Any) -> Any:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image\nand more")
 
-    monkeypatch.setattr(doctor, "_product", broken)
-    monkeypatch.setattr(doctor, "_describe", broken)
+    monkeypatch.setattr(doctor, "nf4_product", broken)
+    monkeypatch.setattr(doctor, "describe_device", broken)
     monkeypatch.setattr(
-        doctor, "_version", lambda package: None if package == "bitsandbytes" else "1.0"
+        doctor, "package_version", lambda package: None if package == "bitsandbytes" else "1.0"
     )
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["doctor"]) == 1
@@ -84,26 +90,27 @@ def test_a_check_that_breaks_off_is_a_line(
     assert [line for line in lines if line[0] not in " ✗"] == TOPICS
     faults = [line for line in lines if "✗" in line]
     assert len(faults) == 3
-    assert "bitsandbytes" in faults[0] and "not installed: pip install bitsandbytes" in faults[0]
-    assert "failed" in faults[1] and "RuntimeError: CUDA error: no kernel image" in faults[1]
+    assert "not installed: pip install bitsandbytes" in faults[0]
+    assert "failed" in faults[1]
+    assert "RuntimeError: CUDA error: no kernel image" in faults[1]
     assert "an nf4 product fails: RuntimeError: CUDA error: no kernel image" in faults[2]
     assert "and more" not in printed
 
 
 def test_a_wrong_product_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_product", lambda *ignored: (0.5, True))
-    assert [finding.fault for finding in doctor._quantization()] == [True] * len(doctor._names())
+    monkeypatch.setattr(doctor, "nf4_product", lambda *_: (0.5, True))
+    assert [finding.fault for finding in doctor.check_4bit()] == [True] * len(doctor.device_names())
 
 
-def test_a_damaged_list_of_ones_own_is_told(
+def test_a_damaged_list_of_the_user_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "models.yaml"
     monkeypatch.setattr(doctor, "user_file", lambda: own)
     own.write_text("models: {a: {backbone: b/c}}")
-    assert [finding.text for finding in doctor._models()][1] == f"1 in {own}"
+    assert [finding.text for finding in doctor.check_models()][1] == f"1 in {own}"
     own.write_text("models: {a: {backbone: 3}}")
-    fault = list(doctor._told("models", doctor._models))[-1]
+    fault = list(doctor.run_check("models", doctor.check_models))[-1]
     assert fault.fault
     assert "entry 'a': backbone must be text" in fault.text
 
@@ -139,8 +146,8 @@ def test_models_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_the_list_fits_a_terminal_and_says_why_not(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_chat.commands.models.free_memory", lambda device: 7 * 10**9)
-    monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cpu")
+    monkeypatch.setattr("medusa_chat.commands.catalogue.free_memory", lambda _: 7 * 10**9)
+    monkeypatch.setattr("medusa_chat.commands.catalogue.likely_device", lambda: "cpu")
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -153,12 +160,12 @@ def test_the_list_fits_a_terminal_and_says_why_not(
     assert sum(line.endswith("short") for line in lines) > 3
 
 
-def test_a_full_host_beside_a_gpu_is_named(
+def test_a_host_without_memory_for_a_gpu_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {"cuda": 80 * 10**9, "cpu": 10**9}
-    monkeypatch.setattr("medusa_chat.commands.models.free_memory", free.__getitem__)
-    monkeypatch.setattr("medusa_chat.commands.models.likely_device", lambda: "cuda")
+    monkeypatch.setattr("medusa_chat.commands.catalogue.free_memory", free.__getitem__)
+    monkeypatch.setattr("medusa_chat.commands.catalogue.likely_device", lambda: "cuda")
     model = next(model for model in listed(capsys) if model["name"] == "vicuna-7b")
     assert model["short_of"] == "cpu"
     show_models([model])
@@ -168,17 +175,18 @@ def test_a_full_host_beside_a_gpu_is_named(
 # ---- memory that runs out later ----
 
 
-class _Full:
-    """An engine whose reply finds no memory."""
+class FailingEngine:
+    """An engine whose replies raise an error."""
 
-    system, notices = "", ()
+    system = ""
+    notices = ()
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def generate(self, *ignored: Any) -> Any:
+    def generate(self, *_: Any) -> Iterator[Step]:
+        yield from ()
         raise self.error
-        yield
 
 
 @pytest.mark.parametrize(
@@ -186,9 +194,7 @@ class _Full:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
         MemoryError(),
-        RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-        ),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes."),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ],
     ids=lambda error: type(error).__name__,
@@ -196,7 +202,7 @@ class _Full:
 def test_a_single_answer_without_memory_is_one_line(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("medusa_chat.cli._load", lambda options: _Full(error))
+    monkeypatch.setattr("medusa_chat.load", lambda *_, **__: FailingEngine(error))
     assert main(["--prompt", "hi"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("medusa-chat: error: out of memory; a smaller model, --quant nf4")
@@ -205,14 +211,14 @@ def test_a_single_answer_without_memory_is_one_line(
 
 def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "medusa_chat.cli._load", lambda options: _Full(RuntimeError("shapes differ"))
+        "medusa_chat.load", lambda *_, **__: FailingEngine(RuntimeError("shapes differ"))
     )
     with pytest.raises(RuntimeError, match="shapes differ"):
         main(["--prompt", "hi"])
 
 
-def test_an_engine_that_ran_out_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a reply that found no memory the same engine gives the reply that it gives otherwise."""
+def test_an_engine_that_ran_out_of_memory_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a reply without memory the same engine gives its usual reply."""
     engine = medusa_chat.load(device="cpu", tree="chain-2", probing=False)
     prompt: Any = [{"role": "user", "content": "Hello!"}]
 
@@ -220,7 +226,9 @@ def test_an_engine_that_ran_out_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
         steps = engine.generate(prompt, medusa_chat.Sampling(max_new_tokens=12))
         return [token.id for step in steps for token in step.tokens]
 
-    whole, logits, calls = reply(), engine.backbone.logits, []
+    whole = reply()
+    logits = engine.backbone.logits
+    calls = []
 
     def full(hidden: torch.Tensor) -> torch.Tensor:
         calls.append(len(hidden))
@@ -236,7 +244,7 @@ def test_an_engine_that_ran_out_goes_on(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_plan_is_made_of_its_parts() -> None:
-    contents = memory.contents_of(memory.read_models(memory.packaged_file())["zephyr-7b-beta"])
+    contents = contents_of(read_models(packaged_file())["zephyr-7b-beta"])
     assert contents is not None
     made = memory.plan(contents, memory.Load("cpu", "nf4", "nf4"))
     assert made.total == sum(made.parts().values())

@@ -23,7 +23,7 @@ from medusa_chat.export.writing import Export, export
 from medusa_chat.model.layouts import find_heads, read_heads
 from medusa_chat.model.layouts.write import write_tensors
 from tests.helpers.complaints import refusal
-from tests.helpers.full_disk import room
+from tests.helpers.full_disk import full_disk
 from tests.helpers.public_layouts import logits_of, put, put_shards, tensors_of
 from tests.helpers.tiny import END, random_backbone, random_heads, random_model, save_model
 
@@ -347,7 +347,7 @@ def test_a_full_disk_leaves_nothing(
             "--out",
             str(out),
         ]
-        with room() as limit:
+        with full_disk() as limit:
             limit(50_000)
             assert main(words) == 2
         complaint = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Downloads from a local server that speaks the hub's protocol, each in a fresh process as a user's would be."""
+"""Downloads from a local server that speaks the hub's protocol, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
-from tests.helpers.full_disk import room
+from tests.helpers.full_disk import full_disk
 from tests.helpers.hub_server import HubServer, hub_server
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ from medusa_chat.hub import fetch as hub
 seen = []
 try:
     files = hub.fetch(ModelSpec("m", *json.loads(sys.argv[1])), lambda *state: seen.append(state))
-    document = {"backbone": str(files.backbone), "heads": files.heads and str(files.heads), "notices": files.notices}
+    heads = files.heads and str(files.heads)
+    document = {"backbone": str(files.backbone), "heads": heads, "notices": files.notices}
 except UserError as error:
     document = {"error": str(error)}
 print(json.dumps(document | {"progress": seen[-1:], "states": len(seen)}))
@@ -70,7 +71,7 @@ def server() -> Iterator[HubServer]:
 
 
 class Client:
-    """Runs `hub.fetch` in a process of its own with the environment that a user would set."""
+    """Runs `hub.fetch` in its own process, with the environment that a user would set."""
 
     def __init__(self, server: HubServer, home: Path) -> None:
         self.server, self.home = server, home
@@ -92,9 +93,9 @@ class Client:
     def fetch(
         self, backbone: str = OWN, heads: str | None = None, **environment: str
     ) -> dict[str, Any]:
-        said, complaints = self.start(backbone, heads, **environment).communicate(timeout=60)
-        assert not complaints
-        found: dict[str, Any] = json.loads(said)
+        printed, errors = self.start(backbone, heads, **environment).communicate(timeout=60)
+        assert not errors
+        found: dict[str, Any] = json.loads(printed)
         assert "\n" not in found.get("error", "")
         return found
 
@@ -108,7 +109,7 @@ def names(folder: str) -> set[str]:
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_what_is_needed_comes_once_and_nothing_else(client: Client) -> None:
+def test_only_what_is_needed_is_downloaded_once(client: Client) -> None:
     found = client.fetch(heads="owner/heads")
     assert names(found["backbone"]) == {*TEXTS, "model.safetensors"}
     assert (Path(found["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
@@ -124,7 +125,7 @@ def test_what_is_needed_comes_once_and_nothing_else(client: Client) -> None:
     assert [path for _, path, _ in client.server.requests if "/resolve/" in path] == []
 
 
-def test_shards_come_by_their_index(client: Client) -> None:
+def test_an_index_names_the_shards_to_download(client: Client) -> None:
     shards = {f"pytorch_model-0000{i}-of-00002.bin": os.urandom(1000) for i in (1, 2)}
     index = json.dumps(
         {"weight_map": {f"w{i}": name for i, name in enumerate([*shards, *shards])}}
@@ -165,7 +166,7 @@ def test_shards_come_by_their_index(client: Client) -> None:
         ),
     ],
 )
-def test_each_tensor_comes_in_one_form(there: str, kind: hub.Kind, taken: str) -> None:
+def test_each_tensor_is_downloaded_in_one_form(there: str, kind: hub.Kind, taken: str) -> None:
     assert hub.weight_files(there.split(), kind) == taken.split()
 
 
@@ -196,10 +197,8 @@ def test_offline(client: Client) -> None:
 def test_a_hub_that_cannot_be_reached(client: Client) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     complaint = client.fetch(**nowhere)["error"]
-    assert (
-        complaint.startswith(f"cannot reach http://127.0.0.1:9 for {OWN} (")
-        and "name a local folder" in complaint
-    )
+    assert complaint.startswith(f"cannot reach http://127.0.0.1:9 for {OWN} (")
+    assert "name a local folder" in complaint
     folder = client.fetch()["backbone"]
     found = client.fetch(**nowhere)
     assert found["backbone"] == folder
@@ -208,7 +207,7 @@ def test_a_hub_that_cannot_be_reached(client: Client) -> None:
     ] == [True]
 
 
-def test_a_dropped_connection_is_taken_up_where_it_broke(client: Client) -> None:
+def test_a_dropped_connection_resumes_where_it_broke(client: Client) -> None:
     client.server.fault("/cdn/.*safetensors", drop=70_000, times=2)
     assert (Path(client.fetch()["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
     ranges = [
@@ -219,7 +218,7 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(client: Client) -> None
     assert ranges == ["", "bytes=70000-", "bytes=140000-"]
 
 
-def test_a_connection_that_stays_broken_is_one_line_and_the_next_run_goes_on(
+def test_a_broken_connection_is_one_line_and_the_next_run_resumes(
     client: Client,
 ) -> None:
     client.server.fault("/cdn/.*safetensors", drop=0, times=-1)
@@ -227,10 +226,8 @@ def test_a_connection_that_stays_broken_is_one_line_and_the_next_run_goes_on(
         0, type(client.server.faults[0])("/cdn/.*safetensors", drop=90_000, times=1)
     )
     complaint = client.fetch()["error"]
-    assert (
-        f"broke at 90000 of 200000 bytes of {OWN}/model.safetensors" in complaint
-        and "goes on from" in complaint
-    )
+    assert f"broke at 90000 of 200000 bytes of {OWN}/model.safetensors" in complaint
+    assert "goes on from" in complaint
     client.server.faults.clear()
     client.server.requests.clear()
     found = client.fetch()
@@ -242,7 +239,7 @@ def test_a_connection_that_stays_broken_is_one_line_and_the_next_run_goes_on(
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_was_ended_goes_on(client: Client, end: signal.Signals) -> None:
+def test_a_run_that_was_killed_resumes(client: Client, end: signal.Signals) -> None:
     client.server.fault("/cdn/.*safetensors", pace=20_000, method="GET", times=1)
     running = client.start()
     partial = client.home / "hub" / f"models--{OWN.replace('/', '--')}" / "blobs"
@@ -256,10 +253,11 @@ def test_a_run_that_was_ended_goes_on(client: Client, end: signal.Signals) -> No
     client.server.requests.clear()
     assert (Path(client.fetch()["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS
     asked = next(asked for _, path, asked in client.server.requests if "/cdn/" in path)
-    assert asked.startswith("bytes=") and int(asked[6:-1]) > 20_000
+    assert asked.startswith("bytes=")
+    assert int(asked[6:-1]) > 20_000
 
 
-def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
+def test_a_server_without_ranges_sends_everything_again(client: Client) -> None:
     client.server.fault("/cdn/.*safetensors", drop=70_000, times=1)
     client.server.fault("/cdn/.*safetensors", ignore_ranges=True)
     found = client.fetch()
@@ -273,7 +271,7 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
         (
             "/cdn/.*safetensors",
             {"corrupt": True},
-            "model.safetensors of lmsys/vicuna-7b-v1.3 has not the hash",
+            "model.safetensors of lmsys/vicuna-7b-v1.3 has another hash than the hub states",
         ),
         (
             "/cdn/.*safetensors",
@@ -283,9 +281,9 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
         (
             "/resolve/.*tokenizer.json",
             {"corrupt": True},
-            "tokenizer.json of lmsys/vicuna-7b-v1.3 has not the hash",
+            "tokenizer.json of lmsys/vicuna-7b-v1.3 has another hash than the hub states",
         ),
-        ("/api/", {"status": 401, "error": "GatedRepo"}, "is paused: accept its licence at"),
+        ("/api/", {"status": 401, "error": "GatedRepo"}, "is gated: accept its licence at"),
         (
             "/cdn/.*safetensors",
             {"status": 403, "error": "GatedRepo"},
@@ -303,10 +301,10 @@ def test_a_server_without_ranges_sends_all_again(client: Client) -> None:
         ),
         ("/api/", {"status": 500}, "answered 500 for lmsys/vicuna-7b-v1.3: try again later"),
         ("/cdn/", {"status": 503}, "answered 503"),
-        ("/cdn/", {"status": 429}, "wants a pause (429"),
+        ("/cdn/", {"status": 429}, "limits the requests for lmsys/vicuna-7b-v1.3 (429)"),
     ],
 )
-def test_what_goes_wrong_is_one_line(
+def test_every_failure_is_one_line(
     client: Client, pattern: str, fault: dict[str, Any], words: str
 ) -> None:
     client.server.fault(pattern, **fault)
@@ -315,7 +313,7 @@ def test_what_goes_wrong_is_one_line(
     assert "backbone" in client.fetch()  # and leaves nothing behind that would spoil the next run
 
 
-def test_a_short_fault_of_the_hub_is_overcome(client: Client) -> None:
+def test_a_short_failure_of_the_hub_is_retried(client: Client) -> None:
     client.server.fault("/api/", status=502, times=1)
     client.server.fault("/cdn/", status=429, times=1)
     assert "backbone" in client.fetch()
@@ -334,26 +332,22 @@ def test_repositories_that_do_not_exist_or_hold_no_model(client: Client) -> None
 def test_a_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     complaint = client.fetch(HF_HOME=str(tmp_path / "file"))["error"]
-    assert (
-        complaint.startswith(f"cannot download {OWN} into {tmp_path / 'file'}")
-        and "set HF_HOME" in complaint
-    )
+    assert complaint.startswith(f"cannot download {OWN} into {tmp_path / 'file'}")
+    assert "set HF_HOME" in complaint
 
 
 def test_a_full_disk(client: Client) -> None:
-    with room() as limit:
+    with full_disk() as limit:
         limit(100_000)  # inherited by the process
         complaint = client.fetch()["error"]
-    assert (
-        complaint.startswith(f"cannot download {OWN}")
-        and "the disk is full; make room, or set HF_HOME" in complaint
-    )
+    assert complaint.startswith(f"cannot download {OWN}")
+    assert "the disk is full; make room, or set HF_HOME" in complaint
     assert "backbone" in client.fetch()
 
 
-def test_too_little_room_is_told_before_the_download(client: Client) -> None:
+def test_a_small_disk_is_reported_before_the_download(client: Client) -> None:
     described = client.server.repositories[OWN]["main"]
-    described["model.safetensors"] = type("Huge", (bytes,), {"__len__": lambda self: 10**18})(b"x")
+    described["model.safetensors"] = type("Huge", (bytes,), {"__len__": lambda _: 10**18})(b"x")
     assert "needs 1000000000.0 GB more" in client.fetch()["error"]
     assert client.server.fetched() == []
 
@@ -372,9 +366,7 @@ def test_local_paths_need_no_hub(tmp_path: Path) -> None:
             hub.fetch(spec)
 
 
-def test_where_measured_accuracies_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_places_of_measured_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     (tmp_path / "heads.safetensors").touch()
     kept = [

@@ -1,4 +1,4 @@
-"""Every entry of models.yaml, downloaded from a local hub under its real name, loaded and asked once."""
+"""Every entry of models.yaml: downloaded from a local hub by its real name, and asked once."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ SETTINGS = (
     "--prompt",
     "Hi",
     "--json",
-    "--ignore-memory",  # the list tells the real ones' sizes
+    "--ignore-memory",  # models.yaml has the real models' sizes
 )
-# One process for all: to import torch takes longer than all else.
+# One process for all, because importing torch takes longer than everything else.
 CHAT = """
 import json, sys, io, contextlib
 from medusa_chat import cli
 for words in json.load(sys.stdin):
-    said, complaints = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         status = cli.main(words)
-    lines = said.getvalue().splitlines()
+    lines = output.getvalue().splitlines()
     summary = json.loads(lines[-1]) if lines else {}
-    print(json.dumps({"status": status, "summary": summary, "said": complaints.getvalue()}))
+    print(json.dumps({"status": status, "summary": summary, "errors": errors.getvalue()}))
 """
 
 
 def chat(
     server: HubServer, home: Path, runs: list[list[str]], **environment: str
 ) -> list[dict[str, Any]]:
-    """What `medusa-chat` answers to each list of words."""
+    """Run `medusa-chat` with each list of words; returns status, summary and errors."""
     settings = server.environment(home, PYTHONWARNINGS="ignore", **environment)
     done = subprocess.run(
         [sys.executable, "-c", CHAT],
@@ -97,7 +97,7 @@ def test_every_model_is_downloaded_loaded_and_asked(server: HubServer, tmp_path:
     specs = REGISTERED + UNREGISTERED
     answers = chat(server, tmp_path, [words(spec) for spec in specs])
     for spec, answer in zip(specs, answers, strict=True):
-        assert answer["status"] == 0, f"{spec.backbone}: {answer['said']}"
+        assert answer["status"] == 0, f"{spec.backbone}: {answer['errors']}"
         assert answer["summary"]["new_tokens"] == 8
         assert answer["summary"]["acceptance_length"] >= 1, spec.backbone
     asked = server.fetched()
@@ -109,15 +109,13 @@ def test_every_model_is_downloaded_loaded_and_asked(server: HubServer, tmp_path:
     ]
 
 
-def test_what_the_hub_refuses_is_one_line_and_status_2(server: HubServer, tmp_path: Path) -> None:
+def test_a_refusal_of_the_hub_is_one_line_and_status_2(server: HubServer, tmp_path: Path) -> None:
     server.fault("/api/models/lmsys", status=401, error="GatedRepo")
-    paused, absent = chat(
+    gated, absent = chat(
         server, tmp_path, [words(UNREGISTERED[3]), ["--model", "no/such", *SETTINGS]]
     )
     server.faults.clear()
-    assert (paused["status"], absent["status"]) == (2, 2)
-    assert (
-        paused["said"].startswith("medusa-chat: error: lmsys/vicuna-7b-v1.3 is paused")
-        and paused["said"].count("\n") == 1
-    )
-    assert "has no repository no/such" in absent["said"] and absent["said"].count("\n") == 1
+    assert (gated["status"], absent["status"]) == (2, 2)
+    assert gated["errors"].startswith("medusa-chat: error: lmsys/vicuna-7b-v1.3 is gated")
+    assert "has no repository no/such" in absent["errors"]
+    assert gated["errors"].count("\n") == absent["errors"].count("\n") == 1

@@ -1,4 +1,4 @@
-"""What a load is said to need, against what it takes; what is proposed fits; memory that runs out ends a reply."""
+"""Planned memory against real sizes, and proposals that fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import medusa_chat
 from medusa_chat.config import MAX_NODES, ModelSpec, UserError
 from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model
 from medusa_chat.machine import devices, memory
-from medusa_chat.machine.contents import contents_of
+from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.memory import Load, host_plan, load_of, plan, remedies, shortage
 from medusa_chat.model.layouts import HEADS_FILE, write_heads
 from medusa_chat.shapes import SHAPES
@@ -37,19 +37,24 @@ ODD = json.dumps(
     }
 )
 SHIPPED = read_models(packaged_file())
-VICUNA = contents_of(SHIPPED["vicuna-7b"])
-assert VICUNA is not None
 
 
-def told(spec: ModelSpec, load: Load) -> dict[str, int]:
+def contents_of_known(spec: ModelSpec) -> Contents:
     contents = contents_of(spec)
     assert contents is not None
-    return plan(contents, load).parts()
+    return contents
+
+
+VICUNA = contents_of_known(SHIPPED["vicuna-7b"])
+
+
+def planned(spec: ModelSpec, load: Load) -> dict[str, int]:
+    return plan(contents_of_known(spec), load).parts()
 
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What devices are said to have free; change it."""
+    """Free bytes by device, which a test may change."""
     found = {"cpu": 10**15, "cuda": 10**15}
     monkeypatch.setattr(memory, "free_memory", lambda device: found[device])
     return found
@@ -59,7 +64,7 @@ def refused(spec: ModelSpec, load: Load) -> str:
     return refusal(memory.check, spec, load)
 
 
-# ---- what is counted ----
+# ---- counting ----
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_every_weight_of_a_folder_is_counted(kind: str, own: bool, tmp_path: Pat
     assert file == contents
 
 
-def test_an_entry_tells_what_its_files_hold(tmp_path: Path) -> None:
+def test_an_entry_has_the_sizes_of_its_files(tmp_path: Path) -> None:
     """Before a download the sizes come from models.yaml; they are those of the files."""
     backbone = random_backbone(vocabulary=260)
     save_model(tmp_path / "a", backbone.model)
@@ -92,13 +97,13 @@ def test_an_entry_tells_what_its_files_hold(tmp_path: Path) -> None:
     counted = contents_of(ModelSpec("tiny", str(tmp_path / "a")))
     entry = contents_of(ModelSpec("tiny", str(tmp_path / "b"), medusa_heads=3))
     assert entry == counted
-    shared = contents_of(ModelSpec("tiny", str(tmp_path / "b"), medusa_heads=3, lm_heads="shared"))
-    assert shared is not None and counted is not None
-    assert counted.heads - shared.heads == 3 * 260 * 32
+    shared = ModelSpec("tiny", str(tmp_path / "b"), medusa_heads=3, lm_heads="shared")
+    assert counted is not None
+    assert counted.heads - contents_of_known(shared).heads == 3 * 260 * 32
 
 
 def test_published_sizes() -> None:
-    """Files on the hub, to a thousandth: heads of Vicuna 7B, 33B and Mistral, and the whole Medusa-2 33B."""
+    """Files on the hub, to a thousandth: heads of three models, and a whole Medusa-2 model."""
     sizes = {"vicuna-7b": 1.478493e9, "vicuna-33b": 2.57e9, "mistral-7b-instruct-v0.2": 0.887e9}
     for name, size in sizes.items():
         contents = contents_of(SHIPPED[name])
@@ -129,7 +134,7 @@ def test_heads_among_the_backbones_weights_and_in_a_pickle(tmp_path: Path) -> No
     assert (pickled.heads, pickled.largest_head) == (20_000, 260 * 32)
 
 
-def test_what_is_quantized_already_weighs_what_its_files_say(tmp_path: Path) -> None:
+def test_quantized_files_count_with_their_own_bytes(tmp_path: Path) -> None:
     save_model(tmp_path, random_model(vocabulary=260))
     name = "model.layers.0.mlp.up_proj.weight"
     header = {
@@ -145,16 +150,14 @@ def test_what_is_quantized_already_weighs_what_its_files_say(tmp_path: Path) -> 
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(1440))
     for quant in ("none", "nf4"):
-        parts = told(ModelSpec("tiny", str(tmp_path)), Load(quant=quant))
+        parts = planned(ModelSpec("tiny", str(tmp_path)), Load(quant=quant))
         assert (parts["packed"], parts["plain"]) == (1376, 64)
 
 
 @pytest.mark.parametrize(
     "text", [None, "", "{", "[]", "{}", '{"num_attention_heads": 0}', '{"hidden_size": "x"}', ODD]
 )
-def test_sizes_that_nobody_knows_stop_nothing(
-    text: str | None, tmp_path: Path, free: dict[str, int]
-) -> None:
+def test_unknown_sizes_stop_nothing(text: str | None, tmp_path: Path, free: dict[str, int]) -> None:
     free["cpu"] = 0
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -163,30 +166,30 @@ def test_sizes_that_nobody_knows_stop_nothing(
         memory.check(spec, Load())
 
 
-# ---- what is planned ----
+# ---- planning ----
 
 
 def test_parts_of_vicuna_7b() -> None:
-    """REFERENCE 7: one LM head 0.26 GB, five heads 1.48 GB in 16 bit; the cache is 2 GB at 4k."""
-    sixteen = told(SHIPPED["vicuna-7b"], Load("cuda", context=4096 - MAX_NODES))
+    """In 16 bits an LM head has 0.26 GB, five heads 1.48 GB, and a cache of 4096 tokens 2 GB."""
+    sixteen = planned(SHIPPED["vicuna-7b"], Load("cuda", context=4096 - MAX_NODES))
     assert sixteen["layers"] == pytest.approx(12.95 * GB, rel=0.01)
     assert sixteen["plain"] == pytest.approx(2 * 0.262 * GB, rel=0.01)
     assert sixteen["heads"] == pytest.approx(1.48 * GB, rel=0.01)
     assert sixteen["cache"] == 2 * 32 * 4096 * 4096 * 2
-    nf4 = told(SHIPPED["vicuna-7b"], Load("cuda", "nf4", "nf4", 4096 - MAX_NODES))
+    nf4 = planned(SHIPPED["vicuna-7b"], Load("cuda", "nf4", "nf4", 4096 - MAX_NODES))
     assert nf4["layers"] == int(VICUNA.layers * 0.5625)
     assert nf4["heads"] == int(VICUNA.heads * 0.5625)
     assert nf4["plain"] == sixteen["plain"]
     assert (
         nf4["workspace"] - sixteen["workspace"] == 2 * (2 * 11008 * 4096) * 2
     )  # gate and up in 16 bits, twice
-    assert told(SHIPPED["vicuna-7b"], Load("cuda", "nf4-double"))["layers"] == pytest.approx(
+    assert planned(SHIPPED["vicuna-7b"], Load("cuda", "nf4-double"))["layers"] == pytest.approx(
         0.5159 * VICUNA.layers, rel=1e-3
     )
-    assert told(SHIPPED["vicuna-7b"], Load("cuda", "int8"))["layers"] == VICUNA.layers
+    assert planned(SHIPPED["vicuna-7b"], Load("cuda", "int8"))["layers"] == VICUNA.layers
 
 
-def test_the_cache_that_is_planned_is_the_one_that_is_made(tmp_path: Path) -> None:
+def test_the_planned_cache_has_the_size_of_the_real_one(tmp_path: Path) -> None:
     backbone = random_backbone("llama-wide-heads", 260)
     save_model(tmp_path, backbone.model)
     engine = medusa_chat.load(
@@ -194,9 +197,15 @@ def test_the_cache_that_is_planned_is_the_one_that_is_made(tmp_path: Path) -> No
     )
     made = engine.runner.cache.buffer
     assert (
-        told(ModelSpec("a", str(tmp_path)), Load(context=100, width=4))["cache"]
+        planned(ModelSpec("a", str(tmp_path)), Load(context=100, width=4))["cache"]
         == made.numel() * made.element_size()
     )
+
+
+def test_the_workspace_holds_the_logits_of_the_largest_tree() -> None:
+    logits = MAX_NODES * SHAPES["llama-8b"].vocabulary * 4  # in float32
+    spec = ModelSpec("a", "nobody/nothing", shape="llama-8b")
+    assert planned(spec, Load(context=256))["workspace"] > 3 * logits
 
 
 def test_a_gpu_needs_little_of_the_host() -> None:
@@ -213,21 +222,22 @@ from medusa_chat.machine.devices import frugal_heap
 from contextlib import nullcontext
 from bitsandbytes.functional import quantize_4bit
 
-def taken():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def in_use():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 weight = torch.ones(1024, 3072, dtype=torch.bfloat16)
 with frugal_heap():
     quantize_4bit(weight, quant_type="nf4")
-before, kept = taken(), []
+before, kept = in_use(), []
 with frugal_heap() if sys.argv[1] == "frugal" else nullcontext():
     for _ in range(8):
         kept.append(quantize_4bit(weight, quant_type="nf4"))
-print((taken() - before) / (8 * weight.numel()))
+print((in_use() - before) / (8 * weight.numel()))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory as Linux does")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_quantizing_leaves_no_holes() -> None:
     def bytes_of_a_weight(how: str) -> float:
         done = subprocess.run(
@@ -241,7 +251,7 @@ def test_quantizing_leaves_no_holes() -> None:
     )  # else there is no need of it any more
 
 
-# ---- what is proposed ----
+# ---- proposals ----
 
 
 @settings(max_examples=60, deadline=None)
@@ -253,7 +263,7 @@ def test_quantizing_leaves_no_holes() -> None:
     context=st.none() | st.integers(300, 8192),
     gigabytes=st.floats(0.5, 70),
 )
-def test_what_is_proposed_fits(
+def test_every_proposal_fits(
     name: str, device: str, quant: str, heads: str, context: int | None, gigabytes: float
 ) -> None:
     contents = contents_of(SHIPPED[name])
@@ -321,7 +331,7 @@ def test_the_gpu_that_is_full_is_named(free: dict[str, int]) -> None:
 # ---- a load ----
 
 
-def test_a_load_asks_first_unless_told_not_to(free: dict[str, int]) -> None:
+def test_a_load_checks_memory_unless_it_is_ignored(free: dict[str, int]) -> None:
     free["cpu"] = 10**6
     with pytest.raises(UserError, match=r"bundled needs .* GB free on cpu, .* GB short; nothing"):
         medusa_chat.load(device="cpu")
@@ -338,26 +348,26 @@ def test_the_asked_context_counts(free: dict[str, int]) -> None:
         medusa_chat.load(device="cpu", dtype="float32", context=400)
 
 
-# ---- what is free ----
+# ---- free memory ----
 
 
-def test_free_memory_counts_what_this_process_has() -> None:
+def test_free_memory_includes_that_of_this_process() -> None:
     assert 10**8 < devices.free_memory("cpu") <= devices.total_memory("cpu")
 
 
 def test_a_container_may_allow_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = devices.free_memory("cpu")
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
     for name, text in (
         ("max", "900000000"),
         ("current", "500000000"),
         ("stat", "anon 4\ninactive_file 100000000"),
     ):
         (tmp_path / f"memory.{name}").write_text(text + "\n")
-    assert devices._container_memory() == 500_000_000
+    assert devices.container_memory() == 500_000_000
     assert devices.free_memory("cpu") < before
     (tmp_path / "memory.max").write_text("max\n")
-    assert devices._container_memory() > 10**8
+    assert devices.container_memory() > 10**8
 
 
 def test_shapes_of_the_list_are_those_of_the_backbones() -> None:

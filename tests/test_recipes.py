@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_chat.commands.flags import parser, recipe_of
-from medusa_chat.config import RECIPE_HELP, RECIPES, Recipe, UserError, make_recipe
+from medusa_chat.cli import make_parser
+from medusa_chat.commands.flags import given_fields
+from medusa_chat.config import RECIPES, Recipe, UserError, make_recipe
+from medusa_chat.settings import help_of
 from medusa_chat.training.schedules import backbone_rate, heads_rate, heads_weight, joint_from
 from medusa_chat.training.trainee import Trainee, adapt, describe, new_heads
 from tests.helpers.tiny import random_model
@@ -46,9 +48,9 @@ def test_the_released_settings() -> None:
         ({"lambda_0": float("inf")}, "lambda_0 must be 0 or more"),
         ({"seed": -1}, "seed must be between 0"),
         ({"backbone_learning_rate": -1.0}, "backbone_learning_rate must be 0 or more"),
-        ({"lm_heads": "mine"}, "lm_heads is auto, own or shared, not 'mine'"),
-        ({"ramp": "cosine"}, "ramp is constant or sine"),
-        ({"quant": "int3"}, "quant is none, nf4, nf4-double, int8, not 'int3'"),
+        ({"lm_heads": "mine"}, "lm_heads must be one of auto, own, shared, not 'mine'"),
+        ({"ramp": "cosine"}, "ramp must be one of constant, sine"),
+        ({"quant": "int3"}, "quant must be one of none, nf4, nf4-double, int8, not 'int3'"),
         ({"length": 5}, "rows of 5 tokens are too short for 4 heads"),
         ({"heads_first": 1.0}, "heads_first must be from 0 to below 1"),
         ({"lora_dropout": 1.0}, "lora_dropout must"),
@@ -67,9 +69,8 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> N
 
 def test_flags_change_the_recipe_that_they_name(capsys: pytest.CaptureFixture[str]) -> None:
     def read(*words: str) -> Recipe:
-        return recipe_of(
-            parser().parse_args(["train", "--model", "m", "--data", "d", "--out", "o", *words])
-        )
+        train = ["train", "--model", "m", "--data", "d", "--out", "o", *words]
+        return make_recipe(**given_fields(make_parser().parse_args(train), Recipe))
 
     assert read() == make_recipe("medusa1")
     assert read("--recipe", "distilled") == make_recipe("distilled")
@@ -84,11 +85,14 @@ def test_flags_change_the_recipe_that_they_name(capsys: pytest.CaptureFixture[st
     )
     assert read(*flags) == make_recipe("distilled", lambda_0=0.5, accumulation=3)
     assert read("--gradient-checkpointing").gradient_checkpointing
-    assert set(RECIPE_HELP) == set(Recipe.__dataclass_fields__)
+    assert set(help_of(Recipe)) == set(Recipe.__dataclass_fields__)
     with pytest.raises(SystemExit):
-        parser().parse_args(["train", "--help"])
+        make_parser().parse_args(["train", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "weight of the heads' loss beside the backbone's (default: 0.2, distilled 0.01)" in told
+    assert (
+        "weight of the heads' loss relative to the backbone's (default: 0.2, distilled 0.01)"
+        in told
+    )
     for wrong in (("--heads", "two"), ("--epochs", "x"), ("--ramp", "up")):
         with pytest.raises(UserError):
             read(*wrong)

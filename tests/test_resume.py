@@ -20,7 +20,7 @@ from medusa_chat.config import UserError
 from medusa_chat.terminal.reports import training as training_view
 from medusa_chat.training.checkpoints import whole_checkpoints
 from medusa_chat.training.trainer import train
-from tests.helpers.full_disk import room
+from tests.helpers.full_disk import full_disk
 from tests.helpers.tiny_runs import do, log_of, products, tiny_run
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     """No file may grow beyond four kilobytes from step 6 on: the checkpoint of step 8 fails in its middle."""
     plain = training_view.training_line
     asked = words(tmp_path, "out", "--recipe", "medusa2")
-    with room() as limit:
+    with full_disk() as limit:
 
         def fill(step: TrainStep) -> str:
             if step.step == 6:
@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
 
     export = module.save_backbone
     asked = words(tmp_path, "out", "--recipe", "medusa2")
-    with room() as limit:
+    with full_disk() as limit:
 
         def fill(*arguments: Any) -> None:
             limit(4096)

@@ -9,7 +9,7 @@ import pytest
 from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
 from transformers import AutoTokenizer
 
-from medusa_chat.commands.flags import parser
+from medusa_chat.cli import make_parser
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.model.pretrained import tokenizer_settings
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
@@ -185,10 +185,10 @@ def test_an_old_llama_tokenizer_keeps_its_space_after_the_end_of_a_turn(tmp_path
 
 
 def test_the_flag_lists_its_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parser().parse_args(["chat", "--template", "zephyr"]) == argparse.Namespace(
-        **vars(parser().parse_args(["chat"])) | {"template": "zephyr"}
+    assert make_parser().parse_args(["chat", "--template", "zephyr"]) == argparse.Namespace(
+        **vars(make_parser().parse_args(["chat"])) | {"template": "zephyr"}
     )
     with pytest.raises(SystemExit) as left:
-        parser().parse_args(["bench", "--template", "list"])
+        make_parser().parse_args(["bench", "--template", "list"])
     assert left.value.code == 0
     assert {"vicuna_v1.1", "zephyr", "mistral"} <= set(capsys.readouterr().out.split())

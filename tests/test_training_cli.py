@@ -1,4 +1,4 @@
-"""From prompts to a faster chat on the command line, and the mistakes on the way: one line and exit status 2."""
+"""From prompts to a faster chat on the command line; a mistake is one line and status 2."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_mistakes_are_one_line(
         capsys, *asked, "--recipe", "medusa3"
     )
     assert "heads must be above 0" in complaint(capsys, *asked, "--heads", 0)
-    assert "--epochs" in complaint(capsys, *asked, "--epochs", "many")
+    assert "epochs must be a number" in complaint(capsys, *asked, "--epochs", "many")
     assert "unknown model" in complaint(capsys, *asked, "--model", "nothing")
     assert "no such file or folder" in complaint(capsys, *asked, "--heads-from", "./nowhere")
     assert "would overwrite" in complaint(
@@ -49,7 +49,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out" / HEADS_FILE).exists()
 
 
-def test_damaged_data_are_told_before_anything_is_made(
+def test_damaged_data_are_reported_before_anything_is_written(
     asked: list[Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -63,7 +63,7 @@ def test_damaged_data_are_told_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_extra_it_is_named(
+def test_a_missing_extra_is_named(
     asked: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("trainer", "trainee", "export"):
@@ -99,12 +99,12 @@ def test_each_command_writes_what_the_next_one_needs(
     )
     assert len(own.read_text().splitlines()) > 9
     assert main([str(word) for word in asked[:-1]] + [str(own), "--recipe", recipe]) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     model = backbone if recipe == "medusa1" else ["--model", str(out)]
     shared = [*model, "--heads", str(out)] if recipe == "medusa1" else model
-    assert f"next: medusa-chat calibrate {' '.join(shared)} --data FILE" in told.out
-    assert "error" not in told.err.lower()
-    assert "warning" not in told.err.lower()
+    assert f"next: medusa-chat calibrate {' '.join(shared)} --data FILE" in printed.out
+    assert "error" not in printed.err.lower()
+    assert "warning" not in printed.err.lower()
     exact = [*shared, "--dtype", "float32"]
     limits = ["--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "12"]
     assert main(["calibrate", *exact, "--data", *limits[1:]]) == 0
@@ -140,10 +140,10 @@ def test_each_command_writes_what_the_next_one_needs(
 
 
 @pytest.mark.parametrize("recipe", ["medusa1", "medusa2"])
-def test_a_model_without_a_template_of_its_own_takes_its_entrys(
+def test_a_model_without_a_template_takes_that_of_its_entry(
     recipe: str, asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Distilled, trained, calibrated and chatted with in one of fastchat's."""
+    """Distill, train, calibrate and chat with one of fastchat's templates."""
     (tmp_path / "backbone" / "chat_template.jinja").unlink()
     models, prompts, own = (
         tmp_path / "models.yaml",
@@ -170,8 +170,8 @@ def test_a_model_without_a_template_of_its_own_takes_its_entrys(
     assert main(answer) == 0
     words = [str(word) for word in (*asked, "--recipe", recipe, *mine)]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "--template vicuna_v1.1" in told
+    printed = capsys.readouterr().out
+    assert "--template vicuna_v1.1" in printed
     shared = [*mine, "--heads", str(tmp_path / "out")]
     if recipe == "medusa2":
         shared = ["--model", str(tmp_path / "out"), "--template", "vicuna_v1.1"]
@@ -192,7 +192,7 @@ def test_a_named_template_makes_another_run(
 def test_two_processes_train_as_one_and_only_the_first_speaks(
     recipe: str, asked: list[Any], tmp_path: Path
 ) -> None:
-    """What `accelerate launch` does for several GPUs, with two processes on the CPU: a batch of one row in each."""
+    """Two processes on the CPU with one row each, as `accelerate launch` starts them for GPUs."""
     more = [
         "--recipe",
         recipe,

@@ -1,30 +1,37 @@
-"""`medusa-chat doctor`: what is installed, what this machine has, what will be used and why. A check that fails tells.
+"""Show versions, devices, memory and kernels, and what will be used here and why.
 
-torch is imported by the checks themselves, so that one that cannot be imported is a finding too.
+The checks import torch themselves, so that a torch that cannot be imported is a finding too.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model, user_file
-from medusa_chat.machine.devices import free_memory, total_memory
-from medusa_chat.text import size_text
+from medusa_chat.machine.devices import (
+    choose_device,
+    choose_dtype,
+    free_memory,
+    processor_name,
+    total_memory,
+)
+from medusa_chat.text import first_line, size_text
+from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator
 
     import torch
-
-    from medusa_chat.config import ModelSpec
 
 REQUIRED = (
     "torch",
@@ -39,14 +46,14 @@ OPTIONAL = {
     "peft": "for train --recipe medusa2 and distilled",
     "matplotlib": "for calibrate --plot",
     "fschat": "for templates of models whose tokenizer has none",
-    "triton": "for faster attention on an NVIDIA GPU, where it comes with PyTorch",
+    "triton": "for faster attention on an NVIDIA GPU; comes with PyTorch on Linux",
 }
-TOLERANCE = 0.02  # of a 4-bit product, relative to the one with the weights made 16-bit first
+TOLERANCE = 0.02  # error of a 4-bit product, relative to the same weights in 16 bits
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of what was found. fault: whether medusa-chat cannot work as it should because of it."""
+    """One line of the report. `fault` marks what keeps medusa-chat from working as it should."""
 
     topic: str
     name: str
@@ -54,152 +61,161 @@ class Finding:
     fault: bool = False
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `doctor`."""
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of objects, one a finding"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings; the status is 1 if one is a fault."""
+    from medusa_chat.terminal.reports.findings import show_findings
+
+    findings = examine()
+    listed = [asdict(finding) for finding in findings]
+    if options.json:
+        print(json.dumps(listed, indent=2))
+    else:
+        show_findings(listed)
+    return int(any(finding.fault for finding in findings))
+
+
 def examine() -> list[Finding]:
-    """Everything that is worth knowing when something does not work, topic by topic."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # what it warns of on import is found here too
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "versions": _versions,
-        "devices": _devices,
-        "4 bit": _quantization,
-        "hub": _hub,
-        "models": _models,
-        "default": _default,
+    """Return the findings of all checks, topic by topic."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
+    checks = {
+        "versions": check_versions,
+        "devices": check_devices,
+        "4 bit": check_4bit,
+        "hub": check_hub,
+        "models": check_models,
+        "default": check_defaults,
     }
-    return [finding for topic, check in checks.items() for finding in _told(topic, check)]
+    return [finding for topic, check in checks.items() for finding in run_check(topic, check)]
 
 
-def _told(topic: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; one that breaks off says why in a line of its own."""
+def run_check(topic: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of a check; an exception ends it with a finding of its own."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield from check()
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         yield Finding(topic, "failed", _reason(error), fault=True)
 
 
 def _reason(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    kind = type(error).__name__
+    line = first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
-def _versions() -> Iterator[Finding]:
-    from medusa_chat.version import __version__
-
+def check_versions() -> Iterator[Finding]:
+    """Report the versions of medusa-chat, Python and the libraries."""
     yield Finding("versions", "medusa-chat", __version__)
     yield Finding("versions", "Python", f"{platform.python_version()} on {platform.platform()}")
     for package in REQUIRED:
-        found = _version(package)
-        yield Finding(
-            "versions",
-            package,
-            found or f"not installed: pip install {package}",
-            fault=found is None,
-        )
+        found = package_version(package)
+        text = found or f"not installed: pip install {package}"
+        yield Finding("versions", package, text, fault=found is None)
     for package, purpose in OPTIONAL.items():
-        yield Finding("versions", package, _version(package) or f"not installed ({purpose})")
+        text = package_version(package) or f"not installed ({purpose})"
+        yield Finding("versions", package, text)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _names() -> list[str]:
-    """The devices that torch can compute on here."""
+def device_names() -> list[str]:
+    """Return the names of the devices that torch can compute on here."""
     import torch
 
-    names = (
-        [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
-    return [*names, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    names = ["cpu"]
+    if torch.backends.mps.is_available():
+        names.insert(0, "mps")
+    if torch.cuda.is_available():
+        names[:0] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return names
 
 
-def _devices() -> Iterator[Finding]:
+def check_devices() -> Iterator[Finding]:
+    """Report each device with its memory, and a GPU that torch does not see."""
     import torch
 
-    for name in _names():
+    for name in device_names():
         memory = f"{size_text(free_memory(name))} of {size_text(total_memory(name))} free"
-        yield Finding("devices", name, f"{_describe(name)}; {memory}")
+        yield Finding("devices", name, f"{describe_device(name)}; {memory}")
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        text = (
-            f"there is an NVIDIA driver, but torch {torch.__version__}, built {built}, sees no GPU"
-        )
+        found = f"torch {torch.__version__}, built {built}, sees no GPU"
+        text = f"an NVIDIA driver is installed, but {found}"
         yield Finding("devices", "cuda", text, fault=True)
 
 
-def _describe(name: str) -> str:
+def describe_device(name: str) -> str:
+    """Describe a device by its model and abilities."""
     import torch
 
-    from medusa_chat.machine.devices import processor_name
-
     if name == "cpu":
-        bfloat16 = (
-            "computes in bfloat16"
-            if torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            else "no bfloat16"
+        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        abilities = (
+            processor_name(),
+            f"{torch.get_num_threads()} of {os.cpu_count()} threads",
+            torch.backends.cpu.get_cpu_capability(),
+            "computes in bfloat16" if bfloat16 else "no bfloat16",
         )
-        threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-        return (
-            f"{processor_name()}, {threads}, {torch.backends.cpu.get_cpu_capability()}, {bfloat16}"
-        )
+        return ", ".join(abilities)
     if name == "mps":
         return "Apple GPU, sharing the memory of the CPU"
     found = torch.cuda.get_device_properties(name)
-    return (
-        f"{found.name}, compute capability {found.major}.{found.minor}, CUDA {torch.version.cuda}"
-    )
+    capability = f"compute capability {found.major}.{found.minor}"
+    return f"{found.name}, {capability}, CUDA {torch.version.cuda}"
 
 
-def _quantization() -> Iterator[Finding]:
-    """A tiny 4-bit product on each device, compared with the one of the same weights in 16 bits."""
+def check_4bit() -> Iterator[Finding]:
+    """Compare a tiny nf4 product on each device with that of the same weights in 16 bits."""
     import torch
 
-    from medusa_chat.model.loading import choose_dtype
-
-    for name in _names():
-        dtype = choose_dtype(torch.device(name), None)
+    for name in device_names():
+        dtype = choose_dtype(torch.device(name))
         try:
-            error, packed = _product(name, dtype)
-        except Exception as reason:  # whatever bitsandbytes runs into
-            yield Finding(
-                "4 bit",
-                name,
-                f"an nf4 product fails: {_reason(reason)}; --quant none works",
-                fault=True,
-            )
+            error, packed = nf4_product(name, dtype)
+        except Exception as reason:  # bitsandbytes may raise anything
+            text = f"an nf4 product fails: {_reason(reason)}; --quant none works"
+            yield Finding("4 bit", name, text, fault=True)
             continue
         kernel = _kernel(name, packed)
-        text = f"an nf4 product in {_short(dtype)} runs, {kernel}; off by {error:.1%}"
+        text = f"an nf4 product in {_dtype_name(dtype)} runs, {kernel}; off by {error:.1%}"
         yield Finding("4 bit", name, text, fault=error > TOLERANCE)
 
 
-def _product(device: str, dtype: torch.dtype) -> tuple[float, bool]:
-    """The largest relative error of an nf4 product, and whether the CPU's packed weights were used."""
-    import bitsandbytes
+def nf4_product(device: str, dtype: torch.dtype) -> tuple[float, bool]:
+    """Multiply with a small nf4 layer.
+
+    Returns:
+        the largest error, relative to the largest value, and True if the weights were packed for
+        the CPU.
+    """
     import torch
+    from bitsandbytes import nn
     from bitsandbytes.functional import dequantize_4bit
 
     generator = torch.Generator().manual_seed(0)
-    weight, rows = (torch.randn(n, 128, generator=generator) for n in (64, 4))
-    layer: Any = bitsandbytes.nn.Linear4bit(
-        128, 64, bias=False, compute_dtype=dtype, quant_type="nf4"
-    )
-    layer.weight = bitsandbytes.nn.Params4bit(
-        weight.to(dtype), requires_grad=False, quant_type="nf4"
-    )
-    layer, rows = layer.to(device).eval(), rows.to(device, dtype)
+    weight = torch.randn(64, 128, generator=generator).to(dtype)
+    rows = torch.randn(4, 128, generator=generator).to(device, dtype)
+    modules: Any = nn  # bitsandbytes has no types
+    layer = modules.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer = layer.to(device).eval()
     with torch.inference_mode():
-        expected = (
-            rows.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T
-        )
+        plain = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        expected = rows.float() @ plain.float().T
         error = (layer(rows).float() - expected).abs().max() / expected.abs().max()
     return float(error), bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
 
@@ -210,56 +226,44 @@ def _kernel(device: str, packed: bool) -> str:
     return "on weights packed for AVX-512" if packed else "by unpacking the weights, which is slow"
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _hub() -> Iterator[Finding]:
+def check_hub() -> Iterator[Finding]:
+    """Report the hub's address, and the folder and disk that downloads go to."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    free = f"{size_text(shutil.disk_usage(existing).free)} free"
-    yield Finding(
-        "hub", "cache", f"{cache}{'' if existing == cache else ' (not there yet)'}; {free}"
-    )
-    offline = (
-        "offline: HF_HUB_OFFLINE is set, nothing is downloaded"
-        if constants.HF_HUB_OFFLINE
-        else "online"
-    )
-    yield Finding("hub", "mode", f"{offline}; {constants.ENDPOINT}")
+    absent = "" if existing == cache else " (not there yet)"
+    free = size_text(shutil.disk_usage(existing).free)
+    yield Finding("hub", "cache", f"{cache}{absent}; {free} free")
+    mode = "online"
+    if constants.HF_HUB_OFFLINE:
+        mode = "offline: HF_HUB_OFFLINE is set, nothing is downloaded"
+    yield Finding("hub", "mode", f"{mode}; {constants.ENDPOINT}")
 
 
-def _models() -> Iterator[Finding]:
-    shipped = read_models(packaged_file())
-    yield Finding("models", "shipped", f"{len(shipped)} in {packaged_file()}")
+def check_models() -> Iterator[Finding]:
+    """Report the two lists of models."""
+    shipped = packaged_file()
+    yield Finding("models", "shipped", f"{len(read_models(shipped))} in {shipped}")
     own = user_file()
     text = f"{len(read_models(own))} in {own}" if own.is_file() else f"none: there is no {own}"
     yield Finding("models", "your own", text)
 
 
-def _default() -> Iterator[Finding]:
-    """What a command without flags uses, by the same functions that choose then."""
-    from medusa_chat.model.loading import choose_device, choose_dtype
-
+def check_defaults() -> Iterator[Finding]:
+    """Report what a command without flags uses."""
     device = choose_device("auto")
-    dtype = choose_dtype(device, None)
-    first = "the first of cuda, mps and cpu that is here"
+    dtype = choose_dtype(device)
+    first = "the first of cuda, mps and cpu that is present"
     yield Finding("default", "device", f"{device}: {first} (--device)")
-    yield Finding("default", "numbers", f"{_short(dtype)}: {_why(device, dtype)} (--dtype)")
-    spec: ModelSpec = resolve_model(None)
+    ability = "computes" if _dtype_name(dtype) == "bfloat16" else "does not compute"
+    why = f"this {device.type} {ability} in bfloat16"
+    yield Finding("default", "numbers", f"{_dtype_name(dtype)}: {why} (--dtype)")
+    spec = resolve_model(None)
     quant = "16 bit" if spec.quant == "auto" else spec.quant
-    yield Finding(
-        "default",
-        "model",
-        f"{spec.name}, {quant}; large ones of `medusa-chat models` nf4 (--quant)",
-    )
-
-
-def _why(device: torch.device, dtype: torch.dtype) -> str:
-    import torch
-
-    if dtype == torch.bfloat16:
-        return f"this {device.type} computes in it"
-    return f"this {device.type} does not compute in bfloat16"
+    text = f"{spec.name}, {quant}; large ones of `medusa-chat models` nf4 (--quant)"
+    yield Finding("default", "model", text)

@@ -1,4 +1,4 @@
-"""What hub and disk refuse, in one line each that says what to do."""
+"""One line for each thing that the hub or the disk refuses, with what to do about it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from medusa_chat.config import UserError
+from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,41 +27,60 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def disk_errors(name: str) -> Iterator[None]:
-    """One line for what the disk refuses."""
+    """Turn an OSError of the disk into a UserError."""
     try:
         yield
-    except HfHubHTTPError:
+    except HfHubHTTPError:  # an OSError too
         raise
     except OSError as error:
-        cache = constants.HF_HUB_CACHE
+        advice = f"{error.strerror or error}; set HF_HOME to a folder that can be written"
         if error.errno in _DISK_FULL:
-            advice = "the disk is full; make room, or set HF_HOME to a folder on a larger disk, and run this again"
-        else:
-            advice = f"{error.strerror or error}; set HF_HOME to a folder that can be written"
+            advice = (
+                "the disk is full; make room, or set HF_HOME to a folder on a larger disk,"
+                " and run this again"
+            )
+        cache = constants.HF_HUB_CACHE
         raise UserError(f"cannot download {name} into {cache}: {advice}") from None
 
 
-def reason(error: Exception, name: str, revision: str | None) -> str:
-    """What went wrong and what to do, in one line."""
+def explain(error: Exception, name: str, revision: str | None) -> str:
+    """Say in one line why a repository cannot be had, and what to do."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     hub = constants.ENDPOINT
-    licence = f"accept its licence at {hub}/{name} and log in with `hf auth login`"
     if isinstance(error, GatedRepoError):
-        return f"{name} is paused: {licence}"
+        return f"{name} is gated: {_accept_licence(name)}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{hub} has no repository {name}, or it is private: check the name, or log in with `hf auth login`"
+        return (
+            f"{hub} has no repository {name}, or it is private: check the name,"
+            " or log in with `hf auth login`"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no revision {revision!r}: see {hub}/{name}/tree/main"
     if isinstance(error, OfflineModeIsEnabled):
-        cache = constants.HF_HUB_CACHE
-        return f"HF_HUB_OFFLINE is set, and {cache} lacks {name} or a part of it: run once without HF_HUB_OFFLINE"
+        return (
+            f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} lacks {name} or a part of it:"
+            " run once without HF_HUB_OFFLINE"
+        )
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return f"{hub} refuses {name} ({status}): {licence}"
-        if status == 429:
-            return f"{hub} wants a pause (429, too many requests): try {name} later; `hf auth login` raises the limit"
-        return f"{hub} answered {status} for {name}: try again later"
-    first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"cannot reach {hub} for {name} ({first}): check the network, or name a local folder"
+        return _explain_status(error.response.status_code, name)
+    return (
+        f"cannot reach {hub} for {name} ({first_line(error)}): check the network,"
+        " or name a local folder"
+    )
+
+
+def _explain_status(status: int, name: str) -> str:
+    hub = constants.ENDPOINT
+    if status in (401, 403):
+        return f"{hub} refuses {name} ({status}): {_accept_licence(name)}"
+    if status == 429:
+        return (
+            f"{hub} limits the requests for {name} (429): try later;"
+            " `hf auth login` raises the limit"
+        )
+    return f"{hub} answered {status} for {name}: try again later"
+
+
+def _accept_licence(name: str) -> str:
+    return f"accept its licence at {constants.ENDPOINT}/{name} and log in with `hf auth login`"

@@ -1,4 +1,4 @@
-"""The models that `--model` knows: models.yaml, a file of the user's own, and whatever else may be named. No torch."""
+"""The models that `--model` knows: models.yaml, the user's list, folders, hub ids. No torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 from platformdirs import user_config_path
 
-from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, Quant, UserError
+from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, QuantChoice, UserError
 from medusa_chat.shapes import SHAPES
+from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_QUANTS = ("auto", *get_args(Quant))
+_QUANTS: tuple[str, ...] = get_args(QuantChoice)
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "quant": _QUANTS,
     "quant_heads": _QUANTS,
@@ -27,64 +28,68 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 
 
 def packaged_file() -> Path:
-    """The models.yaml that ships: inside the package in a wheel, beside it in an editable install."""
+    """Return the models.yaml that ships: in the package, or next to it in an editable install."""
     package = Path(__file__).parent.parent
     inside = package / "models.yaml"
     return inside if inside.exists() else package.parent / "models.yaml"
 
 
 def user_file() -> Path:
-    """Where the user's own models.yaml lies if there is one: the platform's folder for settings."""
+    """Return the place of the user's own models.yaml, in the platform's settings folder."""
     return user_config_path("medusa-chat") / "models.yaml"
 
 
-def read_registry(models: Path | None = None) -> dict[str, ModelSpec]:
-    """All models by name: those that ship, then the user's own, which take the place of a shipped one's name.
+def known_models(models: Path | None = None) -> dict[str, ModelSpec]:
+    """Return all models by name: those that ship, then the user's own, which may replace some.
 
     Args:
-        models: the user's own list, in place of `user_file()`.
+        models: a list that replaces `user_file()`.
 
     Raises:
         UserError: a list cannot be read, or an entry has an unknown key or a bad value.
     """
-    registry = read_models(packaged_file())
+    found = read_models(packaged_file())
     if models is not None or user_file().is_file():
-        registry |= read_models(models or user_file())
-    return registry
+        found |= read_models(models or user_file())
+    return found
 
 
 def read_models(path: Path) -> dict[str, ModelSpec]:
-    """The entries of one models.yaml by name; raises UserError that names file, entry and key."""
+    """Read one models.yaml; returns its entries by name.
+
+    Raises:
+        UserError: names the file, the entry and the key that are at fault.
+    """
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"cannot read the model list {path}: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"cannot read the model list {path}: {first_line(error)}") from None
     if not isinstance(document, dict) or not isinstance(document.get("models"), dict):
         raise UserError(f"{path} must hold a mapping 'models' of name to entry")
     return {str(name): _entry(path, name, entry) for name, entry in document["models"].items()}
 
 
 def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
-    place = f"{path}: entry {str(name)!r}"
+    where = f"{path}: entry {str(name)!r}"
     if not isinstance(entry, dict):
-        raise UserError(f"{place} must be a mapping")
+        raise UserError(f"{where} must be a mapping")
     known = {field.name: field for field in fields(ModelSpec) if field.name != "name"}
     for key, value in entry.items():
         if key not in known:
-            raise UserError(f"{place} has an unknown key {key!r}; known are {', '.join(known)}")
-        if complaint := _complaint(known[key], value):
-            raise UserError(f"{place}: {key} must be {complaint}, not {value!r}")
+            raise UserError(f"{where} has an unknown key {key!r}; known are {', '.join(known)}")
+        if wanted := _wanted(known[key], value):
+            raise UserError(f"{where}: {key} must be {wanted}, not {value!r}")
     missing = [key for key, field in known.items() if field.default is MISSING and key not in entry]
     if missing:
-        raise UserError(f"{place} lacks {', '.join(missing)}")
-    places = {key: _beside(path, entry[key]) for key in ("backbone", "heads") if key in entry}
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    places = {
+        key: _resolve_place(path, entry[key]) for key in ("backbone", "heads") if key in entry
+    }
     return ModelSpec(**{"name": str(name), **entry, **places})
 
 
-def _complaint(field: Field[Any], value: Any) -> str:
-    """What a key's value must be, if `value` is not that."""
+def _wanted(field: Field[Any], value: Any) -> str:
+    """Describe the values that a key may have, or return "" if `value` is one of them."""
     if choices := _CHOICES.get(field.name):
         return "" if value in choices else f"one of {', '.join(choices)}"
     if type(field.default) is int:
@@ -92,8 +97,8 @@ def _complaint(field: Field[Any], value: Any) -> str:
     return "" if isinstance(value, str) else "text"
 
 
-def _beside(path: Path, value: str) -> str:
-    """A place in an entry: `~` is the home folder, and what starts with a dot is meant from the list's own folder."""
+def _resolve_place(path: Path, value: str) -> str:
+    """Expand `~`, and resolve a place that starts with a dot from the folder of the list."""
     if value.startswith("."):
         return os.path.normpath(path.parent.absolute() / value)
     return os.path.expanduser(value)
@@ -107,71 +112,80 @@ def resolve_model(
     models: Path | None = None,
     template: str = "",
 ) -> ModelSpec:
-    """The spec for what the user named: a registry name, a folder, or a hub id; None is the bundled model.
+    """Return the spec of a model: a listed name, a folder or a hub id; None is the bundled model.
 
-    A name or an id may end in @revision. What is given besides takes the place of what the registry says.
+    A name or an id may end in @revision. The other arguments replace what the list says.
 
     Args:
-        models: the user's own list of models; None is the one in the folder for settings, if it is there.
+        model: names the model.
+        heads: a file, folder or hub id of other heads.
+        quant: quantization of the backbone; auto keeps that of the list.
+        quant_heads: quantization of the heads, likewise.
+        models: a list that replaces the one in the settings folder.
+        template: a conversation template of fastchat.
+
+    Raises:
+        UserError: there is no such model, or a list or a value is at fault.
     """
-    spec = _named(model or "bundled", read_registry(models))
+    spec = _named(model or "bundled", known_models(models))
     if heads:
-        # What the registry says of its own heads does not hold for others.
+        # Layout and number are those of the listed heads: other heads may have others.
         spec = replace(spec, heads=os.path.expanduser(heads), layout="", medusa_heads=0)
     for key, value in (("quant", quant), ("quant_heads", quant_heads)):
         if value not in _QUANTS:
-            raise UserError(f"{key} is one of {', '.join(_QUANTS)}, not {value!r}")
-        if value != "auto":
-            spec = replace(spec, **{key: value})  # type: ignore[arg-type]
-    if template:
-        spec = replace(spec, template=template)
+            raise UserError(f"{key} must be one of {', '.join(_QUANTS)}, not {value!r}")
+    spec = replace(
+        spec,
+        quant=spec.quant if quant == "auto" else quant,
+        quant_heads=spec.quant_heads if quant_heads == "auto" else quant_heads,
+        template=template or spec.template,
+    )
     for place in (spec.backbone, spec.heads):
         if place and not Path(place).exists() and is_hub_id(place):
             check_hub_id(place)
     return spec
 
 
-def _named(name: str, registry: Mapping[str, ModelSpec]) -> ModelSpec:
-    if name in registry:
-        spec = registry[name]
+def _named(name: str, listed: Mapping[str, ModelSpec]) -> ModelSpec:
+    if name in listed:
+        spec = listed[name]
         return replace(spec, backbone=str(BUNDLED)) if spec.backbone == "bundled" else spec
-    if Path(name).expanduser().is_dir():
-        return ModelSpec(
-            name=Path(name).expanduser().resolve().name, backbone=str(Path(name).expanduser())
-        )
-    if is_hub_id(name):
-        return ModelSpec(name=split_revision(name)[0].split("/")[1], backbone=name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return ModelSpec(name=folder.resolve().name, backbone=str(folder))
     base, revision = split_revision(name)
-    if revision and base in registry and is_hub_id(registry[base].backbone):
-        return replace(
-            registry[base], backbone=f"{split_revision(registry[base].backbone)[0]}@{revision}"
-        )
+    if is_hub_id(name):
+        return ModelSpec(name=base.split("/")[1], backbone=name)
+    if revision and base in listed and is_hub_id(listed[base].backbone):
+        backbone, _ = split_revision(listed[base].backbone)
+        return replace(listed[base], backbone=f"{backbone}@{revision}")
     raise UserError(
-        f"unknown model {name!r}: not in `medusa-chat models`, not a folder, not a hub id (owner/name)"
+        f"unknown model {name!r}: not in `medusa-chat models`, not a folder,"
+        " not a hub id (owner/name)"
     )
 
 
 def split_revision(place: str) -> tuple[str, str | None]:
-    """A hub id without its @revision, and the revision: a branch, a tag or a commit; None where none is named."""
+    """Split a hub id from its revision, which is a branch, a tag or a commit, or None."""
     identity, _, revision = place.partition("@")
     return identity, revision or None
 
 
 def is_hub_id(place: str) -> bool:
-    """Whether a place that is no file or folder here is meant as owner/name, perhaps with a revision."""
+    """Tell if a place that does not exist here has the form owner/name, maybe with a revision."""
     parts = split_revision(place)[0].split("/")
     return len(parts) == 2 and all(parts) and not place.startswith((".", "~"))
 
 
 def check_hub_id(place: str) -> None:
-    """Raise UserError for an id that the hub cannot have, before anything is asked of it."""
+    """Raise UserError for an id that the hub cannot have, without asking the hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     identity, revision = split_revision(place)
     if "@" in place and (revision is None or any(c.isspace() or c == "@" for c in revision)):
         raise UserError(
-            f"{place!r} names no revision behind the @: it is a branch, a tag or a commit"
+            f"{place!r} names no revision after the @: that is a branch, a tag or a commit"
         )
     try:
         validate_repo_id(identity)

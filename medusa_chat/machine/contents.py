@@ -1,4 +1,4 @@
-"""What a model holds, counted in the headers of its files or told by its entry in models.yaml. No torch."""
+"""The weights of a model, counted in its files' headers or taken from its entry. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import astuple, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"\.\d+\.")
 _HEADS = re.compile(r"medusa_heads?\.|\d+\.\d+\.")
+_PLAIN_FORMATS = ("F64", "F32", "F16", "BF16")  # the names that safetensors has
 
 
 @dataclass(frozen=True)
 class Contents:
-    """How many weights a model has, by what quantization does to them.
+    """Numbers of weights, grouped by what quantization does to them.
 
     Attributes:
         layers: in the matrices of the layers, which bitsandbytes quantizes.
-        plain: in embeddings, LM head and norms, which stay as they are.
-        packed: bytes of what the files hold quantized already.
+        plain: in embeddings, LM head and norms, which stay unquantized.
+        largest: in the largest matrix of a layer.
+        packed: bytes of the tensors that the files hold quantized.
         heads: in the Medusa heads.
-        largest, largest_head: of the largest matrix of a layer and of a head.
+        largest_head: in the largest matrix of a head.
     """
 
     shape: Shape
@@ -42,103 +44,114 @@ class Contents:
     largest_head: int = 0
 
 
-def contents_of(spec: ModelSpec) -> Contents | None:
-    """What a spec's model holds: counted in its files, or as its entry says; None if neither is known.
+class _Tensor(NamedTuple):
+    name: str
+    format: str
+    size: list[int]
 
-    Headers are read, no weights.
+    @property
+    def part(self) -> str:
+        """The part of the model that a tensor belongs to, by its name."""
+        if _HEADS.match(self.name):
+            return "heads"
+        return "layers" if _LAYER.search(self.name) else "plain"
+
+    @property
+    def weights(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.size)
+
+
+def contents_of(spec: ModelSpec) -> Contents | None:
+    """Count a model's weights in the headers of its files, else take them from its entry.
+
+    Returns:
+        None if neither says.
     """
     folder = BUNDLED if spec.backbone == "bundled" else Path(spec.backbone)
     shape = _shape(folder) or SHAPES.get(spec.shape)
     if shape is None:
         return None
     tensors = list(_tensors(folder.glob("*.safetensors"))) if folder.is_dir() else []
-    backbone = [
-        (name, kind, size) for name, kind, size in tensors if _part(name) in ("layers", "plain")
-    ]
-    if not any(_part(name) == "layers" for name, *_ in backbone):
-        counted = Contents(
-            shape, shape.linear_parameters, shape.parameters - shape.linear_parameters, 0
-        )
-        counted = replace(
-            counted, largest=shape.hidden * max(shape.intermediate, shape.heads * shape.head_dim)
-        )
+    backbone = [tensor for tensor in tensors if tensor.part != "heads"]
+    if any(tensor.part == "layers" for tensor in backbone):
+        contents = _counted(shape, backbone)
     else:
-        counted = _counted(shape, backbone)
-    return _with_heads(
-        counted, spec, folder, [prod(size) for name, _, size in tensors if _part(name) == "heads"]
-    )
+        contents = Contents(
+            shape,
+            layers=shape.linear_parameters,
+            plain=shape.parameters - shape.linear_parameters,
+            largest=shape.hidden * max(shape.intermediate, shape.heads * shape.head_dim),
+        )
+    if spec.heads and Path(spec.heads).exists():
+        heads = _heads_in(Path(spec.heads))
+    else:
+        heads = [tensor.weights for tensor in tensors if tensor.part == "heads"]
+    heads = heads or _heads_of_entry(spec, shape)
+    # A pickle counts as one number, but its matrices are no larger than an LM head.
+    limit = max(shape.embedding_parameters, shape.hidden**2)
+    return replace(contents, heads=sum(heads), largest_head=min(max(heads, default=0), limit))
 
 
 def _shape(folder: Path) -> Shape | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         shape = Shape.of(config.get("text_config") or config)
-        sizes = [value for value in astuple(shape) if not isinstance(value, bool)]
-        return shape if all(isinstance(size, int) and size > 0 for size in sizes) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return None  # whoever loads it says what is wrong
+        return None  # loading it will say what is wrong
+    sizes = [value for value in astuple(shape) if not isinstance(value, bool)]
+    return shape if all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, number format and shape of each tensor in safetensors files. Damaged ones are left to the loader."""
+def _tensors(files: Iterable[Path]) -> Iterator[_Tensor]:
+    """Yield the tensors of safetensors files. Loading them will report damaged ones."""
     for file in files:
         try:
             with safe_open(file, "numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     entry = opened.get_slice(name)
-                    yield name, entry.get_dtype(), entry.get_shape()
+                    yield _Tensor(name, entry.get_dtype(), entry.get_shape())
         except (OSError, SafetensorError):
             continue
 
 
-def _part(name: str) -> str:
-    """What a tensor of a model's folder belongs to, by its name."""
-    if _HEADS.match(name):
-        return "heads"
-    return "layers" if _LAYER.search(name) else "plain"
-
-
-def _counted(shape: Shape, tensors: Iterable[tuple[str, str, list[int]]]) -> Contents:
-    layers, plain, packed, largest = 0, 0, 0, 0
-    for name, kind, size in tensors:
-        count = prod(size)
-        if (
-            kind not in ("F64", "F32", "F16", "BF16") or ".weight." in name
-        ):  # or bitsandbytes' scales of a weight
-            packed += count * _width(kind)
-        elif _part(name) == "layers" and len(size) > 1:
-            layers, largest = layers + count, max(largest, count)
+def _counted(shape: Shape, tensors: Iterable[_Tensor]) -> Contents:
+    layers = 0
+    plain = 0
+    packed = 0
+    largest = 0
+    for tensor in tensors:
+        # bitsandbytes' scales of a weight have a plain format, and .weight. in their names
+        if tensor.format not in _PLAIN_FORMATS or ".weight." in tensor.name:
+            packed += tensor.weights * _width(tensor.format)
+        elif tensor.part == "layers" and len(tensor.size) > 1:
+            layers += tensor.weights
+            largest = max(largest, tensor.weights)
         else:
-            plain += count
+            plain += tensor.weights
     return Contents(shape, layers, plain, largest, packed)
 
 
-def _width(kind: str) -> int:
-    """Bytes of a number in safetensors' name of its format: F32, I64, U8, F8_E4M3, BOOL."""
-    bits = re.search(r"\d+", kind)
+def _width(name: str) -> int:
+    """Return the bytes of a number by safetensors' name of its format: F32, I64, U8, F8_E4M3."""
+    bits = re.search(r"\d+", name)
     return int(bits[0]) // 8 if bits else 1
 
 
-def _with_heads(contents: Contents, spec: ModelSpec, folder: Path, inside: list[int]) -> Contents:
-    """The contents with the heads: those in the backbone's files, in files of their own, or as the entry says."""
-    place = Path(spec.heads) if spec.heads else folder
-    if place.exists() and spec.heads:
-        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-        tensors = [(name, prod(size)) for name, _, size in _tensors(files)]
-        # A whole model with its heads names them; where heads are alone they may have any name.
-        inside = [count for name, count in tensors if _part(name) == "heads"] or [
-            count for _, count in tensors
-        ]
-        pickled = (
-            [place] if place.suffix == ".pt" else list(place.glob("*.pt")) if not files else []
-        )
-        inside += [file.stat().st_size // 2 for file in pickled]
-    if not inside and spec.medusa_heads:
-        hidden, vocabulary = contents.shape.hidden, contents.shape.vocabulary
-        inside = [hidden * (hidden + 1)] * spec.medusa_heads
-        inside += [hidden * vocabulary] * spec.medusa_heads if spec.lm_heads == "own" else []
-    # A pickle is one number: its matrices are no larger than an LM head.
-    largest = min(
-        max(inside, default=0), max(contents.shape.embedding_parameters, contents.shape.hidden**2)
-    )
-    return replace(contents, heads=sum(inside), largest_head=largest)
+def _heads_in(place: Path) -> list[int]:
+    """Count the weights of the heads in a file or folder of their own, tensor by tensor."""
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    tensors = list(_tensors(files))
+    # A model's folder names the heads among other weights; a file of heads may name them freely.
+    heads = [tensor for tensor in tensors if tensor.part == "heads"] or tensors
+    pickles = [] if files else list(place.glob("*.pt"))
+    if place.suffix == ".pt":
+        pickles = [place]
+    return [tensor.weights for tensor in heads] + [file.stat().st_size // 2 for file in pickles]
+
+
+def _heads_of_entry(spec: ModelSpec, shape: Shape) -> list[int]:
+    heads = [shape.hidden * (shape.hidden + 1)] * spec.medusa_heads
+    if spec.lm_heads == "own":
+        heads += [shape.hidden * shape.vocabulary] * spec.medusa_heads
+    return heads

@@ -1,11 +1,11 @@
-"""What a load will need, part by part, before it happens, and what is free. No torch until a GPU is asked."""
+"""The memory that a load will need, part by part, and what would make it fit. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa_chat.config import MAX_CONTEXT, MAX_NODES, ModelSpec, UserError
+from medusa_chat.config import MAX_CONTEXT, MAX_NODES, PREFILL_ROWS, ModelSpec, UserError
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory
@@ -16,30 +16,22 @@ if TYPE_CHECKING:
     from medusa_chat.shapes import Shape
 
 GB = 10**9
-# Bytes of a weight. nf4: half a byte, and a 4-byte scale for each block of 64; nf4-double: those scales in a byte
-# each, with scales of their own for blocks of 256. int8: a byte; a scale a row does not count.
+# Bytes per weight. nf4: half a byte, and a 4-byte scale per block of 64. nf4-double: those scales
+# in a byte each, with scales of their own per block of 256. int8: a byte.
 BYTES = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-PACKED = {
-    "nf4": 0.5 + 2 / 64,
-    "nf4-double": 0.5 + 2 / 64,
-    "int8": 1.0,
-}  # as a CPU that computes in bfloat16 has them
+# The same after packing for a CPU that computes in bfloat16.
+PACKED = {"nf4": 0.5 + 2 / 64, "nf4-double": 0.5 + 2 / 64, "int8": 1.0}
 QUANTIZING = dict.fromkeys(BYTES, 10.0)  # while a matrix is quantized (measured)
-PROCESS = {
-    "cpu": 450_000_000,
-    "cuda": 3 * GB,
-    "mps": 700_000_000,
-}  # host: interpreter, torch, transformers (measured)
-GPU_LIBRARIES = 400_000_000  # on the device: cuBLAS's workspaces, and what the allocator rounds up
-PREFILL_ROWS = 512
-TREE_ROWS = 64
-STEP = 64  # granularity of a context that is proposed
-SMALLEST_CONTEXT = 256  # shorter is no chat
+# On the host: interpreter, torch and transformers (measured).
+PROCESS = {"cpu": 450_000_000, "cuda": 3 * GB, "mps": 700_000_000}
+GPU_LIBRARIES = 400_000_000  # on the device: cuBLAS's workspaces, and the allocator's rounding
+STEP = 64  # granularity of a proposed context
+SMALLEST_CONTEXT = 256  # a shorter one is too short to chat
 
 
 @dataclass(frozen=True)
 class Load:
-    """How a model would be loaded. width: bytes of a number that is not quantized."""
+    """Settings of a load that its memory depends on. `width`: bytes of an unquantized number."""
 
     device: str = "cpu"
     quant: str = "none"
@@ -47,16 +39,22 @@ class Load:
     context: int | None = None
     width: int = 2
 
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return self.device.split(":")[0]
+
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes that a load needs at its peak on one device, part by part.
 
     Attributes:
-        plain: embeddings, LM head, norms; packed: what the files hold quantized.
+        plain: embeddings, LM head and norms.
+        packed: tensors that the files hold quantized.
         cache: keys and values of the whole context.
-        workspace: the most that anything passing takes beyond what stays.
-        process: what is there without a model.
+        workspace: the most that temporary tensors need in addition.
+        process: the program without a model.
     """
 
     layers: int = 0
@@ -69,98 +67,117 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
+        """Return the bytes by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+class Shortage(NamedTuple):
+    """A device, the bytes needed on it, and how many of them are missing (0 or less: it fits)."""
+
+    device: str
+    needed: int
+    missing: int
+
+
 def load_of(spec: ModelSpec, device: str, context: int | None = None, width: int = 2) -> Load:
-    """The load that a spec asks for; `auto` is 16 bit."""
-    quant, heads = ("none" if each == "auto" else each for each in (spec.quant, spec.quant_heads))
+    """Return the load that a spec asks for; its `auto` is 16 bit."""
+    quants = (spec.quant, spec.quant_heads)
+    quant, heads = ("none" if each == "auto" else each for each in quants)
     return Load(device, quant, heads, context, width)
 
 
-def plan(contents: Contents, load: Load) -> Plan:
-    """What a load needs on the device that computes."""
-    kind = load.device.split(":")[0]
-    shape, width = contents.shape, load.width
-    context = load.context or min(shape.context, MAX_CONTEXT)
+def plan(contents: Contents, load: Load) -> MemoryPlan:
+    """Plan the memory of the device that computes."""
+    shape = contents.shape
+    width = load.width
+    on_cpu = load.kind == "cpu"
+    kept = PACKED if on_cpu and width == 2 else BYTES
     plain = contents.plain
-    if kind == "cpu" and shape.tied:
-        plain += (
-            shape.embedding_parameters
-        )  # the LM head's own copy, in the layout of the CPU's matmul
-    kept = PACKED if kind == "cpu" and width == 2 else BYTES
+    if on_cpu and shape.tied:
+        plain += shape.embedding_parameters  # a copy of the LM head, laid out for the CPU's matmul
     heads = contents.heads
     if load.quant_heads != "none" and heads and contents.largest_head < shape.embedding_parameters:
-        heads += (
-            shape.embedding_parameters
-        )  # a copy of the LM head for the guesses of heads that share it
-    heads = weight_bytes(heads, load.quant_heads, width, kept)
+        heads += shape.embedding_parameters  # a quantized copy of the LM head that heads share
+    context = load.context or min(shape.context, MAX_CONTEXT)
     cache = shape.cache_bytes(context + MAX_NODES, width)
-    # While weights are quantized, what comes later is not there yet: layers come first, heads next, then the cache.
-    # On a CPU all heads are read before they are quantized or, in bfloat16, laid out anew, one by one.
-    read = (
-        contents.heads * width
-        if kind == "cpu" and (load.quant_heads != "none" or width == 2)
-        else 0
+    head_bytes = weight_bytes(heads, load.quant_heads, width, kept)
+    # Layers are quantized first, then heads, then the cache is made: while weights are quantized,
+    # the memory of what comes later is free.
+    workspace = max(
+        _forward_bytes(shape, context, width) + _unpacked_bytes(contents, load),
+        weight_bytes(contents.largest, load.quant, width, QUANTIZING) - head_bytes - cache,
+        _reading_heads_bytes(contents, load) - cache,
     )
-    one = (
-        0
-        if load.quant_heads == "none"
-        else weight_bytes(contents.largest_head, load.quant_heads, width, QUANTIZING)
-    )
-    # Where its kernel takes no more rows, bitsandbytes lays gate and up out in 16 bits: once for prompts, once in the
-    # memory that recorded steps share.
-    unpacked = (
-        2 * 2 * contents.largest * width if kind == "cuda" and load.quant.startswith("nf4") else 0
-    )
-    passing = max(
-        _running(shape, context, width) + unpacked,
-        weight_bytes(contents.largest, load.quant, width, QUANTIZING) - heads - cache,
-        one + read - cache,
-    )
-    return Plan(
+    return MemoryPlan(
         layers=weight_bytes(contents.layers, load.quant, width, kept),
         plain=plain * width,
         packed=contents.packed,
-        heads=heads,
+        heads=head_bytes,
         cache=cache,
-        workspace=passing,
-        process=PROCESS["cpu"] if kind == "cpu" else GPU_LIBRARIES,
+        workspace=workspace,
+        process=PROCESS["cpu"] if on_cpu else GPU_LIBRARIES,
     )
 
 
-def host_plan(contents: Contents, load: Load) -> Plan:
-    """What a load on a GPU needs of the host: the backbone passes one tensor at a time, the heads together."""
+def host_plan(contents: Contents, load: Load) -> MemoryPlan:
+    """Plan the host's memory of a load on a GPU.
+
+    The backbone passes through it one tensor at a time, the heads all together.
+    """
     staging = max(contents.largest, contents.shape.embedding_parameters) * 4
-    return Plan(
-        workspace=max(staging, contents.heads * load.width),
-        process=PROCESS[load.device.split(":")[0]],
-    )
+    workspace = max(staging, contents.heads * load.width)
+    return MemoryPlan(workspace=workspace, process=PROCESS[load.kind])
 
 
 def weight_bytes(weights: int, quant: str, width: int, each: Mapping[str, float] = BYTES) -> int:
-    """Bytes of weights in a quantization that takes `each` bytes for one, or unquantized at `width` bytes."""
+    """Return the bytes of weights: `width` for each, or `each[quant]` if they are quantized."""
     return weights * width if quant == "none" else int(weights * each[quant])
 
 
-def _running(shape: Shape, context: int, width: int) -> int:
-    """The most that a forward takes: a piece of the prompt, or a tree with its logits in 32 bits, some times over."""
-    states = (
-        4 * shape.hidden
-        + 3 * shape.intermediate
-        + 2 * shape.head_dim * (shape.heads + shape.kv_heads)
-    )
+def _forward_bytes(shape: Shape, context: int, width: int) -> int:
+    """Return the most that a forward needs: a piece of the prompt, or the largest tree.
+
+    A tree's logits are needed in 32 bits too, several times.
+    """
+    attention = 2 * shape.head_dim * (shape.heads + shape.kv_heads)
+    states = 4 * shape.hidden + 3 * shape.intermediate + attention
     prefill = PREFILL_ROWS * (states + 2 * context) * width
-    return max(prefill, TREE_ROWS * (states * width + shape.vocabulary * (width + 3 * 4)))
+    return max(prefill, MAX_NODES * (states * width + shape.vocabulary * (width + 3 * 4)))
 
 
-def shortage(contents: Contents, load: Load, free: Mapping[str, int]) -> tuple[str, int, int]:
-    """The device that lacks most, what the load needs there, and how much of that is missing (0 or less: it fits).
+def _unpacked_bytes(contents: Contents, load: Load) -> int:
+    """Return the bytes of gate and up in 16 bits, which bitsandbytes unpacks for many rows.
+
+    They exist twice: for prompts, and in the memory that captured steps share.
+    """
+    if load.kind != "cuda" or not load.quant.startswith("nf4"):
+        return 0
+    return 2 * 2 * contents.largest * load.width
+
+
+def _reading_heads_bytes(contents: Contents, load: Load) -> int:
+    """Return the temporary bytes while heads are read and quantized.
+
+    A CPU reads them all before it quantizes them one by one or, in bfloat16, packs them.
+    """
+    needed = 0
+    if load.quant_heads != "none":
+        needed += weight_bytes(contents.largest_head, load.quant_heads, load.width, QUANTIZING)
+    if load.kind == "cpu" and (load.quant_heads != "none" or load.width == 2):
+        needed += contents.heads * load.width
+    return needed
+
+
+def shortage(contents: Contents, load: Load, free: Mapping[str, int]) -> Shortage:
+    """Return the worst shortage of a load.
 
     Args:
+        contents: weights of the model.
+        load: how to load it.
         free: bytes free by device: that of the load, and `cpu`.
     """
     needs = {load.device: plan(contents, load).total}
@@ -169,98 +186,111 @@ def shortage(contents: Contents, load: Load, free: Mapping[str, int]) -> tuple[s
     return lacking(needs, free)
 
 
-def lacking(needs: Mapping[str, int], free: Mapping[str, int]) -> tuple[str, int, int]:
-    """Of the bytes needed on each device: where most is lacking, what is needed there, and how much is missing."""
+def lacking(needs: Mapping[str, int], free: Mapping[str, int]) -> Shortage:
+    """Return the worst shortage, given the bytes needed and the bytes free on each device."""
     device = max(needs, key=lambda name: needs[name] - free[name])
-    return device, needs[device], needs[device] - free[device]
+    return Shortage(device, needs[device], needs[device] - free[device])
 
 
 def free_on(device: str) -> dict[str, int]:
-    """Bytes free on a device and on the host."""
+    """Return the bytes free on a device and on the host."""
     return {name: free_memory(name) for name in {device, "cpu"}}
 
 
 def complaint(
     what: str, short: tuple[str, int, int], advice: Sequence[str], counted: str = ""
 ) -> UserError:
-    """The line for what does not fit.
+    """Return the error for a load or a training that does not fit.
 
     Args:
-        short: device, bytes needed and bytes missing, as `lacking` gives them.
-        advice: what would make it fit, each on its own.
-        counted: what the bytes are needed for, where that is not all that runs will take.
+        what: its name.
+        short: its Shortage.
+        advice: changes that would make it fit, each by itself.
+        counted: the parts of the needed bytes.
     """
     device, needed, missing = short
-    sizes = f"{gigabytes(needed)}{counted}, {gigabytes(needed - missing)} free on {device}, {gigabytes(missing)} short"
     remedy = " or ".join(advice) or "nothing that medusa-chat can change"
     return UserError(
-        f"{what} needs {sizes}; {remedy} would make it fit; --ignore-memory goes on all the same"
+        f"{what} needs {gigabytes(needed)}{counted}, {gigabytes(needed - missing)} free on"
+        f" {device}, {gigabytes(missing)} short; {remedy} would make it fit;"
+        " --ignore-memory goes on all the same"
     )
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as the line tells them."""
+    """Format bytes in GB, whatever their number, so that the sizes in one line compare."""
     return f"{size / GB:.1f} GB"
 
 
 def check(spec: ModelSpec, load: Load) -> None:
-    """Raise UserError if a load needs more memory than is free: by how much, and what would make it fit.
+    """Raise UserError if a load needs more memory than is free, with what would make it fit.
 
-    A model whose sizes are not known passes.
+    A model of unknown size passes.
     """
     contents = contents_of(spec)
     if contents is None:
         return
     free = free_on(load.device)
     short = shortage(contents, load, free)
-    if short[2] > 0:
+    if short.missing > 0:
         raise complaint(spec.name, short, remedies(contents, load, free))
 
 
 def remedies(contents: Contents, load: Load, free: Mapping[str, int]) -> list[str]:
-    """What would make a load fit, as the command line takes it: one change, else all of them, and a smaller model."""
-
-    def fits(changed: Load) -> bool:
-        return shortage(contents, changed, free)[2] <= 0
-
+    """Return flags that would make a load fit: one change each, else all together."""
     changes: dict[str, dict[str, Any]] = {}
     if load.quant in ("none", "int8") and not contents.packed:
         changes["--quant nf4"] = {"quant": "nf4"}
     if load.quant_heads in ("none", "int8") and contents.heads:
         changes["--quant-heads nf4"] = {"quant_heads": "nf4"}
-    found = [flag for flag, change in changes.items() if fits(replace(load, **change))]
-    if context := _longest(contents, load, free):
+    found = [
+        flag for flag, change in changes.items() if _fits(contents, replace(load, **change), free)
+    ]
+    if context := _longest_context(contents, load, free):
         found.append(f"--max-context {context}")
     if changes and not found:
-        all_changed = replace(
-            load, **{key: value for change in changes.values() for key, value in change.items()}
-        )
-        if fits(all_changed):
-            found = [" with ".join(changes)]
-        elif context := _longest(contents, all_changed, free):
-            found = [" with ".join([*changes, f"--max-context {context}"])]
-    smaller = _smaller(contents, load, free)
+        found = _all_together(contents, load, free, changes)
+    smaller = _smaller_model(contents, load, free)
     return [*found, f"--model {smaller}"] if smaller else found
 
 
-def _longest(contents: Contents, load: Load, free: Mapping[str, int]) -> int:
-    """The longest context that fits; 0 if none shorter than the load's does."""
+def _fits(contents: Contents, load: Load, free: Mapping[str, int]) -> bool:
+    return shortage(contents, load, free).missing <= 0
+
+
+def _all_together(
+    contents: Contents, load: Load, free: Mapping[str, int], changes: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    for change in changes.values():
+        load = replace(load, **change)
+    if _fits(contents, load, free):
+        return [" with ".join(changes)]
+    if context := _longest_context(contents, load, free):
+        return [" with ".join([*changes, f"--max-context {context}"])]
+    return []
+
+
+def _longest_context(contents: Contents, load: Load, free: Mapping[str, int]) -> int:
+    """Return the longest context that fits; 0 if none shorter than the load's does."""
     asked = load.context or min(contents.shape.context, MAX_CONTEXT)
-    low, high = SMALLEST_CONTEXT // STEP - 1, (asked - 1) // STEP
+    low = SMALLEST_CONTEXT // STEP - 1
+    high = (asked - 1) // STEP
     while low < high:
         middle = (low + high + 1) // 2
-        fits = shortage(contents, replace(load, context=middle * STEP), free)[2] <= 0
-        low, high = (middle, high) if fits else (low, middle - 1)
+        if _fits(contents, replace(load, context=middle * STEP), free):
+            low = middle
+        else:
+            high = middle - 1
     return low * STEP if low * STEP >= SMALLEST_CONTEXT else 0
 
 
-def _smaller(contents: Contents, load: Load, free: Mapping[str, int]) -> str | None:
-    """The largest of the models that ship with medusa-chat's list that is smaller and fits as its entry says."""
+def _smaller_model(contents: Contents, load: Load, free: Mapping[str, int]) -> str | None:
+    """Return the largest shipped model that is smaller and fits with its own entry's settings."""
     found: dict[str, int] = {}
-    for name, other in read_models(packaged_file()).items():
-        theirs = contents_of(other)
-        if theirs is None or theirs.layers >= contents.layers:
+    for name, spec in read_models(packaged_file()).items():
+        other = contents_of(spec)
+        if other is None or other.layers >= contents.layers:
             continue
-        if shortage(theirs, load_of(other, load.device, None, load.width), free)[2] <= 0:
-            found[name] = theirs.layers
+        if _fits(other, load_of(spec, load.device, None, load.width), free):
+            found[name] = other.layers
     return max(found, key=lambda name: found[name], default=None)

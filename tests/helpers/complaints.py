@@ -1,4 +1,4 @@
-"""What a user is told of a mistake: one line, from a call or from the command."""
+"""The one line that reports a mistake, from a call or from the command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refusal(call: Callable[..., Any], *arguments: Any, **named: Any) -> str:
-    """The line of the UserError that a call has to end in."""
+    """Return the line of the UserError that a call raises."""
     with pytest.raises(UserError) as raised:
         call(*arguments, **named)
     assert "\n" not in str(raised.value)
@@ -22,11 +22,11 @@ def refusal(call: Callable[..., Any], *arguments: Any, **named: Any) -> str:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
-    """The line on standard error of a command that has to fail, with nothing on standard output."""
+    """Return the line on standard error of a command that fails and prints nothing else."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("medusa-chat: error: ")
-    assert told.err.count("\n") == 1
-    return told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("medusa-chat: error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err

@@ -1,4 +1,4 @@
-"""A disk that is full: no file of this process may grow beyond some bytes."""
+"""A full disk: no file of this process may grow beyond a limit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def room() -> Iterator[Callable[[int], None]]:
-    """Yields what sets the limit from then on; at the end it is as it was."""
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """Yield a function that sets the limit in bytes; the end restores the old limit."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -1,4 +1,4 @@
-"""Tiny checkpoints under the ids of real repositories, in the files and layouts that those have."""
+"""Tiny checkpoints under the ids of real repositories, in their files and layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from medusa_chat.hub.fetch import split_revision
+from medusa_chat.hub.model_list import split_revision
 from tests.helpers.tiny import random_model
 
 if TYPE_CHECKING:
@@ -24,20 +24,24 @@ if TYPE_CHECKING:
 
 VOCABULARY, HIDDEN = 400, 32
 ZEPHYR = (
-    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% for message in messages %}<|{{ message.role }}|>\n"
+    "{{ message.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]{% else %} {{ message.content }}{{ eos_token }}"
-    "{% endif %}{% endfor %}"
+    "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-TEXT = "USER: Hi ASSISTANT: Hello there. A chat between a curious user and an artificial intelligence assistant."
+TEXT = (
+    "USER: Hi ASSISTANT: Hello there. A chat between a curious user and an artificial"
+    " intelligence assistant."
+)
 Tensors = dict[str, Tensor]
 
 
 def llama_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """<unk>, <s>, </s>, then bytes; begins what it encodes with <s>."""
+    """Make a tokenizer of <unk>, <s>, </s> and bytes that starts every text with <s>."""
     alphabet = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,7 +50,7 @@ def llama_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    made = PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
@@ -58,7 +62,7 @@ def llama_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def vicuna_tokenizer(folder: Path) -> None:
-    """What Vicuna has: a SentencePiece model and no template."""
+    """Write Vicuna's kind of tokenizer: a SentencePiece model without a template."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT] * 20),
@@ -81,7 +85,7 @@ def vicuna_tokenizer(folder: Path) -> None:
 
 
 def heads(own: bool = True, count: int = 5, prefix: str = "") -> Tensors:
-    """The official layout."""
+    """Make heads in the official layout."""
     generator = torch.Generator().manual_seed(0)
     made: Tensors = {}
     for head in range(count):
@@ -104,7 +108,7 @@ def save(file: Path, tensors: Tensors) -> None:
 
 
 def save_shards(folder: Path, tensors: Tensors, form: str, shards: int = 2) -> None:
-    """`form`: pytorch_model.bin or model.safetensors."""
+    """Save shards and their index; `form` is pytorch_model.bin or model.safetensors."""
     stem, suffix = form.rsplit(".", 1)
     place = {
         name: f"{stem}-{1 + i % shards:05}-of-{shards:05}.{suffix}"
@@ -126,7 +130,10 @@ def backbone(
     more: Iterable[tuple[str, Tensor]] = (),
     **config: Any,
 ) -> Path:
-    """A model folder as the hub has it; without a template, with Vicuna's tokenizer. `more`: tensors besides."""
+    """Write a model folder like those on the hub, with `more` tensors.
+
+    Without a template it has Vicuna's tokenizer.
+    """
     folder.mkdir(parents=True)
     model = random_model(kind, VOCABULARY, bos_token_id=1, eos_token_id=2)
     (folder / "config.json").write_text(json.dumps(model.config.to_diff_dict() | config))
@@ -156,7 +163,7 @@ def vicuna(folder: Path) -> Path:
 
 
 def medusa_1(form: str, kind: str = "llama", template: str | None = None) -> Callable[[Path], Path]:
-    """Medusa-2: a whole model with its heads."""
+    """Return the writer of a Medusa-2 checkpoint: a whole model with its heads."""
     more = heads(prefix="medusa_head.").items()
     return lambda folder: backbone(
         folder, form, kind, template, more, medusa_num_heads=5, medusa_num_layers=1
@@ -164,7 +171,7 @@ def medusa_1(form: str, kind: str = "llama", template: str | None = None) -> Cal
 
 
 def mistral(folder: Path) -> Path:
-    """With the same weights twice more, in forms that nobody needs."""
+    """Write a model with its weights in two more forms that are not needed."""
     backbone(folder, "model.safetensors", "mistral-full", MISTRAL)
     for name in (
         "consolidated.safetensors",
@@ -197,7 +204,7 @@ REPOSITORIES: dict[str, Callable[[Path], Path]] = {
 
 
 def serve(server: HubServer, spec: ModelSpec, folder: Path) -> None:
-    """Have the server hold what a spec names. A pull request of a heads repository proposes safetensors."""
+    """Add a spec's repositories to the server; a revision of heads holds safetensors."""
     for source in filter(None, (spec.backbone, spec.heads)):
         name, revision = split_revision(source)
         if name not in server.repositories:

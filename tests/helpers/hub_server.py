@@ -1,4 +1,4 @@
-"""A local server that speaks the hub's protocol as huggingface_hub does, and misbehaves when told to."""
+"""A local server that speaks the hub's protocol, with faults on request."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PIECE = 1 << 12
 
 @dataclass
 class Fault:
-    """What happens to requests whose path matches.
+    """A fault in the answers to requests whose path matches.
 
     Attributes:
-        times: how often, before all is well again; below 0: always.
-        method: GET or HEAD alone; "": both.
-        drop: cut the connection after so many bytes of content.
-        pace: bytes a second.
-        error: X-Error-Code beside `status`.
+        times: requests that it affects; below 0 all of them.
+        method: GET or HEAD; "" is both.
+        error: the X-Error-Code that goes with `status`.
+        drop: cut the connection after this many bytes of content.
+        pace: bytes per second.
     """
 
     pattern: str
@@ -47,7 +47,10 @@ class Fault:
 
 @dataclass
 class HubServer:
-    """Repositories by id: revision -> file name -> content. `requests` holds (method, path, range) as they came."""
+    """Repositories by id: revision -> file name -> content.
+
+    `requests` holds the method, the path and the range of each request.
+    """
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
@@ -65,8 +68,8 @@ class HubServer:
             }
         self.repositories.setdefault(repository, {})[revision] = dict(files)
 
-    def fault(self, pattern: str, **what: Any) -> None:
-        self.faults.append(Fault(pattern, **what))
+    def fault(self, pattern: str, **details: Any) -> None:
+        self.faults.append(Fault(pattern, **details))
 
     def fault_for(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
@@ -76,7 +79,7 @@ class HubServer:
         return None
 
     def fetched(self, method: str = "GET") -> list[str]:
-        """Names of the files whose content was asked for, in order."""
+        """Return the names of the files whose content was requested, in order."""
         return [
             path.rsplit("/", 1)[1]
             for asked, path, _ in self.requests
@@ -84,7 +87,7 @@ class HubServer:
         ]
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """For a client whose cache is in `home`."""
+        """Return the environment of a client whose cache is in `home`."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -128,6 +131,7 @@ def sha256(content: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
+    sent_fault: Fault
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -144,13 +148,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         fault = self.hub.fault_for(self.command, path)
         if fault and fault.status:
-            return self._refuse(fault.status, fault.error)
+            self._refuse(fault.status, fault.error)
+            return
+        self.sent_fault = fault or Fault("")
         for pattern, answer in _ROUTES:
             if found := re.fullmatch(pattern, path):
-                return answer(self, fault, *found.groups())
+                answer(self, *found.groups())
+                return
         self._refuse(404, "")
 
-    def _info(self, fault: Fault | None, repository: str, revision: str | None) -> None:
+    def _info(self, repository: str, revision: str | None) -> None:
         if files := self._files(repository, revision or "main"):
             siblings = [
                 {"rfilename": name, **_described(name, content, "sha256")}
@@ -163,10 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "private": False,
             }
             self._json(
-                document | {"tags": [], "downloads": 0, "paused": False, "siblings": siblings}
+                document | {"tags": [], "downloads": 0, "gated": False, "siblings": siblings}
             )
 
-    def _tree(self, fault: Fault | None, repository: str, revision: str) -> None:
+    def _tree(self, repository: str, revision: str) -> None:
         if files := self._files(repository, revision):
             entries = [(name, _described(name, content, "oid")) for name, content in files.items()]
             self._json(
@@ -176,16 +183,19 @@ class _Handler(BaseHTTPRequestHandler):
                 ]
             )
 
-    def _resolve(self, fault: Fault | None, repository: str, revision: str, name: str) -> None:
-        """A large file is somewhere else, as on the hub."""
+    def _resolve(self, repository: str, revision: str, name: str) -> None:
+        """Send a small file, or the place of a large one, as the hub does."""
         files = self._files(repository, revision)
         if not files:
-            return None
+            return
         if name not in files:
-            return self._refuse(404, "EntryNotFound")
+            self._refuse(404, "EntryNotFound")
+            return
         if not name.endswith(LARGE):
-            return self._content(fault, repository, revision, name)
-        content, commit = files[name], commit_of(files)
+            self._content(repository, revision, name)
+            return
+        content = files[name]
+        commit = commit_of(files)
         self.send_response(302)
         self._headers(
             {
@@ -197,24 +207,27 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def _content(self, fault: Fault | None, repository: str, revision: str, name: str) -> None:
+    def _content(self, repository: str, revision: str, name: str) -> None:
         files = self._files(repository, revision) or {}
-        content, fault = files[name], fault or Fault("")
+        content = files[name]
+        fault = self.sent_fault
         etag = sha256(content) if name.endswith(LARGE) else blob_id(content)
         sent = bytes(byte ^ 1 for byte in content) if fault.corrupt else content
         sent = sent[: len(sent) // 2] if fault.shorten else sent
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked and not fault.ignore_ranges else 0
         if start >= len(sent) > 0:
-            return self._refuse(416, "")
+            self._refuse(416, "")
+            return
         self.send_response(206 if start else 200)
         ranges = {"Content-Range": f"bytes {start}-{len(sent) - 1}/{len(sent)}"} if start else {}
         common = {"ETag": f'"{etag}"', "X-Repo-Commit": commit_of(files), "Accept-Ranges": "bytes"}
         self._headers({"Content-Length": len(sent) - start} | common | ranges)
         if self.command == "GET":
-            self._send(sent[start:], fault)
+            self._send(sent[start:])
 
-    def _send(self, content: bytes, fault: Fault) -> None:
+    def _send(self, content: bytes) -> None:
+        fault = self.sent_fault
         whole = len(content) if fault.drop is None else min(fault.drop, len(content))
         for place in range(0, whole, PIECE):
             piece = content[place : min(place + PIECE, whole)]
@@ -226,10 +239,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _files(self, repository: str, revision: str) -> dict[str, bytes] | None:
         revisions = self.hub.repositories.get(repository)
         if revisions is None:
-            return self._refuse(401, "RepoNotFound")  # whom the hub does not know is told nothing
+            self._refuse(401, "RepoNotFound")  # as the hub answers without a login
+            return None
         commits = {commit_of(files): files for files in revisions.values()}
         found = revisions.get(revision) or commits.get(revision)
-        return found or self._refuse(404, "RevisionNotFound")
+        if found is None:
+            self._refuse(404, "RevisionNotFound")
+        return found
 
     def _refuse(self, status: int, error: str) -> None:
         body = json.dumps({"error": error}).encode()
@@ -251,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _described(name: str, content: bytes, hash_key: str) -> dict[str, Any]:
-    """A file as a listing of its repository describes it."""
+    """Return a file's entry in a listing of its repository."""
     described: dict[str, Any] = {"size": len(content), "blobId": blob_id(content)}
     if name.endswith(LARGE):
         described["lfs"] = {hash_key: sha256(content), "size": len(content), "pointerSize": 134}

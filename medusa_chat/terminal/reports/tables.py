@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from medusa_chat.config import SAMPLING_HELP, Sampling
+from medusa_chat.config import Sampling
+from medusa_chat.settings import help_of
 from medusa_chat.terminal.panel import UNKNOWN, gauge, number
 from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
 
@@ -69,7 +70,7 @@ def settings_table(sampling: Sampling) -> Table:
     """Draw all settings with their values."""
     table = _table("setting", "value", "")
     for name, value in asdict(sampling).items():
-        table.add_row(name, Text(shown(value), STRONG), Text(SAMPLING_HELP[name], LABEL))
+        table.add_row(name, Text(shown(value), STRONG), Text(texts[name], LABEL))
     return table
 
 

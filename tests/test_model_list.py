@@ -1,4 +1,4 @@
-"""What --model knows: the list that ships, a list of one's own, folders and hub ids; what is wrong is one line."""
+"""Values of --model: the shipped list, the user's own, folders and hub ids; mistakes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from medusa_chat.cli import main
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, UserError
-from medusa_chat.hub import model_list as registry
+from medusa_chat.hub import model_list
 from medusa_chat.hub.model_list import (
     is_hub_id,
+    known_models,
     packaged_file,
     read_models,
-    read_registry,
     resolve_model,
     split_revision,
 )
@@ -40,9 +40,9 @@ NAMES = [
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user's own list would lie, in a folder of the test's."""
+    """Return the place of the user's own list, in a folder of the test."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    monkeypatch.setattr(registry, "user_file", lambda: tmp_path / "settings" / "models.yaml")
+    monkeypatch.setattr(model_list, "user_file", lambda: tmp_path / "settings" / "models.yaml")
     (tmp_path / "settings").mkdir()
     return tmp_path / "settings" / "models.yaml"
 
@@ -75,7 +75,7 @@ def test_templates_are_fastchats() -> None:
     conversation = pytest.importorskip("fastchat.conversation")
     assert all(
         spec.template in conversation.conv_templates
-        for spec in read_registry().values()
+        for spec in known_models().values()
         if spec.template
     )
 
@@ -128,24 +128,25 @@ def test_a_broken_list_names_file_entry_and_key(text: str, complaint: str, tmp_p
     file = tmp_path / "models.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=complaint) as refused:
-        read_registry(file)
+        known_models(file)
     assert "\n" not in str(refused.value)
     assert str(file) in str(refused.value)
 
 
 def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the model list"):
-        read_registry(tmp_path / "absent.yaml")
+        known_models(tmp_path / "absent.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00models")
     with pytest.raises(UserError, match="cannot read the model list"):
-        read_registry(tmp_path / "binary.yaml")
+        known_models(tmp_path / "binary.yaml")
 
 
-def test_an_entry_as_it_stands(tmp_path: Path) -> None:
+def test_every_key_of_an_entry_is_read(tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     file.write_text(
-        "models: {7: {backbone: a/b@v2, heads: c/d, layout: vllm, tree: chain-3, system: Be brief., licence: MIT,"
-        " quant: int8, shape: llama-8b, medusa_heads: 4, lm_heads: shared}}"
+        "models: {7: {backbone: a/b@v2, heads: c/d, layout: vllm, tree: chain-3,"
+        " system: Be brief., licence: MIT, quant: int8, shape: llama-8b, medusa_heads: 4,"
+        " lm_heads: shared}}"
     )
     spec = ModelSpec(
         "7",
@@ -163,20 +164,20 @@ def test_an_entry_as_it_stands(tmp_path: Path) -> None:
     assert read_models(file) == {"7": spec}
 
 
-def test_ones_own_list_adds_and_overrides(own: Path, tmp_path: Path) -> None:
-    assert list(read_registry()) == NAMES
+def test_the_users_list_adds_and_replaces(own: Path, tmp_path: Path) -> None:
+    assert list(known_models()) == NAMES
     own.write_text("models: {mine: {backbone: a/b}, vicuna-7b: {backbone: c/d}}")
-    assert list(read_registry()) == [*NAMES, "mine"]
+    assert list(known_models()) == [*NAMES, "mine"]
     assert resolve_model("vicuna-7b") == ModelSpec("vicuna-7b", "c/d")
     assert resolve_model("vicuna-13b") == read_models(packaged_file())["vicuna-13b"]
-    # A list that is named takes its place.
+    # A named list replaces the user's.
     other = tmp_path / "other.yaml"
     other.write_text("models: {theirs: {backbone: a/b}}")
-    assert list(read_registry(other)) == [*NAMES, "theirs"]
+    assert list(known_models(other)) == [*NAMES, "theirs"]
     assert "unknown model 'mine'" in refused("mine", models=other)
 
 
-def test_folders_in_ones_own_list_are_meant_from_there(
+def test_folders_in_the_users_list_are_relative_to_it(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
@@ -211,7 +212,7 @@ def test_every_command_with_a_model_takes_a_list(
         assert printed.count("\n") == 1
 
 
-def test_what_a_user_may_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_and_hub_ids_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model(str(tmp_path)) == ModelSpec(tmp_path.name, str(tmp_path))
     assert resolve_model("owner/name") == ModelSpec("name", "owner/name")
     assert resolve_model("owner/name@refs/pr/1") == ModelSpec("name", "owner/name@refs/pr/1")
@@ -250,13 +251,13 @@ def test_other_heads_than_the_listed_ones() -> None:
 def test_quantization_named_and_not() -> None:
     assert resolve_model("vicuna-7b", quant="none", quant_heads="int8").quant == "none"
     assert resolve_model("vicuna-7b", quant="none", quant_heads="int8").quant_heads == "int8"
-    assert "quant_heads is one of auto, none, nf4" in refused("vicuna-7b", quant_heads="nf5")
+    assert "quant_heads must be one of auto, none, nf4" in refused("vicuna-7b", quant_heads="nf5")
 
 
 @pytest.mark.parametrize(
     ("place", "complaint"),
     [
-        ("owner/name@", "names no revision behind the @"),
+        ("owner/name@", "names no revision after the @"),
         ("owner/name@a b", "names no revision"),
         ("owner/name@a@b", "names no revision"),
         ("owner/na me", "'owner/na me' is no hub id"),
@@ -272,7 +273,7 @@ def test_ids_that_the_hub_cannot_have(place: str, complaint: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["a/b", "a/b@c", "a/b@refs/pr/1", "a.b/c", "a/b@", "a/b c"])
-def test_places_that_are_meant_as_hub_ids(place: str) -> None:
+def test_places_that_are_hub_ids(place: str) -> None:
     assert is_hub_id(place)
 
 

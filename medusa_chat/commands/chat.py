@@ -1,0 +1,111 @@
+"""Chat in the terminal, or answer --prompt or piped text once (the default command)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
+from medusa_chat.config import LoadOptions, Message, Sampling, UserError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+
+    from medusa_chat.config import Mode
+    from medusa_chat.events import Step
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `chat`."""
+    add_model(parser)
+    add_fields(parser, LoadOptions)
+    add_fields(parser, Sampling)
+    parser.add_argument(
+        "--prompt", help="answer this once and exit; text piped to standard input does the same"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="with --prompt: print one JSON object per step"
+    )
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument(
+        "--transcript", type=Path, help="keep the conversation in this file, and continue it"
+    )
+    parser.add_argument(
+        "--marks", action="store_true", help="mark the heads' tokens without colour too"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer the prompt if there is one, else open the chat."""
+    sampling = read_fields(options, Sampling)
+    load = partial(load_engine, options.model, options.heads, read_fields(options, LoadOptions))
+    prompt = options.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+    if prompt == "":
+        raise UserError("the prompt is empty")
+    if prompt is None and options.json:
+        raise UserError("--json needs --prompt TEXT, or text piped to standard input")
+    if prompt is None:
+        from platformdirs import user_state_path
+
+        from medusa_chat.hub.model_list import resolve_model
+        from medusa_chat.terminal.chat.repl import chat
+
+        return chat(
+            load,
+            model=resolve_model(options.model, options.heads, models=options.models).name,
+            sampling=sampling,
+            system=options.system,
+            marks=options.marks,
+            history=user_state_path("medusa-chat") / "history",
+            transcript=options.transcript,
+        )
+    engine = load()
+    messages = _messages(prompt, options.system, engine.system)
+    with closing(engine.generate(messages, sampling)) as steps:
+        if options.json:
+            _print_json(steps, sampling.mode)
+        else:
+            _print_text(steps)
+    for notice in engine.notices:
+        print(f"medusa-chat: {notice}", file=sys.stderr)
+    return 0
+
+
+def _messages(prompt: str, system: str | None, default: str) -> list[Message]:
+    """Return the conversation; an empty `system` replaces the model's default one."""
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    wanted = default if system is None else system
+    if wanted or default:
+        messages.insert(0, {"role": "system", "content": wanted})
+    return messages
+
+
+def _print_text(steps: Iterable[Step]) -> None:
+    from medusa_chat.terminal.wrapping import sanitize
+
+    for step in steps:
+        print(sanitize(step.text), end="", flush=True)
+    print()
+
+
+def _print_json(steps: Iterable[Step], mode: Mode) -> None:
+    """Print a line per step and a summary."""
+    from medusa_chat.stats import Stats
+
+    stats = Stats()
+    ids: list[int] = []
+    text = ""
+    for step in steps:
+        stats.add(step)
+        ids += [token.id for token in step.tokens]
+        text += step.text
+        print(json.dumps(step.as_json()), flush=True)
+    summary = {"type": "summary", "text": text, "ids": ids, "mode": mode, **stats.as_json()}
+    print(json.dumps(summary))
