@@ -34,8 +34,9 @@ from tests.helpers.quiet import quiet
 from tests.helpers.tiny import decode, make_engine, prompt_ids, random_backbone, random_heads
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.report import StepReport
     from pathlib import Path
+
+    from medusa_chat.decoding.report import StepReport
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)

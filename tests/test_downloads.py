@@ -8,7 +8,7 @@ from medusa_chat.config import ModelSpec
 from medusa_chat.terminal.downloads import Download
 from tests.helpers.hub_checkpoints import serve
 from tests.helpers.hub_server import hub_server
-from tests.helpers.pseudo_terminal import CTRL_D, Terminal
+from tests.helpers.pseudo_terminal import CTRL_D
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -255,7 +255,9 @@ def test_attention_is_chosen_by_time_and_every_kernel_runs() -> None:
         query = torch.randn(1, 32, nodes, 128, device="cuda").bfloat16()
         key, value = torch.randn(2, 1, 32, span, 128, device="cuda").bfloat16()
         ours = faster(query, key, value, mask, 0.1)
-        torch.testing.assert_close(ours, torch_attention(query, key, value, mask, 0.1), rtol=0.02, atol=5e-3)
+        torch.testing.assert_close(
+            ours, torch_attention(query, key, value, mask, 0.1), rtol=0.02, atol=5e-3
+        )
     assert len(faster.report()) == 2
     for told in faster.report():
         assert not told["failures"]

@@ -285,7 +285,9 @@ def test_the_teacher_drops_nothing_out() -> None:
     trainee.train()
     ids, positions = batch()["input_ids"], batch()["position_ids"]
     with torch.no_grad():
-        assert not torch.equal(trainee.hidden_states(ids, positions), trainee.hidden_states(ids, positions))
+        assert not torch.equal(
+            trainee.hidden_states(ids, positions), trainee.hidden_states(ids, positions)
+        )
         with trainee.without_adapter():
             first, second = (trainee.hidden_states(ids, positions) for _ in range(2))
         assert torch.equal(first, second)

@@ -13,13 +13,12 @@ from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
-from medusa_chat.terminal.reports import checks
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.report import StepReport
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.report import StepReport
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
 

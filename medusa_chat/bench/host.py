@@ -27,7 +27,9 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     if not isinstance(static, StaticStep):
         return None
     times = [
-        (static.started, static.finished) for step in engine.generate(prompt, sampling) if step.nodes
+        (static.started, static.finished)
+        for step in engine.generate(prompt, sampling)
+        if step.nodes
     ]
     gaps = [started - learned for (_, learned), (started, _) in pairwise(times)]
     if len(gaps) < 2:

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.bench.run import bench, bench_steps, header
 from medusa_chat.bench.random_engine import SHAPE_CONTEXTS, SHAPES_OF_GPU, random_engine
+from medusa_chat.bench.run import bench, bench_steps, header
 from medusa_chat.bench.steps import measure_steps, positions_needed
 from medusa_chat.bench.twin import compare_in_float32
 from medusa_chat.config import UserError, out_of_memory

@@ -24,8 +24,8 @@ from medusa_chat.files import write_text
 from medusa_chat.shapes import SHAPES
 
 if TYPE_CHECKING:
-    from medusa_chat.bench.measure import Request
     from medusa_chat.bench.job import Consume
+    from medusa_chat.bench.measure import Request
     from medusa_chat.decoding.engine import Engine
 
 
@@ -101,8 +101,8 @@ def run(options: argparse.Namespace) -> int:
     from medusa_chat.bench.measure import measure
     from medusa_chat.terminal.reports import bench as bench_report
     from medusa_chat.terminal.reports import bench_charts
-    from medusa_chat.terminal.reports.progress import progress_bar
     from medusa_chat.terminal.reports.bench_view import timed_view
+    from medusa_chat.terminal.reports.progress import progress_bar
 
     sampling = read_fields(options, Sampling)
     bench_report.check_file(options.json)
@@ -126,8 +126,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _request(options: argparse.Namespace, sampling: Sampling, view: Consume | None) -> Request:
-    from medusa_chat.bench.measure import Request
     from medusa_chat.bench.job import BenchJob
+    from medusa_chat.bench.measure import Request
     from medusa_chat.bench.random_engine import parse_shapes
     from medusa_chat.model.linear.quantization import as_quant
     from medusa_chat.prompts import read_prompts

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     from medusa_chat.hub.model_list import resolve_model
     from medusa_chat.prompts import read_prompts
     from medusa_chat.terminal.reports import charts
-    from medusa_chat.terminal.reports.progress import progress_bar
     from medusa_chat.terminal.reports.accuracy import show_accuracy
+    from medusa_chat.terminal.reports.progress import progress_bar
     from medusa_chat.training.calibration import SIZES, calibrate, check_forecast, held_aside
 
     if options.plot:

@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     """Decode every prompt in both ways; the status is 1 if a check found a fault."""
     from medusa_chat.bench.verification import verify
     from medusa_chat.prompts import read_prompts
-    from medusa_chat.terminal.reports.progress import progress_bar
     from medusa_chat.terminal.reports.checks import show_checks
+    from medusa_chat.terminal.reports.progress import progress_bar
 
     sampling = read_fields(options, Sampling)
     settings = read_fields(options, LoadOptions, probing=False)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medusa_chat.config import PREFILL_ROWS
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.report import PackedInput, StepInput, StepReport, pack_verdict
 from medusa_chat.decoding.trees.tree import Tree
-from medusa_chat.config import PREFILL_ROWS
 from medusa_chat.model.attention import tree_attention as attention
 
 if TYPE_CHECKING:
