@@ -480,7 +480,7 @@ def test_push(
     assert main([*words, "--push", "not an id"]) == 2
     assert "--push takes OWNER/NAME" in capsys.readouterr().err
     assert main([*words, "--private"]) == 2
-    assert "--private is for --push" in capsys.readouterr().err
+    assert "--private needs --push" in capsys.readouterr().err
 
 
 def test_push_without_a_network_is_one_line(

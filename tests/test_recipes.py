@@ -89,6 +89,7 @@ def test_flags_change_the_recipe_that_they_name(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         make_parser().parse_args(["train", "--help"])
     told = " ".join(capsys.readouterr().out.split())
+    assert "the same seed gives the same weights (default: 0)" in told
     assert (
         "weight of the heads' loss relative to the backbone's (default: 0.2, distilled 0.01)"
         in told
