@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import medusa_chat
-from medusa_chat.bench.job import SHIPPED_PROMPTS
-from medusa_chat.config import Sampling
+from medusa_chat.config import SHIPPED_PROMPTS, Sampling
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.prompts import Prompt, read_prompts

@@ -34,8 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import medusa_chat
-from medusa_chat.bench.job import SHIPPED_PROMPTS
-from medusa_chat.config import Sampling
+from medusa_chat.config import SHIPPED_PROMPTS, Sampling
 from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
 from medusa_chat.machine.devices import device_name

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import medusa_chat
 from medusa_chat.bench.figures import mode_figures, peer_figures
-from medusa_chat.bench.job import SHIPPED_PROMPTS, BenchJob
+from medusa_chat.bench.job import BenchJob
 from medusa_chat.bench.parts import Stopwatch, step_parts, watching
 from medusa_chat.bench.replies import (
     PEERS,
@@ -24,8 +24,8 @@ from medusa_chat.bench.replies import (
 )
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
-from medusa_chat.config import Sampling, UserError
-from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.config import SHIPPED_PROMPTS, Sampling, UserError
+from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
@@ -72,7 +72,7 @@ def engine(folder: Path) -> Engine:
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr("medusa_chat.bench.bandwidth.BUFFER", 2**20)
 
 
@@ -113,7 +113,7 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
     assert sum(len(step.tokens) for step in drawn) > 0
     assert (result["prompts"], result["left_out"], result["turns"]) == (2, 0, 2)
     assert [step["context"] for step in result["steps"]] == [32, 64]
-    assert set(result["steps"][0]["nodes"]) == {str(nodes) for nodes in tuning.LADDER}
+    assert set(result["steps"][0]["nodes"]) == {str(nodes) for nodes in costs.LADDER}
     assert set(result["parts"]) == {"vanilla", "greedy", "typical"}
     assert result["history"][0]["prefilled"] == result["history"][0]["new_tokens"]
     assert result["peak_memory_bytes"]["host"] > 2**20

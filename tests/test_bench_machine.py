@@ -16,7 +16,7 @@ from medusa_chat.bench.steps import bandwidth_of, measure_steps
 from medusa_chat.cli import main
 from medusa_chat.config import Quant, UserError
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.decoding.trees import costs
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
@@ -44,7 +44,7 @@ TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr(bandwidth, "BUFFER", 2**20)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 
@@ -207,7 +207,7 @@ def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(
 
 
 def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
-    def planned(quant: Quant = "none", own: bool = False) -> memory.Plan:
+    def planned(quant: Quant = "none", own: bool = False) -> memory.MemoryPlan:
         return memory_plan(RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16)
 
     assert 13.5e9 < planned().total < 16e9

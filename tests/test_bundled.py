@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import medusa_chat
-from medusa_chat.bench.job import SHIPPED_PROMPTS
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.verification import verify
-from medusa_chat.config import BUNDLED, Message, Sampling
+from medusa_chat.config import BUNDLED, SHIPPED_PROMPTS, Message, Sampling
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import chain, named_tree, paper_trees
+from medusa_chat.decoding.trees.tree import named_tree, paper_trees
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
@@ -128,7 +127,7 @@ def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: fl
 @pytest.fixture(scope="module")
 def permuted() -> tuple[Callable[[int], int], Engine]:
     """The bundled model with shuffled token ids: id 0 is its most frequent token, the full stop."""
-    loaded = load_model(resolve_model(None), dtype="float32")
+    loaded = load_model(resolve_model(None), LoadOptions(dtype="float32"))
     engine = Engine(loaded.backbone, None, loaded.tokenizer)
     (stop,) = loaded.tokenizer("x.", add_special_tokens=False)["input_ids"][1:]
     order = torch.randperm(engine.backbone.vocabulary, generator=torch.Generator().manual_seed(0))
@@ -140,7 +139,11 @@ def permuted() -> tuple[Callable[[int], int], Engine]:
     assert loaded.heads is not None
     eos = frozenset({int(order[2])})
     shuffled = Engine(
-        Backbone(model), loaded.heads, loaded.tokenizer, tree="mc_sim_7b_63", eos=eos, probing=False
+        Backbone(model),
+        loaded.heads,
+        loaded.tokenizer,
+        LoadOptions(tree="mc_sim_7b_63", probing=False),
+        eos=eos,
     )
     return lambda old: int(order[old]), shuffled
 
@@ -167,7 +170,10 @@ def test_random_heads_change_nothing(engine: Engine) -> None:
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     wild = Engine(
-        engine.backbone, heads.requires_grad_(False), engine.tokenizer, tree=chain(4), probing=False
+        engine.backbone,
+        heads.requires_grad_(False),
+        engine.tokenizer,
+        LoadOptions(tree="chain-4", probing=False),
     )
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]

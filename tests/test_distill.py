@@ -20,6 +20,7 @@ from medusa_chat.config import UserError
 from medusa_chat.training import server as module
 from medusa_chat.training.distillation import distill
 from medusa_chat.training.questions import DistillJob
+from tests.helpers.full_disk import full_disk
 from tests.helpers.tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
 if TYPE_CHECKING:

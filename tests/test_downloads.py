@@ -1,14 +1,14 @@
-"""Downloads as they show in a real terminal."""
+"""Progress of a download on the screen of a real terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medusa_chat.config import ModelSpec
 from medusa_chat.terminal.downloads import Download
 from tests.helpers.hub_checkpoints import serve
 from tests.helpers.hub_server import hub_server
-from tests.helpers.pseudo_terminal import CTRL_D
+from tests.helpers.pseudo_terminal import CTRL_D, Terminal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,23 +33,15 @@ input()
 """
 
 
-def test_the_chat_opens_at_once_and_shows_the_download(tmp_path: Path) -> None:
+def test_the_chat_opens_at_once_and_shows_the_progress_of_the_download(tmp_path: Path) -> None:
     with hub_server() as server:
         serve(server, SPEC, tmp_path / "served")
         server.fault("/cdn/", pace=60_000, method="GET")
-        model = (
-            "--model",
-            SPEC.backbone,
-            "--heads",
-            SPEC.heads or "",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-        )
-        settings = ("--tree", "chain-2", "--max-new-tokens", "8", "--ignore-eos")
-        environment: Any = server.environment(tmp_path / "home", XDG_STATE_HOME=str(tmp_path))
-        chat = Chat("-m", "medusa_chat.cli", *model, *settings, **environment)
+        model = ("--model", SPEC.backbone, "--heads", SPEC.heads or "")
+        settings = "--device cpu --dtype float32 --tree chain-2 --max-new-tokens 8 --ignore-eos"
+        environment = server.environment(tmp_path / "home", XDG_STATE_HOME=str(tmp_path))
+        command = ("-m", "medusa_chat.cli", *model, *settings.split())
+        chat = Terminal(*command, environment=environment)
         try:
             chat.see("downloading vicuna-7b-v1.3 · ")
             chat.say("Hi")
@@ -64,8 +56,8 @@ def test_the_chat_opens_at_once_and_shows_the_download(tmp_path: Path) -> None:
             chat.child.close(force=True)
 
 
-def test_bars_follow_each_other_and_disappear() -> None:
-    terminal = Chat("-c", BARS)
+def test_bars_follow_each_other_and_leave_nothing_behind() -> None:
+    terminal = Terminal("-c", BARS)
     try:
         seen = terminal.see(lambda text: "first ━" in text and "0.5/1.5 GB" in text)
         assert "second" not in seen

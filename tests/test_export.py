@@ -87,9 +87,8 @@ def test_the_model_that_is_left_chats(tmp_path: Path) -> None:
     do(tiny_run(tmp_path, "out", "medusa2"))
     engine = medusa_chat.load(str(tmp_path / "out"), dtype="float32", tree="chain-2", probing=False)
     assert engine.heads == 2
-    steps = engine.generate(
-        [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=8, ignore_eos=True)
-    )
+    asked = [Message(role="user", content="Hi")]
+    steps = engine.generate(asked, Sampling(max_new_tokens=8, ignore_eos=True))
     assert sum(len(step.tokens) for step in steps) == 8
 
 

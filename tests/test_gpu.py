@@ -222,7 +222,9 @@ def test_the_kernel_is_its_twin_in_every_launch(
         rows = len(mask.ancestors)
         query = torch.randn(1, rows, heads[0], size, device="cuda", dtype=number).transpose(1, 2)
         cache = torch.randn(2, 1, heads[1], span, size, device="cuda", dtype=number)
-        expected = torch_attention(query.float(), *cache.float(), mask, size**-0.5, softcap)
+        expected = torch_attention(
+            query.float(), cache[0].float(), cache[1].float(), mask, size**-0.5, softcap
+        )
         cache[:, :, :, length + rows :] = torch.nan
         for attend in ways.values():
             ours = attend(query, cache[0], cache[1], mask, size**-0.5, softcap)

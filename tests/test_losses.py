@@ -251,7 +251,7 @@ def test_heads_first_leaves_the_backbone_without_a_gradient(name: str) -> None:
         (loss,) = made.trainee(**batch())
         loss.backward()
         own = plain_backbone(made, distilled=False) if learns else 0
-        assert loss.item() == pytest.approx((0.2 * heads + own).item(), rel=1e-6)
+        assert loss.item() == pytest.approx(float(0.2 * heads + own), rel=1e-6)
         backbone = [p.grad for p in made.trainee.backbone.parameters() if p.requires_grad]
         assert all((gradient is not None) is learns for gradient in backbone)
         every_head_learns(made.trainee.heads)

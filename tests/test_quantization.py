@@ -1,4 +1,4 @@
-"""Backbones and heads in nf4 and int8: the bundled model decodes in each, right and nearly as far a step."""
+"""Backbones and heads in nf4 and int8: correct text, and steps nearly as long as in 16 bits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from medusa_chat.bench import near_ties
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.random_model import random_heads, random_model
 from medusa_chat.bench.verification import Comparison, verify
-from medusa_chat.config import ModelSpec
+from medusa_chat.config import LoadOptions, Message, ModelSpec, Quant
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, LinearHeads, MedusaHeads, decoding_heads
-from medusa_chat.model.linear.packed import Int8Linear, _has_bfloat16, pack_linear, pack_linears
+from medusa_chat.model.linear.packed import Int8Linear, has_bfloat16, pack_linear, pack_linears
 from medusa_chat.model.linear.quantization import (
     compute_dtype,
+    prepare_4bit,
     quant_of,
     quantization_config,
     quantize_linear,
-    settle_4bit,
 )
 from medusa_chat.model.loading import load_model
 from medusa_chat.model.pretrained import load_pretrained
@@ -42,16 +42,17 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 CPU = torch.device("cpu")
-QUANTS = ("nf4", "nf4-double", "int8")
+ON_CPU = LoadOptions(device="cpu")
+QUANTS: tuple[Quant, ...] = ("nf4", "nf4-double", "int8")
 SHAPE = Shape(
     layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, context=256
 )
-PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPT: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
 needs_dots = pytest.mark.skipif(
     not torch.cpu._is_vnni_supported(), reason="no 8-bit dot products here"
 )
 needs_packed_4bit = pytest.mark.skipif(not has_avx512bf16(), reason="no AVX512-BF16 here")
-DTYPE = torch.bfloat16 if _has_bfloat16() else torch.float32
+DTYPE = torch.bfloat16 if has_bfloat16() else torch.float32
 
 
 def bundled(
@@ -98,9 +99,9 @@ def acceptance_length(engine: Engine) -> float:
 def test_the_bundled_model_decodes_right_in_each_quantization(quant: str) -> None:
     engine = bundled(quant, quant)
     assert quant_of(engine.backbone.model.config) == quant
-    prompts = [Prompt("a", [PROMPT[0]["content"]]), Prompt("b", ["Tell me a story."])]
+    prompts = [Prompt("a", (PROMPT[0]["content"],)), Prompt("b", ("Tell me a story.",))]
     checks = verify(
-        engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda done, total: None
+        engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda _done, _total: None
     )
     assert "vanilla, generate()" in {check.name for check in checks}  # on a peer quantized alike
     assert [check.first_fault for check in checks if check.faults] == []
@@ -111,9 +112,8 @@ def test_steps_stay_nearly_as_long() -> None:
     plain = acceptance_length(bundled())
     assert plain > 2
     for quant in ("nf4", "int8"):
-        assert acceptance_length(bundled(quant)) > 0.9 * plain, (
-            quant
-        )  # over many prompts it is within 5%
+        # Over many prompts it is within 5%.
+        assert acceptance_length(bundled(quant)) > 0.9 * plain, quant
 
 
 def test_float32_computes_in_float32() -> None:
@@ -129,8 +129,8 @@ def test_float32_computes_in_float32() -> None:
 
 @needs_packed_4bit
 @pytest.mark.parametrize("quant", ["nf4", "nf4-double"])
-def test_four_bit_layers_are_packed_at_load(quant: str) -> None:
-    layer: Any = quantize_linear(linear(), quant, CPU)  # type: ignore[arg-type]
+def test_four_bit_layers_are_packed_at_load(quant: Quant) -> None:
+    layer: Any = quantize_linear(linear(), quant, CPU)
     x = torch.randn(5, 128).bfloat16()
     wanted = (
         x.float() @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().T
@@ -181,11 +181,11 @@ def test_int8_layers_multiply_exactly_what_bitsandbytes_stores(
         assert torch.equal(ours(x[0, :rows]), found[0, :rows])
 
 
-def test_packing_leaves_other_quantized_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_chat.model.linear.packed._has_integer_dots", lambda: False)
+def test_packing_leaves_other_quantized_layers_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medusa_chat.model.linear.packed.has_integer_dots", lambda: False)
     model = nn.Sequential(quantize_linear(linear(), "int8", CPU), linear(96, 8))
     pack_linears(model)
-    kept = "PackedLinear" if _has_bfloat16() else "Linear"
+    kept = "PackedLinear" if has_bfloat16() else "Linear"
     assert [type(layer).__name__ for layer in model] == ["Linear8bitLt", kept]
     assert model(torch.randn(3, 128).to(DTYPE)).isfinite().all()
 
@@ -193,7 +193,7 @@ def test_packing_leaves_other_quantized_layers_alone(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_heads_guess_alike_in_each_quantization(quant: Any, own: bool, layers: int) -> None:
+def test_heads_guess_alike_in_each_quantization(quant: Quant, own: bool, layers: int) -> None:
     backbone = Backbone(random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
     hidden = torch.randn(4, SHAPE.hidden).to(DTYPE)
     plain = random_heads(SHAPE, 3, own, layers=layers, dtype=DTYPE)
@@ -212,7 +212,7 @@ def test_heads_guess_alike_in_each_quantization(quant: Any, own: bool, layers: i
         > near
     )
     assert nn.functional.cosine_similarity(found.float(), logits.float(), dim=-1).min() > near
-    if isinstance(made, LinearHeads):  # the 16-bit stacks are gone
+    if isinstance(made, LinearHeads):  # the 16-bit stacks are freed
         assert plain.lm_heads is None
         assert not list(plain.parameters())
         large = [
@@ -223,7 +223,7 @@ def test_heads_guess_alike_in_each_quantization(quant: Any, own: bool, layers: i
 
 
 def test_heads_that_share_the_lm_head_guess_with_a_quantized_copy() -> None:
-    """The backbone verifies with its own LM head in 16 bits, tied or not."""
+    """The backbone verifies with its own 16-bit LM head, tied or not."""
     engine = bundled("none", "nf4")
     heads = engine.runner.heads
     assert isinstance(heads, LinearHeads)
@@ -239,14 +239,16 @@ def test_settings_are_never_bitsandbytes_defaults(monkeypatch: pytest.MonkeyPatc
     assert quantization_config("none", DTYPE) is quantization_config("auto", DTYPE) is None
     for capability, wanted in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda device, found=capability: found
+            torch.cuda, "get_device_capability", lambda _device, found=capability: found
         )
         assert compute_dtype(torch.device("cuda"), torch.bfloat16) == wanted
     assert compute_dtype(CPU, torch.float32) == torch.float32
     layer: Any = bitsandbytes.nn.Linear4bit(
         64, 32, compute_dtype=torch.float32, quant_type="nf4"
     ).to("cpu")
-    settle_4bit(nn.Sequential(layer), CPU, torch.bfloat16)  # as a checkpoint with the default comes
+    prepare_4bit(
+        nn.Sequential(layer), CPU, torch.bfloat16
+    )  # as a checkpoint with the default comes
     assert layer.compute_dtype == torch.bfloat16
 
 
@@ -264,9 +266,9 @@ def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "own")
     tokenizer.save_pretrained(tmp_path / "own")
     own = str(tmp_path / "own")
-    loaded = load_model(ModelSpec("own", own), "cpu")
+    loaded = load_model(ModelSpec("own", own), ON_CPU)
     assert quant_of(loaded.backbone.config) == quant
-    other = load_model(ModelSpec("tiny", spec.backbone, quant=quant), "cpu")
+    other = load_model(ModelSpec("tiny", spec.backbone, quant=quant), ON_CPU)
     text = torch.arange(12)
     theirs, ours = (each.backbone.hidden_of_text(text).float() for each in (loaded, other))
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
@@ -274,7 +276,7 @@ def test_quantized_checkpoints_are_recognized(quant: str, tmp_path: Path) -> Non
         with pytest.raises(
             UserError, match=f"the files of own are quantized already, in {quant}: leave --quant"
         ):
-            load_model(ModelSpec("own", own, quant=asked), "cpu")
+            load_model(ModelSpec("own", own, quant=asked), ON_CPU)
 
 
 @pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
@@ -286,7 +288,7 @@ def test_a_method_whose_package_is_missing(method: str, package: str, tmp_path: 
     with pytest.raises(
         UserError, match=f"are quantized in {method}, which needs: pip install {package}"
     ):
-        load_model(ModelSpec("tiny", str(folder)), "cpu")
+        load_model(ModelSpec("tiny", str(folder)), ON_CPU)
     with pytest.raises(UserError, match="quant is auto, none, nf4, nf4-double, int8, not 'fp4'"):
         load_pretrained(ModelSpec("bundled", str(medusa_chat.config.BUNDLED)), DTYPE, "fp4")
 
@@ -296,13 +298,13 @@ def test_the_peer_is_quantized_alike() -> None:
         engine = bundled(quant)
         peer = TransformersPeer(engine)
         assert quant_of(peer.model.config) == quant
-        ids = engine.encode(PROMPT)  # type: ignore[arg-type]
+        ids = engine.encode(PROMPT)
         assert peer.generate(ids, 12) == reply(engine, ids, mode="vanilla", max_new_tokens=12)
 
 
 def test_a_wrong_token_of_a_quantized_model_is_a_fault() -> None:
     engine = bundled("nf4")
-    ids = engine.encode(PROMPT)  # type: ignore[arg-type]
+    ids = engine.encode(PROMPT)
     right = reply(engine, ids, mode="vanilla", max_new_tokens=4)
     for how in (Sampling(), Sampling(mode="exact", temperature=0.7, top_p=0.9)):
         comparison = Comparison("wrong")
@@ -325,7 +327,7 @@ def test_training_heads_are_left_as_they_were() -> None:
     assert decoding_heads(heads, "none", CPU, torch.float32, None) is heads
 
 
-def test_the_cost_of_steps_is_told_for_a_shape(
+def test_the_cost_of_steps_is_reported_for_a_shape(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     place = Path(__file__).parent.parent / "benchmarks" / "step_cost.py"
@@ -347,12 +349,12 @@ def test_the_cost_of_steps_is_told_for_a_shape(
 
 
 @pytest.mark.skipif(
-    not (Path("/proc/self/maps").exists() and _has_bfloat16()), reason="nothing is packed here"
+    not (Path("/proc/self/maps").exists() and has_bfloat16()), reason="nothing is packed here"
 )
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_no_weight_keeps_its_file_in_memory(quant: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model(SHAPE, quant="none", dtype=DTYPE, device=CPU))
-    loaded = load_model(ModelSpec("tiny", str(folder), quant=quant), "cpu")
+    loaded = load_model(ModelSpec("tiny", str(folder), quant=quant), ON_CPU)
     gc.collect()
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert loaded.backbone.hidden_of_text(torch.arange(4)).isfinite().all()

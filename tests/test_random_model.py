@@ -13,7 +13,6 @@ import medusa_chat
 from medusa_chat.bench.random_model import main, random_heads, random_model, write_random_model
 from medusa_chat.config import Message, ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.shapes import SHAPES, Shape
@@ -127,7 +126,7 @@ def test_a_random_model_decodes_with_random_heads() -> None:
         Backbone(made()),
         random_heads(SHAPE, 3, True, dtype=torch.float32),
         tokenizer(),
-        tree=chain(3),
+        LoadOptions(tree="chain-3", probing=False),
         probing=False,
     )
     vanilla = reply(engine, [5, 6, 7], mode="vanilla", max_new_tokens=12)

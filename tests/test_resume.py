@@ -284,9 +284,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from medusa_chat.training import outputs
     from medusa_chat.training import trainer as module
 
-    export = module.save_backbone
+    export = outputs.save_backbone
     asked = words(tmp_path, "out", "--recipe", "medusa2")
     with full_disk() as limit:
 

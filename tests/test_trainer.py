@@ -13,6 +13,7 @@ import torch
 
 from medusa_chat.config import UserError
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
+from medusa_chat.training import optimization
 from medusa_chat.training import trainer as module
 from medusa_chat.training.trainee import Trainee
 from tests.helpers.tiny_runs import backbone_folder, do, log_of, products, tiny_run
@@ -70,10 +71,10 @@ def test_medusa1_learns_and_leaves_the_backbone_alone(
     quant: str, tmp_path: Path, trainees: list[tuple[Trainee, str]]
 ) -> None:
     # bitsandbytes splits rows into blocks of 64.
-    shape = {} if quant == "none" else {"hidden_size": 64, "intermediate_size": 128}
+    shape: dict[str, Any] = {} if quant == "none" else {"hidden_size": 64, "intermediate_size": 128}
     folder = backbone_folder(tmp_path / "backbone", **shape)
     before = products(folder)
-    settings = {
+    settings: dict[str, Any] = {
         "layers": 2,
         "max_steps": 20,
         "learning_rate": 0.02,
@@ -191,7 +192,7 @@ def test_several_batches_make_the_step_of_one_large_batch(
     tmp_path: Path, float32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradients: list[torch.Tensor] = []
-    plain = module.MedusaTrainer.create_optimizer
+    plain = optimization.MedusaTrainer.create_optimizer
 
     def watched(self: Any, model: Any = None) -> Any:
         optimizer = plain(self, model)
@@ -199,7 +200,7 @@ def test_several_batches_make_the_step_of_one_large_batch(
         optimizer.register_step_pre_hook(lambda *_: gradients.append(weight.grad.clone()))
         return optimizer
 
-    monkeypatch.setattr(module.MedusaTrainer, "create_optimizer", watched)
+    monkeypatch.setattr(optimization.MedusaTrainer, "create_optimizer", watched)
     for out, batch, accumulation in (("large", 4, 1), ("small", 2, 2)):
         run = tiny_run(tmp_path, out, batch_size=batch, accumulation=accumulation, max_steps=4)
         text = "the cat sat on a mat and saw nine red birds " * 64

@@ -47,7 +47,7 @@ def examples(document: Document, template: str = CHAT_TEMPLATE) -> list[tuple[st
     made = []
     for example in encode(ChatTemplate(tok, "m"), document):
         targets = [i for i, on in zip(example.ids, example.trained, strict=True) if on]
-        made.append((tok.decode(example.ids), tok.decode(targets)))
+        made.append((str(tok.decode(example.ids)), str(tok.decode(targets))))
     return made
 
 
@@ -173,7 +173,7 @@ def test_a_reply_is_read_behind_the_very_ids_that_the_chat_prefills(tmp_path: Pa
         assert example.ids[: len(prompt)] == prompt
         end = example.ids.index(tok.eos_token_id, len(prompt)) + 1
         assert (
-            tok.decode(example.ids[len(prompt) : end]).strip()
+            str(tok.decode(example.ids[len(prompt) : end])).strip()
             == messages[before]["content"] + "</s>"
         )
         expected[len(prompt) : end] = [True] * (end - len(prompt))
@@ -191,7 +191,8 @@ def test_the_bundled_models_ids_are_those_of_its_own_template() -> None:
     tok = AutoTokenizer.from_pretrained(BUNDLED)
     messages = talk("Hi there", "Hello!", "Bye", "So long.", system="Be brief.")
     (example,) = encode(ChatTemplate(tok, "bundled"), Document(messages))
-    assert example.ids == tok.apply_chat_template(list(messages), return_dict=True)["input_ids"]
+    encoded: Any = tok.apply_chat_template(list(messages), return_dict=True)
+    assert example.ids == encoded["input_ids"]
     targets = [i for i, on in zip(example.ids, example.trained, strict=True) if on]
     assert tok.decode(targets) == "Hello!<|end|>So long.<|end|>"
 

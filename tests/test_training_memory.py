@@ -12,7 +12,8 @@ from medusa_chat.config import ModelSpec, Recipe, make_recipe
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
-from medusa_chat.training import trainer
+from medusa_chat.machine.devices import choose_dtype
+from medusa_chat.training import optimization, trainer
 from medusa_chat.training.distillation import distill
 from medusa_chat.training.memory import (
     Needs,
@@ -74,12 +75,14 @@ def held(tensors: Any) -> int:
 def test_what_a_run_holds_is_what_was_told(
     kind: str, name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[trainer.MedusaTrainer] = []
-    plain = trainer.MedusaTrainer.train
+    seen: list[optimization.MedusaTrainer] = []
+    plain = optimization.MedusaTrainer.train
     monkeypatch.setattr(
-        trainer.MedusaTrainer, "train", lambda self, **how: [seen.append(self), plain(self, **how)]
+        optimization.MedusaTrainer,
+        "train",
+        lambda self, **how: [seen.append(self), plain(self, **how)],
     )
-    width = trainer.choose_dtype(torch.device("cpu"), None).itemsize
+    width = choose_dtype(torch.device("cpu"), None).itemsize
     folder = backbone_folder(tmp_path / "backbone", kind)
     run = tiny_run(tmp_path, "out", name, max_steps=2, heads_first=0.0, **changes)
     do(run)

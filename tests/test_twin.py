@@ -12,15 +12,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from medusa_chat.bench import bandwidth, command, twin
+from medusa_chat.bench import bandwidth, measure, twin
 from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling
 from medusa_chat.decoding import runner as runner_module
-from medusa_chat.decoding.graphs.capture import as_it_is
+from medusa_chat.decoding.graphs.capture import not_recorded
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.decoding.trees import choice as tuning
+from medusa_chat.decoding.trees import costs
 from medusa_chat.shapes import SHAPES, Shape
 from medusa_chat.terminal.reports import bench as bench_report
 from tests.helpers.tiny import (
@@ -41,7 +41,7 @@ TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr(bandwidth, "BUFFER", 2**20)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 
@@ -53,13 +53,13 @@ class TwoSteps(Runner):
 
     def __init__(self, *arguments: Any, eager: bool = False) -> None:
         super().__init__(*arguments)
-        self.eager = eager
+        self.slow = eager
 
     def step(self, *arguments: Any) -> StepReport:
         outcome = super().step(*arguments)
         return (
             outcome
-            if self.eager or not self.wrong
+            if self.slow or not self.wrong
             else replace(outcome, next=(outcome.next + 1) % 64)
         )
 
@@ -73,7 +73,7 @@ def test_a_captured_step_is_compared_with_the_eager_one(
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone))
     engine.runner = fast = TwoSteps(backbone, random_heads(backbone), 512)
-    tree = engine.tree
+    tree = engine.trees.current
     found = twin.compare_with_eager(engine, [prompt_ids(9), prompt_ids(5)])
     assert set(found) == {"greedy", "typical", "exact", "vanilla"}
     for check in found.values():
@@ -81,7 +81,7 @@ def test_a_captured_step_is_compared_with_the_eager_one(
         assert (check["agreed"] == 1) is not wrong
         assert check["tokens_per_second"] > 0
     assert engine.runner is fast
-    assert engine.tree is tree
+    assert engine.trees.current is tree
 
 
 def test_agreement_ends_at_the_first_difference_of_a_reply() -> None:
@@ -93,11 +93,11 @@ def test_agreement_ends_at_the_first_difference_of_a_reply() -> None:
 def test_a_comparison_uses_one_fixed_tree() -> None:
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone), "chain-2")
-    policy, tree = engine.policy, engine.tree
+    policy, tree = engine.trees.policy, engine.trees.current
     with twin.same_tree(engine):
-        assert engine.tree.origin == twin.TREE
-        assert len(engine.tree) == 32
-    assert (engine.policy, engine.tree) == (policy, tree)
+        assert engine.trees.current.origin == twin.TREE
+        assert len(engine.trees.current) == 32
+    assert (engine.trees.policy, engine.trees.current) == (policy, tree)
 
 
 def test_a_device_with_other_replies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +155,12 @@ def test_one_call_measures_everything_on_a_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the CPU taken for a GPU, every section is in the JSON and in the tables."""
-    monkeypatch.setattr(command, "is_gpu", lambda _: True)
+    monkeypatch.setattr(measure, "is_gpu", lambda _: True)
     shapes_of_gpu = (RandomModel("tiny"), RandomModel("tiny", "nf4"), RandomModel("llama-70b"))
-    monkeypatch.setattr(command, "SHAPES_OF_GPU", shapes_of_gpu)
+    monkeypatch.setattr(measure, "SHAPES_OF_GPU", shapes_of_gpu)
     monkeypatch.setitem(SHAPES, "llama-70b", replace(SHAPES["vicuna-7b"], layers=800))
     monkeypatch.setattr(runner_module, "capturable", lambda *_: True)
-    monkeypatch.setattr(runner_module, "Captured", lambda _: as_it_is)
+    monkeypatch.setattr(runner_module, "Captured", lambda _: not_recorded)
     monkeypatch.setattr(twin, "TOKENS", 6)
     words = "bench --device cpu --tree chain-2 --limit 2 --rounds 1 --modes greedy"
     words += " --max-new-tokens 6 --context 16"

@@ -45,7 +45,7 @@ def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
     assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
     assert any(name.startswith("greedy, random") for name in names)
     assert all(check.replies == check.equal == 2 for check in checks)
-    checks.show_checks([vars(check) for check in checks])
+    show_checks([vars(check) for check in checks])
 
 
 def test_verify_finds_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.decoding.trees.costs import TIMED_LENGTH
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 Consume = Callable[[Iterable[Step]], object]
 Tick = Callable[[int, int], None]  # (done, total)
 ProgressBar = Callable[[str], AbstractContextManager[Tick]]  # opens a bar of that name
-
-SHIPPED_PROMPTS = Path(__file__).parent / "prompts.jsonl"
 
 
 @dataclass(frozen=True)

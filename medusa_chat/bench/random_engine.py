@@ -124,7 +124,7 @@ def _weights(
 
 def memory_plan(
     wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype
-) -> memory.Plan:
+) -> memory.MemoryPlan:
     """Memory that such a model needs, computed as for a real model."""
     spec = ModelSpec(
         wanted.name,

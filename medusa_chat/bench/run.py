@@ -123,7 +123,7 @@ def _machine(
         with progress("second turns") as tick:
             result["history"] = measure_history(engine, job.histories, job.rounds, tick)
     if isinstance(engine.backbone.attend, FasterAttention):
-        result["attention"] = engine.backbone.attend.told()
+        result["attention"] = engine.backbone.attend.report()
     result["peak_memory_bytes"] = peak_memory()  # before the limit takes its buffers
     with progress("memory") as tick:
         limit = measure_limit(engine.backbone.device, backbone_bytes(engine.backbone))

@@ -40,7 +40,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Count, write the accuracies next to the heads, and compare their forecast with replies."""
-    from medusa_chat.decoding.trees.accuracy import grow, write_accuracy
+    from medusa_chat.decoding.trees.accuracy import write_accuracy
+    from medusa_chat.decoding.trees.growth import grow
     from medusa_chat.hub.fetch import accuracy_file
     from medusa_chat.hub.model_list import resolve_model
     from medusa_chat.prompts import read_prompts

@@ -47,7 +47,8 @@ def tiny_run(place: Path, out: str, name: str = "medusa1", **changes: Any) -> Ru
         backbone_folder(place / "backbone")
     if not (place / "talks.jsonl").exists():
         write_talks(place / "talks.jsonl")
-    own = {key: changes.pop(key) for key in ("heads_from", "held_out", "resume") if key in changes}
+    names = ("heads_from", "held_out", "resume")
+    own: dict[str, Any] = {key: changes.pop(key) for key in names if key in changes}
     own["heads"] = own.pop("heads_from", None)
     settings = {
         "heads": 2,
