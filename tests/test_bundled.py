@@ -14,7 +14,7 @@ import torch
 import medusa_chat
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.verification import verify
-from medusa_chat.config import BUNDLED, SHIPPED_PROMPTS, Message, Sampling
+from medusa_chat.config import BUNDLED, SHIPPED_PROMPTS, LoadOptions, Message, Sampling
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.trees.tree import named_tree, paper_trees
 from medusa_chat.hub.model_list import resolve_model

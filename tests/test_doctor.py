@@ -16,6 +16,7 @@ from medusa_chat.commands import doctor
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
+from medusa_chat.terminal.reports.models import show_models
 from medusa_chat.text import size_text
 
 if TYPE_CHECKING:

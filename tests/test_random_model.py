@@ -11,7 +11,7 @@ import torch
 
 import medusa_chat
 from medusa_chat.bench.random_model import main, random_heads, random_model, write_random_model
-from medusa_chat.config import Message, ModelSpec, Sampling, UserError
+from medusa_chat.config import LoadOptions, Message, ModelSpec, Sampling, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.pretrained import load_pretrained
@@ -127,7 +127,6 @@ def test_a_random_model_decodes_with_random_heads() -> None:
         random_heads(SHAPE, 3, True, dtype=torch.float32),
         tokenizer(),
         LoadOptions(tree="chain-3", probing=False),
-        probing=False,
     )
     vanilla = reply(engine, [5, 6, 7], mode="vanilla", max_new_tokens=12)
     assert reply(engine, [5, 6, 7], max_new_tokens=12) == vanilla

@@ -13,6 +13,7 @@ from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
+from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 

@@ -10,15 +10,14 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from medusa_chat.bench.random_model import random_heads, random_model
-from medusa_chat.config import ModelSpec, Quant, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.decoding.trees.tree import chain
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.machine.devices import free_memory
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import decoding_heads
-from medusa_chat.model.linear.joined import fuse_linears
+from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.model.linear.packed import pack_linears
 from medusa_chat.shapes import SHAPES, Shape
 
@@ -98,11 +97,9 @@ def random_engine(
             backbone,
             heads,
             numbers(shape.vocabulary),
+            LoadOptions(tree="chain-1", context=positions, probing=False),
             name=wanted.name,
-            tree=chain(1),
-            context=positions,
             eos=frozenset(),
-            probing=False,
         )
     except (torch.OutOfMemoryError, MemoryError):
         fault = f"a model of shape {wanted.name} does not fit into the memory of {device}"
@@ -114,7 +111,7 @@ def _weights(
 ) -> tuple[Backbone, Heads]:
     model = random_model(shape, quant=wanted.quant, dtype=dtype, device=device)
     if wanted.fused:
-        fuse_linears(model)
+        join_linears(model)
     backbone = Backbone(model)
     plain = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=device)
     heads = decoding_heads(plain, wanted.quant_heads, device, dtype, backbone.lm_head)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from medusa_chat.config import COLD, Message, ModelSpec, UserError
-from medusa_chat.decoding.engine import eos_ids
+from medusa_chat.decoding.reply import eos_ids
 from medusa_chat.machine.devices import choose_device
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import named_template, resolve_template
