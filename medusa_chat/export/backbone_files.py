@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class BackboneFiles:
         with one_line(str(folder)):
             config = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         weight = model.get_output_embeddings().weight
         names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
         files = (folder / name for name in WEIGHTS)
