@@ -1,4 +1,4 @@
-"""calibrate: what is counted along a reply, the forecast that follows, and its check by decoding."""
+"""calibrate: counts along a reply, the forecast that follows, and its check by decoding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOP = (tuple(rank / 20 for rank in range(1, 21)),) * 3
 
 def test_calibrate_counts_what_the_heads_get_right() -> None:
     backbone = random_backbone("llama", 320)
-    # Untrained heads that share the LM head repeat its own token, so head 1 is right where a token comes twice.
+    # Untrained heads repeat the LM head's token, so head 1 is right if a token comes twice.
     engine = make_engine(backbone, MedusaHeads(2, 1, backbone.hidden_size))
     prompts = [Prompt("t", ("Hi there",)), Prompt("t", ("Bye", "So long"))]
     accuracy = calibrate(engine, prompts, max_new_tokens=24)
@@ -67,8 +67,8 @@ def test_calibrate_counts_what_the_heads_get_right() -> None:
 def decoded_and_walked(
     engine: Engine, tree: Tree, prompts: list[Any], limit: int
 ) -> tuple[Stats, float | None]:
-    """Greedy decoding with a tree, and what walking along the replies says of it."""
-    engine.trees.use(tree)
+    """Decode greedily with a tree; returns its stats, and the length from walking the replies."""
+    engine.use_tree(tree)
     stats, replies = Stats(), []
     for prompt in prompts:
         ids = engine.encode(prompt)
@@ -83,7 +83,7 @@ def decoded_and_walked(
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 40])
 def test_the_walk_is_the_decoding(limit: int) -> None:
-    """Random heads over 12 tokens are often right; replies end at the limit, or at an EOS inside or behind a path."""
+    """Random heads over 12 tokens are often right. Replies end at the limit or at an EOS."""
     backbone = random_backbone(vocabulary=12)
     engine = make_engine(backbone, random_heads(backbone, 3), eos=frozenset({3, 7}))
     draw = random.Random(limit)
@@ -103,13 +103,13 @@ def test_the_walk_is_the_decoding(limit: int) -> None:
 
 def test_the_walk_is_the_decoding_of_the_bundled_model() -> None:
     engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
-    said = [
+    asked = [
         "Hello!",
         "Tell me a short fairy tale.",
         "What is the capital of France?",
         "I need a cheap hotel, please.",
     ]
-    prompts: list[Any] = [[{"role": "user", "content": text}] for text in said]
+    prompts: list[Any] = [[{"role": "user", "content": text}] for text in asked]
     for tree in (chain(4), named_tree("mc_sim_7b_63").pruned(4, 20)):
         stats, walked = decoded_and_walked(engine, tree, prompts, 128)
         assert walked == stats.acceptance_length
@@ -129,17 +129,16 @@ def test_the_walk_by_hand() -> None:
 
 
 def test_paths_are_counted_where_steps_begin() -> None:
-    """Every other token is easy. A step goes over it, so none begins behind one: it always gets its guess."""
+    """Every other token is easy. Steps accept it and begin at the ones before."""
     reply: Ranks = [(0,), ()] * 40
     accuracy = with_paths(Accuracy(TOP), [reply])
     assert accuracy.frequency((0,)) == pytest.approx(1.0)
-    assert grow(accuracy, 8)[1][-1] == pytest.approx(
-        acceptance_length(chain(1), [reply])
-    )  # counted anywhere: 1.5
+    # A count at every token would give 1.5.
+    assert grow(accuracy, 8)[1][-1] == pytest.approx(acceptance_length(chain(1), [reply]))
 
 
 def bursts(replies: int, seed: int) -> list[Ranks]:
-    """Text with easy and hard stretches: heads are right together and wrong together."""
+    """Replies with easy and hard stretches, where heads are right or wrong together."""
     draw = random.Random(seed)
     made: list[Ranks] = []
     for _ in range(replies):
@@ -153,7 +152,7 @@ def bursts(replies: int, seed: int) -> list[Ranks]:
 
 
 def top_of(replies: list[Ranks]) -> Accuracy:
-    """Accuracy head by head; a head behind one that missed is not counted."""
+    """Accuracy of each head, counted where the heads before it did not miss."""
     rows = []
     for head in range(3):
         ranks = [ranks[head] for reply in replies for ranks in reply if len(ranks) > head]

@@ -1,4 +1,4 @@
-"""Distillation: tiny models and real HTTP servers answer; what is written, and how a run goes on after any end."""
+"""Distillation with tiny models and real HTTP servers: the output, and resuming after any end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from medusa_chat.cli import main
 from medusa_chat.config import UserError
@@ -40,8 +41,8 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass
-class Fake:
-    """A server on a port of its own; `respond` gives status and body of a chat request, None hangs up."""
+class FakeServer:
+    """A server whose `respond` gives status and body of a chat request; None hangs up."""
 
     url: str
     respond: Callable[[dict[str, Any]], tuple[int, Any] | None]
@@ -56,13 +57,15 @@ def said(text: Any, finish: str = "stop") -> tuple[int, Any]:
 
 
 def echo(body: dict[str, Any]) -> tuple[int, Any]:
-    """A reply that depends on all that may make a difference, and is cut now and then."""
+    """A reply that depends on the whole request, and is cut now and then."""
     what = json.dumps([body["messages"], body["seed"], body["max_tokens"], body["temperature"]])
     return said(f"{sum(what.encode())} é", "length" if body["seed"] % 5 == 0 else "stop")
 
 
 @contextmanager
-def serving(respond: Callable[[dict[str, Any]], tuple[int, Any] | None] = echo) -> Iterator[Fake]:
+def serving(
+    respond: Callable[[dict[str, Any]], tuple[int, Any] | None] = echo,
+) -> Iterator[FakeServer]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True  # it waits 40 ms between the head and the body
@@ -79,9 +82,9 @@ def serving(respond: Callable[[dict[str, Any]], tuple[int, Any] | None] = echo) 
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fake.asked.append(body)
-            fake.headers.append(dict(self.headers))
-            answer = fake.respond(body) if self.path == "/v1/chat/completions" else (404, {})
+            served.asked.append(body)
+            served.headers.append(dict(self.headers))
+            answer = served.respond(body) if self.path == "/v1/chat/completions" else (404, {})
             if answer is None:
                 self.close_connection = True
             else:
@@ -96,17 +99,17 @@ def serving(respond: Callable[[dict[str, Any]], tuple[int, Any] | None] = echo) 
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    fake = Fake(f"http://127.0.0.1:{http.server_port}", respond)
+    served = FakeServer(f"http://127.0.0.1:{http.server_port}", respond)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
-        yield fake
+        yield served
     finally:
         http.shutdown()
         http.server_close()
 
 
 @pytest.fixture
-def fake() -> Iterator[Fake]:
+def fake() -> Iterator[FakeServer]:
     with serving() as started:
         yield started
 
@@ -135,7 +138,7 @@ def run(
 
 
 def command(capsys: pytest.CaptureFixture[str], prompts: Path, out: Path, *words: Any) -> str:
-    """What `medusa-chat distill` complains about, in its one line."""
+    """The one line of a `medusa-chat distill` that fails."""
     assert main(["distill", "--prompts", str(prompts), "--out", str(out), *map(str, words)]) == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
@@ -159,13 +162,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def alone(folder: Path, messages: list[dict[str, Any]], count: int) -> list[int]:
     """Greedy ids of a reply, one conversation at a time and past every end."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    ids = tokenizer()(
-        tokenizer().apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    ).input_ids
+    encoded: Any = tokenizer()
+    text = encoded.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = encoded(text).input_ids
     for _ in range(count):
         with torch.inference_mode():
             ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
@@ -185,7 +186,7 @@ def test_replies_are_the_models_own_up_to_an_end_and_cut_ones_say_so(
                 continue
             ids = alone(folder, line["messages"][:i], 8)
             stop = next((n for n, token in enumerate(ids) if token in ENDS), None)
-            text = tokenizer().decode(ids[:stop], skip_special_tokens=True)
+            text = str(tokenizer().decode(ids[:stop], skip_special_tokens=True))
             assert message["content"] == (text.rstrip("\ufffd") if stop is None else text)
             assert message.get("cut", False) == (stop is None)
             kinds.add((stop is None, i))
@@ -213,7 +214,7 @@ def test_a_single_end_of_the_tokenizer_counts_and_without_any_all_is_cut(
 
 
 def cut_at_every_place(whole: Path, again: Callable[[Path], Any], places: int) -> None:
-    """Cut a finished file at many places; running again must bring it back, byte for byte."""
+    """Cut a finished file at many places. Another run must restore it, byte for byte."""
     content = whole.read_bytes()
     for place in range(0, len(content), len(content) // places):
         cut = whole.with_name("cut.jsonl")
@@ -226,9 +227,7 @@ def test_a_local_run_goes_on_to_the_same_bytes_and_the_seed_matters(
     folder: Path, prompts: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole.jsonl"
-    seen: list[
-        tuple[int, int, int]
-    ] = []  # what is there at each call, should nothing come after it
+    seen: list[tuple[int, int, int]] = []  # progress, and lines in the file at that time
     run(
         prompts,
         whole,
@@ -330,7 +329,7 @@ def test_a_template_without_system_and_other_mistakes_are_one_line(
 
 @pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
 def test_the_protocol(
-    fake: Fake, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str
+    fake: FakeServer, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
     lines = run(prompts, tmp_path / "o.jsonl", server=fake.url + tail)
@@ -352,7 +351,7 @@ def test_the_protocol(
 
 
 def test_no_key_no_header_and_the_models_name_can_be_given(
-    fake: Fake, prompts: Path, tmp_path: Path
+    fake: FakeServer, prompts: Path, tmp_path: Path
 ) -> None:
     run(prompts, tmp_path / "o.jsonl", server=fake.url, server_model="mine")
     assert not any("Authorization" in headers for headers in fake.headers)
@@ -360,7 +359,7 @@ def test_no_key_no_header_and_the_models_name_can_be_given(
 
 
 def test_a_batch_is_asked_at_once_and_the_batch_makes_no_difference(
-    fake: Fake, prompts: Path, tmp_path: Path
+    fake: FakeServer, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "o.jsonl"
     meeting = threading.Barrier(4, timeout=20)
@@ -388,7 +387,7 @@ def test_a_batch_is_asked_at_once_and_the_batch_makes_no_difference(
     assert not seeds & {body["seed"] for body in fake.asked}
 
 
-def test_a_cut_reply_ends_its_conversation(fake: Fake, prompts: Path, tmp_path: Path) -> None:
+def test_a_cut_reply_ends_its_conversation(fake: FakeServer, prompts: Path, tmp_path: Path) -> None:
     fake.respond = lambda body: said(
         "So\ufffd", "length" if "Say 2" in body["messages"][0]["content"] else "stop"
     )
@@ -436,7 +435,7 @@ def test_a_cut_reply_ends_its_conversation(fake: Fake, prompts: Path, tmp_path: 
     ids=["vllm", "llama.cpp", "openai", "tgi", "empty", "blank"],
 )
 def test_a_full_context_or_an_empty_reply_ends_the_conversation_alone(
-    fake: Fake, prompts: Path, tmp_path: Path, end: tuple[int, Any]
+    fake: FakeServer, prompts: Path, tmp_path: Path, end: tuple[int, Any]
 ) -> None:
     def respond(body: dict[str, Any]) -> tuple[int, Any]:
         first = body["messages"][0]["content"]
@@ -470,7 +469,7 @@ FLEETING: dict[str, tuple[int, Any] | None] = {
 
 @pytest.fixture(scope="module")
 def smooth(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What a run writes when nothing goes wrong."""
+    """The output of a run without a fault."""
     place = tmp_path_factory.mktemp("smooth")
     with serving() as started:
         run(write_prompts(place / "p.jsonl"), place / "o.jsonl", server=started.url)
@@ -479,7 +478,7 @@ def smooth(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize("fault", FLEETING)
 def test_a_fleeting_fault_makes_no_difference(
-    fake: Fake, prompts: Path, tmp_path: Path, smooth: bytes, fault: str
+    fake: FakeServer, prompts: Path, tmp_path: Path, smooth: bytes, fault: str
 ) -> None:
     tries: dict[int, int] = {}
 
@@ -518,7 +517,7 @@ FATAL: dict[str, tuple[tuple[int, Any] | None, int, str]] = {
 
 @pytest.mark.parametrize("case", FATAL)
 def test_a_lasting_fault_is_one_line_and_what_was_answered_is_kept(
-    fake: Fake,
+    fake: FakeServer,
     prompts: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -557,7 +556,7 @@ def test_addresses_that_lead_nowhere(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    fake: Fake,
+    fake: FakeServer,
 ) -> None:
     out = tmp_path / "o.jsonl"
     for address in (
@@ -583,9 +582,10 @@ def test_addresses_that_lead_nowhere(
 
 
 def test_with_a_server_no_model_and_no_torch_is_loaded(
-    fake: Fake, prompts: Path, tmp_path: Path
+    fake: FakeServer, prompts: Path, tmp_path: Path
 ) -> None:
-    code = "import sys; from medusa_chat.cli import main; status = main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from medusa_chat.cli import main; main(sys.argv[1:])"
+    code += "; assert 'torch' not in sys.modules"
     words = [
         "distill",
         "--server",
@@ -602,15 +602,17 @@ def test_with_a_server_no_model_and_no_torch_is_loaded(
     assert done.stdout == f"wrote {tmp_path / 'o.jsonl'}: 7 conversations\n"
 
 
-def test_halves_of_surrogate_pairs_are_no_text(fake: Fake, folder: Path, tmp_path: Path) -> None:
+def test_halves_of_surrogate_pairs_are_no_text(
+    fake: FakeServer, folder: Path, tmp_path: Path
+) -> None:
     file = write_prompts(tmp_path / "p.jsonl", [["Moon\ud800"]])
-    fake.respond = lambda body: said("So\udc00")
+    fake.respond = lambda _: said("So\udc00")
     assert run(file, tmp_path / "o", folder)[0]["messages"][0]["content"] == "Moon?"
     messages = run(file, tmp_path / "s", server=fake.url)[0]["messages"]
     assert [message["content"] for message in messages] == ["Moon?", "So?"]
 
 
-def test_system_prompts_are_kept_and_given(fake: Fake, tmp_path: Path) -> None:
+def test_system_prompts_are_kept_and_given(fake: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
     file.write_text(json.dumps({"messages": own}) + "\n" + json.dumps({"turns": ["Hi"]}) + "\n")
@@ -631,7 +633,9 @@ def test_system_prompts_are_kept_and_given(fake: Fake, tmp_path: Path) -> None:
 # Going on in a file
 
 
-def test_a_file_of_another_run_is_left_as_it_is(fake: Fake, prompts: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_run_is_left_as_it_is(
+    fake: FakeServer, prompts: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "o.jsonl"
     run(prompts, out, server=fake.url)
     content = out.read_bytes()
@@ -668,7 +672,7 @@ def test_local_batches_are_part_of_the_run(folder: Path, prompts: Path, tmp_path
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
-    fake: Fake, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: FakeServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "o.jsonl"
     flags = ["--server", fake.url, "--batch", "2", "--prompts", str(prompts), "--out"]

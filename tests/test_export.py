@@ -1,4 +1,4 @@
-"""What a joint run leaves: a model of its own that answers as the adapted one did, and its perplexity."""
+"""The output of a joint run: a model that answers like the trained one, and its perplexity."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def logits_of(model: Any) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_the_model_that_is_left_answers_as_the_trained_one(
+def test_the_written_model_answers_like_the_trained_one(
     kind: str, changes: dict[str, Any], tmp_path: Path, trainees: list[Trainee]
 ) -> None:
     backbone_folder(tmp_path / "backbone", kind)
@@ -83,12 +83,12 @@ def test_the_model_that_is_left_answers_as_the_trained_one(
     assert tensors.keys() == load_file(tmp_path / "backbone" / "model.safetensors").keys()
 
 
-def test_the_model_that_is_left_chats(tmp_path: Path) -> None:
+def test_the_written_model_chats(tmp_path: Path) -> None:
     do(tiny_run(tmp_path, "out", "medusa2"))
     engine = medusa_chat.load(str(tmp_path / "out"), dtype="float32", tree="chain-2", probing=False)
     assert engine.heads == 2
-    asked = [Message(role="user", content="Hi")]
-    steps = engine.generate(asked, Sampling(max_new_tokens=8, ignore_eos=True))
+    prompt: list[Message] = [{"role": "user", "content": "Hi"}]
+    steps = engine.generate(prompt, Sampling(max_new_tokens=8, ignore_eos=True))
     assert sum(len(step.tokens) for step in steps) == 8
 
 
@@ -134,7 +134,7 @@ def test_accuracies_of_the_heads_before_do_not_stay(tmp_path: Path) -> None:
 
 
 def plain_perplexity(model: Any, file: Path, length: int) -> float:
-    """exp of the mean of -log p over the assistant's tokens, each document or part of one by itself."""
+    """Exponential of the mean of -log p over the assistant's tokens, by part of a document."""
     flat = [
         (i, on, n)
         for n, d in enumerate(read_documents(file))
@@ -168,7 +168,7 @@ def test_perplexity_is_that_of_plain_arithmetic(kind: str, tmp_path: Path) -> No
     assert found == pytest.approx([plain_perplexity(model.eval(), file, 24)] * 2, rel=1e-6)
 
 
-def test_perplexity_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_perplexity_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path, "out", "medusa2")
     held_out = write_talks(tmp_path / "other.jsonl", 12, seed=5)
     asked = [
@@ -181,11 +181,13 @@ def test_perplexity_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
         "--out",
         str(run.out),
     ]
-    flags = "--recipe medusa2 --heads 2 --max-steps 6 --length 32 --batch-size 2 --backbone-learning-rate 0.01"
+    flags = "--recipe medusa2 --heads 2 --max-steps 6 --length 32 --batch-size 2"
+    flags += " --backbone-learning-rate 0.01"
     assert main(["train", *asked, *flags.split(), "--warmup-steps", "1", "--heads-first", "0"]) == 0
     kept = json.loads((run.out / "training.json").read_text())["perplexity"]
     for name, folder in (("before", tmp_path / "backbone"), ("after", run.out)):
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        model.eval()
         assert kept[name] == pytest.approx(plain_perplexity(model, held_out, 32), rel=1e-3)
     assert abs(kept["before"] - kept["after"]) > 1
     told = capsys.readouterr()
@@ -197,7 +199,7 @@ def test_perplexity_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "out", "medusa2")
     write_talks(tmp_path / "talks.jsonl", 120)
     everything = list(read_documents(run.data[0]))
@@ -205,12 +207,11 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     assert len(held_out) == 3
     assert sorted(d.place for d in trained + held_out) == sorted(d.place for d in everything)
     assert not {d.place for d in trained} & {d.place for d in held_out}
-    assert (
-        module.split_documents(tiny_run(tmp_path, "out"))[0] == everything
-    )  # a backbone that stays as it is needs none
+    # A frozen backbone needs none.
+    assert module.split_documents(tiny_run(tmp_path, "out"))[0] == everything
 
 
-def test_text_that_cannot_be_split_is_called_what_it_is(tmp_path: Path) -> None:
+def test_perplexity_on_training_text_is_called_so(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "out", "medusa2", max_steps=2)
     (tmp_path / "talks.jsonl").write_text(json.dumps({"text": "the cat sat on a mat " * 40}))
     assert do(run)[1][-1].startswith("perplexity of the backbone on training text: ")

@@ -1,4 +1,4 @@
-"""The loss of every recipe, and its gradient, against plain arithmetic in float64, a position at a time."""
+"""The loss of every recipe and its gradient, compared with plain arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = {
     "length": 16,
 }
 STEP, TOTAL = 3, 10
-# Two rows: the first holds a document whose question carries no loss, and the beginning of a second document.
+# Two rows. The first has a document with an untrained question, and the start of a second one.
 DOCUMENTS = [
     Example(prompt_ids(9, seed=1), [False] * 4 + [True] * 5),
     Example(prompt_ids(23, seed=2), [True] * 23),
@@ -45,7 +45,7 @@ ALONE = [
 
 @dataclass
 class Setting:
-    """A trainee, and the same model without any of its code: a fresh backbone and each weight as one tensor."""
+    """A trainee, and the same model as a plain backbone and one tensor for each weight."""
 
     trainee: Trainee
     base: Any
@@ -54,7 +54,7 @@ class Setting:
 
 
 def setting(recipe: Recipe, kind: str, own: bool) -> Setting:
-    """With an adapter away from zero, so that student and teacher differ; its sum with the weight is made by hand."""
+    """Make a setting whose adapter is not zero, so that student and teacher differ."""
     backbone, base = random_model(kind).double(), random_model(kind).double()
     heads = random_heads(backbone_like(base), HEADS, BLOCKS, own).requires_grad_(True).double()
     backbone.requires_grad_(recipe.joint and not recipe.lora_rank)
@@ -101,7 +101,7 @@ def run(base: Any, weights: dict[str, Tensor], ids: list[int]) -> tuple[Tensor, 
 
 
 def plain_heads(made: Setting) -> Iterator[tuple[list[Tensor], list[bool], list[bool]]]:
-    """Per head: the cross entropy at each place, and whether its best and one of its five best guesses is right."""
+    """For each head: cross entropy, and hits of its best and five best guesses, by token."""
     leaves, weights = made.leaves, made.weights
     for k in range(1, HEADS + 1):
         terms, first, fifth = [], [], []
@@ -250,8 +250,10 @@ def test_heads_first_leaves_the_backbone_without_a_gradient(name: str) -> None:
         made.trainee.step = step
         (loss,) = made.trainee(**batch())
         loss.backward()
-        own = plain_backbone(made, distilled=False) if learns else 0
-        assert loss.item() == pytest.approx(float(0.2 * heads + own), rel=1e-6)
+        expected = 0.2 * heads
+        if learns:
+            expected = expected + plain_backbone(made, distilled=False)
+        assert loss.item() == pytest.approx(float(expected), rel=1e-6)
         backbone = [p.grad for p in made.trainee.backbone.parameters() if p.requires_grad]
         assert all((gradient is not None) is learns for gradient in backbone)
         every_head_learns(made.trainee.heads)
@@ -278,22 +280,20 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 def test_the_teacher_drops_nothing_out() -> None:
-    """In training mode a backbone with dropout answers otherwise each time; its teacher does not."""
+    """In training mode a backbone with dropout differs each time; its teacher does not."""
     recipe = replace(RECIPES["distilled"], lora_dropout=0.5)
     backbone = random_model("llama", attention_dropout=0.5).requires_grad_(False)
     trainee = Trainee(backbone, MedusaHeads(HEADS, 1, 32), recipe, adapt(backbone, recipe))
     trainee.train()
     ids, positions = batch()["input_ids"], batch()["position_ids"]
     with torch.no_grad():
-        assert not torch.equal(
-            trainee.hidden_states(ids, positions), trainee.hidden_states(ids, positions)
-        )
+        with_dropout = [trainee.hidden_states(ids, positions) for _ in range(2)]
+        assert not torch.equal(*with_dropout)
         with trainee.without_adapter():
             first, second = (trainee.hidden_states(ids, positions) for _ in range(2))
         assert torch.equal(first, second)
-        plain = random_model("llama").model(input_ids=ids, position_ids=positions, use_cache=False)[
-            0
-        ]
+        model = random_model("llama").model
+        plain = model(input_ids=ids, position_ids=positions, use_cache=False)[0]
     torch.testing.assert_close(first, plain)
     assert backbone.training
     assert all(p.requires_grad for n, p in backbone.named_parameters() if "lora_" in n)
@@ -311,11 +311,10 @@ def test_targets_of_a_head_begin_and_end_with_its_document() -> None:
 
 
 def test_a_head_learns_the_token_that_many_places_ahead() -> None:
-    """Text that counts up: a head that answers for t + k + 1 is trained on the hidden state's own token + k + 1."""
+    """In text that counts up, the target of head k at token t is t + k + 1."""
     ids = list(range(20))
     rows = PackedRows([Example(ids, [True] * 20)], 20)
     for k in range(4):
-        targets = losses.head_targets(rows[0]["labels"][None], rows[0]["position_ids"][None], k)[
-            0
-        ].tolist()
+        labels, positions = (rows[0][key][None] for key in ("labels", "position_ids"))
+        targets = losses.head_targets(labels, positions, k)[0].tolist()
         assert targets == [ids[t] + k + 1 if t + k + 1 < 20 else IGNORED for t in range(20)]

@@ -1,4 +1,4 @@
-"""Adapters on a quantized backbone learn what they would on the same weights in full precision."""
+"""Adapters on a quantized backbone learn the same as on those weights in full precision."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ if TYPE_CHECKING:
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes' blocks are of 64
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+}  # bitsandbytes' blocks are of 64
 ROWS = PackedRows([Example(list(range(5, 45)), [True] * 40)], 20)
 BATCH = {key: torch.stack([ROWS[i][key] for i in range(len(ROWS))]) for key in ROWS[0]}
 
 
 def full_precision(module: Any) -> torch.Tensor:
-    """The weight that a quantized layer stands for."""
+    """The weight of a quantized layer in full precision."""
     if hasattr(module.weight, "quant_state"):
-        return bitsandbytes.functional.dequantize_4bit(
-            module.weight.data, module.weight.quant_state
-        )
-    return module.weight.SCB[:, None] * module.weight.data / 127
+        dequantize = bitsandbytes.functional.dequantize_4bit
+        weight: torch.Tensor = dequantize(module.weight.data, module.weight.quant_state)
+        return weight
+    scaled: torch.Tensor = module.weight.SCB[:, None] * module.weight.data / 127
+    return scaled
 
 
 def trainees(folder: Path, name: str, quant: str) -> tuple[Trainee, Trainee]:
@@ -38,7 +42,7 @@ def trainees(folder: Path, name: str, quant: str) -> tuple[Trainee, Trainee]:
     recipe = make_recipe(
         name, heads=2, lora_rank=2, lora_dropout=0.0, heads_first=0.0, lambda_0=0.5
     )
-    quantized, _ = load_pretrained(ModelSpec("tiny", str(folder)), torch.float32, quant)  # type: ignore[arg-type]
+    quantized, _ = load_pretrained(ModelSpec("tiny", str(folder)), torch.float32, quant)
     plain = random_model("llama", 320, **SHAPE)
     for layer_name, module in quantized.named_modules():
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):

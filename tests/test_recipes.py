@@ -1,4 +1,4 @@
-"""What the recipes set, refuse and schedule, and what heads and adapters begin as."""
+"""Recipes: their settings, errors and schedules, and the first state of heads and adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.tiny import random_model
 
 
 def test_the_released_settings() -> None:
-    """REFERENCE 4.3: base rate times the heads' multiplier of 4, lambda_0, ramp, LoRA, warm-up."""
+    """The base rate times the heads' multiplier of 4, lambda_0, ramp, LoRA, warm-up."""
     names = ("learning_rate", "backbone_learning_rate", "lambda_0", "ramp", "warmup_steps", "decay")
     lora = ("lora_rank", "lora_alpha", "lora_dropout", "epochs")
     expected = {
@@ -61,7 +61,7 @@ def test_the_released_settings() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], complaint: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as refusal:
         make_recipe(**{"name": "medusa1"} | changes)
     assert "\n" not in str(refusal.value)
@@ -149,12 +149,10 @@ def test_the_weight_of_the_heads() -> None:
     ("lm_heads", "vocabulary", "own"),
     [("own", 64, True), ("shared", 64, False), ("auto", 8, True), ("auto", 64, False)],
 )
-def test_new_heads_guess_what_the_lm_head_guesses(
-    lm_heads: str, vocabulary: int, own: bool
-) -> None:
+def test_new_heads_guess_like_the_lm_head(lm_heads: str, vocabulary: int, own: bool) -> None:
     backbone = random_model("llama", vocabulary)
     heads = new_heads(backbone, make_recipe("medusa1", heads=3, layers=2, lm_heads=lm_heads))
-    # `auto`: 3 LM heads of 8 x 32 are 6 percent of 13 thousand parameters, 3 of 64 x 32 a third of the backbone.
+    # 3 LM heads of 8 x 32 are 6 percent of 13 thousand parameters, 3 of 64 x 32 a third.
     share = 3 * backbone.lm_head.weight.numel() / sum(p.numel() for p in backbone.parameters())
     assert lm_heads != "auto" or own is (share < 0.12)
     assert (heads.lm_heads is not None) is own
@@ -163,7 +161,7 @@ def test_new_heads_guess_what_the_lm_head_guesses(
         torch.testing.assert_close(guess, backbone.lm_head(hidden))
 
 
-def test_an_adapter_stands_on_every_linear_layer_but_a_tied_lm_head() -> None:
+def test_an_adapter_is_on_every_linear_layer_but_a_tied_lm_head() -> None:
     for kind, lm_head in (("llama", True), ("llama-tied", False)):
         backbone = random_model(kind).requires_grad_(False)
         adapt(backbone, make_recipe("medusa2", lora_rank=2))
@@ -180,18 +178,18 @@ def test_an_adapter_stands_on_every_linear_layer_but_a_tied_lm_head() -> None:
         }
 
 
-def test_the_heads_are_described_by_what_they_cost() -> None:
+def test_the_heads_are_described_by_their_size() -> None:
     recipe = make_recipe("medusa1", heads=3, layers=2, lm_heads="own")
     backbone = random_model("llama", 64).requires_grad_(False)
     blocks, lm_heads = 3 * 2 * 32 * 32 * 2 / 1000, 3 * 64 * 32 * 2 / 1000  # kB in 16 bits
-    told = describe(Trainee(backbone, new_heads(backbone, recipe), recipe))
-    assert told.startswith(
+    text = describe(Trainee(backbone, new_heads(backbone, recipe), recipe))
+    assert text.startswith(
         f"3 heads of 2 blocks own their LM heads ({blocks + lm_heads:.1f} kB, {lm_heads:.1f} kB of"
     )
-    assert told.endswith(f"; {3 * (2 * (32 * 32 + 32) + 64 * 32):,} parameters are trained")
+    assert text.endswith(f"; {3 * (2 * (32 * 32 + 32) + 64 * 32):,} parameters are trained")
     shared = replace(recipe, lm_heads="shared")
-    told = describe(Trainee(backbone, new_heads(backbone, shared), shared))
+    text = describe(Trainee(backbone, new_heads(backbone, shared), shared))
     assert (
         f"share the LM head ({blocks:.1f} kB; LM heads of their own would add {lm_heads:.1f} kB"
-        in told
+        in text
     )

@@ -1,4 +1,4 @@
-"""Runs that are cut off, stopped, or run out of disk: what is left is whole, and --resume ends where it would have."""
+"""Runs that are cut off, stopped or run out of disk: what is left is whole, and can resume."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from medusa_chat.cli import main
 from medusa_chat.config import UserError
 from medusa_chat.terminal.reports import training as training_view
+from medusa_chat.training import outputs, trainer
 from medusa_chat.training.checkpoints import whole_checkpoints
 from medusa_chat.training.trainer import train
 from tests.helpers.full_disk import full_disk
@@ -38,14 +39,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Cut(Exception):
+class PowerCutError(Exception):
     """The power fails."""
 
 
 def stop_at(last: int) -> Any:
     def progress(step: TrainStep) -> None:
         if step.step >= last:
-            raise Cut
+            raise PowerCutError
 
     return progress
 
@@ -55,8 +56,8 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(kind: str, tmp_path:
     name, changes = KINDS[kind]
     settings = changes | {"max_steps": 24, "save_steps": 5, "batch_size": 4}
     do(tiny_run(tmp_path, "whole", name, **settings))
-    with pytest.raises(Cut):  # two steps behind the checkpoint of step 15
-        train(tiny_run(tmp_path, "cut", name, **settings), stop_at(18), lambda line: None)
+    with pytest.raises(PowerCutError):  # two steps behind the checkpoint of step 15
+        train(tiny_run(tmp_path, "cut", name, **settings), stop_at(18), lambda _: None)
     run = tmp_path / "cut" / "checkpoints"
     assert [path.name for path in whole_checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
     half = run / "checkpoint-20"  # as if the power had failed while one was written
@@ -65,7 +66,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(kind: str, tmp_path:
     assert not (products(tmp_path / "cut"))
     seen: list[tuple[int, bool]] = []
     run_again = tiny_run(tmp_path, "cut", name, **settings, resume=True)
-    train(run_again, lambda step: seen.append((step.step, half.exists())), lambda line: None)
+    train(run_again, lambda step: seen.append((step.step, half.exists())), lambda _: None)
     assert seen[0] == (16, False)
     assert products(tmp_path / "cut") == products(tmp_path / "whole")
     assert [line["step"] for line in log_of(tmp_path / "cut")] == list(range(2, 25, 2))
@@ -77,7 +78,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(kind: str, tmp_path:
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-20", "checkpoint-24"]
 
 
-def test_checkpoints_hold_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
+def test_checkpoints_hold_only_trained_weights(tmp_path: Path) -> None:
     for out, name, changes in (
         ("1", "medusa1", {}),
         ("2", "medusa2", {}),
@@ -131,8 +132,8 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_other_settings_are_no_resumption(
-    changes: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_with_other_settings_is_not_resumed(
+    changes: dict[str, Any], complaint: str, tmp_path: Path
 ) -> None:
     tiny_run(tmp_path, "out")
     (tmp_path / "out").mkdir()
@@ -156,8 +157,8 @@ def test_there_has_to_be_a_run_to_resume(tmp_path: Path) -> None:
 
 
 def test_a_run_cut_off_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    with pytest.raises(Cut):
-        train(tiny_run(tmp_path, "cut"), stop_at(2), lambda line: None)
+    with pytest.raises(PowerCutError):
+        train(tiny_run(tmp_path, "cut"), stop_at(2), lambda _: None)
     steps, _ = do(tiny_run(tmp_path, "cut", resume=True))
     assert (
         [step.step for step in steps]
@@ -174,7 +175,8 @@ def test_a_run_cut_off_before_its_first_checkpoint_begins_again(tmp_path: Path) 
 def words(tmp_path: Path, out: str, *more: str) -> list[str]:
     """A run on the command line, the same as tiny_run makes with these settings."""
     tiny_run(tmp_path, out)  # for its files
-    flags = "--heads 2 --max-steps 10 --length 32 --batch-size 2 --warmup-steps 2 --save-steps 4 --logging-steps 2"
+    flags = "--heads 2 --max-steps 10 --length 32 --batch-size 2 --warmup-steps 2"
+    flags += " --save-steps 4 --logging-steps 2"
     given = [
         "--model",
         str(tmp_path / "backbone"),
@@ -205,13 +207,13 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    def interrupt(step: TrainStep) -> None:
+    def interrupt(_: TrainStep) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_run(tmp_path, "out"), interrupt, lambda line: None)
+        train(tiny_run(tmp_path, "out"), interrupt, lambda _: None)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -260,7 +262,7 @@ def assert_resumed_whole(asked: list[str], place: Path) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file may grow beyond four kilobytes from step 6 on: the checkpoint of step 8 fails in its middle."""
+    """From step 6 on no file may exceed four kilobytes, so the checkpoint of step 8 fails."""
     plain = training_view.training_line
     asked = words(tmp_path, "out", "--recipe", "medusa2")
     with full_disk() as limit:
@@ -284,18 +286,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from medusa_chat.training import outputs
-    from medusa_chat.training import trainer as module
-
-    export = outputs.save_backbone
+    save = outputs.save_backbone
     asked = words(tmp_path, "out", "--recipe", "medusa2")
     with full_disk() as limit:
 
         def fill(*arguments: Any) -> None:
             limit(4096)
-            export(*arguments)
+            save(*arguments)
 
-        monkeypatch.setattr(module, "save_backbone", fill)
+        monkeypatch.setattr(trainer, "save_backbone", fill)
         assert main(asked) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith("checkpoint-10 is whole, and --resume goes on from it")

@@ -1,4 +1,4 @@
-"""Runs of the trainer on a tiny model: what they change and leave alone, their rates, their log, their NaN guard."""
+"""Runs of the trainer on a tiny model: the weights they change, rates, log, and NaN guard."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from medusa_chat.config import UserError
 from medusa_chat.model.layouts import HEADS_FILE, read_heads
-from medusa_chat.training import optimization
 from medusa_chat.training import trainer as module
+from medusa_chat.training.optimization import MedusaTrainer
 from medusa_chat.training.trainee import Trainee
 from tests.helpers.tiny_runs import backbone_folder, do, log_of, products, tiny_run
 
@@ -33,10 +33,9 @@ PROBE = torch.arange(1, 60)[None]
 
 @torch.no_grad()
 def weights_hash(model: Any) -> str:
-    """Of every weight in memory, with the scales of quantized ones, and of what they answer."""
-    logits = model(
-        PROBE
-    ).logits  # first: on a CPU, bitsandbytes lays its weights out anew when they are first used
+    """Hash every weight in memory, the scales of quantized ones, and the model's logits."""
+    # First, since on a CPU bitsandbytes changes its weights' layout at their first use.
+    logits = model(PROBE).logits
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), "logits": logits}
     for name, parameter in model.named_parameters():
         for part in ("absmax", "SCB"):
@@ -145,19 +144,18 @@ def test_the_optimizer_gets_the_rates_of_the_formulas(tmp_path: Path) -> None:
         )
 
 
-def test_the_backbone_stands_still_while_the_heads_come_first(
+def test_the_backbone_does_not_change_in_the_stage_of_the_heads(
     tmp_path: Path, trainees: list[Any]
 ) -> None:
     found: list[dict[str, torch.Tensor]] = []
 
-    def watch(step: Any) -> None:
+    def watch(_: Any) -> None:
         named = trainees[-1][0].backbone.named_parameters()
-        found.append(
-            {name: p.detach().clone() for name, p in named if "lora_B" in name}
-        )  # which begin at zero
+        # These begin at zero.
+        found.append({name: p.detach().clone() for name, p in named if "lora_B" in name})
 
     run = tiny_run(tmp_path, "out", "medusa2", heads_first=0.5, max_steps=10, logging_steps=5)
-    module.train(run, watch, lambda line: None)
+    module.train(run, watch, lambda _: None)
     first, last = found
     assert len(first) == 15
     assert not any(weight.any() for weight in first.values())
@@ -188,11 +186,12 @@ def test_every_kind_of_layer_is_trained(
             assert moved == parameter.requires_grad, parameter_name
 
 
+@pytest.mark.usefixtures("float32")
 def test_several_batches_make_the_step_of_one_large_batch(
-    tmp_path: Path, float32: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradients: list[torch.Tensor] = []
-    plain = optimization.MedusaTrainer.create_optimizer
+    plain = MedusaTrainer.create_optimizer
 
     def watched(self: Any, model: Any = None) -> Any:
         optimizer = plain(self, model)
@@ -200,13 +199,12 @@ def test_several_batches_make_the_step_of_one_large_batch(
         optimizer.register_step_pre_hook(lambda *_: gradients.append(weight.grad.clone()))
         return optimizer
 
-    monkeypatch.setattr(optimization.MedusaTrainer, "create_optimizer", watched)
+    monkeypatch.setattr(MedusaTrainer, "create_optimizer", watched)
     for out, batch, accumulation in (("large", 4, 1), ("small", 2, 2)):
         run = tiny_run(tmp_path, out, batch_size=batch, accumulation=accumulation, max_steps=4)
         text = "the cat sat on a mat and saw nine red birds " * 64
-        (tmp_path / "talks.jsonl").write_text(
-            json.dumps({"text": text[: 32 * 80 - 1]})
-        )  # whole rows, as many targets each
+        # Whole rows, with as many targets each.
+        (tmp_path / "talks.jsonl").write_text(json.dumps({"text": text[: 32 * 80 - 1]}))
         steps, _ = do(run)
         assert [step.step for step in steps] == [2, 4]
     large, small = gradients[:4], gradients[4:]
@@ -244,7 +242,7 @@ def test_a_run_begins_with_the_heads_that_it_is_given(tmp_path: Path, trainees: 
 # ---- log ----
 
 
-def test_the_log_tells_each_step_once(tmp_path: Path) -> None:
+def test_the_log_has_each_step_once(tmp_path: Path) -> None:
     steps, said = do(tiny_run(tmp_path, "out", "medusa2", heads_first=0.0))
     log = log_of(tmp_path / "out")
     assert [line["step"] for line in log] == [step.step for step in steps] == [2, 4, 6, 8, 10]
@@ -266,13 +264,14 @@ def test_the_log_tells_each_step_once(tmp_path: Path) -> None:
 
 
 def poison(trainee: Trainee, kind: str, step: int) -> None:
-    """Spoil the loss, or the gradient of a finite loss, from a step on."""
+    """Make the loss, or the gradient of a finite loss, not a number from a step on."""
     if kind == "loss":
         trainee.register_forward_hook(
             lambda made, _, output: output if made.step < step else (output[0] * math.nan,)
         )
     else:
-        trainee.heads.bias.register_hook(
+        bias: Any = trainee.heads.bias
+        bias.register_hook(
             lambda gradient: gradient if trainee.step < step else gradient * math.inf
         )
 
@@ -295,12 +294,12 @@ def test_a_run_stops_where_it_meets_nan(
     seen: list[list[int]] = []
     with pytest.raises(UserError) as stop:
         do(tiny_run(tmp_path, "out", save_steps=3))
-    told = str(stop.value)
-    assert "the loss or its gradient is not a number at step 7" in told
+    text = str(stop.value)
+    assert "the loss or its gradient is not a number at step 7" in text
     assert len(seen) == 7
     for row in seen[-1]:
-        assert f"row {row} ({tmp_path}/talks.jsonl, line " in told
-    assert "\n" not in told
+        assert f"row {row} ({tmp_path}/talks.jsonl, line " in text
+    assert "\n" not in text
     checkpoints = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-3", "checkpoint-6"]
     assert products(tmp_path / "out") == {}

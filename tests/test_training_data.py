@@ -1,4 +1,4 @@
-"""What training reads: which tokens are targets, how documents are packed, and what a damaged file is told."""
+"""Training data: targets, packed documents, and the errors of damaged files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ FORGETFUL = (
     "{% set parts = message.content.split('</think>') %}"
     "{% if parts|length > 1 and loop.last %}"
     "<think>\n{{ parts[0].replace('<think>', '').strip() }}\n</think>\n\n{% endif %}"
-    "{{ parts[-1].strip() }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{{ parts[-1].strip() }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -172,10 +173,8 @@ def test_a_reply_is_read_behind_the_very_ids_that_the_chat_prefills(tmp_path: Pa
         prompt = template.encode(messages[:before])
         assert example.ids[: len(prompt)] == prompt
         end = example.ids.index(tok.eos_token_id, len(prompt)) + 1
-        assert (
-            str(tok.decode(example.ids[len(prompt) : end])).strip()
-            == messages[before]["content"] + "</s>"
-        )
+        reply = str(tok.decode(example.ids[len(prompt) : end]))
+        assert reply.strip() == messages[before]["content"] + "</s>"
         expected[len(prompt) : end] = [True] * (end - len(prompt))
     assert example.trained == expected
 
@@ -191,8 +190,8 @@ def test_the_bundled_models_ids_are_those_of_its_own_template() -> None:
     tok = AutoTokenizer.from_pretrained(BUNDLED)
     messages = talk("Hi there", "Hello!", "Bye", "So long.", system="Be brief.")
     (example,) = encode(ChatTemplate(tok, "bundled"), Document(messages))
-    encoded: Any = tok.apply_chat_template(list(messages), return_dict=True)
-    assert example.ids == encoded["input_ids"]
+    rendered: Any = tok.apply_chat_template(list(messages), return_dict=True)
+    assert example.ids == rendered["input_ids"]
     targets = [i for i, on in zip(example.ids, example.trained, strict=True) if on]
     assert tok.decode(targets) == "Hello!<|end|>So long.<|end|>"
 

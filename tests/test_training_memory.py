@@ -1,4 +1,4 @@
-"""What training and answering are said to take, against what they do take; what does not fit is told before a load."""
+"""Memory that training and answering need: the forecast, the real need, and the refusal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from medusa_chat.config import ModelSpec, Recipe, make_recipe
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
-from medusa_chat.machine.devices import choose_dtype
-from medusa_chat.training import optimization, trainer
+from medusa_chat.model.loading import choose_dtype
+from medusa_chat.training import trainer
 from medusa_chat.training.distillation import distill
 from medusa_chat.training.memory import (
     Needs,
@@ -22,6 +22,7 @@ from medusa_chat.training.memory import (
     check_training,
     training_needs,
 )
+from medusa_chat.training.optimization import MedusaTrainer
 from medusa_chat.training.questions import DistillJob
 from tests.helpers.complaints import complaint, refusal
 from tests.helpers.tiny import random_model, save_model
@@ -38,13 +39,13 @@ assert VICUNA is not None
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What devices are said to have free; change it."""
+    """Free bytes of each device; change it."""
     found = {"cpu": 10**15, "cuda": 10**15}
     monkeypatch.setattr(memory, "free_memory", lambda device: found[device])
     return found
 
 
-def told(
+def forecast(
     spec: ModelSpec, recipe: Recipe, device: str = "cpu", width: int = 2, heads: int | None = None
 ) -> Needs:
     contents = contents_of(spec)
@@ -56,7 +57,7 @@ def held(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-# ---- what is counted ----
+# ---- the forecast ----
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "llama-wide-heads"])
@@ -72,16 +73,17 @@ def held(tensors: Any) -> int:
     ],
     ids=str,
 )
-def test_what_a_run_holds_is_what_was_told(
+def test_a_run_holds_as_much_as_forecast(
     kind: str, name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[optimization.MedusaTrainer] = []
-    plain = optimization.MedusaTrainer.train
-    monkeypatch.setattr(
-        optimization.MedusaTrainer,
-        "train",
-        lambda self, **how: [seen.append(self), plain(self, **how)],
-    )
+    seen: list[Any] = []
+    plain = MedusaTrainer.train
+
+    def train(self: MedusaTrainer, **settings: Any) -> Any:
+        seen.append(self)
+        return plain(self, **settings)
+
+    monkeypatch.setattr(MedusaTrainer, "train", train)
     width = choose_dtype(torch.device("cpu"), None).itemsize
     folder = backbone_folder(tmp_path / "backbone", kind)
     run = tiny_run(tmp_path, "out", name, max_steps=2, heads_first=0.0, **changes)
@@ -92,7 +94,7 @@ def test_what_a_run_holds_is_what_was_told(
         for state in seen[0].optimizer.state.values()
         for key in ("exp_avg", "exp_avg_sq")
     ]
-    parts = told(ModelSpec("tiny", str(folder)), run.recipe, width=width)["cpu"]
+    parts = forecast(ModelSpec("tiny", str(folder)), run.recipe, width=width)["cpu"]
     assert parts["weights"] == held(parameters)
     assert parts["Adam's moments"] == held(moments)
     if "gradients" in parts:
@@ -105,44 +107,44 @@ def test_what_a_run_holds_is_what_was_told(
         )
 
 
-def test_quantized_backbones_and_heads_that_are_given() -> None:
+def test_quantized_backbones_and_given_heads() -> None:
     spec, recipe = (
         SHIPPED["vicuna-7b"],
         make_recipe("medusa1", quant="nf4", lm_heads="own", heads=5),
     )
     assert VICUNA is not None
-    new = told(spec, recipe)["cpu"]
+    new = forecast(spec, recipe)["cpu"]
     assert new["weights"] == int(VICUNA.layers * 0.5625) + 2 * VICUNA.plain + 4 * VICUNA.heads
     assert new["Adam's moments"] == 8 * VICUNA.heads
-    assert told(spec, make_recipe("medusa1"), heads=7)["cpu"]["gradients"] == 28
-    assert told(spec, replace(recipe, quant="int8"))["cpu"]["weights"] - new[
+    assert forecast(spec, make_recipe("medusa1"), heads=7)["cpu"]["gradients"] == 28
+    assert forecast(spec, replace(recipe, quant="int8"))["cpu"]["weights"] - new[
         "weights"
     ] == VICUNA.layers - int(VICUNA.layers * 0.5625)
 
 
-def test_a_gpu_leaves_the_copy_to_the_host() -> None:
-    needs = told(SHIPPED["vicuna-7b"], make_recipe("medusa2"), "cuda")
+def test_the_written_copy_of_a_gpu_is_on_the_host() -> None:
+    needs = forecast(SHIPPED["vicuna-7b"], make_recipe("medusa2"), "cuda")
     assert "the copy that is written" not in needs["cuda"]
     assert needs["cpu"]["the copy that is written"] == pytest.approx(4 * 6.74e9, rel=0.01)
-    frozen = told(SHIPPED["vicuna-7b"], make_recipe("medusa1"), "cuda")
+    frozen = forecast(SHIPPED["vicuna-7b"], make_recipe("medusa1"), "cuda")
     assert sum(frozen["cpu"].values()) < 6 * GB
 
 
-# ---- what is told ----
+# ---- the message ----
 
 
-def test_the_line_tells_what_was_counted_and_what_helps(free: dict[str, int]) -> None:
+def test_the_line_has_the_parts_and_the_flags_that_help(free: dict[str, int]) -> None:
     spec, recipe = SHIPPED["vicuna-7b"], make_recipe("medusa1", lm_heads="own")
-    needs = told(spec, recipe, "cuda")
+    needs = forecast(spec, recipe, "cuda")
     free["cuda"] = sum(needs["cuda"].values()) - GB // 2
 
     def line(**changes: Any) -> str:
         return refusal(check_training, spec, replace(recipe, **changes), "cuda", 2, False)
 
     assert line().startswith(
-        "vicuna-7b with recipe medusa1 needs 23.3 GB (15.8 GB for weights, 4.7 GB for Adam's moments, 2.4 GB for"
-        " gradients, 0.4 GB for libraries, activations aside), 22.8 GB free on cuda, 0.5 GB short; --quant nf4 or"
-        " --lm-heads shared would make it fit; --ignore-memory"
+        "vicuna-7b with recipe medusa1 needs 23.3 GB (15.8 GB for weights, 4.7 GB for Adam's"
+        " moments, 2.4 GB for gradients, 0.4 GB for libraries, activations aside), 22.8 GB free on"
+        " cuda, 0.5 GB short; --quant nf4 or --lm-heads shared would make it fit; --ignore-memory"
     )
     free["cuda"] = 6 * GB
     assert "short; --quant nf4 with --lm-heads shared would make it fit" in line()
@@ -168,7 +170,7 @@ def test_a_smaller_batch_of_answers_may_fit(free: dict[str, int]) -> None:
 # ---- before a load ----
 
 
-def test_nothing_is_loaded_or_written_where_it_does_not_fit(
+def test_nothing_is_loaded_or_written_if_it_does_not_fit(
     tmp_path: Path,
     free: dict[str, int],
     capsys: pytest.CaptureFixture[str],
@@ -206,9 +208,8 @@ def test_nothing_is_loaded_or_written_where_it_does_not_fit(
             capsys, *train
         )
         assert "backbone with 64 replies at once needs 0.5 GB" in complaint(capsys, *answer)
-    assert [file.name for file in run.out.iterdir()] == [
-        "training.json"
-    ]  # which the next run replaces
+    # The next run replaces this file.
+    assert [file.name for file in run.out.iterdir()] == ["training.json"]
     assert (tmp_path / "own.jsonl").read_text() == ""
     do(replace(run, ignore_memory=True))
     distill(
@@ -221,7 +222,7 @@ def test_nothing_is_loaded_or_written_where_it_does_not_fit(
     )
 
 
-def test_what_cannot_fit_is_told_before_a_download(
+def test_a_model_that_cannot_fit_is_refused_before_its_download(
     free: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medusa_chat.hub.fetch.fetch", None)
@@ -231,7 +232,7 @@ def test_what_cannot_fit_is_told_before_a_download(
     )
 
 
-def test_sizes_that_nobody_knows_stop_nothing(tmp_path: Path, free: dict[str, int]) -> None:
+def test_unknown_sizes_refuse_nothing(tmp_path: Path, free: dict[str, int]) -> None:
     free["cpu"] = 0
     save_model(tmp_path, random_model())
     (tmp_path / "config.json").write_text("{}")

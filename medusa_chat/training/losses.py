@@ -192,7 +192,7 @@ def _fused(features: Tensor, projection: Projection) -> Callable[[Tensor, Tensor
         return None
     if isinstance(projection, Tensor):
         weight = projection
-    elif type(projection) is nn.Linear and projection.bias is None:
+    elif type(projection) is nn.Linear and getattr(projection, "bias", None) is None:
         weight = projection.weight
     else:
         return None
@@ -208,7 +208,9 @@ def _fused(features: Tensor, projection: Projection) -> Callable[[Tensor, Tensor
 @cache
 def _liger() -> nn.Module | None:
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import (  # type: ignore[import-not-found]
+            LigerFusedLinearCrossEntropyLoss,
+        )
     except ImportError:
         return None
     kernel: nn.Module = LigerFusedLinearCrossEntropyLoss(reduction="sum")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +44,7 @@ class MedusaTrainer(Trainer):
         if self.lr_scheduler is None:
             chosen: Any = optimizer or self.optimizer
             rates = (schedules.heads_rate, schedules.backbone_rate)[: len(chosen.param_groups)]
-            functions = [partial(_rate, rate, self.recipe, num_training_steps) for rate in rates]
+            functions = [_rate_function(rate, self.recipe, num_training_steps) for rate in rates]
             self.lr_scheduler = LambdaLR(chosen, functions)
         return self.lr_scheduler
 
@@ -90,10 +89,11 @@ def trained_weights(model: Any, *, detach: bool = True) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in weights.items()} if detach else weights
 
 
-def _rate(
-    rate: Callable[[Recipe, int, int], float], recipe: Recipe, total: int, step: int
-) -> float:
-    return rate(recipe, step, total)
+def _rate_function(
+    rate: Callable[[Recipe, int, int], float], recipe: Recipe, total: int
+) -> Callable[[int], float]:
+    """Make a function of the step alone."""
+    return lambda step: rate(recipe, step, total)
 
 
 def training_arguments(run: Path, recipe: Recipe, dtype: torch.dtype) -> TrainingArguments:

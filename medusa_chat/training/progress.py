@@ -45,23 +45,23 @@ class ProgressLog(TrainerCallback):
         self._started = 0.0
         self._first_step = 0
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Start the clock, and drop log lines of steps that will be taken again."""
         self._started = time.perf_counter()
         self._first_step = state.global_step
         if state.is_world_process_zero:
             _cut_log(self.file, state.global_step)
 
-    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Set the trainee's step."""
         self.trainee.step = state.global_step
         self.trainee.total = state.max_steps
 
     def on_log(
         self,
-        _args: Any,
+        args: Any,  # noqa: ARG002
         state: Any,
-        _control: Any,
+        control: Any,  # noqa: ARG002
         logs: dict[str, float] | None = None,
         optimizer: Any = None,
         **_: Any,
@@ -140,7 +140,7 @@ class Stopper(TrainerCallback):
         self._say("stopping after this step; Ctrl-C again stops at once")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Ask Trainer to save and stop if any process got the signal."""
         asked = torch.tensor(self.asked, dtype=torch.int32, device=args.device)
         if args.world_size > 1:  # the signal may reach one process a step later than another

@@ -106,7 +106,7 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
     device = arguments.device
     if recipe.whole:
         dtype = torch.float32
-    first = arguments.process_index == 0
+    first = bool(arguments.process_index == 0)
     if not first:
         say = _ignore
     with arguments.main_process_first(local=False):

@@ -1,4 +1,4 @@
-"""Training runs that last a second: a backbone's folder, conversations, and a recipe of a few steps."""
+"""Training runs of a second: a backbone's folder, conversations, a recipe of a few steps."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "red", "bi
 
 
 def backbone_folder(place: Path, kind: str = "llama", **changes: Any) -> Path:
-    """A random model whose vocabulary has room for tiny's tokenizer."""
+    """Save a random model whose vocabulary holds that of tiny's tokenizer."""
     return save_model(place, random_model(kind, 320, pad_token_id=END, eos_token_id=END, **changes))
 
 
 def write_talks(file: Path, count: int = 40, seed: int = 0) -> Path:
-    """Conversations of one or two turns, a line each."""
+    """Write conversations of one or two turns, one on each line."""
     chance = random.Random(seed)
     lines = []
     for _ in range(count):
         turns = []
         for _ in range(chance.choice((1, 2))):
-            said = [" ".join(chance.choices(WORDS, k=chance.randrange(1, 5))) for _ in range(2)]
+            words = [" ".join(chance.choices(WORDS, k=chance.randrange(1, 5))) for _ in range(2)]
             turns += [
-                {"role": "user", "content": said[0]},
-                {"role": "assistant", "content": said[1]},
+                {"role": "user", "content": words[0]},
+                {"role": "assistant", "content": words[1]},
             ]
         lines.append(json.dumps({"messages": turns}) + "\n")
     file.write_text("".join(lines))
@@ -42,14 +42,13 @@ def write_talks(file: Path, count: int = 40, seed: int = 0) -> Path:
 
 
 def tiny_run(place: Path, out: str, name: str = "medusa1", **changes: Any) -> Run:
-    """A run on `place`/backbone and `place`/talks.jsonl, which are made if need be, to `place`/`out`."""
+    """A run from `place`/backbone and `place`/talks.jsonl, made if needed, to `place`/`out`."""
     if not (place / "backbone").exists():
         backbone_folder(place / "backbone")
     if not (place / "talks.jsonl").exists():
         write_talks(place / "talks.jsonl")
-    names = ("heads_from", "held_out", "resume")
-    own: dict[str, Any] = {key: changes.pop(key) for key in names if key in changes}
-    own["heads"] = own.pop("heads_from", None)
+    own: dict[str, Any] = {"heads": changes.pop("heads_from", None)}
+    own |= {key: changes.pop(key) for key in ("held_out", "resume") if key in changes}
     settings = {
         "heads": 2,
         "max_steps": 10,
@@ -65,15 +64,15 @@ def tiny_run(place: Path, out: str, name: str = "medusa1", **changes: Any) -> Ru
 
 
 def do(run: Run) -> tuple[list[TrainStep], list[str]]:
-    """Train; returns what was shown and said."""
+    """Train; returns the progress and the lines for the user."""
     steps: list[TrainStep] = []
-    said: list[str] = []
-    train(run, steps.append, said.append)
-    return steps, said
+    lines: list[str] = []
+    train(run, steps.append, lines.append)
+    return steps, lines
 
 
 def products(folder: Path) -> dict[str, str]:
-    """Hashes of all that a run leaves for use: not its checkpoints and its log, which tells the time."""
+    """Hashes of a run's results, without its checkpoints and its log, which contains times."""
     files = [
         file
         for file in sorted(folder.iterdir())
