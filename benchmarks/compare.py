@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import medusa_chat
 from medusa_chat.config import SHIPPED_PROMPTS, Sampling
-from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
@@ -38,6 +37,7 @@ from medusa_chat.training.calibration import (
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.trees.accuracy import Accuracy
 
 TYPICAL_NODES = (16, 64)
 

@@ -68,7 +68,7 @@ def decoded_and_walked(
     engine: Engine, tree: Tree, prompts: list[Any], limit: int
 ) -> tuple[Stats, float | None]:
     """Decode greedily with a tree; returns its stats, and the length from walking the replies."""
-    engine.use_tree(tree)
+    engine.trees.use(tree)
     stats, replies = Stats(), []
     for prompt in prompts:
         ids = engine.encode(prompt)

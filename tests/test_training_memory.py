@@ -12,7 +12,7 @@ from medusa_chat.config import ModelSpec, Recipe, make_recipe
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine import memory
 from medusa_chat.machine.contents import contents_of
-from medusa_chat.model.loading import choose_dtype
+from medusa_chat.machine.devices import choose_dtype
 from medusa_chat.training import trainer
 from medusa_chat.training.distillation import distill
 from medusa_chat.training.memory import (

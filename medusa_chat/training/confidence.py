@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from medusa_chat.decoding.draft.selection import Selector
-from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import dynamic_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from medusa_chat.decoding.trees.accuracy import Accuracy
     from medusa_chat.decoding.trees.tree import DynamicTree, NodePath
 
 HIGHEST_LOG_P = -1e-3  # so that one wrong guess has a bounded cost
