@@ -56,7 +56,7 @@ def test_a_folder_becomes_an_engine(whole: Any, monkeypatch: pytest.MonkeyPatch)
     chosen = medusa_chat.load(
         str(whole), str(whole), device="cpu", dtype="float32", tree="chain-2", context=100
     )
-    assert (len(chosen.tree), chosen.context) == (3, 100)
+    assert (len(chosen.trees.current), chosen.context) == (3, 100)
 
 
 def test_heads_named_by_file_folder_and_not_at_all(whole: Any, folder: Any) -> None:
