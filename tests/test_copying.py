@@ -88,7 +88,7 @@ def test_what_is_right_grows_likelier_and_what_is_wrong_less() -> None:
     assert second is not None
     assert second.log_p[0] > first.log_p[0]  # a match of two was right,
     assert second.log_p[1] < first.log_p[1]  # one of three then was not,
-    assert second.log_p[2:] == first.log_p[2:]  # and what came behind the miss says nothing
+    assert second.log_p[2:] == first.log_p[2:]  # and what came after the miss says nothing
     for _ in range(20000):
         copies.learn(first, [9])
     hopeless = copies.propose()
@@ -208,7 +208,7 @@ def test_the_end_of_the_context_is_filled_to_its_last_place(loop_text: Any) -> N
     assert steps[-1].finish == "context"
 
 
-def test_a_guess_behind_the_end_of_a_reply_was_not_tested(loop_text: Any) -> None:
+def test_a_guess_after_the_end_of_a_reply_was_not_tested(loop_text: Any) -> None:
     """A reply that ends inside the accepted path says nothing about who would have come next."""
     backbone, text = loop_text
     engine = make_engine(backbone, OracleHeads(4, 64, text, (0,)), "chain-4")

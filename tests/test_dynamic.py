@@ -173,8 +173,8 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
     superset, _, guesses, log_p, chain, chain_log_p = drawn(seed, ties=False)
     draw = random.Random(seed)
     agreed = draw.randint(0, CHAIN)
-    beside = [draw.choice(row) for row in guesses] + [12] * (CHAIN - len(guesses))
-    followed = (chain[:agreed] + beside[agreed:])[:CHAIN]
+    other = [draw.choice(row) for row in guesses] + [12] * (CHAIN - len(guesses))
+    followed = (chain[:agreed] + other[agreed:])[:CHAIN]
     likely = {
         path: exp(sum(log_p[depth][rank] for depth, rank in enumerate(path)))
         for path in superset.paths[1:]

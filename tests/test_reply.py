@@ -203,7 +203,7 @@ def test_eos_ids_are_those_of_the_generation_config_and_the_tokenizer() -> None:
     assert eos_ids(backbone.model, named) == {0, END}
 
 
-def test_tokens_behind_the_end_are_not_taken() -> None:
+def test_tokens_after_the_end_are_not_taken() -> None:
     reply = Reply(TOKENIZER, Sampling(), frozenset({END}), 100)
     taken = reply.take([*encode("a"), END, *encode("b")], [0, 1, 2])
     assert [(token.id, token.text, token.head) for token in taken] == [

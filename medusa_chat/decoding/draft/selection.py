@@ -150,7 +150,7 @@ class Selector:
         return Selection(rows, tokens[self._own[rows]], tensors, joint)
 
     def paths(self, rows: list[int], joint: int) -> tuple[NodePath, ...]:
-        """Turn chosen rows into paths; COPIED stands for a rank where the chain alone guessed."""
+        """Turn chosen rows into paths; COPIED replaces a rank where the chain alone guessed."""
         known = self.superset.paths
         stem = known[joint]
         before = self.size + len(stem) - 1

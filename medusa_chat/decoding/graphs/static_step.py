@@ -8,7 +8,7 @@ between them, and each is recorded once for what its shapes depend on:
 - acceptance, for a number of nodes, how deep they may lie, and a kind of rule.
 
 Everything else is a value in a buffer: position, root, copies, temperature, truncation, thresholds,
-seed, a tree's topology, how likely its guesses are. The first step of a number of nodes behind a
+seed, a tree's topology, how likely its guesses are. The first step of a number of nodes over a
 span of text records all kinds of rule, and the vanilla step too. From then on another mode,
 temperature, truncation, seed or tree of as many nodes records nothing. A text that outgrows its
 span records two forwards. These record layouts of their own: the first step with copies among the
