@@ -92,7 +92,7 @@ def test_a_backbone_without_a_bare_model_attribute() -> None:
         GPTNeoXConfig(**plain, vocab_size=64),
     ):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config).eval()
         model.generation_config.eos_token_id = None
         prompt = prompt_ids(20)
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=44)[

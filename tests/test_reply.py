@@ -102,7 +102,7 @@ def test_a_tokenizer_that_marks_words_by_a_leading_space() -> None:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = [0, 1, 2, 7, 3, 4, 5, 6, 0, 1]
     reply = Reply(made, Sampling(), frozenset(), 100)
     texts = [token.text for token in reply.take(ids, [0] * len(ids))]
@@ -225,7 +225,7 @@ def test_bytes_that_make_no_character_do_not_end_the_stream() -> None:
     vocabulary = {"a": 0, "b": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    llama = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend)
     ids = [0, 2 + 0x37, 2 + 0x81, 1, 2 + 0xC3, 2 + 0xA9, 0]
     reply = Reply(llama, Sampling(), frozenset(), 100)
     assert [token.text for token in reply.take(ids, [0] * len(ids))] == [

@@ -58,7 +58,7 @@ class Stopwatch:
     def _now(self) -> Any:
         if not self._cuda:
             return self._clock()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

@@ -139,4 +139,4 @@ def memory_plan(
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are their ids as text: random weights have no words."""
     words = models.WordLevel({str(number): number for number in range(vocabulary)}, unk_token="0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))

@@ -70,7 +70,7 @@ class BackboneFiles:
         with loading_errors(str(folder)):
             config = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+                model: Any = AutoModelForCausalLM.from_config(config)
         weight = model.get_output_embeddings().weight
         named = model.named_parameters(remove_duplicate=False)
         names = tuple(name for name, parameter in named if parameter is weight)

@@ -97,7 +97,7 @@ def train_tokenizer(conversations: Conversations, size: int = 4096) -> PreTraine
     )
     texts = (message["content"] for each in conversations for message in each)
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="<|end|>",
@@ -210,7 +210,7 @@ def fit(
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint in a folder of Trainer's."""
-    found: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    found: str | None = get_last_checkpoint(str(folder))
     return found
 
 
@@ -218,7 +218,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     """Write the backbone in bfloat16, its tokenizer and its generation config."""
     model.bfloat16()
     model.config.use_cache = True  # Trainer turns it off
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -97,10 +97,10 @@ def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
             optimizer.zero_grad()
             fitted = (line[0] * log_p + line[1]).clamp(max=HIGHEST_LOG_P)
             total = -(right * fitted + (1 - right) * torch.log1p(-fitted.exp())).mean()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             return total.item()
 
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
     scale, shift = line.tolist()
     return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
 

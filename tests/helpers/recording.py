@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.graphs.static_step import Key, Program
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tape(TorchDispatchMode):
     """Operations in order, with the tensors that they read and made.
 
     It refuses what a CUDA graph cannot record: a tensor's value, a shape that depends on it, and

@@ -117,7 +117,7 @@ def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **cha
     config_class, own = ARCHITECTURES[kind]
     torch.manual_seed(seed)
     config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
-    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
     model.generation_config.eos_token_id = None
     return model.float().eval()
 
@@ -185,7 +185,7 @@ def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
     made.chat_template = template
     return made
 

@@ -68,7 +68,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)
         self.first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, _key: Key, program: Program) -> Program:
