@@ -363,7 +363,7 @@ def test_an_interrupt_is_one_line(
         ),
         (
             ["--context", "4096", "--tree", "chain-1", "--dtype", "float32"],
-            "steps behind 4096 positions",
+            "steps after 4096 positions",
         ),
     ],
 )

@@ -27,7 +27,7 @@ def check_contexts(engine: Engine, contexts: tuple[int, ...]) -> None:
     for length in contexts:
         if length >= engine.context:
             raise UserError(
-                f"steps behind {length} positions do not fit the context of {engine.name},"
+                f"steps after {length} positions do not fit the context of {engine.name},"
                 f" {engine.context}; --context takes fewer, and with --shape as many as you like"
             )
 

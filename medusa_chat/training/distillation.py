@@ -62,13 +62,8 @@ def distill(
         raise UserError("--server-model NAME needs --server URL")
     read = enumerate(read_prompts(prompts, limit))
     conversations = [Conversation.begin(i, prompt, job.system) for i, prompt in read]
-    settings = asdict(job)
-    del settings["system"]  # the messages contain it
-    if not job.template:
-        del settings["template"]
+    settings = _settings(job, remote=server is not None)
     if server is not None:
-        settings.pop("template", None)  # the server has its own
-        del settings["batch"]  # each answer has its own seed
         with closing(Server(server, server_model, job)) as remote:
             return _run(remote, conversations, out, job, settings, progress)
     from medusa_chat.training.local_model import LocalModel  # imports torch
@@ -76,6 +71,18 @@ def distill(
     spec = resolve_model(model, models=models, template=job.template)
     local = LocalModel(spec, job, device, ignore_memory)
     return _run(local, conversations, out, job, settings, progress)
+
+
+def _settings(job: DistillJob, *, remote: bool) -> dict[str, Any]:
+    """List the settings that an answer depends on besides its messages."""
+    settings = asdict(job)
+    del settings["system"]
+    if remote:
+        del settings["template"]  # the server has its own
+        del settings["batch"]  # each answer has its own seed
+    elif not job.template:
+        del settings["template"]
+    return settings
 
 
 def _run(

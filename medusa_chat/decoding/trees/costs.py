@@ -80,8 +80,7 @@ def measure(
     """Time steps over a blank text; the runner's cache must be empty, and is empty afterwards.
 
     Each round goes over the whole ladder, so that a slow moment of the machine does not fall on one
-    count. A slow model gets fewer rounds, a very slow one fewer counts, and a count that costs too
-    much to win is dropped.
+    count. Slow models get fewer rounds and counts, and a count that costs too much is dropped.
 
     Args:
         runner: takes the steps.
