@@ -62,6 +62,8 @@ NO_TORCH = (
     "decoding/trees/copy_gain",
     "decoding/draft/copies",
     "training/server",
+    "training/questions",
+    "training/conversations",
     "training/schedules",
     "training/memory",
 )

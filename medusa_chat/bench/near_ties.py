@@ -51,12 +51,8 @@ def explained_gap(backbone: Backbone, noise: float, largest: float) -> float:
     """Largest gap between two logits that rounding explains.
 
     Kernels of quantized layers give results that depend on the number of rows by more than the
-    dtype shows. For them the measured noise counts, up to a limit in bfloat16 units.
-
-    Args:
-        backbone: the model.
-        noise: its `row_noise`.
-        largest: the largest absolute logit.
+    dtype shows. For them the measured noise (`row_noise`) counts, up to a limit in bfloat16 units.
+    `largest` is the largest absolute logit.
     """
     unit = torch.finfo(backbone.dtype).eps * largest
     if not quant_of(backbone.model.config):

@@ -54,13 +54,7 @@ SHAPES_OF_GPU = (RandomModel("vicuna-7b"), RandomModel("vicuna-7b", "nf4"))
 
 
 def parse_shapes(text: str, quant: Quant, **heads: Any) -> list[RandomModel]:
-    """Read a list such as `vicuna-7b,vicuna-7b:nf4`.
-
-    Args:
-        text: shapes, each with `:QUANT` or without.
-        quant: the quantization of shapes without one.
-        heads: the fields of RandomModel that concern the heads.
-    """
+    """Read a list such as `vicuna-7b,vicuna-7b:nf4`; `quant` is for shapes that name none."""
     found = []
     quants = get_args(Quant)
     for entry in text.split(","):

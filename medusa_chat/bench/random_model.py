@@ -112,13 +112,8 @@ def random_heads(
 def write_random_model(shape: Shape, folder: Path, *, heads: int, own: bool, seed: int = 0) -> None:
     """Write a random checkpoint in bfloat16: one shard for each layer, heads, a tokenizer.
 
-    Args:
-        shape: sizes of the model. The tokenizer is the bundled model's.
-        folder: created if needed. Each file is written whole or not at all, the index of the
-            shards after them, config.json last.
-        heads: number of Medusa heads; 0 writes none.
-        own: give the heads LM heads of their own.
-        seed: of the weights.
+    The tokenizer is the bundled model's. Each file is written whole or not at all, config.json
+    last. `heads` 0 writes no heads.
 
     Raises:
         UserError: the vocabulary is smaller than the tokenizer's.

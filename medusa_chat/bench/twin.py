@@ -48,11 +48,8 @@ def compare_with_eager(engine: Engine, prompts: Ids) -> Figures:
 def compare_in_float32(load: Callable[..., Engine], conversations: Sequence[Any]) -> Figures:
     """Compare a model on its device with the CPU, and its captured steps with eager ones.
 
-    Both are in float32, where replies must be equal. In 16 bits near-ties may differ.
-
-    Args:
-        load: takes fields of LoadOptions and the device.
-        conversations: prompts as messages or ids.
+    Both are in float32, where replies must be equal. In 16 bits near-ties may differ. `load` takes
+    fields of LoadOptions.
 
     Returns:
         {"tree", "cpu": {mode: `agreement`}, "eager": `compare_with_eager`}

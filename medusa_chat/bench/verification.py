@@ -84,14 +84,8 @@ def verify(
     """Check that fast modes give the text of vanilla decoding, and vanilla that of transformers.
 
     Greedy mode must equal vanilla in every tree, and exact mode vanilla sampling with the same
-    seed for every entry of SAMPLINGS.
-
-    Args:
-        engine: the model.
-        prompts: conversations to answer.
-        sampling: length of the replies, and the seed of the random trees.
-        turns: first turns of each conversation to answer.
-        progress: called with (done, total) after each prompt.
+    seed for every entry of SAMPLINGS. The first `turns` of each prompt are answered; `sampling`
+    sets the length of the replies and the seed of the random trees.
     """
     check = _Check(engine, sampling)
     for done, prompt in enumerate(prompts, 1):

@@ -47,11 +47,8 @@ def _is_whole(checkpoint: Path) -> bool:
 def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True) -> Path | None:
     """Prepare `out` for a run; returns the checkpoint to resume from, if there is one.
 
-    Args:
-        out: folder of the run.
-        settings: what a resumed run must have in common with the one before.
-        resume: continue the run in `out`.
-        writes: False if another process has prepared the folder.
+    A resumed run must have the same settings. `writes` is False if another process has prepared
+    the folder.
 
     Raises:
         UserError: `out` holds another run, or one with other settings.

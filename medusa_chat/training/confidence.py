@@ -40,14 +40,10 @@ def calibrated(
     begun: Sequence[Sequence[int]],
     sizes: Sequence[int],
 ) -> Accuracy:
-    """Add the heads' calibration, and the acceptance length of dynamic trees.
+    """Add the heads' calibration, and the acceptance length of dynamic trees of `sizes` nodes.
 
-    Args:
-        accuracy: of the heads.
-        replies: the guesses to fit.
-        begun: the tokens of each reply at which steps begin. The guesses before them missed, so
-            guessing is harder there.
-        sizes: nodes of the dynamic trees.
+    `begun` has the tokens of each reply at which steps begin. The guesses before them missed, so
+    guessing is harder there.
     """
     pairs = [head_pairs(replies, begun, head) for head in range(1, len(accuracy.top) + 1)]
     fitted = replace(accuracy, calibration=tuple(fit(log_p, right) for log_p, right in pairs))
@@ -83,9 +79,7 @@ def head_pairs(
 def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
     """Fit scale and shift so that min(0, scale * log_p + shift) is the log p of being right.
 
-    Args:
-        log_p: [m], natural logarithms.
-        right: [m], 1 for a right guess, else 0.
+    log_p: [m], natural logarithms. right: [m], 1 for a right guess, else 0.
     """
     if not 0 < right.sum() < len(right):
         return 1.0, 0.0

@@ -140,12 +140,8 @@ def encode(
     """Tokenize a document in the model's template, with the assistant's tokens as targets.
 
     Most conversations give one example. Some templates rewrite earlier turns, such as the model's
-    thoughts. There each reply is an example of its own, as the model sees it.
-
-    Args:
-        template: the model's template and tokenizer.
-        document: a conversation or plain text.
-        everything: train on all tokens, for a backbone from scratch.
+    thoughts. There each reply is an example of its own, as the model sees it. With `everything`
+    all tokens are targets, for a backbone from scratch.
 
     Raises:
         UserError: the template refuses the conversation.

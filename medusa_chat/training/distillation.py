@@ -35,20 +35,8 @@ def distill(
     """Write conversations with the prompts' user turns and a model's answers, one on each line.
 
     A run that was cut off goes on after the last whole batch in `out`, with the same result. A
-    last answer with `"cut": true` was stopped by `max_new_tokens`.
-
-    Args:
-        model: name, folder or hub id; not loaded if a server answers.
-        prompts: files of prompts.
-        out: the output, a JSONL file.
-        job: how to draw replies.
-        limit: number of prompts to read; None for all.
-        server: address of an OpenAI-compatible server.
-        server_model: the server's name for the model.
-        device: where to run the model.
-        models: the user's own model list.
-        ignore_memory: load the model even if less memory is free than it needs.
-        progress: called with the prompts done and all prompts.
+    last answer with `"cut": true` was stopped by `max_new_tokens`. With `server`, the address of
+    an OpenAI-compatible server, no model is loaded; `server_model` is its name there.
 
     Returns:
         The number of conversations in `out`, and of prompts. A prompt whose first turn got no

@@ -13,13 +13,7 @@ from medusa_chat.training.losses import cross_entropy, head_targets, output_laye
 
 @torch.inference_mode()
 def perplexity(backbone: Any, rows: PackedRows, batch: int = 8) -> float:
-    """Exponential of the mean cross entropy over all targets of `rows`.
-
-    Args:
-        backbone: a transformers causal LM.
-        rows: the text.
-        batch: rows to run at once.
-    """
+    """Exponential of the mean cross entropy of a transformers causal LM over all targets."""
     training = backbone.training
     backbone.eval()
     lm_head = output_layer(backbone)

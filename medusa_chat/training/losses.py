@@ -51,13 +51,8 @@ class HeadsLoss:
 def head_targets(labels: Tensor, positions: Tensor, head: int) -> Tensor:
     """Targets of `head`, where 0 is the LM head: the label head + 1 tokens later.
 
-    Args:
-        labels: [rows, length], IGNORED for tokens without a loss.
-        positions: [rows, length], counting up within a document.
-        head: number of the head.
-
-    Returns:
-        [rows, length], IGNORED if the same document has no such label.
+    Labels, positions and targets are [rows, length]. Positions count up within a document. A target
+    is IGNORED if its document has no such label.
     """
     ahead = head + 1
     targets = torch.full_like(labels, IGNORED)
@@ -76,13 +71,8 @@ def heads_loss(
 ) -> HeadsLoss:
     """Sum over heads of decay ** k times their mean cross entropy (paper, equation 1).
 
-    Args:
-        heads: the heads.
-        lm_head: the LM head of heads without their own.
-        hidden: [rows, length, hidden], the backbone's last hidden states.
-        labels: [rows, length].
-        positions: [rows, length].
-        decay: weight of one head's loss over that of the head before.
+    `hidden` are the backbone's last hidden states, [rows, length, hidden]; labels and positions
+    are [rows, length].
     """
     features = heads.features(hidden.flatten(0, 1))  # [heads, rows * length, hidden]
     total = hidden.new_zeros(())
@@ -128,12 +118,8 @@ def distillation(
 ) -> Tensor:
     """Summed KL(teacher || student) of next-token distributions (paper, section 2.3.2).
 
-    Args:
-        features: [n, hidden], last hidden states of the student.
-        reference: [n, hidden], those of the teacher.
-        student: the student's LM head.
-        teacher: function from hidden states to the teacher's logits.
-        budget: number of logits that may exist at once.
+    `features` and `reference` are the last hidden states of student and teacher, [n, hidden].
+    `student` and `teacher` compute logits from them.
     """
 
     def piece(rows: Tensor, theirs: Tensor) -> Tensor:

@@ -26,14 +26,9 @@ Fits = Callable[[Needs], bool]
 def check_training(spec: ModelSpec, recipe: Recipe, device: str, width: int, given: bool) -> None:
     """Fetch a model's files. Raises UserError if the memory does not suffice to train it.
 
-    The error comes before the download if the model's sizes are known.
-
-    Args:
-        spec: the model.
-        recipe: settings of the run.
-        device: the device.
-        width: bytes of a number of a backbone that is frozen and not quantized.
-        given: training starts from the spec's heads, in place of new ones.
+    The error comes before the download if the model's sizes are known. `width` is the bytes of a
+    number of a backbone that is frozen and not quantized. With `given` training starts from the
+    spec's heads.
     """
 
     def check(contents: Contents) -> None:
@@ -53,14 +48,7 @@ def check_training(spec: ModelSpec, recipe: Recipe, device: str, width: int, giv
 
 
 def check_answers(spec: ModelSpec, device: str, batch: int, new_tokens: int) -> None:
-    """Like `check_training`, for a backbone that answers `batch` conversations at once.
-
-    Args:
-        spec: the model.
-        device: the device.
-        batch: conversations at once.
-        new_tokens: longest reply.
-    """
+    """Like `check_training`, for a backbone that answers `batch` conversations at once."""
 
     def check(contents: Contents) -> None:
         def needs(size: int) -> Needs:
@@ -78,15 +66,7 @@ def check_answers(spec: ModelSpec, device: str, batch: int, new_tokens: int) -> 
 def training_needs(
     contents: Contents, recipe: Recipe, device: str, width: int, heads: int | None = None
 ) -> Needs:
-    """Bytes that a recipe needs.
-
-    Args:
-        contents: sizes of the model.
-        recipe: settings of the run.
-        device: the device.
-        width: bytes of a number of a backbone that is frozen and not quantized.
-        heads: weights of the heads to start from; None for new ones.
-    """
+    """Bytes that a recipe needs. `heads` counts the weights to start from; None for new ones."""
     shape = contents.shape
     backbone = shape.parameters if contents.packed else contents.layers + contents.plain
     if heads is None:

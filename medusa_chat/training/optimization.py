@@ -97,13 +97,7 @@ def _rate_function(
 
 
 def training_arguments(run: Path, recipe: Recipe, dtype: torch.dtype) -> TrainingArguments:
-    """Trainer's arguments for a recipe.
-
-    Args:
-        run: folder of the checkpoints.
-        recipe: settings of the run.
-        dtype: number format of the computation.
-    """
+    """Trainer's arguments for a recipe that computes in `dtype`, with checkpoints in `run`."""
     arguments = TrainingArguments(
         output_dir=str(run),
         num_train_epochs=recipe.epochs,

@@ -40,12 +40,7 @@ class Server:
     """
 
     def __init__(self, url: str, name: str | None, job: DistillJob) -> None:
-        """Find the model.
-
-        Args:
-            url: the server's address, with or without /v1.
-            name: the model's name; None for the first one that the server lists.
-            job: how to draw replies; its batch is the number of requests at once.
+        """Find the model `name`, or the first one that the server at `url` lists.
 
         Raises:
             UserError: the address is invalid, or the server cannot be reached, refuses or lists

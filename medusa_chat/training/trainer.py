@@ -85,10 +85,7 @@ class Run:
 def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], None]) -> bool:
     """Train by a recipe and write the result to `run.out`: heads, and a trained backbone.
 
-    Args:
-        run: the run.
-        progress: called with the progress.
-        say: called with lines for the user.
+    `progress` gets the figures, `say` lines for the user.
 
     Returns:
         True if this process wrote the result. `accelerate launch` starts several processes, and
@@ -175,15 +172,7 @@ def fit(
 def make_trainee(
     spec: ModelSpec, recipe: Recipe, dtype: torch.dtype, device: torch.device, *, given: bool
 ) -> tuple[Trainee, ChatTemplate]:
-    """Load the backbone, make or load its heads, and find the model's template.
-
-    Args:
-        spec: the model.
-        recipe: settings of the run.
-        dtype: number format of the backbone's weights.
-        device: the device.
-        given: start from the spec's heads, in place of new ones.
-    """
+    """Load the backbone, make its heads or load `given` ones, and find the model's template."""
     quant = recipe.quant.replace("none", "auto")
     backbone, tokenizer = load_pretrained(spec, dtype, quant, device)
     template = resolve_template(tokenizer, spec)
