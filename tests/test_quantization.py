@@ -56,7 +56,7 @@ DTYPE = torch.bfloat16 if has_bfloat16() else torch.float32
 
 
 def bundled(
-    quant: str = "auto", quant_heads: str = "auto", dtype: str | None = None, fuse: bool = True
+    quant: str = "auto", quant_heads: str = "auto", dtype: str = "auto", fuse: bool = True
 ) -> Engine:
     return medusa_chat.load(
         device="cpu",

@@ -17,7 +17,7 @@ from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.cli import main
 from medusa_chat.config import Sampling
-from medusa_chat.decoding import runner as runner_module
+from medusa_chat.decoding import fast
 from medusa_chat.decoding.graphs.capture import not_recorded
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import costs
@@ -159,8 +159,8 @@ def test_one_call_measures_everything_on_a_gpu(
     shapes_of_gpu = (RandomModel("tiny"), RandomModel("tiny", "nf4"), RandomModel("llama-70b"))
     monkeypatch.setattr(measure, "SHAPES_OF_GPU", shapes_of_gpu)
     monkeypatch.setitem(SHAPES, "llama-70b", replace(SHAPES["vicuna-7b"], layers=800))
-    monkeypatch.setattr(runner_module, "capturable", lambda *_: True)
-    monkeypatch.setattr(runner_module, "Captured", lambda _: not_recorded)
+    monkeypatch.setattr(fast, "capturable", lambda *_: True)
+    monkeypatch.setattr(fast, "CudaGraphs", lambda _: not_recorded)
     monkeypatch.setattr(twin, "TOKENS", 6)
     words = "bench --device cpu --tree chain-2 --limit 2 --rounds 1 --modes greedy"
     words += " --max-new-tokens 6 --context 16"
