@@ -100,6 +100,15 @@ class Task:
         return f"{self.source.stem}.{self.variant.name}.o"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A library to build: its folder, further flags, and patterns of the files to take."""
+
+    folder: Path
+    extra: tuple[str, ...]
+    parts: tuple[str, ...]
+
+
 def this_processor() -> str:
     """Name this machine's processor as VARIANTS does."""
     machine = platform.machine().lower()
@@ -129,34 +138,38 @@ def zig_compiler(processor: str = "", target: str | None = None) -> Compiler | N
     return Compiler((sys.executable, "-m", "ziglang", "cc"), processor, target)
 
 
-def build(folder: Path, compiler: Compiler | None = None, extra: Sequence[str] = ()) -> Path:
+def build(
+    folder: Path, compiler: Compiler | None = None, extra: Sequence[str] = (), parts: Sequence[str] = ("*",)
+) -> Path:
     """Build the library into a folder and return its path; nothing is done where it is up to date.
 
-    The system's compiler is tried first, then zig. `extra` are further flags for every file.
-    Raises BuildError with one line where no compiler works.
+    The system's compiler is tried first, then zig. `extra` are further flags for every file, `parts`
+    patterns of the names of files to take. Raises BuildError with one line where no compiler works.
     """
+    plan = Plan(folder, tuple(extra), tuple(parts))
     compilers = [compiler] if compiler else [system_compiler(), zig_compiler()]
     usable = [candidate for candidate in compilers if candidate]
     if not usable:
         raise BuildError("no C compiler (cc, gcc or clang) and no ziglang package was found")
     for candidate in usable[:-1]:
         try:
-            return _build_with(candidate, folder, extra)
+            return _build_with(candidate, plan)
         except BuildError:
             continue
-    return _build_with(usable[-1], folder, extra)
+    return _build_with(usable[-1], plan)
 
 
-def _build_with(compiler: Compiler, folder: Path, extra: Sequence[str]) -> Path:
+def _build_with(compiler: Compiler, plan: Plan) -> Path:
+    folder = plan.folder
     library = folder / library_name()
-    digest = _digest(compiler, extra)
+    digest = _digest(compiler, plan)
     digest_file = folder / DIGEST_FILE
     if library.exists() and digest_file.exists() and digest_file.read_text() == digest:
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = _compile_and_link(compiler, Path(place), extra)
+            made = _compile_and_link(compiler, plan, Path(place))
             os.replace(made, library)
         digest_file.write_text(digest)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
@@ -165,17 +178,18 @@ def _build_with(compiler: Compiler, folder: Path, extra: Sequence[str]) -> Path:
     return library
 
 
-def _digest(compiler: Compiler, extra: Sequence[str]) -> str:
-    digest = hashlib.sha256(repr((compiler, tuple(extra), compiler.variants)).encode())
+def _digest(compiler: Compiler, plan: Plan) -> str:
+    digest = hashlib.sha256(repr((compiler, compiler.variants, plan.extra, plan.parts)).encode())
     for path in sorted([*SOURCE.glob("*.[ch]"), Path(__file__)]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def tasks(variants: Sequence[Variant]) -> list[Task]:
+def tasks(variants: Sequence[Variant], parts: Sequence[str] = ("*",)) -> list[Task]:
     """List what to compile for a processor's variants."""
     listed: list[Task] = []
-    for source in sorted(SOURCE.glob("*.c")):
+    sources = {path for part in parts for path in SOURCE.glob(f"{part}.c")}
+    for source in sorted(sources):
         suffix = source.stem.rpartition("_")[2]
         if suffix in SUFFIXES:
             listed += [Task(source, one, (one.define,)) for one in variants if one.suffix == suffix]
@@ -186,20 +200,20 @@ def tasks(variants: Sequence[Variant]) -> list[Task]:
     return listed
 
 
-def _compile_and_link(compiler: Compiler, place: Path, extra: Sequence[str]) -> Path:
-    listed = tasks(compiler.variants)
+def _compile_and_link(compiler: Compiler, plan: Plan, place: Path) -> Path:
+    listed = tasks(compiler.variants, plan.parts)
 
     def compile_one(task: Task) -> None:
         defines = [f"-D{name}" for name in task.defines]
         target = ["-c", str(task.source), "-o", str(place / task.object_name)]
-        _run([*compiler.command, *COMMON_FLAGS, *compiler.flags(task.variant), *extra, *defines, *target])
+        _run([*compiler.command, *COMMON_FLAGS, *compiler.flags(task.variant), *plan.extra, *defines, *target])
 
     with ThreadPoolExecutor(max(os.cpu_count() or 1, 1)) as pool:
         list(pool.map(compile_one, listed))
     library = place / library_name()
     objects = [str(place / task.object_name) for task in listed]
     link = ["-shared", "-pthread", "-o", str(library), *objects, "-lm"]
-    _run([*compiler.command, *compiler.flags(compiler.variants[0]), *extra, *link])
+    _run([*compiler.command, *compiler.flags(compiler.variants[0]), *plan.extra, *link])
     return library
 
 
