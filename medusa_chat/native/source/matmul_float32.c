@@ -12,37 +12,34 @@ static void prepare(int inputs, int count, const float *x, size_t x_stride, uint
 
 MC_INLINE void compute_tile(const mc_work *work, const int rows, const int groups) {
     floats sum[MC_ROWS][2];
-    MC_UNROLL for (int row = 0; row < rows; row++) {
-        MC_UNROLL for (int group = 0; group < groups; group++) {
-            sum[row][group] = floats_splat(0);
-        }
-    }
-    for (size_t input = 0; input < (size_t)work->inputs; input++) {
+    MC_EACH_ROW(rows, {
+        MC_EACH_GROUP(groups, {
+            sum[row][group] = tile_begin(work, row, group);
+        })
+    })
+    size_t start = (size_t)work->start;
+    for (size_t input = start; input < (size_t)work->end; input++) {
         floats weights[2];
-        tile_prefetch(work, groups, input);
-        MC_UNROLL for (int group = 0; group < groups; group++) {
+        tile_prefetch(work, groups, input - start);
+        MC_EACH_GROUP(groups, {
             weights[group] = floats_load(work->weights + group * work->group_bytes + input * 64);
-        }
-        MC_UNROLL for (int row = 0; row < rows; row++) {
+        })
+        MC_EACH_ROW(rows, {
             floats x = floats_splat(((const float *)(work->rows + row * work->row_bytes))[input]);
-            MC_UNROLL for (int group = 0; group < groups; group++) {
+            MC_EACH_GROUP(groups, {
                 sum[row][group] = floats_fma(weights[group], x, sum[row][group]);
-            }
-        }
+            })
+        })
     }
-    MC_UNROLL for (int group = 0; group < groups; group++) {
+    if (tile_carries(work, rows, groups, sum)) {
+        return;
+    }
+    MC_EACH_GROUP(groups, {
         floats bias = tile_bias(work, group);
-        MC_UNROLL for (int row = 0; row < rows; row++) {
+        MC_EACH_ROW(rows, {
             tile_store(work, row, group, floats_add(sum[row][group], bias));
-        }
-    }
+        })
+    })
 }
 
-MC_DEFINE_TILES
-
-static void matmul(const mc_matrix *matrix, const uint8_t *prepared, int rows, int first, int last,
-                   float *y, size_t y_stride) {
-    run_tiles(matrix, prepared, row_bytes(matrix->inputs), rows, first, last, y, y_stride, tiles);
-}
-
-const mc_kernel MC_VARIANT(mc_float32) = {row_bytes, prepare, matmul};
+MC_DEFINE_KERNEL(MC_VARIANT(mc_float32))

@@ -102,64 +102,55 @@ MC_INLINE const block_of_row *row_block(const mc_work *work, int row, size_t blo
 /* Sums of the steps of one block; a step is four inputs. */
 MC_INLINE void add_steps(const mc_work *work, const int rows, const int groups, size_t first,
                          size_t last, ints sum[MC_ROWS][2]) {
-    for (size_t step = first; step < last; step++) {
+    size_t step = first;
+    do {
         codes weights[2];
-        tile_prefetch(work, groups, step);
-        MC_UNROLL for (int group = 0; group < groups; group++) {
+        tile_prefetch(work, groups, step - (size_t)work->start / 4);
+        MC_EACH_GROUP(groups, {
             weights[group] = codes_load(work->weights + group * work->group_bytes + step * 64);
-        }
-        MC_UNROLL for (int row = 0; row < rows; row++) {
+        })
+        MC_EACH_ROW(rows, {
             const uint8_t *start = work->rows + (size_t)row * work->row_bytes;
             inputs4 x = inputs4_load(start + step * 4 * sizeof(mc_int8_input));
-            MC_UNROLL for (int group = 0; group < groups; group++) {
+            MC_EACH_GROUP(groups, {
                 sum[row][group] = ints_dot(sum[row][group], weights[group], x);
-            }
-        }
-    }
+            })
+        })
+    } while (++step < last);
 }
 
 MC_INLINE void compute_tile(const mc_work *work, const int rows, const int groups) {
     const size_t steps_of_block = MC_INT8_BLOCK / 4;
-    size_t steps = (size_t)mc_steps(work->inputs, 4);
-    floats total[MC_ROWS][2];
-    MC_UNROLL for (int row = 0; row < rows; row++) {
-        MC_UNROLL for (int group = 0; group < groups; group++) {
-            total[row][group] = floats_splat(0);
-        }
-    }
-    for (size_t first = 0; first < steps; first += steps_of_block) {
+    size_t steps = (size_t)mc_steps(work->end, 4);
+    tile_clear_totals(work, rows, groups);
+    for (size_t first = (size_t)work->start / 4; first < steps; first += steps_of_block) {
         size_t block = first / steps_of_block;
         size_t last = first + steps_of_block < steps ? first + steps_of_block : steps;
         ints sum[MC_ROWS][2];
-        MC_UNROLL for (int row = 0; row < rows; row++) {
-            MC_UNROLL for (int group = 0; group < groups; group++) {
+        MC_EACH_ROW(rows, {
+            MC_EACH_GROUP(groups, {
                 sum[row][group] = ints_splat(row_block(work, row, block)->start);
-            }
-        }
+            })
+        })
         add_steps(work, rows, groups, first, last, sum);
-        MC_UNROLL for (int row = 0; row < rows; row++) {
+        MC_EACH_ROW(rows, {
             floats scale = floats_splat(row_block(work, row, block)->scale);
-            MC_UNROLL for (int group = 0; group < groups; group++) {
-                floats exact = floats_of_ints(sum[row][group]);
-                total[row][group] = floats_fma(exact, scale, total[row][group]);
-            }
-        }
+            MC_EACH_GROUP(groups, {
+                tile_add(work, row, group, floats_of_ints(sum[row][group]), scale);
+            })
+        })
     }
-    MC_UNROLL for (int group = 0; group < groups; group++) {
+    if (work->end < work->inputs) {
+        return;
+    }
+    MC_EACH_GROUP(groups, {
         floats bias = tile_bias(work, group);
         floats scales = floats_load(work->scales + group * MC_GROUP);
-        MC_UNROLL for (int row = 0; row < rows; row++) {
-            floats value = floats_multiply(total[row][group], scales);
+        MC_EACH_ROW(rows, {
+            floats value = floats_multiply(floats_load(tile_total(work, row, group)), scales);
             tile_store(work, row, group, floats_add(value, bias));
-        }
-    }
+        })
+    })
 }
 
-MC_DEFINE_TILES
-
-static void matmul(const mc_matrix *matrix, const uint8_t *prepared, int rows, int first, int last,
-                   float *y, size_t y_stride) {
-    run_tiles(matrix, prepared, row_bytes(matrix->inputs), rows, first, last, y, y_stride, tiles);
-}
-
-const mc_kernel MC_VARIANT(mc_int8) = {row_bytes, prepare, matmul};
+MC_DEFINE_KERNEL(MC_VARIANT(mc_int8))

@@ -15,6 +15,20 @@
 #define MC_INLINE static inline __attribute__((always_inline))
 #define MC_UNROLL _Pragma("GCC unroll 8")
 
+/* A body for each row (or group) with a constant index. gcc keeps an array of vectors in registers
+ * if all indices are constants from the start; it unrolls loops too late for that. */
+#define MC_ROW(number, rows, ...) \
+    if (number < (rows)) { enum { row = number }; __VA_ARGS__ }
+#define MC_EACH_ROW(rows, ...)                                          \
+    MC_ROW(0, rows, __VA_ARGS__) MC_ROW(1, rows, __VA_ARGS__)           \
+    MC_ROW(2, rows, __VA_ARGS__) MC_ROW(3, rows, __VA_ARGS__)           \
+    MC_ROW(4, rows, __VA_ARGS__) MC_ROW(5, rows, __VA_ARGS__)           \
+    MC_ROW(6, rows, __VA_ARGS__) MC_ROW(7, rows, __VA_ARGS__)
+#define MC_GROUP_OF(number, groups, ...) \
+    if (number < (groups)) { enum { group = number }; __VA_ARGS__ }
+#define MC_EACH_GROUP(groups, ...) \
+    MC_GROUP_OF(0, groups, __VA_ARGS__) MC_GROUP_OF(1, groups, __VA_ARGS__)
+
 /* Bits of the activations that meet int8 weights: 8 or 16. */
 #ifndef MC_ACTIVATION_BITS
 #define MC_ACTIVATION_BITS 8
