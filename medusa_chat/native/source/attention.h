@@ -137,35 +137,31 @@ static float weigh(block *b, int query) {
     return vector_sum(sum);
 }
 
-/* Adds weights times the first `count` rows of the tile, four vectors of two queries at a time. */
-static inline void mix_pair(const float *one, const float *two, const float *tile, int count,
-                            int padded, float *to, float *other) {
-    int i = 0;
-    for (; i + 4 * SIZE <= padded; i += 4 * SIZE) {
-        vector a[4], c[4];
-        for (int j = 0; j < 4; j++) a[j] = vector_load(to + i + j * SIZE);
-        for (int j = 0; j < 4; j++) c[j] = vector_load(other + i + j * SIZE);
-        for (int row = 0; row < count; row++) {
-            vector x = vector_all(one[row]), y = vector_all(two[row]);
-            for (int j = 0; j < 4; j++) {
-                vector value = vector_load(tile + row * padded + i + j * SIZE);
-                a[j] = vector_multiply_add(x, value, a[j]);
-                c[j] = vector_multiply_add(y, value, c[j]);
-            }
+/* Adds weights times the first `count` rows of the tile, a few vectors of two queries at a time. */
+static inline void mix_part(const float *one, const float *two, const float *tile, int count,
+                            int padded, float *to, float *other, const int vectors) {
+    vector a[VECTORS_AT_ONCE], c[VECTORS_AT_ONCE];
+    for (int j = 0; j < vectors; j++) a[j] = vector_load(to + j * SIZE);
+    for (int j = 0; j < vectors; j++) c[j] = vector_load(other + j * SIZE);
+    for (int row = 0; row < count; row++) {
+        vector x = vector_all(one[row]), y = vector_all(two[row]);
+        for (int j = 0; j < vectors; j++) {
+            vector value = vector_load(tile + row * padded + j * SIZE);
+            a[j] = vector_multiply_add(x, value, a[j]);
+            c[j] = vector_multiply_add(y, value, c[j]);
         }
-        for (int j = 0; j < 4; j++) vector_store(to + i + j * SIZE, a[j]);
-        for (int j = 0; j < 4; j++) vector_store(other + i + j * SIZE, c[j]);
     }
-    for (; i < padded; i += SIZE) {
-        vector a = vector_load(to + i), c = vector_load(other + i);
-        for (int row = 0; row < count; row++) {
-            vector value = vector_load(tile + row * padded + i);
-            a = vector_multiply_add(vector_all(one[row]), value, a);
-            c = vector_multiply_add(vector_all(two[row]), value, c);
-        }
-        vector_store(to + i, a);
-        vector_store(other + i, c);
-    }
+    for (int j = 0; j < vectors; j++) vector_store(to + j * SIZE, a[j]);
+    for (int j = 0; j < vectors; j++) vector_store(other + j * SIZE, c[j]);
+}
+
+static void mix_pair(const float *one, const float *two, const float *tile, int count, int padded,
+                     float *to, float *other) {
+    int i = 0, step = VECTORS_AT_ONCE * SIZE;
+    for (; i + step <= padded; i += step)
+        mix_part(one, two, tile + i, count, padded, to + i, other + i, VECTORS_AT_ONCE);
+    for (; i < padded; i += SIZE)
+        mix_part(one, two, tile + i, count, padded, to + i, other + i, 1);
 }
 
 /* Adds the tile's values to queries first to last - 1, by their weights from `place` on. */

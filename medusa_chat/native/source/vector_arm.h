@@ -5,6 +5,8 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
+enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+
 typedef struct {
     float32x4_t part[4];
 } vector;

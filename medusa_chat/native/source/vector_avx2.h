@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+
 typedef struct {
     __m256 low, high;
 } vector;
@@ -106,10 +108,26 @@ static inline float vector_sum(vector v) {
     return _mm_cvtss_f32(_mm_add_ss(first, second));
 }
 
+static inline __m256 halves(__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+}
+
+/* The sums of four registers, in order. */
+static inline __m128 register_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256d one = _mm256_castps_pd(halves(a, b)), two = _mm256_castps_pd(halves(c, d));
+    __m256 low = _mm256_castpd_ps(_mm256_unpacklo_pd(one, two));
+    __m256 both = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(one, two)));
+    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+}
+
+static inline __m128 four_sums(const vector *v) {
+    return _mm_add_ps(register_sums(v[0].low, v[1].low, v[2].low, v[3].low),
+                      register_sums(v[0].high, v[1].high, v[2].high, v[3].high));
+}
+
 static inline vector vector_sums(const vector *v) {
-    float sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = vector_sum(v[i]);
-    return vector_load(sums);
+    return (vector){_mm256_set_m128(four_sums(v + 4), four_sums(v)),
+                    _mm256_set_m128(four_sums(v + 12), four_sums(v + 8))};
 }
 
 static inline float vector_largest(vector v) {

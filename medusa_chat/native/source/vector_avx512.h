@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+enum { VECTORS_AT_ONCE = 4 }; /* of each of two queries that the registers hold */
+
 typedef __m512 vector;
 
 static inline vector vector_all(float x) { return _mm512_set1_ps(x); }

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+
 typedef struct {
     float lane[16];
 } vector;
