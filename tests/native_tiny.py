@@ -30,10 +30,11 @@ class Native:
     def __init__(
         self, backbone: Backbone, weights: str = "float32", threads: int = 2, capacity: int = 96,
         heads: Any = None, heads_weights: str = "float32", release: bool = False,
+        lm_head: str | None = None,
     ) -> None:  # fmt: skip
         self.cache = backbone.new_cache(capacity)
         packed = None if heads is None else NativeHeads(heads, heads_weights)
-        model = NativeModel(backbone, weights, release=release)
+        model = NativeModel(backbone, weights, lm_head, release=release)
         self.step = NativeStep(model, packed, Team(threads), self.cache)
 
     def text(self, tokens: Sequence[int], seed: int | None = None) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from native_tiny import Native, need_library, path_to, random_parents
 from tiny import ARCHITECTURES, prompt_ids, random_backbone, random_heads, random_tree
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import medusa_chat
 from medusa_chat.decoding.acceptance import TreeTensors, greedy
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.quantization import quantize_linear
 from medusa_chat.native.library import load
 from medusa_chat.native.model import NativeModel
 from medusa_chat.native.step import FixedRows, NativeStep, Team
 
 need_library()
 
+BUNDLED = str(Path(medusa_chat.__file__).parent / "bundled")
 FORMATS = ("float32", "bfloat16", "int8", "nf4")
 # Inputs in whole blocks of nf4.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
@@ -213,3 +218,60 @@ def test_two_engines_share_weights_and_threads():
     assert torch.equal(*logits)
     steps[0].close()
     assert torch.equal(steps[1].prefill([3])[:, :1], steps[1].logits(1)[:, :1])
+
+
+def test_the_bundled_model_writes_what_the_torch_step_writes():
+    """A trained model: logits within bfloat16's rounding, and the same text until a near-tie."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16)
+    backbone = Backbone(model)
+    exact = Backbone(AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32))
+    prompt = AutoTokenizer.from_pretrained(BUNDLED)("The best way to learn a language is").input_ids
+    native = Native(backbone, "bfloat16", capacity=160)
+    token, text = int(native.step.prefill(prompt).argmax()), list(prompt)
+    while len(text) < len(prompt) + 64:
+        text.append(token)
+        settled = native.step.chosen([token], [0], greedy=True)
+        native.step.keep([0])
+        token = settled.next
+    with torch.inference_mode():
+        whole = torch.tensor(text)
+        reference = exact.logits(exact.hidden_of_text(whole)).float()
+        theirs = backbone.logits(backbone.hidden_of_text(whole)).float()
+    native.cache.rewind(0)
+    ours = native.tree(text, None)[1]
+    spread = reference.std()
+    assert (ours - reference).abs().max() < 0.3 * spread
+    assert (ours - reference).square().mean() <= 1.5 * (theirs - reference).square().mean()
+    best = theirs[len(prompt) - 1 : -1].max(-1).values
+    chosen = theirs[torch.arange(len(prompt) - 1, len(text) - 1), whole[len(prompt) :]]
+    assert (best - chosen).max() < 0.1 * spread
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-double", "int8"])
+def test_layers_of_bitsandbytes_are_read_with_their_own_values(quant):
+    """Against their dequantized weights, packed anew: int8 finds the same codes again."""
+    pytest.importorskip("bitsandbytes")
+    backbone, plain = backbone_of("llama", "bfloat16"), backbone_of("llama", "bfloat16")
+    for (_, parent), (_, twin) in zip(
+        backbone.model.model.layers.named_modules(), plain.model.model.layers.named_modules(), strict=True
+    ):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                quantized = quantize_linear(child, quant, torch.device("cpu"))
+                setattr(parent, name, quantized)
+                getattr(twin, name).weight = torch.nn.Parameter(_dequantized(quantized), requires_grad=False)
+    tokens = prompt_ids(30)
+    ours = Native(backbone, "bfloat16").tree(tokens, None)[1]
+    again = "int8" if quant == "int8" else "bfloat16"
+    native = Native(plain, again, lm_head="bfloat16")
+    reference = native.tree(tokens, None)[1]
+    most = 0.001 if quant == "int8" else 0.05
+    assert (ours - reference).abs().max() < most * reference.abs().max()
+
+
+def _dequantized(layer):
+    if type(layer).__name__ == "Linear8bitLt":
+        return layer.weight.data.float() * layer.weight.SCB[:, None].float() / 127
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16()
