@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from medusa_chat.model.backbone import Backbone
@@ -52,6 +51,14 @@ class Native:
         self.step.rows(tokens, parents)
         count = len(tokens)
         return self.step.hidden[:count].clone(), self.step.logits(count).clone()
+
+
+def shape(heads: int, kv_heads: int, head_dim: int, hidden: int) -> dict[str, int]:
+    """A config's sizes of attention."""
+    return {
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "hidden_size": hidden,
+    }  # fmt: skip
 
 
 def random_parents(count: int, seed: int) -> list[int]:

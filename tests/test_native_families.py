@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_tiny import Native, need_library, path_to, random_parents
+from native_tiny import Native, need_library, path_to, random_parents, shape
 from tiny import ARCHITECTURES, SMALL, prompt_ids, random_backbone
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -17,21 +17,23 @@ from medusa_chat.native.model import NativeModel
 need_library()
 
 SIZES = {
-    "hidden 80, heads of 80": {"hidden_size": 80, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 80},
-    "heads of 96": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 96},
+    "hidden 80, heads of 80": shape(1, 1, 80, 80),
+    "heads of 96": shape(3, 1, 96, 96),
     "heads of 64, vocabulary 4,097": {"head_dim": 64, "vocabulary": 4097},
-    "heads of 128": {"hidden_size": 40, "head_dim": 128, "num_attention_heads": 5, "num_key_value_heads": 5},
-    "heads of 256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "odd sizes": {"hidden_size": 51, "intermediate_size": 33, "head_dim": 10, "num_attention_heads": 3,
-                  "num_key_value_heads": 3, "vocabulary": 61},
-}  # fmt: skip
+    "heads of 128": shape(5, 5, 128, 40),
+    "heads of 256": shape(2, 1, 256, 32),
+    "odd sizes": shape(3, 3, 10, 51) | {"intermediate_size": 33, "vocabulary": 61},
+}
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
     "llama3": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32, "rope_theta": 1000.0,
     },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1000.0},
+    "yarn": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+        "rope_theta": 1000.0,
+    },
 }  # fmt: skip
 
 
@@ -73,10 +75,9 @@ def test_static_rotary_scalings(name):
 
 
 def test_longrope_within_the_original_range():
-    half = 4
     rope = {
-        "rope_type": "longrope", "short_factor": [1.5] * half, "long_factor": [4.0] * half, "rope_theta": 1000.0,
-        "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0,
+        "rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [4.0] * 4,
+        "rope_theta": 1000.0, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0,
     }  # fmt: skip
     sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 64}
     backbone = random_backbone("phi3", rope_parameters=rope, **sizes)
@@ -116,7 +117,9 @@ def test_released_weights_are_gone_and_the_step_runs_on():
 
 def test_what_it_does_not_run_is_said_in_one_line():
     config = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-    other = Backbone(AutoModelForCausalLM.from_config(GPTNeoXConfig(**config, vocab_size=64)).eval())
+    other = Backbone(
+        AutoModelForCausalLM.from_config(GPTNeoXConfig(**config, vocab_size=64)).eval()
+    )
     assert unsupported(other) == "the native step does not know gpt_neox models"
     with pytest.raises(Unavailable, match="gpt_neox"):
         NativeModel(other, "float32")
@@ -128,7 +131,9 @@ def test_greedy_text_is_that_of_transformers():
     backbone = random_backbone("llama", vocabulary=320)
     native, prompt = Native(backbone), prompt_ids(20, 320)
     text = torch.tensor([prompt])
-    expected = backbone.model.generate(text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=40)
+    expected = backbone.model.generate(
+        text, attention_mask=torch.ones_like(text), do_sample=False, max_new_tokens=40
+    )
     token = int(native.step.prefill(prompt).argmax())
     made = [token]
     while len(made) < 40:

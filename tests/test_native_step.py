@@ -1,13 +1,14 @@
-"""The native step: rows are equal bit for bit whatever runs beside them; heads, acceptance, cache."""
+"""The native step: a row is the same bit for bit whatever runs beside it; heads, acceptance."""
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from native_tiny import Native, need_library, path_to, random_parents
+from native_tiny import Native, need_library, path_to, random_parents, shape
 from tiny import ARCHITECTURES, prompt_ids, random_backbone, random_heads, random_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,11 +72,11 @@ def test_nor_in_any_family(kind, weights):
 
 
 SIZES = {
-    "heads of 80": {"hidden_size": 80, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 80},
-    "heads of 96": {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 96},
+    "heads of 80": shape(1, 1, 80, 80),
+    "heads of 96": shape(3, 1, 96, 96),
     "vocabulary 4,097": {"head_dim": 64, "vocabulary": 4097},
-    "heads of 128": {"hidden_size": 40, "head_dim": 128, "num_attention_heads": 5, "num_key_value_heads": 1},
-}  # fmt: skip
+    "heads of 128": shape(5, 1, 128, 40),
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -122,7 +123,7 @@ def test_the_likeliest_token_is_that_of_the_logits():
     settled = native.step.chosen(rows, parents, greedy=True)
     path = path_to(settled.accepted, parents)
     assert settled.next == logits[settled.accepted].argmax()
-    for parent, row in zip(path, path[1:], strict=False):
+    for parent, row in pairwise(path):
         assert rows[row] == logits[parent].argmax()
 
 
@@ -154,12 +155,11 @@ def test_a_fixed_tree_in_one_call_is_the_torch_step():
     backbone = backbone_of("qwen3", "float32", vocabulary=96)
     heads = random_heads(backbone, 4)
     native, prompt, ranked = Native(backbone, heads=heads), prompt_ids(11, 96), 5
-    accepted_more = 0
+    root = int(native.step.prefill(prompt).argmax())
     for seed in range(6):
         tree = random_tree(seed, 24, 4, 5, spine=4)
         places = [0, *(1 + (len(path) - 1) * ranked + path[-1] for path in tree.paths[1:])]
         fixed = FixedRows([max(0, parent) for parent in tree.parents], places, ranked)
-        root = int(native.step.prefill(prompt)[0].argmax()) if not seed else settled.next
         guesses = heads.logits(native.step.last, backbone.lm_head)[:, 0].topk(ranked).indices
         known = [root, *guesses.flatten().tolist()]
         settled = native.step.fixed(root, fixed, greedy=True)
@@ -173,8 +173,8 @@ def test_a_fixed_tree_in_one_call_is_the_torch_step():
         assert len(tree.branches[settled.accepted]) == len(tree.branches[int(verdict.row)])
         assert torch.equal(last[0], native.step.hidden[settled.accepted])
         native.step.keep(tree.branches[settled.accepted])
-        accepted_more += len(tree.branches[settled.accepted]) > 1
-    assert native.cache.length > 17 or accepted_more == 0
+        root = settled.next
+    assert native.cache.length >= len(prompt) + 6
 
 
 def test_kept_rows_are_the_text_prefilled():
@@ -204,7 +204,13 @@ def test_rows_that_are_out_of_range_are_refused():
     backbone = backbone_of("llama", "float32")
     native = Native(backbone, capacity=8)
     native.text(prompt_ids(5))
-    for tokens, parents in (([0] * 4, None), ([64], None), ([-1], None), ([0, 0], [0, 1]), ([0, 0], [0, -1])):
+    for tokens, parents in (
+        ([0] * 4, None),
+        ([64], None),
+        ([-1], None),
+        ([0, 0], [0, 1]),
+        ([0, 0], [0, -1]),
+    ):
         with pytest.raises(ValueError, match="out of range"):
             native.step.rows(tokens, parents)
     native.step.rows([0, 1, 2], None)
@@ -252,14 +258,14 @@ def test_layers_of_bitsandbytes_are_read_with_their_own_values(quant):
     """Against their dequantized weights, packed anew: int8 finds the same codes again."""
     pytest.importorskip("bitsandbytes")
     backbone, plain = backbone_of("llama", "bfloat16"), backbone_of("llama", "bfloat16")
-    for (_, parent), (_, twin) in zip(
-        backbone.model.model.layers.named_modules(), plain.model.model.layers.named_modules(), strict=True
-    ):
+    layers, twins = backbone.model.model.layers, plain.model.model.layers
+    for parent, twin in zip(layers.modules(), twins.modules(), strict=True):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
                 quantized = quantize_linear(child, quant, torch.device("cpu"))
                 setattr(parent, name, quantized)
-                getattr(twin, name).weight = torch.nn.Parameter(_dequantized(quantized), requires_grad=False)
+                again = _dequantized(quantized)
+                getattr(twin, name).weight = torch.nn.Parameter(again, requires_grad=False)
     tokens = prompt_ids(30)
     ours = Native(backbone, "bfloat16").tree(tokens, None)[1]
     again = "int8" if quant == "int8" else "bfloat16"

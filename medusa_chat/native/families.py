@@ -68,7 +68,8 @@ def unsupported(backbone: Backbone) -> str | None:
 
 
 def head_dim_of(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def kv_heads_of(config: Any) -> int:

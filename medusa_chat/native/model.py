@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,53 +14,13 @@ from medusa_chat.native import families
 from medusa_chat.native.library import (
     BFLOAT16,
     FLOAT32,
-    FORMATS,
-    INT8,
-    NF4,
     HeadsOf,
     Layer,
     Matrix,
     Model,
     Unavailable,
-    load,
 )
-
-CHUNK = 1024  # outputs that are widened at a time where the library can't read their dtype
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a linear layer's matrix. Attributes: linear: plain or of bitsandbytes."""
-
-    linear: Any
-    first: int
-    count: int
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = self.linear.bias
-        return None if bias is None else bias.detach()[self.first : self.first + self.count]
-
-
-class Store:
-    """Keeps alive what the library points to."""
-
-    def __init__(self) -> None:
-        self._kept: list[Any] = []
-
-    def keep(self, tensor: Tensor) -> int:
-        """The address of a contiguous tensor that stays."""
-        tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def floats(self, tensor: Tensor) -> int:
-        """The address of a float32 copy, or of the tensor itself if it is one."""
-        return self.keep(tensor.detach().float())
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._kept)
+from medusa_chat.native.weights import Rows, Store, all_rows, pack
 
 
 class NativeModel:
@@ -118,7 +75,7 @@ class NativeModel:
         self._set_attention(model)
         self._set_rotary(model, positions)
         model.final_norm = self._norm(self._body.norm)
-        model.lm_head = self._matrix([_all(self.backbone.lm_head)], lm_head)
+        model.lm_head = self._matrix([all_rows(self.backbone.lm_head)], lm_head)
         windows = families.windows_of(config)
         for index, module in enumerate(self._body.layers):
             self._set_layer(self._layers[index], module)
@@ -168,8 +125,8 @@ class NativeModel:
         gate, up = _gate_and_up(mlp)
         layer.gate = self._matrix([gate], self._weights)
         layer.up = self._matrix([up], self._weights, last_use=True)
-        layer.output = self._matrix([_all(attention.o_proj)], self._weights)
-        layer.down = self._matrix([_all(mlp.down_proj)], self._weights)
+        layer.output = self._matrix([all_rows(attention.o_proj)], self._weights)
+        layer.down = self._matrix([all_rows(mlp.down_proj)], self._weights)
 
     def _norm(self, module: Any) -> int:
         return self.store.floats(module.weight.detach().float() + self._family.norm_offset)
@@ -205,87 +162,8 @@ class NativeHeads:
     def _matrices(self, linears: list[nn.Linear], weights: str) -> Any:
         made = (Matrix * len(linears))()
         for index, linear in enumerate(linears):
-            made[index] = pack([_all(linear)], weights, self.store)
+            made[index] = pack([all_rows(linear)], weights, self.store)
         return made
-
-
-def pack(parts: Sequence[Rows], weights: str, store: Store) -> Matrix:
-    """One packed matrix of the parts' rows, one below the other."""
-    library = load()
-    known = _own_format(parts[0].linear)
-    number = FORMATS[weights] if known is None else known
-    outputs, inputs = sum(part.count for part in parts), parts[0].linear.in_features
-    size = library.mc_packed_bytes(number, outputs, inputs)
-    if any(_own_format(part.linear) != known for part in parts) or not size:
-        raise Unavailable(f"the native step can't pack a matrix [{outputs}, {inputs}] so")
-    packed = torch.zeros(size, dtype=torch.uint8)
-    first = 0
-    for part in parts:
-        _PACKERS[known](part, number, outputs, first, packed.data_ptr())
-        first += part.count
-    bias = None
-    if parts[0].bias is not None:
-        bias = store.floats(torch.cat([part.bias for part in parts if part.bias is not None]))
-    return Matrix(number, outputs, inputs, store.keep(packed), bias)
-
-
-def _own_format(linear: Any) -> int | None:
-    """The format that a quantized layer has already; None for a plain one."""
-    kind = type(linear).__name__
-    if kind == "Linear8bitLt":
-        return INT8
-    if kind == "Linear4bit":
-        return NF4
-    if type(linear) is nn.Linear:
-        return None
-    raise Unavailable(f"the native step can't read layers of the kind {kind}")
-
-
-def _pack_plain(part: Rows, number: int, outputs: int, first: int, packed: int) -> None:
-    weight = part.linear.weight.detach()[part.first : part.first + part.count].contiguous()
-    for start in range(0, part.count, CHUNK):
-        rows = weight[start : start + CHUNK]
-        if rows.dtype not in (torch.float32, torch.bfloat16):
-            rows = rows.float()
-        source = FLOAT32 if rows.dtype == torch.float32 else BFLOAT16
-        inputs, address = rows.shape[1], rows.data_ptr()
-        load().mc_pack(number, outputs, inputs, first + start, len(rows), address, source, packed)
-
-
-def _pack_int8(part: Rows, number: int, outputs: int, first: int, packed: int) -> None:
-    """bitsandbytes: where codes and scales are depends on whether the layer ever ran."""
-    layer, rows = part.linear, slice(part.first, part.first + part.count)
-    used = layer.weight if layer.weight.SCB is not None else layer.state
-    codes, scales = layer.weight.data[rows].contiguous(), (used.SCB[rows] / 127).float().contiguous()
-    addresses = codes.data_ptr(), scales.data_ptr()
-    load().mc_pack_int8(outputs, layer.in_features, first, part.count, *addresses, packed)
-
-
-def _pack_nf4(part: Rows, number: int, outputs: int, first: int, packed: int) -> None:
-    """bitsandbytes: two codes a byte, row by row; nested statistics are made plain."""
-    layer, state = part.linear, part.linear.weight.quant_state
-    if state.quant_type != "nf4" or state.blocksize != 64 or layer.in_features % 64:
-        raise Unavailable(f"the native step can't read {state.quant_type} in {state.blocksize}s")
-    if getattr(state, "packing_format_for_cpu", False):
-        raise Unavailable("the native step can't read weights that bitsandbytes has packed")
-    absmax = state.absmax
-    if state.nested:
-        from bitsandbytes.functional import dequantize_blockwise
-
-        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    wide = absmax.float().view(-1, layer.in_features // 64)[part.first : part.first + part.count]
-    codes = layer.weight.data.view(torch.uint8).view(-1, layer.in_features // 2)
-    codes = codes[part.first : part.first + part.count].contiguous()
-    wide = wide.contiguous()
-    addresses = codes.data_ptr(), wide.data_ptr()
-    load().mc_pack_nf4(outputs, layer.in_features, first, part.count, *addresses, packed)
-
-
-_PACKERS = {None: _pack_plain, INT8: _pack_int8, NF4: _pack_nf4}
-
-
-def _all(linear: Any) -> Rows:
-    return Rows(linear, 0, linear.out_features)
 
 
 def _plain(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -298,11 +176,11 @@ def _plain(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 def _qkv(attention: Any) -> list[Rows]:
     if hasattr(attention, "qkv_proj"):
-        return [_all(attention.qkv_proj)]
+        return [all_rows(attention.qkv_proj)]
     query = attention.q_proj
     if isinstance(query, Share):
-        return [_all(query.fused.whole)]
-    return [_all(linear) for linear in (query, attention.k_proj, attention.v_proj)]
+        return [all_rows(query.fused.whole)]
+    return [all_rows(linear) for linear in (query, attention.k_proj, attention.v_proj)]
 
 
 def _gate_and_up(mlp: Any) -> tuple[Rows, Rows]:
@@ -311,7 +189,7 @@ def _gate_and_up(mlp: Any) -> tuple[Rows, Rows]:
     elif isinstance(mlp.gate_proj, Share):
         whole = mlp.gate_proj.fused.whole
     else:
-        return _all(mlp.gate_proj), _all(mlp.up_proj)
+        return all_rows(mlp.gate_proj), all_rows(mlp.up_proj)
     half = whole.out_features // 2
     return Rows(whole, 0, half), Rows(whole, half, half)
 
@@ -330,8 +208,3 @@ def _rotary(module: Any, positions: int, kind: str) -> tuple[Tensor, Tensor]:
 def _let_go(linear: Any, kept: Tensor) -> None:
     if linear.weight is not kept:
         linear.weight = None
-
-
-def matrices(layer: Layer) -> Iterator[Matrix]:
-    """The matrices of a layer."""
-    yield from (layer.qkv, layer.output, layer.gate, layer.up, layer.down)

@@ -116,8 +116,9 @@ class NativeStep:
         self.hidden = torch.zeros(MOST_ROWS, shape.hidden)
         self._logits: Tensor | None = None
         count = heads.heads if heads else 0
-        self._ints = (c_int32 * MOST_ROWS)
-        self._tokens, self._parents, self._row_tokens, self._argmax = (self._ints() for _ in range(4))
+        ints = c_int32 * MOST_ROWS
+        self._tokens, self._parents = ints(), ints()
+        self._row_tokens, self._argmax = ints(), ints()
         self._guesses = (c_int32 * (count * MOST_GUESSES))()
         self._log_p = torch.zeros(count * MOST_GUESSES)
         self._step = Step()
@@ -166,7 +167,7 @@ class NativeStep:
         return self._settle(count, 0, False)
 
     def fixed(self, root: int, tree: FixedRows, greedy: bool) -> Settled:
-        """Run a fixed tree's heads and rows, and accept greedily or leave the logits of all rows."""
+        """Run a fixed tree's heads and rows; accept greedily or leave the logits of all rows."""
         step = self._step
         step.tokens, step.table, step.root = None, _address(tree.places), root
         step.parents, step.ranked = _address(tree.parents), tree.ranked
@@ -191,7 +192,7 @@ class NativeStep:
         return self._settle(count, 0, greedy)
 
     def guess(self, ranked: int) -> tuple[list[int], Tensor]:
-        """The heads' likeliest tokens [heads * ranked], and their log p, float32 [heads, ranked]."""
+        """The heads' likeliest tokens [heads * ranked], and their log p [heads, ranked]."""
         step = self._step
         step.rows, step.ranked, step.accept = 0, ranked, 0
         step.log_p = self._log_p.data_ptr()

@@ -27,14 +27,15 @@ static void keep_best(mc_worker *worker, int row, const float *logits, int first
     int place = operations->first_above(logits, count, worker->best[row]);
     if (place == count) return;
     float best = operations->largest(logits, count);
-    while (logits[place] != best) place++;
+    while (place < count - 1 && logits[place] < best) place++;
     worker->best[row] = best;
     worker->best_token[row] = first + place;
 }
 
 static void settle_piece(mc_worker *worker, int row, float *logits, int first, int count) {
     const mc_engine *engine = worker->engine;
-    if (engine->model->final_cap > 0) engine->operations->cap(logits, engine->model->final_cap, count);
+    float cap = engine->model->final_cap;
+    if (cap > 0) engine->operations->cap(logits, cap, count);
     if (engine->step->argmax) keep_best(worker, row, logits, first, count);
 }
 
