@@ -66,8 +66,10 @@ static int differs_from_twin(const char *name, product *work, const float *x, in
     return differs;
 }
 
-/* 1 where the last row differs from the twin's, or the first row differs between all rows on two threads and the row alone. */
-static int check(const char *name, mc_team *team, mc_format format, int outputs, int inputs, int rows) {
+/* 1 where the last row differs from the twin's, or the first row differs between all rows on
+ * several threads and the row alone. */
+static int check(const char *name, mc_team *team, mc_format format, int outputs, int inputs,
+                 int rows) {
     size_t bytes = mc_packed_bytes(format, outputs, inputs);
     if (!bytes) {
         return 0;
