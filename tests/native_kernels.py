@@ -6,6 +6,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def prepare(kind: int, x: np.ndarray, splits: tuple[int, ...] = ()) -> np.ndarra
     prepared = aligned(library().mc_rows_bytes(kind, rows, inputs))
     stride = ctypes.c_size_t(x.strides[0] // x.itemsize)
     bounds = [0, *splits, rows]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         library().mc_prepare_rows(
             kind, inputs, rows, first, last - first, pointer(x), stride, pointer(prepared)
         )
@@ -140,7 +141,7 @@ def multiply_prepared(packed: Packed, prepared: np.ndarray, rows: int, splits: t
     y = np.full((rows, stride), np.float32(7.5))
     matrix = packed.matrix
     bounds = [0, *(split * TILE for split in splits), packed.outputs]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         library().mc_matmul(
             ctypes.byref(matrix), pointer(prepared), rows, first, last, pointer(y), ctypes.c_size_t(stride)
         )

@@ -149,7 +149,7 @@ def test_memory_and_undefined_behaviour_are_clean(tmp_path: Path) -> None:
     library = build.build(tmp_path, compiler, flags, native.KERNEL_PARTS)
     program = tmp_path / "check"
     source = Path(__file__).parent / "native" / "check.c"
-    link = [str(library), f"-Wl,-rpath,{tmp_path}", "-o", str(program)]
+    link = [str(library), f"-Wl,-rpath,{tmp_path}", "-lm", "-o", str(program)]
     include = f"-I{build.SOURCE}"
     subprocess.run(
         [*compiler.command, "-std=c11", "-pthread", *flags, include, str(source), *link], check=True

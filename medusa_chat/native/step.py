@@ -157,11 +157,11 @@ class NativeStep:
             logits_from: the first row whose logits are wanted, see `logits`; n for none.
         """
         step, count = self._step, len(tokens)
-        self._tokens[:count] = tokens
+        self._tokens[:count] = list(tokens)
         step.tokens, step.table, step.ranked = _address(self._tokens), None, 0
         step.parents = None
         if parents is not None:
-            self._parents[:count] = parents
+            self._parents[:count] = list(parents)
             step.parents = _address(self._parents)
         self._want_logits(count, logits_from)
         return self._settle(count, 0, False)
@@ -181,8 +181,8 @@ class NativeStep:
     def chosen(self, tokens: Sequence[int], parents: Sequence[int], greedy: bool) -> Settled:
         """Run rows that were chosen from `guess`; accept greedily or leave the logits of all."""
         step, count = self._step, len(tokens)
-        self._tokens[:count] = tokens
-        self._parents[:count] = parents
+        self._tokens[:count] = list(tokens)
+        self._parents[:count] = list(parents)
         step.tokens, step.table, step.ranked = _address(self._tokens), None, 0
         step.parents = _address(self._parents)
         if greedy:

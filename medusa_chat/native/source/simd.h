@@ -19,11 +19,6 @@
  * if all indices are constants from the start; it unrolls loops too late for that. */
 #define MC_ROW(number, rows, ...) \
     if (number < (rows)) { enum { row = number }; __VA_ARGS__ }
-#define MC_EACH_ROW(rows, ...)                                          \
-    MC_ROW(0, rows, __VA_ARGS__) MC_ROW(1, rows, __VA_ARGS__)           \
-    MC_ROW(2, rows, __VA_ARGS__) MC_ROW(3, rows, __VA_ARGS__)           \
-    MC_ROW(4, rows, __VA_ARGS__) MC_ROW(5, rows, __VA_ARGS__)           \
-    MC_ROW(6, rows, __VA_ARGS__) MC_ROW(7, rows, __VA_ARGS__)
 #define MC_GROUP_OF(number, groups, ...) \
     if (number < (groups)) { enum { group = number }; __VA_ARGS__ }
 #define MC_EACH_GROUP(groups, ...) \
@@ -42,6 +37,18 @@
 #include "simd_arm.h"
 #else
 #include "simd_portable.h"
+#endif
+
+#define MC_FOUR_ROWS(rows, ...)                               \
+    MC_ROW(0, rows, __VA_ARGS__) MC_ROW(1, rows, __VA_ARGS__) \
+    MC_ROW(2, rows, __VA_ARGS__) MC_ROW(3, rows, __VA_ARGS__)
+#if MC_ROWS == 8
+#define MC_EACH_ROW(rows, ...)                                \
+    MC_FOUR_ROWS(rows, __VA_ARGS__)                           \
+    MC_ROW(4, rows, __VA_ARGS__) MC_ROW(5, rows, __VA_ARGS__) \
+    MC_ROW(6, rows, __VA_ARGS__) MC_ROW(7, rows, __VA_ARGS__)
+#else
+#define MC_EACH_ROW(rows, ...) MC_FOUR_ROWS(rows, __VA_ARGS__)
 #endif
 
 /* Bytes of four codes are read as they lie, or as pairs of 16 bits: inputs 0, 2, 1, 3. */
