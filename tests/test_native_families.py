@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_tiny import Native, need_library, path_to, random_parents, shape
-from tiny import ARCHITECTURES, SMALL, prompt_ids, random_backbone
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.fusing import fuse_linears
+from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.native.families import unsupported
 from medusa_chat.native.library import Unavailable
 from medusa_chat.native.model import NativeModel
+from tests.helpers.native_tiny import Native, need_library, path_to, random_parents, shape
+from tests.helpers.tiny import ARCHITECTURES, SMALL, prompt_ids, random_backbone
 
 need_library()
 
@@ -27,14 +27,20 @@ SIZES = {
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
     "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32, "rope_theta": 1000.0,
-    },
-    "yarn": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
         "rope_theta": 1000.0,
     },
-}  # fmt: skip
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 1000.0,
+    },
+}
 
 
 def close(ours, theirs):
@@ -76,9 +82,13 @@ def test_static_rotary_scalings(name):
 
 def test_longrope_within_the_original_range():
     rope = {
-        "rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [4.0] * 4,
-        "rope_theta": 1000.0, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 4,
+        "long_factor": [4.0] * 4,
+        "rope_theta": 1000.0,
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 1.0,
+    }
     sizes = {"max_position_embeddings": 512, "original_max_position_embeddings": 64}
     backbone = random_backbone("phi3", rope_parameters=rope, **sizes)
     assert backbone.context == 64
@@ -101,7 +111,7 @@ def test_biases_everywhere():
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_joined_layers_are_read_too(kind):
     backbone = random_backbone(kind)
-    assert fuse_linears(backbone.model) == 4
+    assert join_linears(backbone.model) == 4
     check(backbone)
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import native_kernels as native
-from tests.native_kernels import BFLOAT16, FLOAT32, FORMATS, INT8, NF4
+from tests.helpers import native_kernels as native
+from tests.helpers.native_kernels import BFLOAT16, FLOAT32, FORMATS, INT8, NF4
 
 SIZES = [(1, 64), (32, 64), (33, 128), (31, 576), (96, 192), (257, 320), (48, 2048)]
 ODD_SIZES = [(1, 1), (5, 3), (16, 80), (33, 96), (40, 65), (64, 127), (37, 99)]
@@ -43,7 +43,9 @@ def sizes_of(kind: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("rows", [1, 3, 8, 13])
-def test_a_product_is_the_float64_product_of_the_rounded_numbers(variant: str, kind: int, rows: int) -> None:
+def test_a_product_is_the_float64_product_of_the_rounded_numbers(
+    variant: str, kind: int, rows: int
+) -> None:
     for outputs, inputs in sizes_of(kind):
         weights, x = numbers(1, outputs, inputs), numbers(2, rows, inputs)
         check_close(kind, weights, x, native.multiply(native.pack(kind, weights), x))
@@ -53,7 +55,9 @@ def test_a_product_is_the_float64_product_of_the_rounded_numbers(variant: str, k
 def test_a_bias_is_added(variant: str, kind: int) -> None:
     weights, x, bias = numbers(1, 37, 128), numbers(2, 5, 128), numbers(3, 37)
     plain = native.multiply(native.pack(kind, weights), x)
-    np.testing.assert_array_equal(native.multiply(native.pack(kind, weights, bias), x), plain + bias)
+    np.testing.assert_array_equal(
+        native.multiply(native.pack(kind, weights, bias), x), plain + bias
+    )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -84,7 +88,9 @@ def test_a_row_is_the_same_bit_for_bit_whatever_runs_beside_it(data: st.DataObje
     x = numbers(seed + 1, rows, inputs)
     tiles = (outputs - 1) // native.TILE
     splits = tuple(sorted(data.draw(st.sets(st.integers(1, tiles)) if tiles else st.just(set()))))
-    parts = tuple(sorted(data.draw(st.sets(st.integers(1, rows - 1)) if rows > 1 else st.just(set()))))
+    parts = tuple(
+        sorted(data.draw(st.sets(st.integers(1, rows - 1)) if rows > 1 else st.just(set())))
+    )
     together = native.multiply_prepared(packed, native.prepare(kind, x, parts), rows, splits)
     alone = np.concatenate([native.multiply(packed, x[row : row + 1]) for row in range(rows)])
     np.testing.assert_array_equal(together.view(np.uint32), alone.view(np.uint32))

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_tiny import Native, need_library, path_to, random_parents, shape
-from tiny import ARCHITECTURES, prompt_ids, random_backbone, random_heads, random_tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import medusa_chat
 from medusa_chat.decoding.acceptance import TreeTensors, greedy
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.quantization import quantize_linear
+from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.native.library import load
 from medusa_chat.native.model import NativeModel
 from medusa_chat.native.step import FixedRows, NativeStep, Team
+from tests.helpers.native_tiny import Native, need_library, path_to, random_parents, shape
+from tests.helpers.tiny import ARCHITECTURES, prompt_ids, random_backbone, random_heads, random_tree
 
 need_library()
 

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from medusa_chat.native import build
-from tests import native_kernels as native
+from tests.helpers import native_kernels as native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 JOBS = Path(__file__).parent / "native" / "jobs.c"
 
@@ -133,7 +136,7 @@ def test_signals_reach_the_main_thread_while_a_team_works(jobs: ctypes.CDLL) -> 
 
 
 def test_a_program_that_forgets_its_team_still_ends() -> None:
-    code = "from tests import native_kernels as native; print(bool(native.library().mc_team_new(2)))"
+    code = "from tests.helpers import native_kernels as native; print(bool(native.library().mc_team_new(2)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "True"
     assert done.returncode == 0

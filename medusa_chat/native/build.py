@@ -15,16 +15,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SOURCE = Path(__file__).parent / "source"
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
 FAILURE_FILE = "failure.txt"
 DIGEST_FILE = "sources.txt"
-COMMON_FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", "-pthread")
+COMMON_FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-pthread",
+)
 
 
 class BuildError(Exception):
@@ -49,7 +61,13 @@ VARIANTS = {
         Variant("portable", "MC_PORTABLE", (), "x86_64", "portable"),
         Variant("avx2", "MC_AVX2", AVX2_FLAGS, "x86_64_v3", "avx2"),
         Variant("avx2vnni", "MC_AVX2", (*AVX2_FLAGS, "-mavxvnni"), "x86_64_v3+avxvnni"),
-        Variant("avx512", "MC_AVX512", (*AVX2_FLAGS, *AVX512_FLAGS), "x86_64_v4+avx512vnni+avx512bf16", "avx512"),
+        Variant(
+            "avx512",
+            "MC_AVX512",
+            (*AVX2_FLAGS, *AVX512_FLAGS),
+            "x86_64_v4+avx512vnni+avx512bf16",
+            "avx512",
+        ),
     ),
     "aarch64": (
         Variant("portable", "MC_PORTABLE", (), "generic", "portable"),
@@ -139,7 +157,10 @@ def zig_compiler(processor: str = "", target: str | None = None) -> Compiler | N
 
 
 def build(
-    folder: Path, compiler: Compiler | None = None, extra: Sequence[str] = (), parts: Sequence[str] = ("*",)
+    folder: Path,
+    compiler: Compiler | None = None,
+    extra: Sequence[str] = (),
+    parts: Sequence[str] = ("*",),
 ) -> Path:
     """Build the library into a folder and return its path; nothing is done where it is up to date.
 
@@ -194,7 +215,9 @@ def tasks(variants: Sequence[Variant], parts: Sequence[str] = ("*",)) -> list[Ta
         if suffix in SUFFIXES:
             listed += [Task(source, one, (one.define,)) for one in variants if one.suffix == suffix]
         elif "MC_VARIANT(" in source.read_text(encoding="utf-8"):
-            listed += [Task(source, one, (one.define, f"MC_VARIANT_NAME={one.name}")) for one in variants]
+            listed += [
+                Task(source, one, (one.define, f"MC_VARIANT_NAME={one.name}")) for one in variants
+            ]
         else:
             listed.append(Task(source, variants[0], ()))
     return listed
@@ -206,7 +229,16 @@ def _compile_and_link(compiler: Compiler, plan: Plan, place: Path) -> Path:
     def compile_one(task: Task) -> None:
         defines = [f"-D{name}" for name in task.defines]
         target = ["-c", str(task.source), "-o", str(place / task.object_name)]
-        _run([*compiler.command, *COMMON_FLAGS, *compiler.flags(task.variant), *plan.extra, *defines, *target])
+        _run(
+            [
+                *compiler.command,
+                *COMMON_FLAGS,
+                *compiler.flags(task.variant),
+                *plan.extra,
+                *defines,
+                *target,
+            ]
+        )
 
     with ThreadPoolExecutor(max(os.cpu_count() or 1, 1)) as pool:
         list(pool.map(compile_one, listed))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medusa_chat.model.backbone import Backbone
+if TYPE_CHECKING:
+    from medusa_chat.native.takes import Description
 
 SILU, GELU = 0, 1
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU}
@@ -40,7 +41,7 @@ FAMILIES = {
 }
 
 
-def family_of(backbone: Backbone) -> Family:
+def family_of(backbone: Description) -> Family:
     """The family of a backbone that `unsupported` has nothing against."""
     return FAMILIES[backbone.config.model_type]
 
@@ -50,7 +51,7 @@ def activation_of(config: Any) -> str:
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
-def unsupported(backbone: Backbone) -> str | None:
+def unsupported(backbone: Description) -> str | None:
     """Why the native step can't run a backbone, in one line; None if it can."""
     config = backbone.config
     kind = config.model_type

@@ -6,10 +6,12 @@ import ctypes
 import os
 from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.native.build import FAILURE_FILE, LIBRARY_FOLDER, library_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLOAT32, BFLOAT16, INT8, NF4 = range(4)
 FORMATS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8, "nf4": NF4}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.fusing import Share
-from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.native import families
 from medusa_chat.native.library import (
     BFLOAT16,
@@ -22,6 +19,9 @@ from medusa_chat.native.library import (
 )
 from medusa_chat.native.weights import Rows, Store, all_rows, pack
 
+if TYPE_CHECKING:
+    from medusa_chat.native.takes import Backbone, Heads
+
 
 class NativeModel:
     """A backbone for the native step.
@@ -32,9 +32,14 @@ class NativeModel:
     """
 
     def __init__(
-        self, backbone: Backbone, weights: str, lm_head: str | None = None, *,
-        positions: int | None = None, release: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        backbone: Backbone,
+        weights: str,
+        lm_head: str | None = None,
+        *,
+        positions: int | None = None,
+        release: bool = False,
+    ) -> None:
         """Pack a backbone, layer by layer.
 
         Args:
@@ -143,7 +148,7 @@ class NativeModel:
 class NativeHeads:
     """Medusa heads for the native step. Attributes: structure, store as above; heads."""
 
-    def __init__(self, heads: MedusaHeads, weights: str, lm_head: str | None = None) -> None:
+    def __init__(self, heads: Heads, weights: str, lm_head: str | None = None) -> None:
         """`weights`, `lm_head`: formats of the blocks and of LM heads of their own."""
         self.heads, self.store = heads.heads, Store()
         self.structure = HeadsOf(heads.heads, heads.layers)
@@ -178,16 +183,16 @@ def _qkv(attention: Any) -> list[Rows]:
     if hasattr(attention, "qkv_proj"):
         return [all_rows(attention.qkv_proj)]
     query = attention.q_proj
-    if isinstance(query, Share):
-        return [all_rows(query.fused.whole)]
+    if hasattr(query, "joined"):
+        return [all_rows(query.joined.whole)]
     return [all_rows(linear) for linear in (query, attention.k_proj, attention.v_proj)]
 
 
 def _gate_and_up(mlp: Any) -> tuple[Rows, Rows]:
     if hasattr(mlp, "gate_up_proj"):
         whole = mlp.gate_up_proj
-    elif isinstance(mlp.gate_proj, Share):
-        whole = mlp.gate_proj.fused.whole
+    elif hasattr(mlp.gate_proj, "joined"):
+        whole = mlp.gate_proj.joined.whole
     else:
         return all_rows(mlp.gate_proj), all_rows(mlp.up_proj)
     half = whole.out_features // 2

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from ctypes import byref, c_int32
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from medusa_chat.model.cache import KVCache
 from medusa_chat.native.library import (
     BFLOAT16,
     FLOAT32,
@@ -23,7 +21,12 @@ from medusa_chat.native.library import (
     Unavailable,
     load,
 )
-from medusa_chat.native.model import NativeHeads, NativeModel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medusa_chat.native.model import NativeHeads, NativeModel
+    from medusa_chat.native.takes import Cache
 
 
 class Team:
@@ -100,7 +103,7 @@ class NativeStep:
     """
 
     def __init__(
-        self, model: NativeModel, heads: NativeHeads | None, team: Team, cache: KVCache
+        self, model: NativeModel, heads: NativeHeads | None, team: Team, cache: Cache
     ) -> None:
         self.model, self.heads, self.team, self.cache = model, heads, team, cache
         library, shape = load(), model.structure
@@ -229,15 +232,19 @@ class NativeStep:
         count = len(self._guesses) // MOST_GUESSES * ranked
         accepted, following = (step.accepted, step.next) if greedy else (-1, -1)
         return Settled(
-            self._row_tokens[:rows], self._guesses[:count], accepted, following,
-            step.heads_seconds, step.rows_seconds,
-        )  # fmt: skip
+            self._row_tokens[:rows],
+            self._guesses[:count],
+            accepted,
+            following,
+            step.heads_seconds,
+            step.rows_seconds,
+        )
 
     def _call(self) -> None:
         if self._run(self._engine, byref(self._cache), byref(self._step)):
             raise ValueError("a step's rows, tokens or parents are out of range")
 
-    def _cache_of(self, cache: KVCache) -> CacheOf:
+    def _cache_of(self, cache: Cache) -> CacheOf:
         buffer = cache.buffer
         layer, head = buffer.stride(1), buffer.stride(2)
         number = FLOAT32 if buffer.dtype == torch.float32 else BFLOAT16

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from medusa_chat.native.library import (
     Unavailable,
     load,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CHUNK = 256  # outputs that a thread packs at a time
 

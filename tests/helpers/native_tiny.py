@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from torch import Tensor
 
-from medusa_chat.model.backbone import Backbone
 from medusa_chat.native import build
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.step import NativeStep, Team
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from medusa_chat.model.backbone import Backbone
 
 
 def need_library() -> None:
@@ -27,10 +31,16 @@ class Native:
     """A backbone's native step behind an empty text."""
 
     def __init__(
-        self, backbone: Backbone, weights: str = "float32", threads: int = 2, capacity: int = 96,
-        heads: Any = None, heads_weights: str = "float32", release: bool = False,
+        self,
+        backbone: Backbone,
+        weights: str = "float32",
+        threads: int = 2,
+        capacity: int = 96,
+        heads: Any = None,
+        heads_weights: str = "float32",
+        release: bool = False,
         lm_head: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cache = backbone.new_cache(capacity)
         packed = None if heads is None else NativeHeads(heads, heads_weights)
         model = NativeModel(backbone, weights, lm_head, release=release)
@@ -56,9 +66,11 @@ class Native:
 def shape(heads: int, kv_heads: int, head_dim: int, hidden: int) -> dict[str, int]:
     """A config's sizes of attention."""
     return {
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "hidden_size": hidden,
-    }  # fmt: skip
+    }
 
 
 def random_parents(count: int, seed: int) -> list[int]:

@@ -7,11 +7,14 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medusa_chat.native import build
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLOAT32, BFLOAT16, INT8, NF4 = range(4)
 FORMATS = (FLOAT32, BFLOAT16, INT8, NF4)
@@ -20,13 +23,25 @@ KERNEL_PARTS = ("dispatch", "pack", "matmul_*", "team")
 
 NF4_VALUES = np.array(
     [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-        0.7229568362236023, 1.0,
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
     ],
     dtype=np.float32,
-)  # fmt: skip
+)
 
 
 class Matrix(ctypes.Structure):
@@ -93,7 +108,9 @@ class Packed:
     @property
     def matrix(self) -> Matrix:
         """Fill mc_matrix."""
-        return Matrix(self.format, self.outputs, self.inputs, pointer(self.memory), pointer(self.bias))
+        return Matrix(
+            self.format, self.outputs, self.inputs, pointer(self.memory), pointer(self.bias)
+        )
 
 
 def empty(kind: int, outputs: int, inputs: int) -> Packed:
@@ -103,7 +120,9 @@ def empty(kind: int, outputs: int, inputs: int) -> Packed:
     return Packed(kind, outputs, inputs, aligned(size))
 
 
-def pack(kind: int, weights: np.ndarray, bias: np.ndarray | None = None, step: int = 1 << 30) -> Packed:
+def pack(
+    kind: int, weights: np.ndarray, bias: np.ndarray | None = None, step: int = 1 << 30
+) -> Packed:
     """Pack weights [outputs, inputs] of float32, or uint16 that hold bfloat16, `step` rows a call."""
     outputs, inputs = weights.shape
     packed = empty(kind, outputs, inputs)
@@ -135,7 +154,9 @@ def multiply(packed: Packed, x: np.ndarray, splits: tuple[int, ...] = ()) -> np.
     return multiply_prepared(packed, prepare(packed.format, x), len(x), splits)
 
 
-def multiply_prepared(packed: Packed, prepared: np.ndarray, rows: int, splits: tuple[int, ...] = ()) -> np.ndarray:
+def multiply_prepared(
+    packed: Packed, prepared: np.ndarray, rows: int, splits: tuple[int, ...] = ()
+) -> np.ndarray:
     """Compute [rows, outputs] from prepared rows; what lies behind a row stays as it was."""
     stride = packed.outputs + 3
     y = np.full((rows, stride), np.float32(7.5))
@@ -143,7 +164,13 @@ def multiply_prepared(packed: Packed, prepared: np.ndarray, rows: int, splits: t
     bounds = [0, *(split * TILE for split in splits), packed.outputs]
     for first, last in pairwise(bounds):
         library().mc_matmul(
-            ctypes.byref(matrix), pointer(prepared), rows, first, last, pointer(y), ctypes.c_size_t(stride)
+            ctypes.byref(matrix),
+            pointer(prepared),
+            rows,
+            first,
+            last,
+            pointer(y),
+            ctypes.c_size_t(stride),
         )
     assert (y[:, packed.outputs :] == 7.5).all()
     return y[:, : packed.outputs].copy()
@@ -198,7 +225,9 @@ def rounded_rows(kind: int, x: np.ndarray) -> np.ndarray:
     if kind in (BFLOAT16, NF4):
         return from_bfloat16(to_bfloat16(x)).astype(np.float64)
     if kind == INT8:
-        return np.concatenate([_rounded_block(x[:, i : i + 64]) for i in range(0, x.shape[1], 64)], axis=1)
+        return np.concatenate(
+            [_rounded_block(x[:, i : i + 64]) for i in range(0, x.shape[1], 64)], axis=1
+        )
     return x.astype(np.float64)
 
 
