@@ -31,13 +31,15 @@ SMALLEST_CONTEXT = 256  # a shorter one is too short to chat
 
 @dataclass(frozen=True)
 class Load:
-    """Settings of a load that its memory depends on. `width`: bytes of an unquantized number."""
+    """Settings of a load that its memory depends on. `width`: bytes of an unquantized number;
+    `native`: the native step packs the weights."""
 
     device: str = "cpu"
     quant: str = "none"
     quant_heads: str = "none"
     context: int | None = None
     width: int = 2
+    native: bool = False
 
     @property
     def kind(self) -> str:
@@ -83,11 +85,18 @@ class Shortage(NamedTuple):
     missing: int
 
 
-def load_of(spec: ModelSpec, device: str, context: int | None = None, width: int = 2) -> Load:
+def load_of(
+    spec: ModelSpec,
+    device: str,
+    context: int | None = None,
+    width: int = 2,
+    *,
+    native: bool = False,
+) -> Load:
     """Return the load that a spec asks for; its `auto` is 16 bit."""
     quants = (spec.quant, spec.quant_heads)
     quant, heads = ("none" if each == "auto" else each for each in quants)
-    return Load(device, quant, heads, context, width)
+    return Load(device, quant, heads, context, width, native)
 
 
 def plan(contents: Contents, load: Load) -> MemoryPlan:
@@ -291,6 +300,6 @@ def _smaller_model(contents: Contents, load: Load, free: Mapping[str, int]) -> s
         other = contents_of(spec)
         if other is None or other.layers >= contents.layers:
             continue
-        if _fits(other, load_of(spec, load.device, None, load.width), free):
+        if _fits(other, load_of(spec, load.device, None, load.width, native=load.native), free):
             found[name] = other.layers
     return max(found, key=lambda name: found[name], default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from medusa_chat.config import UserError
 from medusa_chat.model.attention import tree_attention as attention
 from medusa_chat.model.attention.choice import FasterAttention
 from medusa_chat.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from medusa_chat.native.packed import Packed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers that can be rewound
 UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
@@ -35,10 +38,17 @@ class Backbone:
         model: the transformers model, in eval mode, with tree attention.
         config: the config of its text part.
         attend: the implementation of attention over a fixed span, for `hidden_at`.
+        native: the weights as the native step reads them. Then the model has none of its own but
+            embeddings and norms, and only that step runs it; None otherwise.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, own_attention: bool = False) -> None:
         """Switch a transformers model to tree attention.
+
+        Args:
+            model: the transformers model.
+            own_attention: leave its attention as it is, for a model that is about to be packed for
+                the native step.
 
         Raises:
             UserError: the model cannot be rewound, or does not follow tree attention.
@@ -58,7 +68,9 @@ class Backbone:
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._use_tree_attention()
+        self.native: Packed | None = None
+        if not own_attention:
+            self._use_tree_attention()
 
     @property
     def device(self) -> torch.device:

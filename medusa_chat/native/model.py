@@ -29,6 +29,7 @@ class NativeModel:
     Attributes:
         structure: what the library reads.
         store: owns the packed weights.
+        looked_up: bytes of tables of which a step reads a few rows: embedding and rotary positions.
     """
 
     def __init__(
@@ -56,12 +57,19 @@ class NativeModel:
         if reason:
             raise Unavailable(reason)
         self.backbone, self.store = backbone, Store()
+        self.looked_up = 0
         self._weights, self._release = weights, release
         self._family = families.family_of(backbone)
         body = backbone.model.base_model
         self._body = getattr(body, "language_model", body)
         self._layers = (Layer * len(self._body.layers))()
         self.structure = self._structure(lm_head or weights, positions or backbone.context)
+        del self.backbone, self._body  # the store keeps what is still needed of them
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a forward reads."""
+        return self.store.bytes - self.looked_up
 
     def _structure(self, lm_head: str, positions: int) -> Model:
         """The embedding is read before the LM head's weights are let go, which may be the same."""
@@ -95,6 +103,7 @@ class NativeModel:
         model.embedding_scale = 1.0 if scale is None else float(scale.to(weight.dtype))
         model.embedding_format = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16
         model.embedding = self.store.keep(weight)
+        self.looked_up += weight.nbytes
 
     def _set_attention(self, model: Model) -> None:
         attention = self._body.layers[0].self_attn
@@ -109,6 +118,7 @@ class NativeModel:
         for table, kind in enumerate(kinds):
             cosine, sine = _rotary(self._body.rotary_emb, positions, kind)
             model.rotary = 2 * cosine.shape[1]
+            self.looked_up += cosine.nbytes + sine.nbytes
             model.cosine[table], model.sine[table] = self.store.keep(cosine), self.store.keep(sine)
         if kinds[0]:
             for layer, kind in zip(self._layers, self.backbone.config.layer_types, strict=True):
