@@ -79,10 +79,13 @@ def _fetch(spec: ModelSpec, options: LoadOptions, progress: Progress | None) -> 
     from medusa_chat.machine import memory
     from medusa_chat.machine.devices import likely_device
     from medusa_chat.model.templates import named_template
+    from medusa_chat.native.library import likely
 
     if spec.template:
         named_template(spec.template)
     if not options.ignore_memory and not Path(spec.backbone).exists():
         # load_model checks again: only then the files' sizes and the number format are known.
-        memory.check(spec, memory.load_of(spec, likely_device(options.device), options.context))
+        device = likely_device(options.device)
+        native = likely(device, options.engine)
+        memory.check(spec, memory.load_of(spec, device, options.context, native=native))
     return fetch(spec, progress)

@@ -16,7 +16,7 @@ from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.native.step import FixedRows, NativeStep
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -33,14 +33,16 @@ class NativeProgram:
     """Implements state.StepProgram with the library's step.
 
     Attributes:
-        parts: seconds that the library spent on the last step's heads and on its forward.
+        observe: called after each step with the seconds of its parts, by name: heads, forward,
+            acceptance, commit. bench times them by it.
     """
 
     shared_buffers = False
 
     def __init__(self, state: State, packed: Packed) -> None:
         """Run steps over a state's text; its last hidden state becomes the one of the library."""
-        self.parts = (0.0, 0.0)
+        self.observe: Callable[[dict[str, float]], None] | None = None
+        self._parts: dict[str, float] = {}
         self._state = state
         self._step = NativeStep(packed.model, packed.heads, packed.team, state.cache)
         state.hidden = self._step.last
@@ -59,7 +61,11 @@ class NativeProgram:
             report = self._fixed(draft, given, rule)
         else:
             report = self._selected(draft, given, rule)
+        started = time.perf_counter()
         self._step.keep(report.rows)
+        self._parts["commit"] = time.perf_counter() - started
+        if self.observe:
+            self.observe(self._parts)
         return report
 
     def _fixed(self, draft: FixedDraft, given: StepInput, rule: Rule) -> StepReport:
@@ -68,7 +74,7 @@ class NativeProgram:
             places = draft.places.tolist()
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
         settled = self._step.fixed(given.root, self._rows[draft], rule.kind == "greedy")
-        self.parts = settled.heads_seconds, settled.rows_seconds
+        self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, draft.tensors, given, rule)
         tree, layout = draft.tree, draft.layout
         guesses = _shown(settled.guesses, draft.ranked, layout.heads)
@@ -81,7 +87,7 @@ class NativeProgram:
         heads_seconds = time.perf_counter() - started
         tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
         settled = self._step.chosen(tokens, parents, rule.kind == "greedy")
-        self.parts = heads_seconds, settled.rows_seconds
+        self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, nodes.tensors, given, rule)
         selection = [number for part in nodes.selection for number in part.tolist()]
         shown = _shown(guesses, draft.ranked, draft.layout.heads)
@@ -103,11 +109,14 @@ class NativeProgram:
         """Return the accepted row and the token behind it, which greedy steps have found."""
         if settled.accepted >= 0:
             return settled.accepted, settled.next
+        started = time.perf_counter()
         logits = self._step.logits(len(settled.tokens))
         verdict = rule(logits, torch.tensor(settled.tokens), tree, given.position)
         row = int(verdict.row)
         self._state.hidden.copy_(self._step.hidden[row : row + 1])
-        return row, int(verdict.next)
+        following = int(verdict.next)
+        self._parts["acceptance"] = time.perf_counter() - started
+        return row, following
 
 
 def _shown(guesses: Sequence[int], ranked: int, heads: int) -> list[list[int]]:

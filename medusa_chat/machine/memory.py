@@ -21,6 +21,8 @@ GB = 10**9
 BYTES = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 # The same after packing for a CPU that computes in bfloat16.
 PACKED = {"nf4": 0.5 + 2 / 64, "nf4-double": 0.5 + 2 / 64, "int8": 1.0}
+# The same as the native step packs them: nf4 with a 4-byte scale a block.
+NATIVE = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 4 / 64, "int8": 1.0}
 QUANTIZING = dict.fromkeys(BYTES, 10.0)  # while a matrix is quantized (measured)
 # On the host: interpreter, torch and transformers (measured).
 PROCESS = {"cpu": 450_000_000, "cuda": 3 * GB, "mps": 700_000_000}
@@ -31,8 +33,12 @@ SMALLEST_CONTEXT = 256  # a shorter one is too short to chat
 
 @dataclass(frozen=True)
 class Load:
-    """Settings of a load that its memory depends on. `width`: bytes of an unquantized number;
-    `native`: the native step packs the weights."""
+    """Settings of a load that its memory depends on.
+
+    Attributes:
+        width: bytes of an unquantized number.
+        native: the native step packs the weights.
+    """
 
     device: str = "cpu"
     quant: str = "none"
@@ -101,6 +107,8 @@ def load_of(
 
 def plan(contents: Contents, load: Load) -> MemoryPlan:
     """Plan the memory of the device that computes."""
+    if load.native:
+        return _native_plan(contents, load)
     shape = contents.shape
     width = load.width
     on_cpu = load.kind == "cpu"
@@ -130,6 +138,45 @@ def plan(contents: Contents, load: Load) -> MemoryPlan:
         workspace=workspace,
         process=PROCESS["cpu"] if on_cpu else GPU_LIBRARIES,
     )
+
+
+def _native_plan(contents: Contents, load: Load) -> MemoryPlan:
+    """Plan the memory of the native step: packed matrices, and a matrix that is being packed.
+
+    Files in another format than `width` says are converted as a whole before that; they count as
+    far as what comes after packing does not need more.
+    """
+    shape, width = contents.shape, load.width
+    context = load.context or min(shape.context, MAX_CONTEXT)
+    cache = shape.cache_bytes(context + MAX_NODES, width)
+    lm_head = "none" if load.quant == "none" else "int8"
+    embedding = shape.embedding_parameters
+    plain = contents.plain * width
+    if shape.tied:  # the embedding stays beside the packed LM head
+        plain += weight_bytes(embedding, lm_head, width, NATIVE)
+    else:
+        plain += weight_bytes(embedding, lm_head, width, NATIVE) - embedding * width
+    heads = weight_bytes(contents.heads, load.quant_heads, width, NATIVE)
+    matrix = max(contents.largest, embedding) * width
+    reading_heads = contents.heads * width
+    workspace = max(matrix, reading_heads) - cache
+    return MemoryPlan(
+        layers=weight_bytes(contents.layers, load.quant, width, NATIVE),
+        plain=plain,
+        packed=contents.packed,
+        heads=heads,
+        cache=cache,
+        workspace=max(workspace, _native_step_bytes(shape, contents)),
+        process=PROCESS["cpu"],
+    )
+
+
+def _native_step_bytes(shape: Shape, contents: Contents) -> int:
+    """Return what an engine of the native step allocates, with the logits of the largest tree."""
+    attention = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    states = 3 * shape.hidden + 2 * shape.intermediate + attention
+    guesses = 8 if contents.heads else 0
+    return 4 * (MAX_NODES * (states + 2 * shape.vocabulary) + guesses * shape.vocabulary)
 
 
 def host_plan(contents: Contents, load: Load) -> MemoryPlan:

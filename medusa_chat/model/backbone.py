@@ -85,6 +85,19 @@ class Backbone:
         return dtype
 
     @property
+    def threads(self) -> int:
+        """Threads of a step on a CPU."""
+        return self.native.threads if self.native else torch.get_num_threads()
+
+    @property
+    def step_name(self) -> str:
+        """The way in which steps are computed, for people to read."""
+        if self.device.type != "cpu":
+            return "torch"
+        name = f"native ({self.native.variant})" if self.native else "torch"
+        return f"{name}, {self.threads} threads"
+
+    @property
     def hidden_size(self) -> int:
         """Width of a hidden state."""
         return int(self.config.hidden_size)

@@ -18,6 +18,7 @@ from medusa_chat.native import families, library
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.packed import Packed
 from medusa_chat.native.step import Team
+from medusa_chat.native.weights import NF4_BLOCK
 
 if TYPE_CHECKING:
     from medusa_chat.config import ModelSpec
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # Formats of the layers and of the LM head, which is most of a small model and loses nothing in
 # int8 that a reply would show.
 FORMATS = {"int8": ("int8", "int8"), "nf4": ("nf4", "int8"), "nf4-double": ("nf4", "int8")}
-NF4_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,12 @@ def _refusal(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> str |
     own = check_quantization(spec.name, whole, spec.quant)
     if own not in (None, "int8", "nf4", "nf4-double"):
         return f"the native step does not read weights in {own}"
-    quant = own or as_quant(spec.quant)
-    return refusal(Description(whole.get_text_config(), device, dtype), quant)
-
-
-def refusal(model: Description, quant: str) -> str | None:
-    """Return why the native step cannot run a model in `quant`; None if it can."""
-    reason = families.unsupported(model)
-    if reason is None and quant.startswith("nf4"):
-        config = model.config
+    config = whole.get_text_config()
+    reason = families.unsupported(Description(config, device, dtype))
+    if reason is None and own and own.startswith("nf4"):
         heads = config.num_attention_heads * families.head_dim_of(config)
         if any(size % NF4_BLOCK for size in (config.hidden_size, config.intermediate_size, heads)):
-            return f"nf4 on the native step needs sizes that are multiples of {NF4_BLOCK}"
+            return f"the native step reads nf4 files whose sizes are multiples of {NF4_BLOCK} only"
     return reason
 
 

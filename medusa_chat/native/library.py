@@ -189,6 +189,11 @@ def available() -> str | None:
     return None
 
 
+def likely(device: str, engine: str) -> bool:
+    """Tell if the native step will probably run a model, before its config is there."""
+    return device == "cpu" and engine != "torch" and available() is None
+
+
 def _file() -> Path:
     file = LIBRARY_FOLDER / library_name()
     if file.exists():

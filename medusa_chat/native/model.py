@@ -156,11 +156,19 @@ class NativeModel:
 
 
 class NativeHeads:
-    """Medusa heads for the native step. Attributes: structure, store as above; heads."""
+    """Medusa heads for the native step.
+
+    Attributes:
+        heads: how many.
+        own_lm_heads: they have LM heads of their own.
+        structure: what the library reads.
+        store: owns the packed weights.
+    """
 
     def __init__(self, heads: Heads, weights: str, lm_head: str | None = None) -> None:
         """`weights`, `lm_head`: formats of the blocks and of LM heads of their own."""
         self.heads, self.store = heads.heads, Store()
+        self.own_lm_heads = heads.lm_heads is not None
         self.structure = HeadsOf(heads.heads, heads.layers)
         blocks = [
             _plain(heads.weight[layer, head], heads.bias[layer, head])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medusa_chat.native.library import load
+from medusa_chat.native.library import FORMATS, Matrix, load
 
 if TYPE_CHECKING:
     from medusa_chat.native.model import NativeHeads, NativeModel
     from medusa_chat.native.step import Team
+
+NAMES = {number: name for name, number in FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,36 @@ class Packed:
         return self.team.threads
 
     @property
+    def variant(self) -> str:
+        """The kernels in use: portable, avx2, avx2vnni, avx512 or arm."""
+        return variant()
+
+    @property
+    def formats(self) -> str:
+        """Formats of the layers, the LM head, and the heads' blocks and own LM heads."""
+        used = [self.model.structure.layer[0].qkv, self.model.structure.lm_head]
+        if self.heads:
+            used.append(self.heads.structure.block[0])
+            used += self.heads.structure.lm_head[:1] if self.heads.own_lm_heads else []
+        return ", ".join(NAMES[matrix.format] for matrix in used)
+
+    @property
     def backbone_bytes(self) -> int:
-        """Bytes that a forward reads of the backbone: all but the embedding's table."""
+        """Bytes that a forward reads of the backbone."""
         return self.model.step_bytes
 
     @property
     def heads_bytes(self) -> int:
-        """Bytes of the heads' own matrices."""
-        return self.heads.store.bytes if self.heads else 0
+        """Bytes that the heads read: their own, and the LM head again if they share it."""
+        if self.heads is None:
+            return 0
+        shared = 0 if self.heads.own_lm_heads else packed_bytes(self.model.structure.lm_head)
+        return self.heads.store.bytes + shared
 
-    @property
-    def name(self) -> str:
-        """The kernels and the threads, for people to read."""
-        return f"native ({variant()}), {self.threads} threads"
+
+def packed_bytes(matrix: Matrix) -> int:
+    """Return the bytes of a packed matrix, without its bias."""
+    return int(load().mc_packed_bytes(matrix.format, matrix.outputs, matrix.inputs))
 
 
 def variant() -> str:

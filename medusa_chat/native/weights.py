@@ -24,6 +24,7 @@ from medusa_chat.native.library import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+NF4_BLOCK = 64
 CHUNK = 256  # outputs that a thread packs at a time
 
 
@@ -71,8 +72,8 @@ def pack(parts: Sequence[Rows], weights: str, store: Store) -> Matrix:
     """One packed matrix of the parts' rows, one below the other."""
     library = load()
     known = _own_format(parts[0].linear)
-    number = FORMATS[weights] if known is None else known
     outputs, inputs = sum(part.count for part in parts), parts[0].linear.in_features
+    number = _format_for(weights, inputs) if known is None else known
     size = library.mc_packed_bytes(number, outputs, inputs)
     if any(_own_format(part.linear) != known for part in parts) or not size:
         raise Unavailable(f"the native step can't pack a matrix [{outputs}, {inputs}] so")
@@ -85,6 +86,12 @@ def pack(parts: Sequence[Rows], weights: str, store: Store) -> Matrix:
     if parts[0].bias is not None:
         bias = store.floats(torch.cat([part.bias for part in parts if part.bias is not None]))
     return Matrix(number, outputs, inputs, store.keep(packed), bias)
+
+
+def _format_for(weights: str, inputs: int) -> int:
+    """Return the format for a plain matrix: int8 in place of nf4 where rows end inside a block."""
+    number = FORMATS[weights]
+    return INT8 if number == NF4 and inputs % NF4_BLOCK else number
 
 
 def _own_format(linear: Any) -> int | None:

@@ -213,11 +213,14 @@ def cost_key(runner: Runner, model: str, forecast: float) -> Key:
     `forecast` is the acceptance length of the heads' largest tree: a count that was dropped because
     it could not win may do so with better heads.
     """
+    native = runner.backbone.native
     return {
         "device": device_name(runner.backbone.device),
         "versions": versions() | {"medusa-chat": __version__},
         "model": model,
         "dtype": str(runner.backbone.dtype),
+        "step": runner.backbone.step_name,
+        "formats": native.formats if native else None,
         "backbone": _fingerprint(runner.backbone.model),
         "heads": _fingerprint(runner.heads),
         "positions": timed_length(runner),
