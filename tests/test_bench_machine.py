@@ -18,7 +18,7 @@ from medusa_chat.config import LoadOptions, Quant, UserError
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import costs
 from medusa_chat.hub.model_list import packaged_file, read_models
-from medusa_chat.machine import memory
+from medusa_chat.machine import plans
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.machine.devices import (
     free_memory,
@@ -213,7 +213,7 @@ def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(
 
 
 def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
-    def planned(quant: Quant = "none", own: bool = False) -> memory.MemoryPlan:
+    def planned(quant: Quant = "none", own: bool = False) -> plans.MemoryPlan:
         return memory_plan(RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16)
 
     assert 13.5e9 < planned().total < 16e9
@@ -224,7 +224,7 @@ def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
         read_models(packaged_file())["vicuna-7b"]
     )  # with the heads that were published for it
     assert real is not None
-    assert planned(own=True) == memory.plan(real, memory.Load("cpu", context=1024))
+    assert planned(own=True) == plans.plan(real, plans.Load("cpu", context=1024))
 
 
 def test_figures_of_random_shapes_are_marked_as_simulated(

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 import medusa_chat
 from medusa_chat.config import MAX_NODES, ModelSpec, UserError
 from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model
-from medusa_chat.machine import devices, memory
+from medusa_chat.machine import devices, memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
-from medusa_chat.machine.memory import Load, host_plan, load_of, plan, remedies, shortage
+from medusa_chat.machine.memory import remedies, shortage
+from medusa_chat.machine.plans import Load, host_plan, load_of, plan
 from medusa_chat.model.layouts import HEADS_FILE, write_heads
 from medusa_chat.shapes import SHAPES
 from tests.helpers.complaints import refusal
@@ -245,9 +246,9 @@ def test_quantizing_leaves_no_holes() -> None:
         )
         return float(done.stdout)
 
-    assert bytes_of_a_weight("frugal") == pytest.approx(memory.BYTES["nf4"], rel=0.05)
+    assert bytes_of_a_weight("frugal") == pytest.approx(plans.BYTES["nf4"], rel=0.05)
     assert (
-        bytes_of_a_weight("plain") > 1.15 * memory.BYTES["nf4"]
+        bytes_of_a_weight("plain") > 1.15 * plans.BYTES["nf4"]
     )  # else there is no need of it any more
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from medusa_chat.bench.random_model import random_heads, random_model
 from medusa_chat.config import LoadOptions, ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.machine import memory
+from medusa_chat.machine import plans
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.machine.devices import choose_dtype, free_memory
 from medusa_chat.model.backbone import Backbone
@@ -167,7 +167,7 @@ def memory_plan(
     dtype: torch.dtype,
     *,
     native: bool = False,
-) -> memory.MemoryPlan:
+) -> plans.MemoryPlan:
     """Memory that such a model needs, computed as for a real model."""
     spec = ModelSpec(
         wanted.name,
@@ -180,8 +180,8 @@ def memory_plan(
     assert contents is not None
     # The native step packs weights that were drawn whole before.
     quants = ("none", "none") if native else (wanted.quant, wanted.quant_heads)
-    load = memory.Load(str(device), *quants, positions, dtype.itemsize, native)
-    return memory.plan(contents, load)
+    load = plans.Load(str(device), *quants, positions, dtype.itemsize, native)
+    return plans.plan(contents, load)
 
 
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -11,7 +11,8 @@ from medusa_chat.hub.fetch import accuracy_file
 from medusa_chat.hub.model_list import known_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory, likely_device
-from medusa_chat.machine.memory import load_of, plan, shortage
+from medusa_chat.machine.memory import shortage
+from medusa_chat.machine.plans import load_of, plan
 from medusa_chat.native.library import likely
 
 

@@ -18,8 +18,6 @@ from medusa_chat.native.step import FixedRows, NativeStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
     from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.draft.base import Draft, Nodes
     from medusa_chat.decoding.state import State

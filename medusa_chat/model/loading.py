@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
-from medusa_chat.machine import memory
+from medusa_chat.machine import memory, plans
 from medusa_chat.machine.devices import choose_device, frugal_heap
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, decoding_heads
@@ -63,7 +63,7 @@ def load_model(
     choice = choose_step(local, device, options)
     if not options.ignore_memory:
         width = choice.dtype.itemsize
-        load = memory.load_of(spec, str(device), options.context, width, native=choice.native)
+        load = plans.load_of(spec, str(device), options.context, width, native=choice.native)
         memory.check(local, load)
     with frugal_heap():
         loaded = _load(spec, local, device, choice, options)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medusa_chat.config import Sampling
+from medusa_chat.settings import help_of
 from medusa_chat.terminal.panel import UNKNOWN, gauge, number
 from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
 
@@ -68,6 +69,7 @@ def heads_table(stats: Stats) -> Table:
 def settings_table(sampling: Sampling) -> Table:
     """Draw all settings with their values."""
     table = _table("setting", "value", "")
+    texts = help_of(Sampling)
     for name, value in asdict(sampling).items():
         table.add_row(name, Text(shown(value), STRONG), Text(texts[name], LABEL))
     return table
