@@ -219,7 +219,7 @@ def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_engine_that_ran_out_of_memory_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a reply without memory the same engine gives its usual reply."""
-    engine = medusa_chat.load(device="cpu", tree="chain-2", probing=False)
+    engine = medusa_chat.load(device="cpu", tree="chain-2", probing=False, engine="torch")
     prompt: Any = [{"role": "user", "content": "Hello!"}]
 
     def reply() -> list[int]:

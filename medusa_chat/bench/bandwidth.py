@@ -164,10 +164,10 @@ def step_bytes(runner: Runner, length: int, *, tree: bool) -> int:
 def heads_bytes(runner: Runner) -> int:
     """Bytes of weights that the heads read, with the LM head that they share."""
     heads, native = runner.heads, runner.backbone.native
-    if native is not None:
-        return native.heads_bytes
-    if heads is None or isinstance(heads, NativeHeads):
+    if heads is None:
         return 0
+    if isinstance(heads, NativeHeads):
+        return native.heads_bytes(heads) if native else 0
     total = resident_bytes(heads.modules())
     own = heads.lm_heads is not None and len(heads.lm_heads) > 0
     if not own and getattr(heads, "lm_head", None) is None:

@@ -13,6 +13,9 @@ from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
 from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.native_weights import plain_format
+from medusa_chat.native.model import NativeHeads
 from medusa_chat.native.step import FixedRows, NativeStep
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ class NativeProgram:
         self.observe: Callable[[dict[str, float]], None] | None = None
         self._parts: dict[str, float] = {}
         self._state = state
-        self._step = NativeStep(packed.model, packed.heads, packed.team, state.cache)
+        self._step = NativeStep(packed.model, _packed_heads(state), packed.team, state.cache)
         state.hidden = self._step.last
         self._root = TreeTensors.of(Tree(), CPU)
         self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
@@ -115,6 +118,15 @@ class NativeProgram:
         following = int(verdict.next)
         self._parts["acceptance"] = time.perf_counter() - started
         return row, following
+
+
+def _packed_heads(state: State) -> NativeHeads | None:
+    """Return a state's heads as the library reads them; plain ones are packed as they are."""
+    if state.heads is None or isinstance(state.heads, NativeHeads):
+        return state.heads
+    if not isinstance(state.heads, MedusaHeads):
+        raise TypeError(f"the native step does not run {type(state.heads).__name__}")
+    return NativeHeads(state.heads, plain_format(state.backbone.dtype))
 
 
 def _shown(guesses: Sequence[int], ranked: int, heads: int) -> list[list[int]]:

@@ -121,7 +121,7 @@ def pack_native(
         options: threads and context are read.
 
     Returns:
-        The heads; `backbone.native` holds the rest.
+        The heads; `backbone.native` holds the backbone.
     """
     detach_from_files(backbone.model)
     own = quant_of(backbone.model.config)
@@ -134,7 +134,7 @@ def pack_native(
     if heads is not None:
         own_heads, own_lm_heads = formats_of(as_quant(quant_heads), backbone.dtype)
         packed = NativeHeads(heads, own_heads, own_lm_heads)
-    backbone.native = Packed(model, packed, Team(options.threads or usable_cores()), layers)
+    backbone.native = Packed(model, Team(options.threads or usable_cores()), layers)
     return packed
 
 

@@ -1,4 +1,4 @@
-"""Packed: a backbone and its heads in the form that the native step reads, with their threads."""
+"""Packed: a backbone in the form that the native step reads, with the threads that run it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ NAMES = {number: name for name, number in FORMATS.items()}
 
 @dataclass(frozen=True)
 class Packed:
-    """The weights of one model, and the threads that run its steps.
+    """The weights of one backbone, and the threads that run its steps.
 
     Attributes:
         weights: the format of the layers: a key of library.FORMATS.
-        heads: the Medusa heads, or None.
     """
 
     model: NativeModel
-    heads: NativeHeads | None
     team: Team
     weights: str
 
@@ -38,13 +36,12 @@ class Packed:
         """The kernels in use: portable, avx2, avx2vnni, avx512 or arm."""
         return variant()
 
-    @property
-    def formats(self) -> str:
-        """Formats of the layers, the LM head, and the heads' blocks and own LM heads."""
+    def formats(self, heads: NativeHeads | None) -> str:
+        """Name the formats of the layers, the LM head, and the heads' blocks and own LM heads."""
         used = [self.model.structure.layer[0].qkv, self.model.structure.lm_head]
-        if self.heads:
-            used.append(self.heads.structure.block[0])
-            used += self.heads.structure.lm_head[:1] if self.heads.own_lm_heads else []
+        if heads:
+            used.append(heads.structure.block[0])
+            used += heads.structure.lm_head[:1] if heads.own_lm_heads else []
         return ", ".join(NAMES[matrix.format] for matrix in used)
 
     @property
@@ -52,13 +49,10 @@ class Packed:
         """Bytes that a forward reads of the backbone."""
         return self.model.step_bytes
 
-    @property
-    def heads_bytes(self) -> int:
-        """Bytes that the heads read: their own, and the LM head again if they share it."""
-        if self.heads is None:
-            return 0
-        shared = 0 if self.heads.own_lm_heads else packed_bytes(self.model.structure.lm_head)
-        return self.heads.store.bytes + shared
+    def heads_bytes(self, heads: NativeHeads) -> int:
+        """Count the bytes that heads read: their own, and the LM head again if they share it."""
+        shared = 0 if heads.own_lm_heads else packed_bytes(self.model.structure.lm_head)
+        return heads.store.bytes + shared
 
 
 def packed_bytes(matrix: Matrix) -> int:
