@@ -57,8 +57,9 @@ def unsupported(backbone: Description) -> str | None:
     kind = config.model_type
     if backbone.device.type != "cpu":
         return f"the native step runs on a CPU, not on {backbone.device.type}"
-    if str(backbone.dtype) not in ("torch.float32", "torch.bfloat16"):
-        return f"the native step takes float32 and bfloat16 models, not {backbone.dtype}"
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16"):
+        return f"the native step takes float32 and bfloat16 models, not {dtype}"
     if kind not in FAMILIES:
         return f"the native step does not know {kind} models"
     if activation_of(config) not in ACTIVATIONS:
