@@ -18,7 +18,7 @@ from statistics import median
 import medusa_chat
 from medusa_chat.config import Message, Sampling
 from medusa_chat.hub.model_list import resolve_model
-from medusa_chat.machine import memory
+from medusa_chat.machine import memory, plans
 
 DEFAULTS = ["bundled", "auto", "auto", "1024"]
 
@@ -49,7 +49,7 @@ def main() -> None:
     spec = resolve_model(model, None, quant, quant_heads)
     contents = memory.contents_of(spec)
     assert contents is not None, "the sizes of this model are not known"
-    forecast = memory.plan(contents, memory.load_of(spec, "cpu", int(context)))
+    forecast = plans.plan(contents, plans.load_of(spec, "cpu", int(context)))
     asked = {"model": spec.name, "quant": spec.quant, "quant_heads": spec.quant_heads}
     measured = measure(model, quant, quant_heads, int(context))
     ratio = round(measured["peak"] / forecast.total, 4)

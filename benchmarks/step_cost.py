@@ -17,19 +17,18 @@ import sys
 import time
 from statistics import median
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from medusa_chat.bench.random_engine import RandomModel, random_engine
-from medusa_chat.config import Sampling
+from medusa_chat.config import LoadOptions, Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.hub.model_list import resolve_model
-from medusa_chat.machine.devices import choose_device, choose_dtype
+from medusa_chat.machine.devices import choose_device
 from medusa_chat.model.linear.quantization import as_quant
 from medusa_chat.model.loading import load_model
 from medusa_chat.shapes import SHAPES
@@ -68,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--engine", default="auto")
     return parser.parse_args()
 
 
@@ -76,16 +76,16 @@ def make_runner(options: argparse.Namespace, quants: str) -> Runner:
     quant, _, quant_heads = quants.partition(":")
     quant_heads = quant_heads or "none"
     capacity = options.length + max(ROW_COUNTS)
+    settings = LoadOptions(device=options.device, dtype=options.dtype, engine=options.engine)
     if options.model not in SHAPES:
         spec = resolve_model(options.model, None, quant, quant_heads)
-        loaded = load_model(spec, options.device, options.dtype)
+        loaded = load_model(spec, settings)
         return Runner(loaded.backbone, loaded.heads, capacity)
     device = choose_device(options.device)
-    dtype = choose_dtype(device, options.dtype)
     wanted = RandomModel(
         options.model, as_quant(quant), as_quant(quant_heads), options.heads, not options.shared
     )
-    return random_engine(wanted, capacity, device, dtype).runner
+    return random_engine(wanted, capacity, device, settings).runner
 
 
 def measure(runners: dict[str, Runner], length: int, rounds: int) -> Times:
@@ -124,7 +124,7 @@ def about(options: argparse.Namespace, runner: Runner) -> dict[str, object]:
         "model": options.model,
         "device": str(runner.backbone.device),
         "dtype": str(runner.backbone.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "step": runner.backbone.step_name,
         "length": options.length,
         "rounds": options.rounds,
         "heads": runner.heads.heads if runner.heads else 0,

@@ -76,13 +76,16 @@ def load(
 def _fetch(spec: ModelSpec, options: LoadOptions, progress: Progress | None) -> Files:
     """Download a spec's files, after everything that can be refused before the download."""
     from medusa_chat.hub.fetch import fetch
-    from medusa_chat.machine import memory
+    from medusa_chat.machine import memory, plans
     from medusa_chat.machine.devices import likely_device
     from medusa_chat.model.templates import named_template
+    from medusa_chat.native.library import likely
 
     if spec.template:
         named_template(spec.template)
     if not options.ignore_memory and not Path(spec.backbone).exists():
         # load_model checks again: only then the files' sizes and the number format are known.
-        memory.check(spec, memory.load_of(spec, likely_device(options.device), options.context))
+        device = likely_device(options.device)
+        native = likely(device, options.engine)
+        memory.check(spec, plans.load_of(spec, device, options.context, native=native))
     return fetch(spec, progress)

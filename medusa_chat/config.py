@@ -32,6 +32,7 @@ LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
 MAX_SEED = 2**32 - 1
 MAX_CONTEXT = 8192  # unless more is asked for: a longer cache could fill the memory
 MAX_NODES = 256  # of a candidate tree; the cache has rows for them after the context
+MAX_THREADS = 256
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
 COLD = 1e-5  # a temperature below this counts as 0: logits divided by it could overflow
 OWN_SHARE = 0.12  # of the backbone's parameters: the most that `auto` gives to own LM heads
@@ -167,6 +168,12 @@ class LoadOptions:
         None, "a models.yaml that replaces the one in your settings folder"
     )
     ignore_memory: bool = setting(False, "load even if less memory is free than the model needs")
+    engine: Literal["auto", "native", "torch"] = setting(
+        "auto", "on a CPU: native runs a step in one call of the C library, torch does without it"
+    )
+    threads: int | None = setting(
+        None, "threads of a step on a CPU; default: the physical cores that the process may use"
+    )
     eager: bool | None = setting(
         None, "on a GPU: run steps one operation at a time, not as CUDA graphs"
     )
@@ -180,6 +187,8 @@ class LoadOptions:
         require(known, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         enough = self.context is None or self.context >= 1
         require(enough, f"the context must be at least 1 token, not {self.context}")
+        some = self.threads is None or 1 <= self.threads <= MAX_THREADS
+        require(some, f"threads must be 1 to {MAX_THREADS}, not {self.threads}")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ NEW = 40  # with a prompt of 20 the text is five windows long
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_text_is_that_of_transformers_generate(kind: Any, tmp_path: Path) -> None:
     folder = str(save_model(tmp_path, random_model(kind)))
-    options = LoadOptions(device="cpu", dtype="float32")
+    options = LoadOptions(device="cpu", dtype="float32", engine="torch")
     backbone = load_model(ModelSpec("tiny", folder), options).backbone
     for seed in range(2):
         prompt = prompt_ids(20, seed=seed)
@@ -163,6 +163,9 @@ def test_a_recurrent_backbone_is_refused_in_one_line(kind: Any, tmp_path: Path) 
     """By its config alone: no weights have to be there, so none are read in vain."""
     RECURRENT[kind].save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot take back rejected guesses") as refusal:
-        load_model(ModelSpec(kind, str(tmp_path)), LoadOptions(device="cpu", dtype="float32"))
+        load_model(
+            ModelSpec(kind, str(tmp_path)),
+            LoadOptions(device="cpu", dtype="float32", engine="torch"),
+        )
     assert "\n" not in str(refusal.value)
     assert kind in str(refusal.value)

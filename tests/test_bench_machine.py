@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_
 from medusa_chat.bench.random_engine import RandomModel, memory_plan, numbers, parse_shapes
 from medusa_chat.bench.steps import bandwidth_of, measure_steps
 from medusa_chat.cli import main
-from medusa_chat.config import Quant, UserError
+from medusa_chat.config import LoadOptions, Quant, UserError
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import costs
 from medusa_chat.hub.model_list import packaged_file, read_models
-from medusa_chat.machine import memory
+from medusa_chat.machine import plans
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.machine.devices import (
     free_memory,
@@ -169,6 +169,8 @@ def test_the_share_of_the_limit_is_the_shortest_time_over_the_real_one() -> None
 
 # ---- random shapes ----
 
+IN_BFLOAT16 = LoadOptions(dtype="bfloat16")
+
 
 def test_names_of_shapes_contain_their_quantization() -> None:
     found = parse_shapes("tiny,vicuna-7b:nf4", "int8", heads=3, own=True)
@@ -179,9 +181,13 @@ def test_names_of_shapes_contain_their_quantization() -> None:
     assert [each.name for each in found] == ["tiny:int8", "vicuna-7b:nf4"]
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_a_random_shape_runs_behind_the_ordinary_engine(quant: Quant) -> None:
-    engine = random_engine.random_engine(RandomModel("tiny", quant), 6000, CPU, torch.bfloat16)
+@pytest.mark.parametrize("step", ["auto", "torch"])
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_a_random_shape_runs_behind_the_ordinary_engine(
+    quant: Quant, step: Literal["auto", "torch"]
+) -> None:
+    options = LoadOptions(dtype="bfloat16", engine=step)
+    engine = random_engine.random_engine(RandomModel("tiny", quant), 6000, CPU, options)
     assert engine.heads == 5
     assert engine.context == 6000  # more than the shape has
     assert engine.backbone.vocabulary == 512
@@ -203,12 +209,12 @@ def test_a_shape_beyond_the_memory_is_refused_before_it_is_made(
     with pytest.raises(
         UserError, match=r"vicuna-7b takes 1\d\.\d GiB, and 8\.0 GiB are free"
     ) as refusal:
-        random_engine.random_engine(RandomModel("vicuna-7b"), 1024, CPU, torch.bfloat16)
+        random_engine.random_engine(RandomModel("vicuna-7b"), 1024, CPU, IN_BFLOAT16)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
-    def planned(quant: Quant = "none", own: bool = False) -> memory.MemoryPlan:
+    def planned(quant: Quant = "none", own: bool = False) -> plans.MemoryPlan:
         return memory_plan(RandomModel("vicuna-7b", quant, own=own), 1024, CPU, torch.bfloat16)
 
     assert 13.5e9 < planned().total < 16e9
@@ -219,7 +225,7 @@ def test_a_shape_is_planned_for_as_a_real_model_is() -> None:
         read_models(packaged_file())["vicuna-7b"]
     )  # with the heads that were published for it
     assert real is not None
-    assert planned(own=True) == memory.plan(real, memory.Load("cpu", context=1024))
+    assert planned(own=True) == plans.plan(real, plans.Load("cpu", context=1024))
 
 
 def test_figures_of_random_shapes_are_marked_as_simulated(

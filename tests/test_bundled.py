@@ -127,7 +127,7 @@ def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: fl
 @pytest.fixture(scope="module")
 def permuted() -> tuple[Callable[[int], int], Engine]:
     """The bundled model with shuffled token ids: id 0 is its most frequent token, the full stop."""
-    loaded = load_model(resolve_model(None), LoadOptions(dtype="float32"))
+    loaded = load_model(resolve_model(None), LoadOptions(dtype="float32", engine="torch"))
     engine = Engine(loaded.backbone, None, loaded.tokenizer)
     (stop,) = loaded.tokenizer("x.", add_special_tokens=False)["input_ids"][1:]
     order = torch.randperm(engine.backbone.vocabulary, generator=torch.Generator().manual_seed(0))

@@ -102,7 +102,9 @@ def test_the_walk_is_the_decoding(limit: int) -> None:
 
 
 def test_the_walk_is_the_decoding_of_the_bundled_model() -> None:
-    engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
+    engine = medusa_chat.load(
+        dtype="float32", tree="chain-1", probing=False, copies=False, engine="torch"
+    )
     asked = [
         "Hello!",
         "Tell me a short fairy tale.",

@@ -14,7 +14,7 @@ import medusa_chat
 from medusa_chat.cli import main
 from medusa_chat.commands import doctor
 from medusa_chat.hub.model_list import packaged_file, read_models
-from medusa_chat.machine import memory
+from medusa_chat.machine import plans
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.terminal.reports.models import show_models
 from medusa_chat.text import size_text
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from medusa_chat.events import Step
 
-TOPICS = ["versions", "devices", "4 bit", "hub", "models", "default"]
+TOPICS = ["versions", "devices", "native step", "4 bit", "hub", "models", "default"]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_engine_that_ran_out_of_memory_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a reply without memory the same engine gives its usual reply."""
-    engine = medusa_chat.load(device="cpu", tree="chain-2", probing=False)
+    engine = medusa_chat.load(device="cpu", tree="chain-2", probing=False, engine="torch")
     prompt: Any = [{"role": "user", "content": "Hello!"}]
 
     def reply() -> list[int]:
@@ -246,7 +246,7 @@ def test_an_engine_that_ran_out_of_memory_goes_on(monkeypatch: pytest.MonkeyPatc
 def test_a_plan_is_made_of_its_parts() -> None:
     contents = contents_of(read_models(packaged_file())["zephyr-7b-beta"])
     assert contents is not None
-    made = memory.plan(contents, memory.Load("cpu", "nf4", "nf4"))
+    made = plans.plan(contents, plans.Load("cpu", "nf4", "nf4"))
     assert made.total == sum(made.parts().values())
     assert set(made.parts()) == {
         "layers",

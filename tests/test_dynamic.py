@@ -412,7 +412,9 @@ def test_a_calibration_is_found_again() -> None:
 
 def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> None:
     """And more is accepted than with the fixed tree of as many nodes."""
-    engine = medusa_chat.load(dtype="float32", tree="chain-1", probing=False, copies=False)
+    engine = medusa_chat.load(
+        dtype="float32", tree="chain-1", probing=False, copies=False, engine="torch"
+    )
     said = [
         "Hello!",
         "Tell me a short fairy tale.",

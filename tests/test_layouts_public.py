@@ -29,7 +29,7 @@ from tests.helpers.public_layouts import (
 from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 H, V = 32, 64
-FLOAT32 = LoadOptions(device="cpu", dtype="float32")
+FLOAT32 = LoadOptions(device="cpu", dtype="float32", engine="torch")
 BACKBONE = random_backbone()
 LM_HEAD = BACKBONE.lm_head.weight.detach()
 OTHER_THINGS = {"model.embed_tokens.weight": torch.ones(V, H), "lm_head.weight": LM_HEAD.clone()}

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 import medusa_chat
 from medusa_chat.config import MAX_NODES, ModelSpec, UserError
 from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model
-from medusa_chat.machine import devices, memory
+from medusa_chat.machine import devices, memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
-from medusa_chat.machine.memory import Load, host_plan, load_of, plan, remedies, shortage
+from medusa_chat.machine.memory import remedies, shortage
+from medusa_chat.machine.plans import Load, host_plan, load_of, plan
 from medusa_chat.model.layouts import HEADS_FILE, write_heads
+from medusa_chat.native.library import available
 from medusa_chat.shapes import SHAPES
 from tests.helpers.complaints import refusal
 from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
@@ -245,9 +247,9 @@ def test_quantizing_leaves_no_holes() -> None:
         )
         return float(done.stdout)
 
-    assert bytes_of_a_weight("frugal") == pytest.approx(memory.BYTES["nf4"], rel=0.05)
+    assert bytes_of_a_weight("frugal") == pytest.approx(plans.BYTES["nf4"], rel=0.05)
     assert (
-        bytes_of_a_weight("plain") > 1.15 * memory.BYTES["nf4"]
+        bytes_of_a_weight("plain") > 1.15 * plans.BYTES["nf4"]
     )  # else there is no need of it any more
 
 
@@ -338,14 +340,17 @@ def test_a_load_checks_memory_unless_it_is_ignored(free: dict[str, int]) -> None
     assert medusa_chat.load(device="cpu", ignore_memory=True, tree="chain-1").heads == 5
 
 
-def test_the_asked_context_counts(free: dict[str, int]) -> None:
+@pytest.mark.parametrize("step", ["native", "torch"])
+def test_the_asked_context_counts(step: str, free: dict[str, int]) -> None:
+    if step == "native" and available():
+        pytest.skip(available() or "")
     spec = resolve_model(None)
     contents = contents_of(spec)
     assert contents is not None
-    free["cpu"] = plan(contents, Load(context=300, width=4)).total
-    medusa_chat.load(device="cpu", dtype="float32", context=300, tree="chain-1")
+    free["cpu"] = plan(contents, Load(context=300, width=4, native=step == "native")).total
+    medusa_chat.load(device="cpu", dtype="float32", context=300, tree="chain-1", engine=step)
     with pytest.raises(UserError, match="--max-context 256 would make it fit"):
-        medusa_chat.load(device="cpu", dtype="float32", context=400)
+        medusa_chat.load(device="cpu", dtype="float32", context=400, engine=step)
 
 
 # ---- free memory ----

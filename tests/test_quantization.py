@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
 
 CPU = torch.device("cpu")
-ON_CPU = LoadOptions(device="cpu")
+ON_CPU = LoadOptions(device="cpu", engine="torch")
 QUANTS: tuple[Quant, ...] = ("nf4", "nf4-double", "int8")
 SHAPE = Shape(
     layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=512, context=256
@@ -60,6 +60,7 @@ def bundled(
 ) -> Engine:
     return medusa_chat.load(
         device="cpu",
+        engine="torch",
         quant=quant,
         quant_heads=quant_heads,
         dtype=dtype,

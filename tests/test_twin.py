@@ -16,7 +16,7 @@ from medusa_chat.bench import bandwidth, measure, twin
 from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.cli import main
-from medusa_chat.config import Sampling
+from medusa_chat.config import LoadOptions, Sampling
 from medusa_chat.decoding import fast
 from medusa_chat.decoding.graphs.capture import not_recorded
 from medusa_chat.decoding.runner import Runner
@@ -135,9 +135,12 @@ def test_waits_for_the_host_are_timed_between_static_steps_only() -> None:
     )
 
 
+IN_FLOAT32 = LoadOptions(dtype="float32", engine="torch")
+
+
 def test_a_random_model_with_separate_matrices_gives_the_same_text() -> None:
     joined, apart = (
-        random_engine(RandomModel("tiny", fused=fused), 600, CPU, torch.float32)
+        random_engine(RandomModel("tiny", fused=fused), 600, CPU, IN_FLOAT32)
         for fused in (True, False)
     )
     layers = [

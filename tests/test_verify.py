@@ -12,22 +12,32 @@ import medusa_chat
 from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.runner import Runner
+from medusa_chat.native.library import available
 from medusa_chat.prompts import Prompt
 from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.report import StepReport
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
 
 
-@pytest.fixture
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder = save_with_heads(tmp_path_factory.mktemp("model"))
-    return medusa_chat.load(str(folder), tree="mc_sim_7b_63", dtype="float32", probing=False)
+@pytest.fixture(params=["torch", "native"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    if request.param == "native" and available():
+        pytest.skip(available() or "")
+    return loaded(save_with_heads(tmp_path_factory.mktemp("model")), request.param)
+
+
+def loaded(folder: Path, step: str) -> Engine:
+    return medusa_chat.load(
+        str(folder), tree="mc_sim_7b_63", dtype="float32", probing=False, engine=step
+    )
 
 
 def verified(engine: Engine) -> list[Comparison]:
@@ -67,7 +77,8 @@ def test_verify_finds_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     assert not checks["vanilla, generate()"].faults
 
 
-def test_a_near_tie_is_no_fault(engine: Engine) -> None:
+def test_a_near_tie_is_no_fault(tmp_path: Path) -> None:
+    engine = loaded(save_with_heads(tmp_path), "torch")
     prompt = engine.encode(PROMPTS[0].opening())
     backbone = engine.backbone
     logits = backbone.logits(backbone.hidden_of_text(torch.tensor(prompt)))[-1]
@@ -82,3 +93,11 @@ def test_a_near_tie_is_no_fault(engine: Engine) -> None:
     check = Comparison("tie")
     check.add(engine, prompt, [first], [second], Sampling())
     assert (check.faults, check.near_ties) == (0, 1)
+
+
+def test_no_difference_is_a_near_tie_of_the_native_step(tmp_path: Path) -> None:
+    if reason := available():
+        pytest.skip(reason)
+    check = Comparison("tie")
+    check.add(loaded(save_with_heads(tmp_path), "native"), [1, 2, 3], [5], [6], Sampling())
+    assert (check.faults, check.near_ties) == (1, 0)

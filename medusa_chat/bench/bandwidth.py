@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from medusa_chat.machine.devices import free_memory, last_level_cache
+from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -43,13 +45,25 @@ def _seconds(reader: Callable[[Tensor], Tensor], buffer: Tensor) -> float:
     return (time.perf_counter() - started) / READS
 
 
-def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
+def measure_limit(
+    device: torch.device, model_bytes: int, threads: int | None = None
+) -> dict[str, Any]:
     """Measure the speed of memory, and that of the last-level cache if the model fits into it.
+
+    Args:
+        device: whose memory.
+        model_bytes: size of the model.
+        threads: of a step on a CPU; None reads with those of torch.
 
     Returns:
         {"memory_gb_per_second", "buffer_bytes", "cache_bytes", "in_cache", "gb_per_second"}. The
         last is the limit for this model. "cached_gb_per_second" is added if it is the cache's.
     """
+    with torch_threads(threads):
+        return _limit(device, model_bytes)
+
+
+def _limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
     cache = last_level_cache(device)
     size = max(min(BUFFER, free_memory(str(device)) // 4), 4 * cache)
     memory = round(read_limit(device, size) / 1e9, 2)
@@ -64,6 +78,17 @@ def measure_limit(device: torch.device, model_bytes: int) -> dict[str, Any]:
         cached = round(read_limit(device, model_bytes) / 1e9, 2)
         limit |= {"cached_gb_per_second": cached, "gb_per_second": cached}
     return limit
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads inside the block; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resident_bytes(modules: Iterable[nn.Module]) -> int:
@@ -114,6 +139,8 @@ def _nested_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def backbone_bytes(backbone: Backbone) -> int:
     """Bytes of weights that a forward reads: all but the embedding, which is only looked up."""
+    if backbone.native:
+        return backbone.native.backbone_bytes
     embedding = backbone.model.get_input_embeddings()
     modules = [module for module in backbone.model.modules() if module is not embedding]
     if backbone.lm_head not in modules:
@@ -131,7 +158,17 @@ def step_bytes(runner: Runner, length: int, *, tree: bool) -> int:
     heads = runner.heads
     if not tree or heads is None:
         return total
-    total += resident_bytes(heads.modules())
+    return total + heads_bytes(runner)
+
+
+def heads_bytes(runner: Runner) -> int:
+    """Bytes of weights that the heads read, with the LM head that they share."""
+    heads, native = runner.heads, runner.backbone.native
+    if heads is None:
+        return 0
+    if isinstance(heads, NativeHeads):
+        return native.heads_bytes(heads) if native else 0
+    total = resident_bytes(heads.modules())
     own = heads.lm_heads is not None and len(heads.lm_heads) > 0
     if not own and getattr(heads, "lm_head", None) is None:
         total += resident_bytes(runner.backbone.lm_head.modules())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.bench.replies import PEERS, Round, Transcript, Turn, baseline_name
+from medusa_chat.bench.replies import Round, Transcript, Turn, baseline_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,17 +31,33 @@ def mode_figures(rounds: Sequence[Round], mode: str, baseline: str) -> Figures:
 
 
 def peer_figures(rounds: Sequence[Round], job: BenchJob) -> dict[str, Figures]:
-    """Tokens/s of other decoders, and ours over theirs. Prefill counts on both sides."""
-    vanilla = baseline_name(replace(job.sampling, mode=job.modes[0]))
+    """Tokens/s of other decoders, and ours over theirs.
+
+    Prefill counts on both sides, but for the figures that begin with `decode`.
+    """
     figures: dict[str, Figures] = {}
-    for peer in PEERS:
-        rates = [_wall_rate(each[peer]) for each in rounds]
+    vanilla = baseline_name(replace(job.sampling, mode=job.modes[0]))
+    ours = {*job.modes, "view", *(baseline_name(replace(job.sampling, mode=m)) for m in job.modes)}
+    for peer in [way for way in rounds[0] if way not in ours]:
+        turns = [_turns(each[peer]) for each in rounds]
         figures[peer] = {
-            "tokens_per_second": round(median(rates), 2),
+            "tokens_per_second": round(median(_wall_rate(each[peer]) for each in rounds), 2),
+            "decode_tokens_per_second": _median(map(_rate_after_first, turns), digits=2),
+            "time_to_first_token_ms": _median(
+                1000 * median(turn.first for turn in each) for each in turns
+            ),
             "ratio": {mode: wall_ratio(rounds, mode, peer) for mode in job.modes},
+            "decode_ratio": {mode: decode_ratio(rounds, mode, peer) for mode in job.modes},
             "vanilla_ratio": wall_ratio(rounds, vanilla, peer),
+            "decode_vanilla_ratio": decode_ratio(rounds, vanilla, peer),
         }
     return figures
+
+
+def decode_ratio(rounds: Sequence[Round], way: str, peer: str) -> float | None:
+    """Tokens/s of our steps over those of a peer after its first token."""
+    pairs = ((_turns(each[way]), _turns(each[peer])) for each in rounds)
+    return _median(_ratio(_rate(ours), _rate_after_first(theirs)) for ours, theirs in pairs)
 
 
 def wall_ratio(rounds: Sequence[Round], way: str, other: str) -> float:
@@ -125,6 +141,12 @@ def _step_seconds(turns: Sequence[Turn]) -> float | None:
 def _rate(turns: Sequence[Turn]) -> float | None:
     """New tokens per second inside the engine, without prefill."""
     tokens = sum(turn.stats.new_tokens for turn in turns)
+    return _ratio(tokens, sum(turn.stats.seconds for turn in turns))
+
+
+def _rate_after_first(turns: Sequence[Turn]) -> float | None:
+    """Tokens per second of a peer, without prefill and the token that comes with it."""
+    tokens = sum(max(turn.stats.new_tokens - 1, 0) for turn in turns)
     return _ratio(tokens, sum(turn.stats.seconds for turn in turns))
 
 

@@ -25,7 +25,7 @@ class BenchJob:
 
     Attributes:
         turns: user turns to answer in each conversation, with the model's own answers in between.
-        peer: also measure transformers' generate().
+        peers: other decoders to measure: transformers, llama.cpp=FILE.
         view: also measure replies that this function consumes, such as the chat's live view.
         contexts: numbers of cached positions at which steps are timed.
         histories: lengths of a conversation before the second turn that is timed.
@@ -36,7 +36,7 @@ class BenchJob:
     sampling: Sampling
     rounds: int = 3
     turns: int = 1
-    peer: bool = False
+    peers: tuple[str, ...] = ()
     view: Consume | None = None
     contexts: tuple[int, ...] = (TIMED_LENGTH,)
     histories: tuple[int, ...] = ()

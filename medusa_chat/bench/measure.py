@@ -11,8 +11,8 @@ from medusa_chat.bench.random_engine import SHAPE_CONTEXTS, SHAPES_OF_GPU, rando
 from medusa_chat.bench.run import bench, bench_steps, header
 from medusa_chat.bench.steps import measure_steps, positions_needed
 from medusa_chat.bench.twin import compare_in_float32
-from medusa_chat.config import UserError, out_of_memory
-from medusa_chat.machine.devices import choose_device, choose_dtype, reset_peak_memory
+from medusa_chat.config import LoadOptions, UserError, out_of_memory
+from medusa_chat.machine.devices import choose_device, reset_peak_memory
 from medusa_chat.text import first_line
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Request:
         command: the command line, for the result.
         job: prompts and modes of the loaded model.
         load: loads the model; its keywords replace fields of LoadOptions.
-        device: as LoadOptions has it, like `dtype`.
+        options: of models of random weights: device, dtype, engine, threads.
         named: the user named a model or prompts, so that the loaded model is measured.
         shapes: models of random weights.
         contexts: cached positions at which steps are timed, if the user gave any.
@@ -44,8 +44,7 @@ class Request:
     command: str
     job: BenchJob
     load: Callable[..., Engine]
-    device: str = "auto"
-    dtype: str = "auto"
+    options: LoadOptions = LoadOptions()
     named: bool = False
     shapes: Sequence[RandomModel] = ()
     contexts: tuple[int, ...] | None = None
@@ -61,7 +60,7 @@ def measure(request: Request, progress: ProgressBar) -> dict[str, Any]:
         `bench_steps`}, the parts of `whole_story`, and `seconds`, the time of all this.
     """
     started = time.perf_counter()
-    device = choose_device(request.device)
+    device = choose_device(request.options.device)
     if request.contexts:
         request = replace(request, job=replace(request.job, contexts=request.contexts))
     result = header(device, request.command) | {"model": "", "prompts": 0, "modes": {}, "peers": {}}
@@ -146,7 +145,7 @@ def _random(
     reset_peak_memory()
     job = replace(request.job, contexts=request.contexts or SHAPE_CONTEXTS)
     with progress(model.name) as tick:
-        dtype = choose_dtype(device, request.dtype)
-        engine = random_engine(model, positions_needed(job.contexts, job.histories), device, dtype)
+        positions = positions_needed(job.contexts, job.histories)
+        engine = random_engine(model, positions, device, request.options)
         tick(1, 1)
     return engine, job

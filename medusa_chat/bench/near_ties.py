@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 ULPS = 16  # a gap of so many units in the last place may be rounding
 NOISE_FACTOR = 4  # so may one of so many times the noise of a quantized model
 REPLAYED_TOKENS = 32  # tokens that are run row by row to measure that noise
+
+
+@torch.inference_mode()
+def peer_gap(model: Any, text: list[int], a: int, b: int) -> tuple[float, float]:
+    """Measure the gap between two tokens as transformers' `model` scores them after `text`.
+
+    Returns:
+        The gap of their logits, and the largest gap that rounding explains.
+    """
+    logits = model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0]
+    last = logits[-1].float()
+    limit = ULPS * torch.finfo(model.dtype).eps * float(last.abs().max())
+    return abs(float(last[a] - last[b])), limit
 
 
 @torch.inference_mode()

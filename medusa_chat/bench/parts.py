@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medusa_chat.decoding.native_step import NativeProgram
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -67,9 +69,32 @@ class Stopwatch:
         return seconds
 
 
+class Observed:
+    """The parts that native steps report by themselves."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, float]] = []
+
+    def __call__(self, parts: dict[str, float]) -> None:
+        """Note the parts of a step."""
+        self._steps.append(parts)
+
+    def steps(self) -> list[dict[str, float]]:
+        """Seconds of each part, step by step."""
+        return self._steps
+
+
 @contextmanager
-def watching(runner: Runner) -> Iterator[Stopwatch]:
+def watching(runner: Runner) -> Iterator[Stopwatch | Observed]:
     """Time the parts of the runner's steps inside the block."""
+    program = runner.fast
+    if isinstance(program, NativeProgram):
+        program.observe = observed = Observed()
+        try:
+            yield observed
+        finally:
+            program.observe = None
+        return
     stopwatch = Stopwatch(runner.backbone.device)
     before = runner.eager.mark
     runner.eager.mark = stopwatch

@@ -12,13 +12,15 @@ from transformers import PreTrainedTokenizerFast
 from medusa_chat.bench.random_model import random_heads, random_model
 from medusa_chat.config import LoadOptions, ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
-from medusa_chat.machine import memory
+from medusa_chat.machine import plans
 from medusa_chat.machine.contents import contents_of
-from medusa_chat.machine.devices import free_memory
+from medusa_chat.machine.devices import choose_dtype, free_memory
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import decoding_heads
 from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.model.linear.packed import pack_linears
+from medusa_chat.model.native_weights import native_dtype, pack_native
+from medusa_chat.native import library
 from medusa_chat.shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -68,16 +70,24 @@ def parse_shapes(text: str, quant: Quant, **heads: Any) -> list[RandomModel]:
 
 
 def random_engine(
-    wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype
+    wanted: RandomModel, positions: int, device: torch.device, options: LoadOptions
 ) -> Engine:
     """Make an engine over random weights in memory, with a context of `positions` tokens.
+
+    Args:
+        wanted: the model.
+        positions: tokens of its context.
+        device: where to make it.
+        options: dtype, engine and threads are read.
 
     Raises:
         UserError: the memory does not suffice.
     """
     shape = SHAPES[wanted.shape]
     shape = replace(shape, context=max(positions, shape.context))
-    needed = memory_plan(wanted, positions, device, dtype).total
+    native = takes_native(device, options)
+    dtype = native_dtype(device, options.dtype) if native else choose_dtype(device, options.dtype)
+    needed = memory_plan(wanted, positions, device, dtype, native=native).total
     free = free_memory(str(device))
     # Checked first: some systems end the process instead of raising an error.
     if needed > free:
@@ -86,12 +96,16 @@ def random_engine(
             f" {free / 2**30:.1f} GiB are free; --quant nf4 or a smaller --shape takes less"
         )
     try:
-        backbone, heads = _weights(wanted, shape, device, dtype)
+        options = replace(options, context=positions)
+        if native:
+            backbone, heads = _native_weights(wanted, shape, dtype, options)
+        else:
+            backbone, heads = _weights(wanted, shape, device, dtype)
         return Engine(
             backbone,
             heads,
             numbers(shape.vocabulary),
-            LoadOptions(tree="chain-1", context=positions, probing=False),
+            replace(options, tree="chain-1", probing=False),
             name=wanted.name,
             eos=frozenset(),
         )
@@ -113,9 +127,41 @@ def _weights(
     return backbone, heads
 
 
+def takes_native(device: torch.device, options: LoadOptions) -> bool:
+    """Tell if the native step runs a random model; all of them are Llamas.
+
+    Raises:
+        UserError: it is asked for and cannot be had.
+    """
+    wrong = library.available()
+    if device.type != "cpu":
+        wrong = f"the native step runs on a CPU, not on {device.type}"
+    elif native_dtype(device, options.dtype) == torch.float16:
+        wrong = "the native step takes float32 and bfloat16 models, not float16"
+    if options.engine == "native" and wrong:
+        raise UserError(f"--engine native: {wrong}")
+    return options.engine != "torch" and not wrong
+
+
+def _native_weights(
+    wanted: RandomModel, shape: Shape, dtype: torch.dtype, options: LoadOptions
+) -> tuple[Backbone, Heads | None]:
+    """Make plain weights, and pack them in the wanted quantization."""
+    cpu = torch.device("cpu")
+    model = random_model(shape, quant="none", dtype=dtype, device=cpu)
+    backbone = Backbone(model, own_attention=True)
+    plain = random_heads(shape, wanted.heads, wanted.own, dtype=dtype, device=cpu)
+    return backbone, pack_native(backbone, plain, wanted.quant, wanted.quant_heads, options)
+
+
 def memory_plan(
-    wanted: RandomModel, positions: int, device: torch.device, dtype: torch.dtype
-) -> memory.MemoryPlan:
+    wanted: RandomModel,
+    positions: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    native: bool = False,
+) -> plans.MemoryPlan:
     """Memory that such a model needs, computed as for a real model."""
     spec = ModelSpec(
         wanted.name,
@@ -126,8 +172,10 @@ def memory_plan(
     )
     contents = contents_of(spec)
     assert contents is not None
-    load = memory.Load(str(device), wanted.quant, wanted.quant_heads, positions, dtype.itemsize)
-    return memory.plan(contents, load)
+    # The native step packs weights that were drawn whole before.
+    quants = ("none", "none") if native else (wanted.quant, wanted.quant_heads)
+    load = plans.Load(str(device), *quants, positions, dtype.itemsize, native)
+    return plans.plan(contents, load)
 
 
 def numbers(vocabulary: int) -> PreTrainedTokenizerFast:

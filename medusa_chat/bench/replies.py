@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from medusa_chat.bench.peers import TransformersPeer
+from medusa_chat.bench.peers import load_peers
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
 
 if TYPE_CHECKING:
     from medusa_chat.bench.job import BenchJob, Consume, Tick
+    from medusa_chat.bench.peers import Peer
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.events import Step
     from medusa_chat.prompts import Prompt
 
-# Tokens that each decoder copies at once (prompt_lookup_num_tokens).
-PEERS = {"transformers": 0, "transformers-lookup": 10}
 WARM_UP_PROMPTS = 2
 
 
@@ -67,10 +66,8 @@ def ways_of(engine: Engine, job: BenchJob) -> dict[str, Answer]:
     if job.view:
         sampling = replace(job.sampling, mode=job.modes[0])
         ways["view"] = _engine_answer(engine, sampling, job.view)
-    if job.peer:
-        peer = TransformersPeer(engine)
-        for name, lookup in PEERS.items():
-            ways[name] = _peer_answer(engine, peer, job.sampling.max_new_tokens, lookup)
+    for name, peer in load_peers(engine, job.peers).items():
+        ways[name] = _peer_answer(engine, peer, job.sampling.max_new_tokens)
     return ways
 
 
@@ -140,17 +137,13 @@ def _engine_answer(engine: Engine, sampling: Sampling, consume: Consume = list) 
     return answer
 
 
-def _peer_answer(
-    engine: Engine, peer: TransformersPeer, max_new_tokens: int, lookup: int
-) -> Answer:
-    """Answer with generate(). It reports nothing before its end, so `first` is the whole time."""
+def _peer_answer(engine: Engine, peer: Peer, max_new_tokens: int) -> Answer:
+    """Answer with another decoder; its time after the first token counts as that of its steps."""
 
     def answer(ids: list[int]) -> Turn:
         longest = min(max_new_tokens, engine.context - len(ids))
-        started = time.perf_counter()
-        reply = peer.generate(ids, longest, lookup)
-        seconds = time.perf_counter() - started
-        text = engine.tokenizer.decode(reply, skip_special_tokens=True)
-        return Turn(Stats(new_tokens=len(reply), seconds=seconds), seconds, seconds, len(ids), text)
+        reply = peer.reply(ids, longest)
+        stats = Stats(new_tokens=reply.tokens, seconds=reply.seconds - reply.first)
+        return Turn(stats, reply.first, reply.seconds, len(ids), reply.text)
 
     return answer

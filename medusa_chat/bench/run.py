@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medusa_chat.bench.bandwidth import backbone_bytes, measure_limit, resident_bytes
+from medusa_chat.bench.bandwidth import backbone_bytes, heads_bytes, measure_limit
 from medusa_chat.bench.figures import mode_figures, peer_figures, wall_ratio
 from medusa_chat.bench.history import check_histories, measure_history
 from medusa_chat.bench.host import host_gaps
@@ -18,6 +18,7 @@ from medusa_chat.bench.replies import Round, baseline_name, fitting, measure_rep
 from medusa_chat.bench.steps import bandwidth_of, check_contexts, measure_steps
 from medusa_chat.bench.twin import compare_with_eager
 from medusa_chat.config import Mode, Sampling, UserError
+from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.machine.devices import device_name, peak_memory, versions
 from medusa_chat.model.attention.choice import FasterAttention
 
@@ -84,7 +85,7 @@ def _check(engine: Engine, job: BenchJob) -> None:
 
 
 def _reply_figures(rounds: list[Round], job: BenchJob) -> Result:
-    result: Result = {"modes": {}, "peers": peer_figures(rounds, job) if job.peer else {}}
+    result: Result = {"modes": {}, "peers": peer_figures(rounds, job) if job.peers else {}}
     for mode in job.modes:
         baseline = baseline_name(replace(job.sampling, mode=mode))
         result["modes"][mode] = mode_figures(rounds, mode, baseline)
@@ -95,20 +96,21 @@ def _reply_figures(rounds: list[Round], job: BenchJob) -> Result:
 
 
 def _compare_captured(engine: Engine, prompts: list[list[int]]) -> Result:
-    """Compare captured steps with eager ones; nothing where steps are eager anyway."""
-    if engine.runner.fast is None:
+    """Compare captured steps with eager ones; nothing where steps are not captured."""
+    if not isinstance(engine.runner.fast, StaticStep):
         return {}
     return {"eager": compare_with_eager(engine, prompts)}
 
 
 def _about(engine: Engine) -> Result:
-    heads = engine.runner.heads
     return {
         "model": engine.name,
         "dtype": str(engine.backbone.dtype).removeprefix("torch."),
         "heads": engine.heads,
         "backbone_bytes": backbone_bytes(engine.backbone),
-        "heads_bytes": 0 if heads is None else resident_bytes(heads.modules()),
+        "heads_bytes": heads_bytes(engine.runner),
+        "step": engine.backbone.step_name,
+        "threads": engine.backbone.threads,
     }
 
 
@@ -126,7 +128,8 @@ def _machine(
         result["attention"] = engine.backbone.attend.report()
     result["peak_memory_bytes"] = peak_memory()  # before the limit takes its buffers
     with progress("memory") as tick:
-        limit = measure_limit(engine.backbone.device, backbone_bytes(engine.backbone))
+        backbone = engine.backbone
+        limit = measure_limit(backbone.device, backbone_bytes(backbone), backbone.threads)
         tick(1, 1)
     return result | {
         "limit": limit,

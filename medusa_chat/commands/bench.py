@@ -45,7 +45,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--turns", type=count, default=1, help="user turns to answer in each conversation"
     )
     parser.add_argument(
-        "--peer", choices=["transformers"], help="measure transformers' generate() too"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="transformers|llama.cpp=FILE.gguf",
+        help="measure another decoder beside it: transformers' generate(), or llama.cpp through"
+        " llama-cpp-python; may be given more than once",
     )
     parser.add_argument("--view", action="store_true", help="measure the cost of the live view too")
     _add_shape_flags(parser)
@@ -128,10 +133,12 @@ def run(options: argparse.Namespace) -> int:
 def _request(options: argparse.Namespace, sampling: Sampling, view: Consume | None) -> Request:
     from medusa_chat.bench.job import BenchJob
     from medusa_chat.bench.measure import Request
+    from medusa_chat.bench.peers import check_peers
     from medusa_chat.bench.random_engine import parse_shapes
     from medusa_chat.model.linear.quantization import as_quant
     from medusa_chat.prompts import read_prompts
 
+    check_peers(options.peer)
     settings = read_fields(options, LoadOptions, probing=False)
     modes = [sampling.with_value("mode", name).mode for name in options.modes.split(",")]
     named = any((options.model, options.heads, options.prompts))
@@ -146,7 +153,7 @@ def _request(options: argparse.Namespace, sampling: Sampling, view: Consume | No
         sampling=sampling,
         rounds=options.rounds,
         turns=options.turns,
-        peer=options.peer is not None,
+        peers=tuple(options.peer),
         view=view,
         histories=options.history,
     )
@@ -167,8 +174,7 @@ def _request(options: argparse.Namespace, sampling: Sampling, view: Consume | No
         command=shlex.join(["medusa-chat", *options.words]),
         job=job,
         load=load,
-        device=settings.device,
-        dtype=settings.dtype,
+        options=settings,
         named=named,
         shapes=shapes,
         contexts=options.contexts,

@@ -79,8 +79,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> LoadOptions:
-    """Return how to load the model: no tree is timed, and an earlier calibration is not read."""
-    settings = read_fields(options, LoadOptions, probing=False, measured=False)
+    """Return how to load the model.
+
+    No tree is timed, an earlier calibration is not read, and torch runs the steps: calibration
+    reads what the heads say along whole replies, which the native step does not give.
+    """
+    settings = read_fields(options, LoadOptions, probing=False, measured=False, engine="torch")
     if settings.tree in ("auto", "retune"):
         return replace(settings, tree="chain-1")
     return settings

@@ -11,7 +11,9 @@ from medusa_chat.hub.fetch import accuracy_file
 from medusa_chat.hub.model_list import known_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory, likely_device
-from medusa_chat.machine.memory import load_of, plan, shortage
+from medusa_chat.machine.memory import shortage
+from medusa_chat.machine.plans import load_of, plan
+from medusa_chat.native.library import likely
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def catalogue(models: Path | None = None) -> list[Listed]:
 
 def _listed(spec: ModelSpec, device: str, free: dict[str, int]) -> Listed:
     contents = contents_of(spec)
-    load = load_of(spec, device)
+    load = load_of(spec, device, native=likely(device, "auto"))
     needs = short = short_of = None
     if contents is not None:
         needs = plan(contents, load).total

@@ -23,6 +23,7 @@ from medusa_chat.machine.devices import (
     free_memory,
     processor_name,
     total_memory,
+    usable_cores,
 )
 from medusa_chat.text import first_line, size_text
 from medusa_chat.version import __version__
@@ -87,6 +88,7 @@ def examine() -> list[Finding]:
     checks = {
         "versions": check_versions,
         "devices": check_devices,
+        "native step": check_native,
         "4 bit": check_4bit,
         "hub": check_hub,
         "models": check_models,
@@ -176,6 +178,19 @@ def describe_device(name: str) -> str:
     found = torch.cuda.get_device_properties(name)
     capability = f"compute capability {found.major}.{found.minor}"
     return f"{found.name}, {capability}, CUDA {torch.version.cuda}"
+
+
+def check_native() -> Iterator[Finding]:
+    """Report the library of the native step: its kernels and threads, or why it is missing."""
+    from medusa_chat.native.library import available
+    from medusa_chat.native.packed import variant
+
+    reason = available()
+    if reason:
+        yield Finding("native step", "cpu", f"{reason}; torch's step serves, which is slower")
+        return
+    cores = f"{usable_cores()} threads, one for each core that this process may use (--threads)"
+    yield Finding("native step", "cpu", f"{variant()} kernels; {cores}")
 
 
 def check_4bit() -> Iterator[Finding]:

@@ -43,4 +43,6 @@ def run(options: argparse.Namespace) -> int:
     with progress_bar("verifying") as progress:
         checks = verify(engine, prompts, sampling, turns=options.turns, progress=progress)
     show_checks([vars(check) for check in checks])
+    if engine.backbone.native:
+        print(f"{engine.backbone.step_name}: modes and trees are identical by construction")
     return int(any(check.faults for check in checks))

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from medusa_chat.native.model import NativeHeads
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,7 +27,7 @@ class State:
         head_count: how many heads there are.
         cache: keys and values of the text.
         hidden: [1, hidden], the backbone's last hidden state of the text's last token. Steps write
-            to this tensor and never replace it.
+            to this tensor; only a StepProgram that is made replaces it.
     """
 
     def __init__(self, backbone: Backbone, heads: Heads | None, capacity: int) -> None:
@@ -47,6 +49,7 @@ class State:
         """
         if self.heads is None or draft.ranked == 0:
             return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
+        assert not isinstance(self.heads, NativeHeads), "only the native step runs packed heads"
         logits = self.heads.logits(self.hidden, self.backbone.lm_head)[:, 0]
         likeliest = logits.topk(draft.ranked)
         if not draft.uses_confidence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 import sys
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 CGROUP = Path("/sys/fs/cgroup")
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+PROCESSORS = Path("/sys/devices/system/cpu")
+CACHES = PROCESSORS / "cpu0" / "cache"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 M_TRIM_THRESHOLD = -1  # of glibc's malloc.h
 M_MMAP_THRESHOLD = -3
@@ -134,6 +136,40 @@ def total_memory(device: str) -> int:
 
         return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
     return psutil.virtual_memory().total
+
+
+def usable_cores() -> int:
+    """Count the physical cores that this process may use: its affinity, and its container's quota.
+
+    Two processors of one core count once: they share the units that a step keeps busy.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len({_core_of(processor) for processor in os.sched_getaffinity(0)})
+    else:
+        cores = psutil.cpu_count(logical=False) or 1
+    return max(min(cores, _processor_quota()), 1)
+
+
+def _core_of(processor: int) -> tuple[str, str]:
+    """Return the package and the core of a processor; itself where the system does not say."""
+    topology = PROCESSORS / f"cpu{processor}" / "topology"
+    try:
+        package = (topology / "physical_package_id").read_text()
+        return package, (topology / "core_id").read_text()
+    except OSError:
+        return "", str(processor)
+
+
+def _processor_quota() -> int:
+    """Return the processors that the container (cgroup 2 or 1) allows, whole ones at least 1."""
+    with suppress(OSError, ValueError):
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return sys.maxsize if quota == "max" else max(int(quota) // int(period), 1)
+    with suppress(OSError, ValueError):
+        quota_us = int((CGROUP / "cpu" / "cpu.cfs_quota_us").read_text())
+        period_us = int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text())
+        return max(quota_us // period_us, 1) if quota_us > 0 else sys.maxsize
+    return sys.maxsize
 
 
 def container_memory() -> int:

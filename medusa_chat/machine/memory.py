@@ -1,78 +1,21 @@
-"""The memory that a load will need, part by part, and what would make it fit. No torch."""
+"""Whether a load fits the memory, and what would make it fit. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa_chat.config import MAX_CONTEXT, MAX_NODES, PREFILL_ROWS, ModelSpec, UserError
+from medusa_chat.config import MAX_CONTEXT, ModelSpec, UserError
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory
+from medusa_chat.machine.plans import GB, Load, host_plan, load_of, plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from medusa_chat.shapes import Shape
-
-GB = 10**9
-# Bytes per weight. nf4: half a byte, and a 4-byte scale per block of 64. nf4-double: those scales
-# in a byte each, with scales of their own per block of 256. int8: a byte.
-BYTES = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-# The same after packing for a CPU that computes in bfloat16.
-PACKED = {"nf4": 0.5 + 2 / 64, "nf4-double": 0.5 + 2 / 64, "int8": 1.0}
-QUANTIZING = dict.fromkeys(BYTES, 10.0)  # while a matrix is quantized (measured)
-# On the host: interpreter, torch and transformers (measured).
-PROCESS = {"cpu": 450_000_000, "cuda": 3 * GB, "mps": 700_000_000}
-GPU_LIBRARIES = 400_000_000  # on the device: cuBLAS's workspaces, and the allocator's rounding
 STEP = 64  # granularity of a proposed context
 SMALLEST_CONTEXT = 256  # a shorter one is too short to chat
-
-
-@dataclass(frozen=True)
-class Load:
-    """Settings of a load that its memory depends on. `width`: bytes of an unquantized number."""
-
-    device: str = "cpu"
-    quant: str = "none"
-    quant_heads: str = "none"
-    context: int | None = None
-    width: int = 2
-
-    @property
-    def kind(self) -> str:
-        """cpu, cuda or mps."""
-        return self.device.split(":")[0]
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes that a load needs at its peak on one device, part by part.
-
-    Attributes:
-        plain: embeddings, LM head and norms.
-        packed: tensors that the files hold quantized.
-        cache: keys and values of the whole context.
-        workspace: the most that temporary tensors need in addition.
-        process: the program without a model.
-    """
-
-    layers: int = 0
-    plain: int = 0
-    packed: int = 0
-    heads: int = 0
-    cache: int = 0
-    workspace: int = 0
-    process: int = 0
-
-    @property
-    def total(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, int]:
-        """Return the bytes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class Shortage(NamedTuple):
@@ -81,95 +24,6 @@ class Shortage(NamedTuple):
     device: str
     needed: int
     missing: int
-
-
-def load_of(spec: ModelSpec, device: str, context: int | None = None, width: int = 2) -> Load:
-    """Return the load that a spec asks for; its `auto` is 16 bit."""
-    quants = (spec.quant, spec.quant_heads)
-    quant, heads = ("none" if each == "auto" else each for each in quants)
-    return Load(device, quant, heads, context, width)
-
-
-def plan(contents: Contents, load: Load) -> MemoryPlan:
-    """Plan the memory of the device that computes."""
-    shape = contents.shape
-    width = load.width
-    on_cpu = load.kind == "cpu"
-    kept = PACKED if on_cpu and width == 2 else BYTES
-    plain = contents.plain
-    if on_cpu and shape.tied:
-        plain += shape.embedding_parameters  # a copy of the LM head, laid out for the CPU's matmul
-    heads = contents.heads
-    if load.quant_heads != "none" and heads and contents.largest_head < shape.embedding_parameters:
-        heads += shape.embedding_parameters  # a quantized copy of the LM head that heads share
-    context = load.context or min(shape.context, MAX_CONTEXT)
-    cache = shape.cache_bytes(context + MAX_NODES, width)
-    head_bytes = weight_bytes(heads, load.quant_heads, width, kept)
-    # Layers are quantized first, then heads, then the cache is made: while weights are quantized,
-    # the memory of what comes later is free.
-    workspace = max(
-        _forward_bytes(shape, context, width) + _unpacked_bytes(contents, load),
-        weight_bytes(contents.largest, load.quant, width, QUANTIZING) - head_bytes - cache,
-        _reading_heads_bytes(contents, load) - cache,
-    )
-    return MemoryPlan(
-        layers=weight_bytes(contents.layers, load.quant, width, kept),
-        plain=plain * width,
-        packed=contents.packed,
-        heads=head_bytes,
-        cache=cache,
-        workspace=workspace,
-        process=PROCESS["cpu"] if on_cpu else GPU_LIBRARIES,
-    )
-
-
-def host_plan(contents: Contents, load: Load) -> MemoryPlan:
-    """Plan the host's memory of a load on a GPU.
-
-    The backbone passes through it one tensor at a time, the heads all together.
-    """
-    staging = max(contents.largest, contents.shape.embedding_parameters) * 4
-    workspace = max(staging, contents.heads * load.width)
-    return MemoryPlan(workspace=workspace, process=PROCESS[load.kind])
-
-
-def weight_bytes(weights: int, quant: str, width: int, each: Mapping[str, float] = BYTES) -> int:
-    """Return the bytes of weights: `width` for each, or `each[quant]` if they are quantized."""
-    return weights * width if quant == "none" else int(weights * each[quant])
-
-
-def _forward_bytes(shape: Shape, context: int, width: int) -> int:
-    """Return the most that a forward needs: a piece of the prompt, or the largest tree.
-
-    A tree's logits are needed in 32 bits too, several times.
-    """
-    attention = 2 * shape.head_dim * (shape.heads + shape.kv_heads)
-    states = 4 * shape.hidden + 3 * shape.intermediate + attention
-    prefill = PREFILL_ROWS * (states + 2 * context) * width
-    return max(prefill, MAX_NODES * (states * width + shape.vocabulary * (width + 3 * 4)))
-
-
-def _unpacked_bytes(contents: Contents, load: Load) -> int:
-    """Return the bytes of gate and up in 16 bits, which bitsandbytes unpacks for many rows.
-
-    They exist twice: for prompts, and in the memory that captured steps share.
-    """
-    if load.kind != "cuda" or not load.quant.startswith("nf4"):
-        return 0
-    return 2 * 2 * contents.largest * load.width
-
-
-def _reading_heads_bytes(contents: Contents, load: Load) -> int:
-    """Return the temporary bytes while heads are read and quantized.
-
-    A CPU reads them all before it quantizes them one by one or, in bfloat16, packs them.
-    """
-    needed = 0
-    if load.quant_heads != "none":
-        needed += weight_bytes(contents.largest_head, load.quant_heads, load.width, QUANTIZING)
-    if load.kind == "cpu" and (load.quant_heads != "none" or load.width == 2):
-        needed += contents.heads * load.width
-    return needed
 
 
 def shortage(contents: Contents, load: Load, free: Mapping[str, int]) -> Shortage:
@@ -291,6 +145,6 @@ def _smaller_model(contents: Contents, load: Load, free: Mapping[str, int]) -> s
         other = contents_of(spec)
         if other is None or other.layers >= contents.layers:
             continue
-        if _fits(other, load_of(spec, load.device, None, load.width), free):
+        if _fits(other, load_of(spec, load.device, None, load.width, native=load.native), free):
             found[name] = other.layers
     return max(found, key=lambda name: found[name], default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from medusa_chat.config import UserError
 from medusa_chat.model.attention import tree_attention as attention
 from medusa_chat.model.attention.choice import FasterAttention
 from medusa_chat.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from medusa_chat.native.packed import Packed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers that can be rewound
 UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
@@ -35,10 +38,17 @@ class Backbone:
         model: the transformers model, in eval mode, with tree attention.
         config: the config of its text part.
         attend: the implementation of attention over a fixed span, for `hidden_at`.
+        native: the weights as the native step reads them. Then the model has none of its own but
+            embeddings and norms, and only that step runs it; None otherwise.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, own_attention: bool = False) -> None:
         """Switch a transformers model to tree attention.
+
+        Args:
+            model: the transformers model.
+            own_attention: leave its attention as it is, for a model that is about to be packed for
+                the native step.
 
         Raises:
             UserError: the model cannot be rewound, or does not follow tree attention.
@@ -58,7 +68,9 @@ class Backbone:
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._use_tree_attention()
+        self.native: Packed | None = None
+        if not own_attention:
+            self._use_tree_attention()
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +83,19 @@ class Backbone:
         """The dtype of hidden states and cache."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
+
+    @property
+    def threads(self) -> int:
+        """Threads of a step on a CPU."""
+        return self.native.threads if self.native else torch.get_num_threads()
+
+    @property
+    def step_name(self) -> str:
+        """The way in which steps are computed, for people to read."""
+        if self.device.type != "cpu":
+            return "torch"
+        name = f"native ({self.native.variant})" if self.native else "torch"
+        return f"{name}, {self.threads} threads"
 
     @property
     def hidden_size(self) -> int:

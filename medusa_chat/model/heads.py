@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from medusa_chat.model.linear.packed import pack_linear
 from medusa_chat.model.linear.quantization import quantize_linear
+from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +116,8 @@ class LinearHeads(nn.Module):
         return shared
 
 
-Heads = MedusaHeads | LinearHeads
+TorchHeads = MedusaHeads | LinearHeads
+Heads = TorchHeads | NativeHeads
 
 
 def decoding_heads(
@@ -124,7 +126,7 @@ def decoding_heads(
     device: torch.device,
     dtype: torch.dtype,
     lm_head: nn.Module | None,
-) -> Heads:
+) -> TorchHeads:
     """Return heads in the form that decodes fastest on a device.
 
     Args:

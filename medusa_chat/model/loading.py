@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
-from medusa_chat.machine import memory
-from medusa_chat.machine.devices import choose_device, choose_dtype, frugal_heap
+from medusa_chat.machine import memory, plans
+from medusa_chat.machine.devices import choose_device, frugal_heap
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, ReadHeads, find_heads, read_heads
 from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.model.linear.packed import detach_from_files, pack_linears
 from medusa_chat.model.linear.quantization import as_quant, prepare_4bit
+from medusa_chat.model.native_weights import StepChoice, choose_step, pack_native
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import ChatTemplate, resolve_template
 
@@ -49,42 +50,52 @@ def load_model(
 
     Args:
         spec: the model, with its quantization and its template.
-        options: device, dtype, context (for the memory check), ignore_memory and fuse are read.
+        options: device, dtype, context, ignore_memory, engine, threads and fuse are read.
         files: the local files of `spec`; they are fetched if not given.
 
     Raises:
         UserError: a file, the device or the memory does not allow it.
     """
     device = choose_device(options.device)
-    dtype = choose_dtype(device, options.dtype)
     files = files or hub.fetch(spec)
     heads = str(files.heads) if files.heads else None
     local = replace(spec, backbone=str(files.backbone), heads=heads)
+    choice = choose_step(local, device, options)
     if not options.ignore_memory:
-        load = memory.load_of(spec, str(device), options.context, dtype.itemsize)
+        width = choice.dtype.itemsize
+        load = plans.load_of(spec, str(device), options.context, width, native=choice.native)
         memory.check(local, load)
     with frugal_heap():
-        loaded = _load(spec, local, device, dtype, options.fuse)
+        loaded = _load(spec, local, device, choice, options)
     return replace(loaded, notices=(*files.notices, *loaded.notices))
 
 
 def _load(
-    spec: ModelSpec, local: ModelSpec, device: torch.device, dtype: torch.dtype, join: bool
+    spec: ModelSpec,
+    local: ModelSpec,
+    device: torch.device,
+    choice: StepChoice,
+    options: LoadOptions,
 ) -> Loaded:
     """Load `spec` from the files that `local` names, stage by stage.
 
     The stages: read and quantize the backbone, join its layers, read the heads, lay out all for
-    the device.
+    the device. The native step's layout quantizes and joins by itself.
     """
-    notices: list[str] = []
-    model, tokenizer = load_pretrained(local, dtype, spec.quant, device, notices)
+    notices = [*choice.notices]
+    model, tokenizer = load_pretrained(local, choice.dtype, choice.quant, device, notices)
     template = resolve_template(tokenizer, spec)
-    if join and join_linears(model):
-        prepare_4bit(model, device, dtype)  # joined layers are new ones
-    backbone = Backbone(model)
+    if options.fuse and not choice.native and join_linears(model):
+        prepare_4bit(model, device, choice.dtype)  # joined layers are new ones
+    backbone = Backbone(model, own_attention=choice.native)
     file = heads_file(local)
     read = _read_heads(file, backbone, spec.layout) if file else None
-    heads = _lay_out(backbone, read, spec.quant_heads, device)
+    heads: Heads | None
+    if choice.native:
+        plain = read.heads if read else None
+        heads = pack_native(backbone, plain, spec.quant, spec.quant_heads, options)
+    else:
+        heads = _lay_out(backbone, read, spec.quant_heads, device)
     if read:
         notices += read.notices
     accuracy = _accuracy_file(spec, file) if file else None
@@ -105,7 +116,7 @@ def _read_heads(file: Path, backbone: Backbone, layout: str) -> ReadHeads:
 def _lay_out(
     backbone: Backbone, read: ReadHeads | None, quant_heads: str, device: torch.device
 ) -> Heads | None:
-    """Bring backbone and heads into the form that decodes fastest on a device."""
+    """Bring backbone and heads into the form in which torch decodes fastest on a device."""
     heads = None
     if read:
         quant = as_quant(quant_heads)

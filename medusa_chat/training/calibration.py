@@ -15,6 +15,7 @@ from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
+from medusa_chat.native.model import NativeHeads
 from medusa_chat.stats import Stats
 from medusa_chat.training.confidence import Guessed, calibrated
 
@@ -129,12 +130,14 @@ def guess_reply(engine: Engine, prompt: list[int], reply: list[int]) -> tuple[Te
         ranks: [heads, n].
         log_p: [n - 1, heads, RANKED_GUESSES], natural logarithms.
     """
-    assert engine.runner.heads is not None
+    heads = engine.runner.heads
+    if heads is None or isinstance(heads, NativeHeads):
+        raise UserError("calibration needs Medusa heads, loaded with engine='torch'")
     backbone = engine.backbone
     text = torch.tensor(prompt + reply, device=backbone.device)
     # The first state is that of the prompt's last token, which the reply's first token follows.
     hidden = backbone.hidden_of_text(text)[len(prompt) - 1 : -1]
-    logits = engine.runner.heads.logits(hidden, backbone.lm_head)
+    logits = heads.logits(hidden, backbone.lm_head)
     top = logits.float().log_softmax(-1).topk(min(RANKED_GUESSES, backbone.vocabulary))
     guesses = top.indices.cpu()  # [heads, n, ranked]
     ranks = torch.full(guesses.shape[:2], PAST_END)

@@ -13,7 +13,7 @@ from typing import Any
 
 from medusa_chat.config import ModelSpec, Recipe
 from medusa_chat.hub import fetch as hub
-from medusa_chat.machine import memory
+from medusa_chat.machine import memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
 
 # Bytes of a trained number, of its gradient, and of each of Adam's two moments.
@@ -109,15 +109,15 @@ def answer_needs(contents: Contents, device: str, tokens: int) -> Needs:
 
 
 def _weights(contents: Contents, quant: str, width: int) -> int:
-    layers = memory.weight_bytes(contents.layers, quant, width)
+    layers = plans.weight_bytes(contents.layers, quant, width)
     return layers + contents.plain * width + contents.packed
 
 
 def _with_program(contents: Contents, device: str, parts: Mapping[str, int], written: int) -> Needs:
     """Add the program itself, and for a GPU the needs of the host."""
     if device == "cpu":
-        return {device: {**parts, "program": memory.PROCESS["cpu"]}}
-    host = memory.host_plan(replace(contents, heads=0), memory.Load(device))
+        return {device: {**parts, "program": plans.PROCESS["cpu"]}}
+    host = plans.host_plan(replace(contents, heads=0), plans.Load(device))
     passing = {"loading": host.workspace}
     if written > host.workspace:
         passing = {"the copy that is written": written}

@@ -18,35 +18,41 @@ if TYPE_CHECKING:
 
 
 class FixedDraft(Draft):
-    """The nodes of a fixed tree, without copies."""
+    """The nodes of a fixed tree, without copies.
+
+    Attributes:
+        tree: the tree.
+        tensors: its topology.
+        places: [n], the place of each node's token among the root and the flattened guesses.
+    """
 
     uses_confidence = False
 
     def __init__(self, tree: Tree, heads: int, backbone: Backbone) -> None:
         """Lay out a tree for a model with so many heads."""
+        self.tree = tree
         self.size = len(tree)
         self.ranked = ranked_guesses(tree, heads, backbone)
         self.deepest = min(self.size - 1, heads)
         self.shape = ("fixed", self.size, self.ranked)
         self.layout = self._layout(heads, 0, lambda _: tree.paths)
-        self._tensors = TreeTensors.of(tree, backbone.device)
+        self.tensors = TreeTensors.of(tree, backbone.device)
         self._mask: Tensor | None = None
         if self.size > 1:
-            self._mask = attention.additive(self._tensors.ancestors, backbone.dtype)
-        # The place of each node's token among the root and the flattened guesses.
+            self._mask = attention.additive(self.tensors.ancestors, backbone.dtype)
         guesses = (1 + (len(path) - 1) * self.ranked + path[-1] for path in tree.paths[1:])
-        self._places = torch.tensor([0, *guesses], device=backbone.device)
+        self.places = torch.tensor([0, *guesses], device=backbone.device)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Tensors that differ between drafts of one shape."""
-        tensors = self._tensors
-        return self._places, tensors.parents, tensors.depths, tensors.ancestors
+        tensors = self.tensors
+        return self.places, tensors.parents, tensors.depths, tensors.ancestors
 
     def nodes(self, given: PackedInput, guesses: Tensor, _log_p: Tensor | None, /) -> Nodes:
         """Put the guesses [heads, ranked] to their places after the root."""
         tokens = torch.cat([given.root, guesses.flatten()])
-        return Nodes(tokens[self._places], self._tensors)
+        return Nodes(tokens[self.places], self.tensors)
 
     def mask(self, _nodes: Nodes, /) -> Tensor | None:
         """Return the additive mask [n, n], which is always the same; None for the root alone."""

@@ -22,6 +22,7 @@ from medusa_chat.decoding.trees.growth import grow, kinds, tree_of
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.files import write_json
 from medusa_chat.machine.devices import device_name, versions
+from medusa_chat.native.model import NativeHeads
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
@@ -217,11 +218,21 @@ def cost_key(runner: Runner, model: str, forecast: float) -> Key:
         "versions": versions() | {"medusa-chat": __version__},
         "model": model,
         "dtype": str(runner.backbone.dtype),
+        "step": runner.backbone.step_name,
+        "formats": _formats(runner),
         "backbone": _fingerprint(runner.backbone.model),
         "heads": _fingerprint(runner.heads),
         "positions": timed_length(runner),
         "forecast": round(forecast, 1),
     }
+
+
+def _formats(runner: Runner) -> str | None:
+    """Name the formats of weights that are packed for the native step."""
+    packed, heads = runner.backbone.native, runner.heads
+    if packed is None:
+        return None
+    return packed.formats(heads if isinstance(heads, NativeHeads) else None)
 
 
 def _fingerprint(module: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 Figures = Mapping[str, Any]
 
 # key in the result, name, format
+RATE_ROWS = (
+    ("tokens_per_second", "tokens/s", "{:.1f}"),
+    ("vanilla_tokens_per_second", "tokens/s, vanilla", "{:.1f}"),
+    ("wall_tokens_per_second", "tokens/s, prefill included", "{:.1f}"),
+)
 MODE_ROWS = (
     ("acceptance_length", "acceptance length", "{:.2f} tokens/step"),
     ("overhead", "overhead", "{:.2f} vanilla steps"),
     ("speedup", "speedup over vanilla", "{:.2f}x"),
     ("throughput_ratio", "tokens/s over vanilla", "{:.2f}x"),
-    ("tokens_per_second", "tokens/s", "{:.1f}"),
-    ("vanilla_tokens_per_second", "tokens/s, vanilla", "{:.1f}"),
-    ("wall_tokens_per_second", "tokens/s, prefill included", "{:.1f}"),
     ("step_ms", "step", "{:.2f} ms"),
     ("vanilla_step_ms", "step, vanilla", "{:.2f} ms"),
     ("time_to_first_token_ms", "time to first token", "{:.1f} ms"),
@@ -88,11 +90,14 @@ def _modes_table(result: Figures) -> Table:
     modes = result["modes"]
     machine = f"{result['model']} on {result['device']}, {result['dtype']}"
     title = f"{machine}; {result['prompts']} prompts x {result['rounds']}"
-    table = Table("", *modes, title=title, caption=f"tree {result['tree']}")
-    for key, name, form in MODE_ROWS:
-        table.add_row(name, *(_figure(form, mode.get(key)) for mode in modes.values()))
+    step = f"{result['step']}; " if "step" in result else ""
+    table = Table("", *modes, title=title, caption=f"{step}tree {result['tree']}")
+    _add_rows(table, modes, RATE_ROWS)
+    _add_peer_rates(table, result["peers"])
+    table.add_section()
+    _add_rows(table, modes, MODE_ROWS)
     _add_head_rows(table, modes)
-    _add_peer_rows(table, modes, result["peers"])
+    _add_peer_ratios(table, modes, result["peers"])
     table.add_section()
     if "view" in result:
         share = result["view"]["share_of_tokens_per_second"]
@@ -103,6 +108,11 @@ def _modes_table(result: Figures) -> Table:
     return table
 
 
+def _add_rows(table: Table, modes: Figures, rows: Sequence[tuple[str, str, str]]) -> None:
+    for key, name, form in rows:
+        table.add_row(name, *(_figure(form, mode.get(key)) for mode in modes.values()))
+
+
 def _add_head_rows(table: Table, modes: Figures) -> None:
     rates = [mode["head_acceptance"] for mode in modes.values()]
     for head in sorted(set().union(*rates), key=int):
@@ -110,13 +120,23 @@ def _add_head_rows(table: Table, modes: Figures) -> None:
         table.add_row(name, *(_figure("{:.0%}", rate.get(head)) for rate in rates))
 
 
-def _add_peer_rows(table: Table, modes: Figures, peers: Figures) -> None:
+def _add_peer_rates(table: Table, peers: Figures) -> None:
+    """Add the tokens/s of each other decoder: without prefill, and with it."""
     for name, peer in peers.items():
         table.add_section()
-        table.add_row(f"{name}, tokens/s", f"{peer['tokens_per_second']:.1f}")
+        table.add_row(f"{name}, tokens/s", _figure("{:.1f}", peer.get("decode_tokens_per_second")))
+        table.add_row("  prefill included", f"{peer['tokens_per_second']:.1f}")
+
+
+def _add_peer_ratios(table: Table, modes: Figures, peers: Figures) -> None:
+    """Add our tokens/s over those of each other decoder."""
+    for name, peer in peers.items():
+        table.add_section()
+        decode = peer.get("decode_ratio", {})
+        table.add_row(f"over {name}", *(_figure("{:.2f}x", decode.get(mode)) for mode in modes))
         ratios = (f"{peer['ratio'][mode]:.2f}x" for mode in modes)
-        table.add_row("times that, prefill included", *ratios)
-        table.add_row("our vanilla, times that", f"{peer['vanilla_ratio']:.2f}x")
+        table.add_row("  prefill included", *ratios)
+        table.add_row("  our vanilla, prefill included", f"{peer['vanilla_ratio']:.2f}x")
 
 
 def _categories_table(mode: str, figures: Figures) -> Table:

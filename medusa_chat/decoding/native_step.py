@@ -1,0 +1,135 @@
+"""NativeStep as a StepProgram: heads, forward and acceptance in one call of the library."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+
+from medusa_chat.decoding.acceptance import TreeTensors
+from medusa_chat.decoding.draft.base import RANKED
+from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
+from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.native_weights import plain_format
+from medusa_chat.native.model import NativeHeads
+from medusa_chat.native.step import FixedRows, NativeStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.draft.base import Draft, Nodes
+    from medusa_chat.decoding.state import State
+    from medusa_chat.native.packed import Packed
+    from medusa_chat.native.step import Settled
+
+CPU = torch.device("cpu")
+
+
+class NativeProgram:
+    """Implements state.StepProgram with the library's step.
+
+    Attributes:
+        observe: called after each step with the seconds of its parts, by name: heads, forward,
+            acceptance, commit. bench times them by it.
+    """
+
+    shared_buffers = False
+
+    def __init__(self, state: State, packed: Packed) -> None:
+        """Run steps over a state's text; its last hidden state becomes the one of the library."""
+        self.observe: Callable[[dict[str, float]], None] | None = None
+        self._parts: dict[str, float] = {}
+        self._state = state
+        self._step = NativeStep(packed.model, _packed_heads(state), packed.team, state.cache)
+        state.hidden = self._step.last
+        self._root = TreeTensors.of(Tree(), CPU)
+        self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
+
+    def prefill(self, tokens: list[int], rule: Rule) -> int:
+        """Append tokens to the text and commit them; returns the token that follows."""
+        logits = self._step.prefill(tokens)
+        last = torch.tensor(tokens[-1:])
+        return int(rule(logits, last, self._root, self._state.cache.length - 1).next)
+
+    def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
+        """Verify a draft's nodes in one forward, and commit the accepted path."""
+        if isinstance(draft, FixedDraft):
+            report = self._fixed(draft, given, rule)
+        else:
+            report = self._selected(draft, given, rule)
+        started = time.perf_counter()
+        self._step.keep(report.rows)
+        self._parts["commit"] = time.perf_counter() - started
+        if self.observe:
+            self.observe(self._parts)
+        return report
+
+    def _fixed(self, draft: FixedDraft, given: StepInput, rule: Rule) -> StepReport:
+        """Run a fixed tree: its heads and its rows in one call."""
+        if draft not in self._rows:
+            places = draft.places.tolist()
+            self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
+        settled = self._step.fixed(given.root, self._rows[draft], rule.kind == "greedy")
+        self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
+        row, following = self._verdict(settled, draft.tensors, given, rule)
+        tree, layout = draft.tree, draft.layout
+        guesses = _shown(settled.guesses, draft.ranked, layout.heads)
+        return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
+
+    def _selected(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
+        """Run the heads, select nodes among their guesses and the copies, and run those."""
+        started = time.perf_counter()
+        guesses, nodes = self._nodes(draft, given)
+        heads_seconds = time.perf_counter() - started
+        tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
+        settled = self._step.chosen(tokens, parents, rule.kind == "greedy")
+        self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
+        row, following = self._verdict(settled, nodes.tensors, given, rule)
+        selection = [number for part in nodes.selection for number in part.tolist()]
+        shown = _shown(guesses, draft.ranked, draft.layout.heads)
+        flat = [token for likeliest in shown for token in likeliest]
+        return draft.layout.unpack([row, following, *tokens, *selection, *flat])
+
+    def _nodes(self, draft: Draft, given: StepInput) -> tuple[list[int], Nodes]:
+        """Return the heads' guesses, flattened, and the nodes that a draft selects."""
+        packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float64))
+        if self._state.heads is None or not draft.ranked:
+            return [], draft.nodes(packed, torch.empty(0, 0, dtype=torch.long), None)
+        guesses, log_p = self._step.guess(draft.ranked)
+        table = torch.tensor(guesses).view(-1, draft.ranked)
+        return guesses, draft.nodes(packed, table, log_p if draft.uses_confidence else None)
+
+    def _verdict(
+        self, settled: Settled, tree: TreeTensors, given: StepInput, rule: Rule
+    ) -> tuple[int, int]:
+        """Return the accepted row and the token behind it, which greedy steps have found."""
+        if settled.accepted >= 0:
+            return settled.accepted, settled.next
+        started = time.perf_counter()
+        logits = self._step.logits(len(settled.tokens))
+        verdict = rule(logits, torch.tensor(settled.tokens), tree, given.position)
+        row = int(verdict.row)
+        self._state.hidden.copy_(self._step.hidden[row : row + 1])
+        following = int(verdict.next)
+        self._parts["acceptance"] = time.perf_counter() - started
+        return row, following
+
+
+def _packed_heads(state: State) -> NativeHeads | None:
+    """Return a state's heads as the library reads them; plain ones are packed as they are."""
+    if state.heads is None or isinstance(state.heads, NativeHeads):
+        return state.heads
+    if not isinstance(state.heads, MedusaHeads):
+        raise TypeError(f"the native step does not run {type(state.heads).__name__}")
+    return NativeHeads(state.heads, plain_format(state.backbone.dtype))
+
+
+def _shown(guesses: Sequence[int], ranked: int, heads: int) -> list[list[int]]:
+    """List the guesses of each head that a report shows."""
+    shown = min(ranked, RANKED)
+    return [list(guesses[head * ranked :][:shown]) for head in range(heads)]

@@ -1,0 +1,10 @@
+"""The decoding step on a CPU in one native call.
+
+build.py       compiles source/ into a library; build_hook.py does so when pip installs
+library.py     the library as ctypes sees it, or the reason why it is missing
+takes.py       the parts of a model and its cache that the step reads
+families.py    the backbones that it runs
+weights.py     packs linear layers; model.py describes a backbone and heads with them
+step.py        runs steps: prefill, vanilla, trees
+source/        the C files; step.h and matmul.h describe them
+"""

@@ -1,0 +1,268 @@
+/* The decoder: every thread runs it, and they wait for one another where rows meet. */
+#include <math.h>
+#include <string.h>
+
+#include "worker.h"
+
+typedef void (*row_work)(mc_worker *worker, int layer, int row);
+
+/* Does some work for each row: all of them on every thread, or each on whichever takes it. */
+static void each_row(mc_worker *worker, row_work work, int layer) {
+    mc_engine *engine = worker->engine;
+    int rows = engine->step->rows;
+    if (worker->apart) {
+        for (int row = 0; row < rows; row++) work(worker, layer, row);
+        return;
+    }
+    for (int row; (row = mc_team_next(engine->team, rows)) >= 0;) work(worker, layer, row);
+    mc_team_barrier(engine->team);
+}
+
+static void prepare(mc_worker *worker, const mc_matrix *matrix, int rows, int row, const float *x) {
+    /* x is this row alone: no stride leads to it. */
+    mc_prepare_rows(matrix->format, matrix->inputs, rows, row, 1, x, 0, worker->prepared);
+}
+
+static float *stream(const mc_worker *worker, int row) {
+    return worker->x + (size_t)row * (size_t)worker->engine->model->hidden;
+}
+
+/* Norms a row of the residual stream, and lays it out for the matrix that reads it. */
+static void enter(mc_worker *worker, const float *norm, const mc_matrix *matrix, int row) {
+    const mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    engine->operations->norm(stream(worker, row), norm, model->hidden, model->epsilon,
+                             worker->normed);
+    prepare(worker, matrix, engine->step->rows, row, worker->normed);
+}
+
+/* Adds a product to the residual stream, behind the norm that some families have there. */
+static void leave(mc_worker *worker, const float *norm, int row) {
+    const mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    const float *product = engine->product + (size_t)row * (size_t)model->hidden;
+    if (norm) {
+        engine->operations->norm(product, norm, model->hidden, model->epsilon, worker->normed);
+        product = worker->normed;
+    }
+    engine->operations->add(stream(worker, row), product, model->hidden);
+}
+
+int32_t mc_token_of(const mc_step *step, int row) {
+    if (step->tokens) return step->tokens[row];
+    int32_t place = step->table[row];
+    return place ? step->guesses[place - 1] : step->root;
+}
+
+static void begin_row(mc_worker *worker, int layer, int row) {
+    const mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    size_t bytes = model->embedding_format == MC_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    int32_t token = mc_token_of(engine->step, row);
+    if (engine->step->row_tokens && (!worker->apart || worker->index == 0))
+        engine->step->row_tokens[row] = token;
+    size_t place = (size_t)token * (size_t)model->hidden * bytes;
+    engine->operations->embed((const char *)model->embedding + place,
+                              (mc_format)model->embedding_format, model->hidden,
+                              model->embedding_scale, stream(worker, row));
+    enter(worker, model->layer[layer].attention_norm, &model->layer[layer].qkv, row);
+}
+
+static void mixed_row(mc_worker *worker, int layer, int row) {
+    const mc_matrix *output = &worker->engine->model->layer[layer].output;
+    const float *mixed = worker->engine->mixed + (size_t)row * (size_t)output->inputs;
+    prepare(worker, output, worker->engine->step->rows, row, mixed);
+}
+
+static void attended_row(mc_worker *worker, int index, int row) {
+    const mc_layer *layer = &worker->engine->model->layer[index];
+    leave(worker, layer->attention_post, row);
+    enter(worker, layer->mlp_norm, &layer->gate, row);
+}
+
+static void gated_row(mc_worker *worker, int layer, int row) {
+    const mc_matrix *down = &worker->engine->model->layer[layer].down;
+    const float *gated = worker->engine->gated + (size_t)row * (size_t)down->inputs;
+    prepare(worker, down, worker->engine->step->rows, row, gated);
+}
+
+static void next_row(mc_worker *worker, int index, int row) {
+    const mc_layer *layer = &worker->engine->model->layer[index];
+    leave(worker, layer->mlp_post, row);
+    enter(worker, layer[1].attention_norm, &layer[1].qkv, row);
+}
+
+static void last_row(mc_worker *worker, int index, int row) {
+    const mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    mc_step *step = engine->step;
+    leave(worker, model->layer[index].mlp_post, row);
+    float *normed = worker->normed;
+    if (!worker->apart || worker->index == 0)
+        normed = step->hidden + (size_t)row * (size_t)model->hidden;
+    engine->operations->norm(stream(worker, row), model->final_norm, model->hidden, model->epsilon,
+                             normed);
+    int met = step->rows - step->first_logits;
+    if (row >= step->first_logits)
+        prepare(worker, &model->lm_head, met, row - step->first_logits, normed);
+}
+
+static size_t slot(const mc_engine *engine, int layer, int head, int row) {
+    const mc_cache *cache = engine->cache;
+    return (size_t)layer * (size_t)cache->layer_stride + (size_t)head * (size_t)cache->head_stride +
+           (size_t)row * (size_t)engine->model->head_dim;
+}
+
+static void *at(const mc_engine *engine, void *base, size_t place) {
+    size_t bytes = engine->cache->format == MC_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    return (char *)base + place * bytes;
+}
+
+/* Norms and turns one head of a row; keys and values go to the cache. */
+static void settle_head(mc_engine *engine, int index, int head, int row) {
+    const mc_model *model = engine->model;
+    const mc_layer *layer = &model->layer[index];
+    const mc_operations *operations = engine->operations;
+    int size = model->head_dim, kv = head - model->heads, slots = engine->step->start + row;
+    int position = engine->step->start + engine->depth[row];
+    if (position >= model->positions) position = model->positions - 1;
+    float *x = engine->qkv + (size_t)row * (size_t)layer->qkv.outputs + (size_t)head * (size_t)size;
+    const float *norm = kv < 0 ? layer->query_norm : layer->key_norm;
+    if (kv < model->kv_heads) {
+        size_t place = (size_t)position * (size_t)(model->rotary / 2);
+        if (norm) operations->norm(x, norm, size, model->epsilon, x);
+        operations->rotate(x, model->cosine[layer->rope] + place, model->sine[layer->rope] + place,
+                           model->rotary / 2);
+    }
+    if (kv < 0) return;
+    void *base = kv < model->kv_heads ? engine->cache->keys : engine->cache->values;
+    size_t place = slot(engine, index, kv % model->kv_heads, slots);
+    operations->store(x, size, (mc_format)engine->cache->format, at(engine, base, place));
+}
+
+static int common_multiple(int a, int b) {
+    int x = a, y = b;
+    while (y) {
+        int rest = x % y;
+        x = y;
+        y = rest;
+    }
+    return a / x * b;
+}
+
+/* Queries, keys and values, whole heads a unit, so that their thread can settle them. */
+static void project(mc_worker *worker, int index) {
+    mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    const mc_matrix *qkv = &model->layer[index].qkv;
+    int rows = engine->step->rows, outputs = qkv->outputs;
+    int piece = common_multiple(model->head_dim, MC_TILE);
+    int units = (outputs + piece - 1) / piece;
+    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
+        int first = unit * piece, last = first + piece < outputs ? first + piece : outputs;
+        mc_matmul(qkv, worker->prepared, rows, first, last, engine->qkv, (size_t)outputs);
+        for (int head = first / model->head_dim; head < last / model->head_dim; head++)
+            for (int row = 0; row < rows; row++) settle_head(engine, index, head, row);
+    }
+    mc_team_barrier(engine->team);
+}
+
+static mc_attention attention_of(mc_engine *engine, int index, int head) {
+    const mc_model *model = engine->model;
+    const mc_layer *layer = &model->layer[index];
+    int group = model->heads / model->kv_heads;
+    size_t first = (size_t)head * (size_t)(group * model->head_dim);
+    size_t place = slot(engine, index, head, 0);
+    mc_attention attention = {
+        .queries = engine->qkv + first,
+        .mixed = engine->mixed + first,
+        .query_stride = (size_t)layer->qkv.outputs,
+        .mixed_stride = (size_t)layer->output.inputs,
+        .keys = at(engine, engine->cache->keys, place),
+        .values = at(engine, engine->cache->values, place),
+        .format = (mc_format)engine->cache->format,
+        .head_dim = model->head_dim,
+        .group = group,
+        .start = engine->step->start,
+        .window = layer->window,
+        .scale = model->attention_scale,
+        .cap = model->attention_cap,
+        .depth = engine->depth,
+        .path = engine->step->parents ? engine->path : NULL,
+    };
+    return attention;
+}
+
+/* Queries of a unit: many share each tile of keys, few leave work for every thread. */
+static int queries_of_unit(const mc_engine *engine) {
+    const mc_model *model = engine->model;
+    int queries = engine->step->rows * (model->heads / model->kv_heads);
+    int room = (1 << 17) / (engine->step->start + engine->step->rows);
+    int most = room < MC_QUERIES ? room : MC_QUERIES;
+    int fair = (queries * model->kv_heads + 4 * engine->threads - 1) / (4 * engine->threads);
+    most = fair < most ? fair : most;
+    return most > 1 ? most : 1;
+}
+
+static void attend(mc_worker *worker, int index) {
+    mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    int queries = engine->step->rows * (model->heads / model->kv_heads);
+    int size = queries_of_unit(engine), blocks = (queries + size - 1) / size;
+    int units = blocks * model->kv_heads;
+    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
+        mc_attention attention = attention_of(engine, index, unit / blocks);
+        int first = unit % blocks * size;
+        int last = first + size < queries ? first + size : queries;
+        engine->operations->attend(&attention, first, last, worker->scratch);
+    }
+    mc_team_barrier(engine->team);
+}
+
+static void gate(mc_worker *worker, int index) {
+    mc_engine *engine = worker->engine;
+    const mc_layer *layer = &engine->model->layer[index];
+    int rows = engine->step->rows, outputs = layer->gate.outputs;
+    size_t stride = (size_t)outputs;
+    int units = (outputs + MC_PIECE - 1) / MC_PIECE;
+    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
+        int first = unit * MC_PIECE;
+        int last = first + MC_PIECE < outputs ? first + MC_PIECE : outputs;
+        mc_matmul(&layer->gate, worker->prepared, rows, first, last, engine->gated, stride);
+        mc_matmul(&layer->up, worker->prepared, rows, first, last, worker->piece, MC_PIECE);
+        for (int row = 0; row < rows; row++)
+            engine->operations->gate((mc_activation)engine->model->activation,
+                                     engine->gated + (size_t)row * stride + first,
+                                     worker->piece + row * MC_PIECE + first, last - first);
+    }
+    mc_team_barrier(engine->team);
+}
+
+static void run_layer(mc_worker *worker, int index) {
+    mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    const mc_layer *layer = &model->layer[index];
+    int rows = engine->step->rows;
+    size_t stride = (size_t)model->hidden;
+    project(worker, index);
+    attend(worker, index);
+    each_row(worker, mixed_row, index);
+    mc_multiply(worker, &layer->output, worker->prepared, rows, engine->product, stride);
+    each_row(worker, attended_row, index);
+    gate(worker, index);
+    each_row(worker, gated_row, index);
+    mc_multiply(worker, &layer->down, worker->prepared, rows, engine->product, stride);
+    each_row(worker, index + 1 < model->layers ? next_row : last_row, index);
+}
+
+void mc_forward(mc_worker *worker) {
+    mc_engine *engine = worker->engine;
+    const mc_model *model = engine->model;
+    int rows = engine->step->rows, met = rows - engine->step->first_logits;
+    worker->apart = rows <= MC_FEW_ROWS;
+    worker->x = worker->apart ? worker->own_x : engine->x;
+    worker->prepared = worker->apart ? worker->own_prepared : engine->prepared;
+    each_row(worker, begin_row, 0);
+    for (int layer = 0; layer < model->layers; layer++) run_layer(worker, layer);
+    if (met > 0) mc_logits(worker, &model->lm_head, worker->prepared, met);
+}

@@ -1,0 +1,147 @@
+/* Sixteen floats in two registers of AVX2. */
+#ifndef MEDUSA_VECTOR_H
+#define MEDUSA_VECTOR_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+
+typedef struct {
+    __m256 low, high;
+} vector;
+
+static inline vector vector_all(float x) {
+    return (vector){_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+
+static inline vector vector_load(const float *from) {
+    return (vector){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+}
+
+static inline void vector_store(float *to, vector v) {
+    _mm256_storeu_ps(to, v.low);
+    _mm256_storeu_ps(to + 8, v.high);
+}
+
+static inline __m256 widened(const uint16_t *from) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+static inline vector vector_load_bfloat16(const uint16_t *from) {
+    return (vector){widened(from), widened(from + 8)};
+}
+
+/* Rounds to the nearest, ties to even; a NaN stays one. In the low half of each lane. */
+static inline __m256i narrowed(__m256 v) {
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+}
+
+static inline void vector_store_bfloat16(uint16_t *to, vector v) {
+    __m256i packed = _mm256_packus_epi32(narrowed(v.low), narrowed(v.high));
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+
+static inline vector vector_add(vector a, vector b) {
+    return (vector){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+
+static inline vector vector_subtract(vector a, vector b) {
+    return (vector){_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+
+static inline vector vector_multiply(vector a, vector b) {
+    return (vector){_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+
+static inline vector vector_divide(vector a, vector b) {
+    return (vector){_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+
+static inline vector vector_maximum(vector a, vector b) {
+    return (vector){_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+
+static inline vector vector_minimum(vector a, vector b) {
+    return (vector){_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
+
+static inline vector vector_multiply_add(vector a, vector b, vector c) {
+    return (vector){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+static inline vector vector_zero_below(vector x, float bound, vector y) {
+    __m256 least = _mm256_set1_ps(bound);
+    return (vector){_mm256_and_ps(y.low, _mm256_cmp_ps(x.low, least, _CMP_GE_OQ)),
+                    _mm256_and_ps(y.high, _mm256_cmp_ps(x.high, least, _CMP_GE_OQ))};
+}
+
+static inline vector vector_round(vector x) {
+    return (vector){_mm256_round_ps(x.low, 8), _mm256_round_ps(x.high, 8)};
+}
+
+static inline __m256 power_of_two(__m256 n) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+
+static inline vector vector_scale(vector y, vector n) {
+    return vector_multiply(y, (vector){power_of_two(n.low), power_of_two(n.high)});
+}
+
+static inline __m128 quarter_sum(__m128 v) {
+    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_add_ss(v, _mm_movehdup_ps(v));
+}
+
+static inline float vector_sum(vector v) {
+    __m128 first = _mm_add_ss(quarter_sum(_mm256_castps256_ps128(v.low)),
+                              quarter_sum(_mm256_extractf128_ps(v.low, 1)));
+    __m128 second = _mm_add_ss(quarter_sum(_mm256_castps256_ps128(v.high)),
+                               quarter_sum(_mm256_extractf128_ps(v.high, 1)));
+    return _mm_cvtss_f32(_mm_add_ss(first, second));
+}
+
+static inline __m256 halves(__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+}
+
+/* The sums of four registers, in order. */
+static inline __m128 register_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256d one = _mm256_castps_pd(halves(a, b)), two = _mm256_castps_pd(halves(c, d));
+    __m256 low = _mm256_castpd_ps(_mm256_unpacklo_pd(one, two));
+    __m256 both = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(one, two)));
+    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+}
+
+static inline __m128 four_sums(const vector *v) {
+    return _mm_add_ps(register_sums(v[0].low, v[1].low, v[2].low, v[3].low),
+                      register_sums(v[0].high, v[1].high, v[2].high, v[3].high));
+}
+
+static inline vector vector_sums(const vector *v) {
+    return (vector){_mm256_set_m128(four_sums(v + 4), four_sums(v)),
+                    _mm256_set_m128(four_sums(v + 12), four_sums(v + 8))};
+}
+
+static inline float vector_largest(vector v) {
+    __m256 both = _mm256_max_ps(v.low, v.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+static inline int vector_any_above(vector v, float bound) {
+    __m256 least = _mm256_set1_ps(bound);
+    __m256 above = _mm256_or_ps(_mm256_cmp_ps(v.low, least, _CMP_GT_OQ),
+                                _mm256_cmp_ps(v.high, least, _CMP_GT_OQ));
+    return _mm256_movemask_ps(above) != 0;
+}
+
+#endif

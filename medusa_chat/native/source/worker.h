@@ -1,0 +1,71 @@
+/* What the threads of a step share, and what each has of its own. */
+#ifndef MEDUSA_WORKER_H
+#define MEDUSA_WORKER_H
+
+#include "step.h"
+
+/* So few rows are normed and prepared by every thread for itself: that is faster than waiting. */
+enum { MC_FEW_ROWS = 4 };
+
+typedef struct mc_worker mc_worker;
+
+struct mc_engine {
+    const mc_model *model;
+    const mc_heads *heads;
+    const mc_operations *operations;
+    mc_team *team;
+    int capacity;
+    int threads;
+    mc_worker *workers; /* [threads] */
+    /* Of all rows, shared by the threads. */
+    float *x;       /* [rows, hidden], the residual stream */
+    float *qkv;     /* [rows, (heads + 2 kv_heads) * head_dim] */
+    float *mixed;   /* [rows, heads * head_dim] */
+    float *gated;   /* [rows, intermediate] */
+    float *product; /* [rows, hidden]; of the heads [heads, hidden] */
+    float *guess;   /* [heads, vocabulary] */
+    void *prepared;
+    /* Of the step that runs. */
+    const mc_cache *cache;
+    mc_step *step;
+    int32_t depth[MC_MOST_ROWS];
+    const int32_t *path[MC_MOST_ROWS];
+    int32_t *paths; /* [MC_MOST_ROWS * (MC_MOST_ROWS + 1) / 2] */
+    double begin;
+    double between;
+};
+
+struct mc_worker {
+    mc_engine *engine;
+    int index;
+    int apart;      /* this thread does all rows for itself */
+    float *x;       /* own or shared */
+    void *prepared; /* own or shared */
+    float *own_x;   /* [MC_FEW_ROWS or heads, hidden] */
+    void *own_prepared;
+    float *normed;  /* [the widest row] */
+    float *piece;   /* [the most outputs + MC_MOST_ROWS * MC_PIECE] */
+    float *scratch; /* of attention */
+    float best[MC_MOST_ROWS];
+    int32_t best_token[MC_MOST_ROWS];
+};
+
+/* Outputs of a unit whose products are used up at once. They are written to `piece` with this
+ * stride, so that output o of row r stands at r * MC_PIECE + o: units follow one another there. */
+enum { MC_PIECE = 64 };
+
+void *mc_allocate(size_t bytes); /* 64-byte aligned; NULL without memory */
+
+/* Multiply all rows with a matrix, together with the other threads; then wait for them. */
+void mc_multiply(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows,
+                 float *y, size_t stride);
+
+/* Outputs of a unit when `threads` share `outputs`. */
+int mc_piece(int outputs, int threads);
+
+void mc_guess(mc_worker *worker);   /* heads.c */
+void mc_forward(mc_worker *worker); /* forward.c */
+void mc_logits(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows);
+int32_t mc_token_of(const mc_step *step, int row);
+
+#endif
