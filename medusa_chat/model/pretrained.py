@@ -1,4 +1,7 @@
-"""transformers' own model and tokenizer of a spec, loaded quietly and with plain errors."""
+"""transformers' own model and tokenizer of a spec, loaded quietly and with plain errors.
+
+All that comes from a checkpoint is loaded here: from local files alone, and without its code.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CPU = torch.device("cpu")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_pretrained(
@@ -55,18 +59,18 @@ def load_pretrained(
     """
     folder = Path(hub.local(spec.backbone))
     with loading_errors(spec.backbone):
-        config = AutoConfig.from_pretrained(str(folder))
+        config = load_config(folder)
         _check_class(config)
         own = check_quantization(spec.name, config, quant)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **tokenizer_settings(folder))
+        tokenizer = load_tokenizer(folder)
         settings = attention_settings(config)
         number = compute_dtype(device, dtype or torch.bfloat16)
         # Weights that are quantized already take no such setting, not even None.
         if not own and (made := quantization_config(quant, number)):
             settings["quantization_config"] = made
         quantized = own is not None or as_quant(quant) != "none"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
+        loaded = load_weights(
+            folder,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -82,6 +86,36 @@ def load_pretrained(
     if notices is not None:
         notices += _unused_weights(spec.backbone, report)
     return model, tokenizer
+
+
+def load_config(folder: Path) -> Any:
+    """Read a checkpoint's config; call it within `loading_errors`."""
+    if (folder / ADAPTER_CONFIG).exists() and (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside a model: merge it into the"
+            " weights, or move it elsewhere"
+        )
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a checkpoint's tokenizer; call it within `loading_errors`."""
+    return AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True, **tokenizer_settings(folder)
+    )
+
+
+def load_weights(folder: Path, **settings: Any) -> Any:
+    """Load a checkpoint's model; call it within `loading_errors`."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True, **settings
+    )
+
+
+def empty_model(config: Any) -> Any:
+    """Make the model of a config without weights; call it within `loading_errors`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def attention_settings(config: Any) -> dict[str, Any]:
@@ -120,6 +154,11 @@ def loading_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds over files that it does not expect
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"cannot load the model {name}: it needs code from its own files, which"
+                " medusa-chat never runs"
+            ) from None
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
 
 
