@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
 from medusa_chat.config import UserError, out_of_memory
+from medusa_chat.terminal.output import open_streams, warn
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         words.insert(0, "chat")
+    open_streams()
     try:
         options = make_parser().parse_args(words, argparse.Namespace(words=words))
         status = COMMANDS[options.command].run(options)
@@ -65,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: str) -> int:
-    print(f"medusa-chat: error: {message}", file=sys.stderr)
+    warn(f"error: {message}")
     return 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import closing
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
 from medusa_chat.config import LoadOptions, Message, Sampling, UserError
+from medusa_chat.terminal.output import print_json, say, warn
 
 if TYPE_CHECKING:
     import argparse
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             _print_text(steps)
     for notice in engine.notices:
-        print(f"medusa-chat: {notice}", file=sys.stderr)
+        warn(notice)
     return 0
 
 
@@ -88,11 +88,9 @@ def _messages(prompt: str, system: str | None, default: str) -> list[Message]:
 
 
 def _print_text(steps: Iterable[Step]) -> None:
-    from medusa_chat.terminal.wrapping import sanitize
-
     for step in steps:
-        print(sanitize(step.text), end="", flush=True)
-    print()
+        say(step.text, end="")
+    say("")
 
 
 def _print_json(steps: Iterable[Step], mode: Mode) -> None:
@@ -106,6 +104,6 @@ def _print_json(steps: Iterable[Step], mode: Mode) -> None:
         stats.add(step)
         ids += [token.id for token in step.tokens]
         text += step.text
-        print(json.dumps(step.as_json()), flush=True)
+        print_json(step.as_json())
     summary = {"type": "summary", "text": text, "ids": ids, "mode": mode, **stats.as_json()}
-    print(json.dumps(summary))
+    print_json(summary)

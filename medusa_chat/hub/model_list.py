@@ -12,7 +12,7 @@ from platformdirs import user_config_path
 
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, QuantChoice, UserError
 from medusa_chat.shapes import SHAPES
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +63,7 @@ def read_models(path: Path) -> dict[str, ModelSpec]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the model list {path}: {first_line(error)}") from None
+        raise UserError(f"cannot read the model list {path}: {reason_of(error)}") from None
     if not isinstance(document, dict) or not isinstance(document.get("models"), dict):
         raise UserError(f"{path} must hold a mapping 'models' of name to entry")
     return {str(name): _entry(path, name, entry) for name, entry in document["models"].items()}

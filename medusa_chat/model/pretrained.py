@@ -28,7 +28,8 @@ from medusa_chat.model.linear.quantization import (
     prepare_4bit,
     quantization_config,
 )
-from medusa_chat.text import first_line
+from medusa_chat.model.weight_files import check_weight_files
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +64,7 @@ def load_pretrained(
         _check_class(config)
         own = check_quantization(spec.name, config, quant)
         tokenizer = load_tokenizer(folder)
+        check_weight_files(spec.backbone, folder, quantized=own is not None)
         settings = attention_settings(config)
         number = compute_dtype(device, dtype or torch.bfloat16)
         # Weights that are quantized already take no such setting, not even None.
@@ -159,7 +161,7 @@ def loading_errors(name: str) -> Iterator[None]:
                 f"cannot load the model {name}: it needs code from its own files, which"
                 " medusa-chat never runs"
             ) from None
-        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+        raise UserError(f"cannot load the model {name}: {reason_of(error)}") from None
 
 
 def _check_class(config: Any) -> None:

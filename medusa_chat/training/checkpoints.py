@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import UserError, out_of_memory
 from medusa_chat.files import write_json
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +106,7 @@ def reported_failures(run: Path) -> Iterator[None]:
             raise UserError(f"out of memory; {remedy}; {kept}") from None
         if not _is_failed_write(error):
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"cannot write to {run}: {reason}; {kept}") from None
 
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: {first_line(error)}") from None
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is no JSON object")
     return config
