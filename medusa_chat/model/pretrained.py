@@ -5,7 +5,6 @@ All that comes from a checkpoint is loaded here: from local files alone, and wit
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.files import read_json
 from medusa_chat.hub import fetch as hub
 from medusa_chat.model.backbone import check_rewindable
 from medusa_chat.model.layouts import is_heads_tensor
@@ -102,9 +102,13 @@ def load_config(folder: Path) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """Load a checkpoint's tokenizer; call it within `loading_errors`."""
-    return AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         str(folder), trust_remote_code=False, local_files_only=True, **tokenizer_settings(folder)
     )
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        kind = type(tokenizer).__name__
+        raise UserError(f"{folder} has a tokenizer ({kind}) without a form that tokenizers can run")
+    return tokenizer
 
 
 def load_weights(folder: Path, **settings: Any) -> Any:
@@ -138,7 +142,7 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
     if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
         return {}
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config = read_json(file) if file.exists() else {}
     old_llama = config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config
     return {"legacy": True} if old_llama else {}
 

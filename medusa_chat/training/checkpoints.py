@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import UserError, out_of_memory
-from medusa_chat.files import write_json
+from medusa_chat.files import read_json, write_json
 from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        read_json(checkpoint / TRAINER_STATE_NAME)
     except (OSError, ValueError):
         return False
     return True
@@ -78,7 +77,7 @@ def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raise UserError unless the run in `out` had these settings."""
     try:
-        before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
+        before = read_json(out / SETTINGS_FILE)
     except (OSError, ValueError):
         raise UserError(
             f"there is no run to resume in {out}: {SETTINGS_FILE} is missing or damaged"

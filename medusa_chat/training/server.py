@@ -151,9 +151,8 @@ def _base(url: str) -> str:
     except (httpx2.InvalidURL, UnicodeError):
         fits = False
     if not fits:
-        raise UserError(
-            f"--server must be an address such as http://localhost:8000, not {PASSWORD.sub('', url)!r}"
-        )
+        shown = PASSWORD.sub("", url)
+        raise UserError(f"--server must be an address such as http://localhost:8000, not {shown!r}")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
+from medusa_chat.files import read_json
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -177,9 +179,9 @@ def _read_tree(name: str, released: list[str]) -> Tree:
             f" or one of {', '.join(released)}"
         )
     try:
-        paths = json.loads(file.read_text(encoding="utf-8"))
+        paths = read_json(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tree file {name}: {error}") from None
+        raise UserError(f"cannot read the tree file {name}: {reason_of(error)}") from None
     if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
         raise UserError(
             f"the tree file {name} must hold a list of paths, such as [[0], [1], [0, 0]]"

@@ -6,7 +6,6 @@ twice.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medusa_chat.config import UserError
+from medusa_chat.files import read_json
 from medusa_chat.text import reason_of
 
 PICKLES = (".pt", ".bin", ".pth")
@@ -104,8 +104,8 @@ def formats(path: Path) -> dict[str, str]:
 def _weight_map(path: Path) -> dict[str, str]:
     """Return the file of each tensor from an index of shards."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
