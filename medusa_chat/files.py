@@ -6,11 +6,11 @@ import errno
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MOST_BYTES = 256 << 20  # of a file of text; a device may have no end
 PIECE = 1 << 20  # bytes read at once
@@ -30,6 +30,11 @@ def replacing(file: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def expanded(place: str) -> Path:
+    """Return a path with its `~` replaced, if that names a home; the path as it is if not."""
+    return Path(os.path.expanduser(place))
 
 
 def read_text(file: Path, most: int = MOST_BYTES) -> str:

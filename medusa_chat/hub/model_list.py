@@ -12,7 +12,7 @@ import yaml
 from platformdirs import user_config_path
 
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, QuantChoice, UserError
-from medusa_chat.files import read_text
+from medusa_chat.files import expanded, read_text
 from medusa_chat.shapes import SHAPES
 from medusa_chat.text import reason_of
 
@@ -171,7 +171,7 @@ def _named(name: str, listed: Mapping[str, ModelSpec]) -> ModelSpec:
     if name in listed:
         spec = listed[name]
         return replace(spec, backbone=str(BUNDLED)) if spec.backbone == "bundled" else spec
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return ModelSpec(name=folder.resolve().name, backbone=str(folder))
     base, revision = split_revision(name)
