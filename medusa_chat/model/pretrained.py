@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +20,9 @@ from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.files import read_json
 from medusa_chat.hub import fetch as hub
 from medusa_chat.model.backbone import check_rewindable
+from medusa_chat.model.finite import check_tables
 from medusa_chat.model.layouts import is_heads_tensor
+from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.linear.quantization import (
     as_quant,
     check_quantization,
@@ -64,6 +66,7 @@ def load_pretrained(
         _check_class(config)
         own = check_quantization(spec.name, config, quant)
         tokenizer = load_tokenizer(folder)
+        check_generation_config(folder)
         check_weight_files(spec.backbone, folder, quantized=own is not None)
         settings = attention_settings(config)
         number = compute_dtype(device, dtype or torch.bfloat16)
@@ -85,6 +88,7 @@ def load_pretrained(
     else:
         model.to(device)
     _check_weights(spec.backbone, report)
+    check_tables(model, spec.backbone)
     if notices is not None:
         notices += _unused_weights(spec.backbone, report)
     return model, tokenizer
@@ -97,7 +101,33 @@ def load_config(folder: Path) -> Any:
             f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside a model: merge it into the"
             " weights, or move it elsewhere"
         )
+    file = folder / "config.json"
+    _check_ends(file, read_config(file).get("eos_token_id"))
     return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse a generation_config.json that transformers would pass over in silence.
+
+    It may name the tokens that end a reply.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return
+    try:
+        ends = read_config(file).get("eos_token_id")
+        GenerationConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from None
+    _check_ends(file, ends)
+
+
+def _check_ends(file: Path, ends: Any) -> None:
+    listed = ends if isinstance(ends, list) else [ends]
+    if not all(token is None or type(token) is int for token in listed):
+        raise UserError(f"cannot read {file}: eos_token_id must be a token or a list of them")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -105,6 +135,8 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(
         str(folder), trust_remote_code=False, local_files_only=True, **tokenizer_settings(folder)
     )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length is no number")
     if not hasattr(tokenizer, "backend_tokenizer"):
         kind = type(tokenizer).__name__
         raise UserError(f"{folder} has a tokenizer ({kind}) without a form that tokenizers can run")
