@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
 from medusa_chat.config import UserError, out_of_memory
+from medusa_chat.terminal.output import open_streams, warn
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         words.insert(0, "chat")
+    open_streams()
     try:
         options = make_parser().parse_args(words, argparse.Namespace(words=words))
         status = COMMANDS[options.command].run(options)
@@ -30,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # The reader has what it wanted. Python flushes at exit: that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has what it wanted
         return 0
     except KeyboardInterrupt:
         return 130
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"out of memory; {NEEDS_LESS}")
         if not isinstance(error, OSError):
             raise
+        _drop_output()
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
 
 
@@ -64,8 +67,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def _drop_output() -> None:
+    """Drop what standard output could not take: Python flushes at exit, and would fail again."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str) -> int:
-    print(f"medusa-chat: error: {message}", file=sys.stderr)
+    warn(f"error: {message}")
     return 2
 
 

@@ -1,15 +1,19 @@
-"""Files that are written whole or not at all. No torch here."""
+"""Files that are read as UTF-8 and written whole or not at all. No torch here."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+MOST_BYTES = 256 << 20  # of a file of text; a device may have no end
+PIECE = 1 << 20  # bytes read at once
 
 
 @contextmanager
@@ -26,6 +30,50 @@ def replacing(file: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def expanded(place: str) -> Path:
+    """Return a path with its `~` replaced, if that names a home; the path as it is if not."""
+    return Path(os.path.expanduser(place))
+
+
+def read_text(file: Path, most: int = MOST_BYTES) -> str:
+    """Read a text in UTF-8, with or without a byte order mark; lines end in a newline.
+
+    Raises:
+        OSError: the file cannot be read, or has more than `most` bytes.
+        ValueError: it is not UTF-8; names the line.
+    """
+    content = bytearray()
+    with file.open("rb") as opened:
+        while piece := opened.read(PIECE):
+            content += piece
+            if len(content) > most:
+                raise OSError(errno.EFBIG, "the file is too large to be read", str(file))
+    return decoded(bytes(content))
+
+
+def decoded(content: bytes) -> str:
+    """Decode UTF-8. Raises ValueError, which names the line."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: not UTF-8 ({error.reason})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_text(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_text(file: Path, text: str) -> None:

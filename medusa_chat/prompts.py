@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, UserError
+from medusa_chat.records import OBJECT, messages_of, parse, read_records
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,9 +28,14 @@ class Prompt:
     turns: tuple[str, ...]
     reference: tuple[Message, ...] = ()
 
+    @property
+    def system(self) -> list[Message]:
+        """The system message that begins the conversation, if there is one."""
+        return [message for message in self.reference[:1] if message["role"] == "system"]
+
     def opening(self) -> list[Message]:
-        """The first user turn as a conversation."""
-        return [{"role": "user", "content": self.turns[0]}]
+        """The system message and the first user turn as a conversation."""
+        return [*self.system, {"role": "user", "content": self.turns[0]}]
 
 
 def read_prompts(paths: Iterable[Path], limit: int | None = None) -> list[Prompt]:
@@ -56,32 +61,37 @@ def _files(path: Path) -> list[Path]:
 
 def _read_file(file: Path) -> list[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts {file}: {error}") from None
-    return [_prompt(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+        found = read_records(file)
+    except OSError as error:
+        raise UserError(f"cannot read the prompts {file}: {error.strerror or error}") from None
+    if not isinstance(found, str):
+        return [_prompt(item, place, file.stem) for place, item in found]
+    lines = enumerate(found.split("\n"), 1)
+    return [_line(line, f"{file}, line {n}", file.stem) for n, line in lines if line.strip()]
 
 
-def _prompt(line: str, file: Path, number: int) -> Prompt:
-    if not line.lstrip().startswith("{"):
-        return Prompt(file.stem, (line.strip(),))
-    try:
-        return _from_json(json.loads(line), file.stem)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{file}, line {number}: not a prompt with 'turns' or 'messages' ({error!r})"
-        ) from None
+def _line(line: str, place: str, stem: str) -> Prompt:
+    """Read a line of a plain text, where one of JSON may stand too."""
+    return _prompt(parse(line, place) if OBJECT.match(line) else line, place, stem)
 
 
-def _from_json(item: dict[str, Any], stem: str) -> Prompt:
-    reference: tuple[Message, ...] = ()
+def _prompt(item: Any, place: str, stem: str) -> Prompt:
+    if isinstance(item, str) and item.strip():
+        return Prompt(stem, (item.strip(),))
+    if not isinstance(item, dict) or not {"turns", "messages", "conversations"} & set(item):
+        raise UserError(f"{place}: not a prompt with 'turns' or 'messages'")
+    category = str(item.get("category", item.get("source", stem)))
     if "turns" in item:
-        turns = tuple(item["turns"])
+        turns = item["turns"]
+        turns = (turns,) if isinstance(turns, str) else turns
+        reference: tuple[Message, ...] = ()
     else:
-        reference = tuple(
-            Message(role=turn["role"], content=turn["content"]) for turn in item["messages"]
-        )
-        turns = tuple(turn["content"] for turn in reference if turn["role"] == "user")
-    if not turns or not all(isinstance(turn, str) for turn in turns):
-        raise ValueError("no user turn of text")
-    return Prompt(str(item.get("category", item.get("source", stem))), turns, reference)
+        reference = tuple(messages_of(item.get("messages", item.get("conversations")), place))
+        turns = [turn["content"] for turn in reference if turn["role"] == "user"]
+    if not isinstance(turns, list | tuple) or not turns or not all(map(_is_text, turns)):
+        raise UserError(f"{place}: not a prompt: its user turns are not texts, or there are none")
+    return Prompt(category, tuple(turns), reference)
+
+
+def _is_text(turn: Any) -> bool:
+    return isinstance(turn, str) and bool(turn.strip())

@@ -96,6 +96,52 @@ def test_modes_agree_and_piped_text_is_a_prompt(
     assert piped.stderr == ""
 
 
+def test_piped_text_follows_the_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def summary(line: str) -> Any:
+        return json.loads(line.splitlines()[-1])["ids"]
+
+    both = run(*answer(folder, "--json", "--prompt", "Sum up:"), text="A text.\n")
+    assert main(answer(folder, "--prompt", "Sum up:\n\nA text.", "--json")) == 0
+    assert summary(both.stdout) == summary(capsys.readouterr().out)
+
+
+def test_prompts_that_are_not_utf8_are_refused_before_the_load() -> None:
+    model = ("--model", "nobody/nothing")
+    command = [sys.executable, "-m", "medusa_chat.cli", *model]
+    for words, piped, expected in (
+        ([b"--prompt", b"caf\xe9"], b"", b"--prompt is not UTF-8 text"),
+        ([b"--prompt", b"a", b"--system", b"\xff"], b"", b"--system is not UTF-8 text"),
+        ([], b"one\ncaf\xe9", b"standard input, line 2: not UTF-8"),
+        ([], b"x" * (17 << 20), b"standard input holds more than"),
+    ):
+        done = subprocess.run(
+            [*command, *words], input=piped, capture_output=True, env=ENVIRONMENT, timeout=60
+        )
+        assert done.returncode == 2
+        assert expected in done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_closed_streams_end_in_no_traceback(folder: Path) -> None:
+    words = " ".join(answer(folder, "--prompt", "Hi"))
+    for closed, status in (("<&-", 0), (">&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 2)):
+        command = f"exec {sys.executable} -m medusa_chat.cli {words} {closed}"
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        )
+        assert "Traceback" not in done.stderr
+        assert "Exception" not in done.stderr
+        assert done.returncode == status, (closed, done.stderr)
+    empty = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m medusa_chat.cli <&-"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert empty.stderr == "medusa-chat: error: the prompt is empty\n"
+
+
 def test_stop_system_and_seed_reach_the_engine(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +162,9 @@ def test_stop_system_and_seed_reach_the_engine(
 
 BAD = {
     "unknown model": (["--model", "nonesuch", "--prompt", "hi"], "unknown model 'nonesuch'"),
+    "empty model": (["--model", "", "--prompt", "hi"], "--model is empty"),
+    "empty heads": (["--heads", " ", "--prompt", "hi"], "--heads is empty"),
+    "nobody's home": (["--model", "~nouser/x", "--prompt", "hi"], "unknown model '~nouser/x'"),
     "unknown flag": (["--prompt", "hi", "--colour"], "unrecognized arguments: --colour"),
     "temperature": (["--prompt", "hi", "--temperature", "-1"], "temperature must be 0 or more"),
     "not a number": (["--prompt", "hi", "--top-p", "much"], "top_p must be a number"),

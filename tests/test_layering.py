@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "medusa_chat"
 BASE = {"config", "settings", "version", "text", "files", "events", "shapes"}
-ENGINE = BASE | {"stats", "prompts", "hub", "machine", "model", "native", "decoding"}
+ENGINE = BASE | {"stats", "records", "prompts", "hub", "machine", "model", "native", "decoding"}
 # What each part may import besides itself. `cli`, `commands` and the package's own front door
 # join the parts and may import everything.
 ALLOWED = {
@@ -24,7 +24,8 @@ ALLOWED = {
     "shapes": set[str](),
     "events": {"config", "text"},
     "stats": BASE,
-    "prompts": BASE,
+    "records": BASE,
+    "prompts": BASE | {"records"},
     "hub": BASE,
     "machine": BASE | {"hub"},
     "native": BASE | {"machine"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "training": ENGINE,
     "bench": ENGINE,
     "export": ENGINE,
-    "terminal": BASE | {"stats", "prompts"},
+    "terminal": BASE | {"stats", "prompts", "records"},
 }
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
@@ -45,6 +46,7 @@ NO_TORCH = (
     "shapes",
     "events",
     "stats",
+    "records",
     "prompts",
     "hub",
     "machine/contents",

@@ -119,6 +119,58 @@ def test_damaged_weights(folder: Path, damage: Callable[[bytes], bytes]) -> None
     assert "cannot load the model" in load(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_weight_that_is_no_number_is_named(folder: Path, name: str, value: float) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][200 % len(tensors[name]), 0] = value
+    save_file(tensors, file, {"format": "pt"})
+    assert f"weight {name} holds NaN or infinity" in load(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_other_kinds_of_numbers_are_refused(folder: Path, kind: torch.dtype) -> None:
+    file = folder / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name].to(kind)}, file, {"format": "pt"})
+    line = load(folder)
+    assert f"{file}: weight {name} holds" in line
+    assert "no quantization" in line
+
+
+def test_a_damaged_header_is_told_with_its_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(b"\xff" * 64)
+    line = load(folder)
+    assert f"cannot load the model {folder}: cannot read {file}: " in line
+    assert "header too large" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\xff", '{"eos_token_id": {"a": 1}}', '{"eos_token_id": ["x"]}']
+)
+def test_a_damaged_generation_config_is_an_error(folder: Path, text: str) -> None:
+    (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
+    assert f"{folder / 'generation_config.json'}" in load(folder)
+
+
+def test_values_of_other_types_are_errors_with_their_file(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": {"a": 1}}))
+    assert f"{folder / 'config.json'}: eos_token_id must be" in load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": "abc"}))
+    line = load(folder)
+    assert "attention_bias" in line
+    assert "abc" in line
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": "abc"}')
+    assert "cannot load the model" in load(folder) or "model_max_length" in load(folder)
+
+
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "cannot load the model" in load(folder)

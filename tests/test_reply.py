@@ -148,6 +148,16 @@ def test_text_held_back_is_released_at_the_end(ids: Any, changes: Any, finish: A
     assert ("".join(texts), why) == ("x ST", finish)
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_stop_string_may_name_special_tokens(chunk: int) -> None:
+    ids = [*encode("ab"), END, *encode("c"), END, *encode("de")]
+    texts, finish = run(ids, stop=("<|end|>",), chunk=chunk, eos=frozenset())
+    assert ("".join(texts), finish) == ("ab", "stop")
+    texts, finish = run(ids, stop=("c<|end|>d",), chunk=chunk, eos=frozenset())
+    assert ("".join(texts), finish) == ("ab", "stop")
+    assert "".join(run(ids, stop=("<|end|>d!",), chunk=chunk, eos=frozenset())[0]) == "abcde"
+
+
 def test_the_earliest_of_several_stop_strings_counts() -> None:
     assert "".join(run(encode("abc def ghi"), stop=("ef", "bc d", "zzz"))[0]) == "a"
     assert "".join(run(encode("line\nnext"), stop=("\n\n", "\n"))[0]) == "line"

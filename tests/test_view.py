@@ -20,7 +20,8 @@ from medusa_chat.stats import Stats
 from medusa_chat.terminal.panel import footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
 from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
-from medusa_chat.terminal.wrapping import Flow, breaks, cells, sanitize
+from medusa_chat.terminal.wrapping import Flow, breaks, cells
+from medusa_chat.text import sanitize
 from tests.helpers.fake_engine import REPLY, coloured, script
 
 if TYPE_CHECKING:

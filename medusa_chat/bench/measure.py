@@ -13,7 +13,7 @@ from medusa_chat.bench.steps import measure_steps, positions_needed
 from medusa_chat.bench.twin import compare_in_float32
 from medusa_chat.config import LoadOptions, UserError, out_of_memory
 from medusa_chat.machine.devices import choose_device, reset_peak_memory
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,7 +102,7 @@ def whole_story(request: Request, device: torch.device, progress: ProgressBar) -
         except (UserError, RuntimeError, MemoryError) as error:
             if not isinstance(error, UserError) and not out_of_memory(error):
                 raise
-            left_out[model.name] = first_line(error)
+            left_out[model.name] = reason_of(error)
     return {"float32": float32, "shapes": shapes, "left_out_shapes": left_out}
 
 

@@ -103,7 +103,7 @@ def fitting(engine: Engine, prompts: list[Prompt]) -> list[Prompt]:
 def converse(engine: Engine, prompt: Prompt, turns: int, answer: Answer) -> Transcript:
     """Answer up to `turns` turns from an empty cache, while they fit the context."""
     engine.forget()
-    messages: list[Message] = []
+    messages: list[Message] = prompt.system
     answered: list[Turn] = []
     for text in prompt.turns[:turns]:
         messages.append({"role": "user", "content": text})

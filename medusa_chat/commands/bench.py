@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from medusa_chat.commands.flags import (
 from medusa_chat.config import SHIPPED_PROMPTS, LoadOptions, Sampling, UserError
 from medusa_chat.files import write_text
 from medusa_chat.shapes import SHAPES
+from medusa_chat.terminal.output import print_json, say, warn
 
 if TYPE_CHECKING:
     from medusa_chat.bench.job import Consume
@@ -116,17 +116,17 @@ def run(options: argparse.Namespace) -> int:
     try:
         result = measure(_request(options, sampling, view), progress_bar)
     except KeyboardInterrupt:
-        print("medusa-chat: bench was interrupted before it had a result", file=sys.stderr)
+        warn("bench was interrupted before it had a result")
         return 130
     bench_report.show_bench(result)
     if options.plot:
         for file in bench_charts.plot_bench(result, options.plot):
-            print(f"wrote {file}")
+            say(f"wrote {file}")
     line = json.dumps(result)
     if options.json:
         write_text(options.json, line + "\n")
-        print(f"wrote {options.json}")
-    print(line)
+        say(f"wrote {options.json}")
+    print_json(result)
     return 0
 
 

@@ -15,6 +15,7 @@ from medusa_chat.commands.flags import (
     read_fields,
 )
 from medusa_chat.config import LoadOptions
+from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
     import argparse
@@ -65,16 +66,16 @@ def run(options: argparse.Namespace) -> int:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
     checks = [vars(check) for check in found]
     show_accuracy(accuracy.top, checks)
-    print(f"wrote {file}")
+    say(f"wrote {file}")
     if not checks and not options.no_check:
-        print(
+        say(
             "the forecast was not checked: that takes 5 prompts or more,"
             " and heads that fill a tree of 8 nodes"
         )
     if options.plot:
         forecast = grow(accuracy, max(SIZES))[1]
         charts.plot(options.plot, accuracy.top, forecast, checks, f"{engine.name}, {source}")
-        print(f"wrote {options.plot}")
+        say(f"wrote {options.plot}")
     return 0
 
 

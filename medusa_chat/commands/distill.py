@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import add_fields, add_prompts, count, read_fields
 from medusa_chat.config import LoadOptions
+from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
     import argparse
@@ -80,5 +81,5 @@ def run(options: argparse.Namespace) -> int:
     line = f"wrote {options.out}: {kept} conversations"
     if kept < total:
         line += f"; {total - kept} of {total} prompts got no answer that fits the context"
-    print(line)
+    say(line)
     return 0

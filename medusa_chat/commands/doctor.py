@@ -5,7 +5,6 @@ The checks import torch themselves, so that a torch that cannot be imported is a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -25,7 +24,8 @@ from medusa_chat.machine.devices import (
     total_memory,
     usable_cores,
 )
-from medusa_chat.text import first_line, size_text
+from medusa_chat.terminal.output import print_json
+from medusa_chat.text import reason_of, size_text
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     findings = examine()
     listed = [asdict(finding) for finding in findings]
     if options.json:
-        print(json.dumps(listed, indent=2))
+        print_json(listed, indent=2)
     else:
         show_findings(listed)
     return int(any(finding.fault for finding in findings))
@@ -109,7 +109,7 @@ def run_check(topic: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Fi
 
 def _reason(error: BaseException) -> str:
     kind = type(error).__name__
-    line = first_line(error)
+    line = reason_of(error)
     return kind if line == kind else f"{kind}: {line}"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import add_fields, add_model
 from medusa_chat.config import LAYOUTS, LoadOptions, UserError
+from medusa_chat.terminal.output import say, warn
 
 if TYPE_CHECKING:
     import argparse
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     )
     spec = resolve_model(options.model, options.heads, models=options.models)
     for notice in export(spec, job):
-        print(f"medusa-chat: {notice}", file=sys.stderr)
+        warn(notice)
     uploaded = f" and uploaded it to {options.push}" if options.push else ""
-    print(f"wrote {options.out}{uploaded}")
+    say(f"wrote {options.out}{uploaded}")
     return 0

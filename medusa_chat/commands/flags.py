@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 
 from medusa_chat.config import RECIPES, LoadOptions, Recipe
 from medusa_chat.settings import help_of, make, parse_value
+from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -173,6 +174,6 @@ class _Template(argparse.Action):
         if values == "list":
             from fastchat.conversation import conv_templates
 
-            print("\n".join(sorted(conv_templates)))
+            say("\n".join(sorted(conv_templates)))
             parser.exit()
         setattr(namespace, self.dest, values)

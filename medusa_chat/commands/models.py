@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import add_fields
 from medusa_chat.config import LoadOptions
+from medusa_chat.terminal.output import print_json
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
 
     listed = [asdict(model) for model in catalogue(options.models)]
     if options.json:
-        print(json.dumps(listed, indent=2))
+        print_json(listed, indent=2)
     else:
         show_models(listed)
     return 0

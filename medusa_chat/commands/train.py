@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import add_fields, given_fields
 from medusa_chat.config import LoadOptions, Recipe, UserError, make_recipe
+from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
     import argparse
@@ -73,11 +74,11 @@ def run(options: argparse.Namespace) -> int:
         ignore_memory=bool(options.ignore_memory),
         template=options.template or "",
     )
-    with training() as (progress, say):
-        wrote = train(job, progress, say)
+    with training() as (progress, report):
+        wrote = train(job, progress, report)
     if wrote:
         made = _flags_of_result(job)
-        print(
+        say(
             f"wrote {job.out}; next: medusa-chat calibrate {made} --data FILE,"
             f" then medusa-chat {made}"
         )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from medusa_chat.config import Sampling
 
+Marked = list[tuple[str, bool]]  # characters, each with whether it is shown
+
 
 class Reply:
     """Takes the tokens of a reply one by one and notices its end.
@@ -38,7 +40,9 @@ class Reply:
         self._limit = min(sampling.max_new_tokens, left)
         self._full: Finish = "length" if sampling.max_new_tokens <= left else "context"
         self._stop = sampling.stop
-        self._held = ""  # text that may yet turn out to begin a stop string
+        self._held: Marked = []  # text that may yet turn out to begin a stop string
+        added = self._tokenizer.get_added_tokens_decoder().items() if sampling.stop else ()
+        self._special = {token: entry.content for token, entry in added if entry.special}
         self._count = 0
 
     def ends_at(self, token: int) -> bool:
@@ -60,7 +64,11 @@ class Reply:
             self.finish = "eos"
         elif self._count >= self._limit:
             self.finish = self._full
-        return self._released("" if token in self._eos else self._piece(token))
+        if token in self._eos:
+            return self._released([])
+        # A stop string may name special tokens, which are searched and not shown.
+        text = [(char, True) for char in self._piece(token)]
+        return self._released(text + [(char, False) for char in self._special.get(token, "")])
 
     def _piece(self, token: int) -> str:
         """Return the text that a token adds; none while it is part of a character."""
@@ -76,18 +84,19 @@ class Reply:
             self._pending.clear()
         return piece or ""
 
-    def _released(self, piece: str) -> str:
+    def _released(self, piece: Marked) -> str:
         """Return the text to show: all before a stop string, and nothing that may begin one."""
-        text = self._held + piece
+        held = self._held + piece
+        text = "".join(char for char, _ in held)
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        end = len(text)
         if found:
-            self.finish, self._held = "stop", ""
-            return text[: min(found)]
-        held = 0
-        if not self.finish:
-            held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            self.finish = "stop"
+            end = min(found)
+        elif not self.finish:
+            end -= max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = [] if found else held[end:]
+        return "".join(char for char, shown in held[:end] if shown)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from medusa_chat.config import UserError
 from medusa_chat.files import write_json
 from medusa_chat.hub.file_names import WEIGHTS
@@ -18,10 +14,12 @@ from medusa_chat.model.layouts import is_heads_tensor
 from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
 from medusa_chat.model.layouts.write import write_tensors
-from medusa_chat.model.pretrained import loading_errors
+from medusa_chat.model.pretrained import empty_model, load_config, loading_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
 # All that transformers needs of a language model and its tokenizer, besides weights and
 # config.json. No code.
@@ -68,9 +66,7 @@ class BackboneFiles:
     def of(cls, folder: Path) -> BackboneFiles:
         """Read a folder; raises UserError if it holds no causal LM of transformers."""
         with loading_errors(str(folder)):
-            config = AutoConfig.from_pretrained(folder)
-            with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(config)
+            model = empty_model(load_config(folder))
         weight = model.get_output_embeddings().weight
         named = model.named_parameters(remove_duplicate=False)
         names = tuple(name for name, parameter in named if parameter is weight)

@@ -26,7 +26,7 @@ from medusa_chat.machine.devices import choose_dtype
 from medusa_chat.model.layouts import find_heads, read_heads
 from medusa_chat.model.layouts.write import named_tensors, write_tensors
 from medusa_chat.model.loading import heads_file
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _push(repository: str, job: Export) -> None:
         message = f"Medusa heads in the layout {job.layout}"
         api.upload_folder(repo_id=repository, folder_path=job.out, commit_message=message)
     except Exception as error:  # network, authorization, names: huggingface_hub raises many kinds
-        reason = TOKEN.sub("hf_***", first_line(error))
+        reason = TOKEN.sub("hf_***", reason_of(error))
         raise UserError(
             f"cannot upload to {repository}: {reason}; the files are in {job.out}"
         ) from None

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from medusa_chat.config import UserError
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def explain(error: Exception, name: str, revision: str | None) -> str:
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error.response.status_code, name)
     return (
-        f"cannot reach {hub} for {name} ({first_line(error)}): check the network,"
+        f"cannot reach {hub} for {name} ({reason_of(error)}): check the network,"
         " or name a local folder"
     )
 

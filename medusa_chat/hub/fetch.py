@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -22,6 +21,7 @@ from huggingface_hub.utils import logging as hub_logging
 from platformdirs import user_data_path
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
+from medusa_chat.files import expanded, read_json
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
 from medusa_chat.hub.errors import disk_errors, explain
 from medusa_chat.hub.file_names import HEAD_FILES, WEIGHTS
@@ -77,7 +77,7 @@ def local(
     notices: list[str] | None = None,
 ) -> Path:
     """Return the local path of a folder, file or hub id; see `fetch`. Adds to `notices`."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         return path
     if not is_hub_id(source):
@@ -109,7 +109,7 @@ def accuracy_file(spec: ModelSpec) -> Path:
     hub's cache holds nothing but the hub's own files.
     """
     source = spec.heads or spec.backbone
-    place = Path(source).expanduser()
+    place = expanded(source)
     if place.exists() or not is_hub_id(source):
         folder = place.parent if place.is_file() else place
         return folder / ACCURACY_FILE
@@ -195,7 +195,7 @@ def weight_files(names: Collection[str], kind: Kind) -> list[str]:
 def _shards(index: Path) -> list[str]:
     """Return the shards that an index names."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is damaged: it names no shards") from None
 

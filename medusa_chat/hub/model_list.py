@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from platformdirs import user_config_path
 
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, QuantChoice, UserError
+from medusa_chat.files import expanded, read_text
 from medusa_chat.shapes import SHAPES
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MOST_ALIASES = 20
 _QUANTS: tuple[str, ...] = get_args(QuantChoice)
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "quant": _QUANTS,
@@ -61,12 +64,25 @@ def read_models(path: Path) -> dict[str, ModelSpec]:
         UserError: names the file, the entry and the key that are at fault.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the model list {path}: {first_line(error)}") from None
+        document = yaml.load(read_text(path), _Loader)
+    except Exception as error:  # scalars and nesting that PyYAML does not expect raise many kinds
+        raise UserError(f"cannot read the model list {path}: {reason_of(error)}") from None
     if not isinstance(document, dict) or not isinstance(document.get("models"), dict):
         raise UserError(f"{path} must hold a mapping 'models' of name to entry")
     return {str(name): _entry(path, name, entry) for name, entry in document["models"].items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads no more aliases than a list needs: a few that merge one another can fill the memory."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node, and count those that are aliases."""
+        self.aliases += self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
+        if self.aliases > MOST_ALIASES:
+            raise yaml.YAMLError(f"it has more than {MOST_ALIASES} aliases")
+        return super().compose_node(parent, index)
 
 
 def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
@@ -76,9 +92,11 @@ def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
     known = {field.name: field for field in fields(ModelSpec) if field.name != "name"}
     for key, value in entry.items():
         if key not in known:
-            raise UserError(f"{where} has an unknown key {key!r}; known are {', '.join(known)}")
+            raise UserError(
+                f"{where} has an unknown key {shorten(key)}; known are {', '.join(known)}"
+            )
         if wanted := _wanted(known[key], value):
-            raise UserError(f"{where}: {key} must be {wanted}, not {value!r}")
+            raise UserError(f"{where}: {key} must be {wanted}, not {shorten(value)}")
     missing = [key for key, field in known.items() if field.default is MISSING and key not in entry]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
@@ -127,7 +145,10 @@ def resolve_model(
     Raises:
         UserError: there is no such model, or a list or a value is at fault.
     """
-    spec = _named(model or "bundled", known_models(models))
+    for flag, place in (("--model", model), ("--heads", heads)):
+        if place is not None and not place.strip():
+            raise UserError(f"{flag} is empty: give a name, a folder or a hub id")
+    spec = _named("bundled" if model is None else model, known_models(models))
     if heads:
         # Layout and number are those of the listed heads: other heads may have others.
         spec = replace(spec, heads=os.path.expanduser(heads), layout="", medusa_heads=0)
@@ -150,7 +171,7 @@ def _named(name: str, listed: Mapping[str, ModelSpec]) -> ModelSpec:
     if name in listed:
         spec = listed[name]
         return replace(spec, backbone=str(BUNDLED)) if spec.backbone == "bundled" else spec
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return ModelSpec(name=folder.resolve().name, backbone=str(folder))
     base, revision = split_revision(name)

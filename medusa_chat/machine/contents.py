@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import astuple, dataclass, replace
 from math import prod
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from medusa_chat.config import BUNDLED, ModelSpec
+from medusa_chat.files import read_json
 from medusa_chat.shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def contents_of(spec: ModelSpec) -> Contents | None:
 
 def _shape(folder: Path) -> Shape | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         shape = Shape.of(config.get("text_config") or config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return None  # loading it will say what is wrong

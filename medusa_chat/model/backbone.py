@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from medusa_chat.config import UserError
 from medusa_chat.model.attention import tree_attention as attention
 from medusa_chat.model.attention.choice import FasterAttention
 from medusa_chat.model.cache import KVCache
+from medusa_chat.model.weight_files import damage
 
 if TYPE_CHECKING:
     from medusa_chat.native.packed import Packed
@@ -232,6 +234,8 @@ class Backbone:
             logits = self._logits_of_tree()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{kind} models do not take tree attention: {error!r}") from None
+        if not expected.isfinite().all():
+            raise UserError(damage(Path(self.model.name_or_path), self.dtype))
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
             raise UserError(f"{kind} models attend or make logits in a way that is not supported")

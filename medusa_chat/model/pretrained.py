@@ -1,8 +1,10 @@
-"""transformers' own model and tokenizer of a spec, loaded quietly and with plain errors."""
+"""transformers' own model and tokenizer of a spec, loaded quietly and with plain errors.
+
+All that comes from a checkpoint is loaded here: from local files alone, and without its code.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from contextlib import contextmanager
@@ -10,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.files import read_json
 from medusa_chat.hub import fetch as hub
 from medusa_chat.model.backbone import check_rewindable
+from medusa_chat.model.finite import check_tables
 from medusa_chat.model.layouts import is_heads_tensor
+from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.linear.quantization import (
     as_quant,
     check_quantization,
@@ -25,12 +30,14 @@ from medusa_chat.model.linear.quantization import (
     prepare_4bit,
     quantization_config,
 )
-from medusa_chat.text import first_line
+from medusa_chat.model.weight_files import check_weight_files
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CPU = torch.device("cpu")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_pretrained(
@@ -55,18 +62,20 @@ def load_pretrained(
     """
     folder = Path(hub.local(spec.backbone))
     with loading_errors(spec.backbone):
-        config = AutoConfig.from_pretrained(str(folder))
+        config = load_config(folder)
         _check_class(config)
         own = check_quantization(spec.name, config, quant)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **tokenizer_settings(folder))
+        tokenizer = load_tokenizer(folder)
+        check_generation_config(folder)
+        check_weight_files(spec.backbone, folder, quantized=own is not None)
         settings = attention_settings(config)
         number = compute_dtype(device, dtype or torch.bfloat16)
         # Weights that are quantized already take no such setting, not even None.
         if not own and (made := quantization_config(quant, number)):
             settings["quantization_config"] = made
         quantized = own is not None or as_quant(quant) != "none"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
+        loaded = load_weights(
+            folder,
             dtype=dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -79,9 +88,72 @@ def load_pretrained(
     else:
         model.to(device)
     _check_weights(spec.backbone, report)
+    check_tables(model, spec.backbone)
     if notices is not None:
         notices += _unused_weights(spec.backbone, report)
     return model, tokenizer
+
+
+def load_config(folder: Path) -> Any:
+    """Read a checkpoint's config; call it within `loading_errors`."""
+    if (folder / ADAPTER_CONFIG).exists() and (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside a model: merge it into the"
+            " weights, or move it elsewhere"
+        )
+    file = folder / "config.json"
+    _check_ends(file, read_config(file).get("eos_token_id"))
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse a generation_config.json that transformers would pass over in silence.
+
+    It may name the tokens that end a reply.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return
+    try:
+        ends = read_config(file).get("eos_token_id")
+        GenerationConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from None
+    _check_ends(file, ends)
+
+
+def _check_ends(file: Path, ends: Any) -> None:
+    listed = ends if isinstance(ends, list) else [ends]
+    if not all(token is None or type(token) is int for token in listed):
+        raise UserError(f"cannot read {file}: eos_token_id must be a token or a list of them")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a checkpoint's tokenizer; call it within `loading_errors`."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True, **tokenizer_settings(folder)
+    )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length is no number")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        kind = type(tokenizer).__name__
+        raise UserError(f"{folder} has a tokenizer ({kind}) without a form that tokenizers can run")
+    return tokenizer
+
+
+def load_weights(folder: Path, **settings: Any) -> Any:
+    """Load a checkpoint's model; call it within `loading_errors`."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True, **settings
+    )
+
+
+def empty_model(config: Any) -> Any:
+    """Make the model of a config without weights; call it within `loading_errors`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def attention_settings(config: Any) -> dict[str, Any]:
@@ -102,7 +174,7 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
     if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
         return {}
     file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config = read_json(file) if file.exists() else {}
     old_llama = config.get("tokenizer_class") == "LlamaTokenizer" and "legacy" not in config
     return {"legacy": True} if old_llama else {}
 
@@ -120,7 +192,12 @@ def loading_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds over files that it does not expect
-        raise UserError(f"cannot load the model {name}: {first_line(error)}") from None
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"cannot load the model {name}: it needs code from its own files, which"
+                " medusa-chat never runs"
+            ) from None
+        raise UserError(f"cannot load the model {name}: {reason_of(error)}") from None
 
 
 def _check_class(config: Any) -> None:

@@ -4,7 +4,8 @@ chat/         the chat: prompt, slash-commands, session, streaming
 reports/      tables and charts of the other sub-commands
 panel.py      the figures of a reply as one or two rows
 view.py       a reply as it streams
-wrapping.py   model text made safe and wrapped into rows
+wrapping.py   model text wrapped into rows
+output.py     the way out: text made safe, JSON
 theme.py      colours and marks of the heads
 tree_view.py  a step's candidate tree
 downloads.py  progress of a download

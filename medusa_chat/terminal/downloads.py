@@ -6,7 +6,6 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,10 +16,13 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.text import duration_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.console import Console
 
 SETTLING = 2.0  # seconds before a speed is shown
 
@@ -64,7 +66,7 @@ def downloads() -> Iterator[Callable[[str, int, int], None]]:
 
     Yields a function to call with (repository, bytes received, bytes in all).
     """
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if not console.is_interactive:
         yield lambda *_: None
         return

@@ -1,4 +1,4 @@
-"""Text of a model made safe for a terminal, and wrapped into rows while it still grows."""
+"""Text of a model wrapped into rows while it still grows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING
 from rich.cells import get_character_cell_size
 from rich.text import Text
 
+from medusa_chat.text import sanitize
+
 if TYPE_CHECKING:
     from rich.style import Style
-
-TAB = "    "
-ESCAPE_SEQUENCE = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]*[0-~])", re.DOTALL
-)
-LINE_END = re.compile(r"\r\n|[\u2028\u2029]")
-# control characters, and marks that reorder the text after them
-UNSAFE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair: no terminal takes one
 
 IDEOGRAPH = (
     r"[\u2e80-\u303f\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
@@ -28,12 +21,6 @@ STAYS = r"[\u0300-\u036f\u200d\ufe0f、。，．！？：；」』）】》〉]"
 # A space stays at the end of its row, even beyond the last column.
 ATOM = re.compile(rf"(?P<space>\s+)|{IDEOGRAPH}{STAYS}*|(?:(?!{IDEOGRAPH})\S)+{STAYS}*")
 JOINER, EMOJI_SELECTOR = "\u200d", "\ufe0f"
-
-
-def sanitize(text: str) -> str:
-    """Remove escape sequences and control characters; keep newlines, turn tabs into spaces."""
-    text = LINE_END.sub("\n", ESCAPE_SEQUENCE.sub("", text)).replace("\t", TAB)
-    return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", UNSAFE.sub("", text))
 
 
 def escape_controls(text: str) -> str:

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from medusa_chat.model.pretrained import load_tokenizer, load_weights
 from medusa_chat.model.templates import ChatTemplate
 from medusa_chat.training.data import Document, Example, PackedRows, encode, read_documents
 from medusa_chat.training.stories import story_conversation
@@ -269,8 +270,8 @@ def train_language(sources: Sources, options: argparse.Namespace) -> None:
 def train_assistant(sources: Sources, options: argparse.Namespace) -> None:
     """Second phase: the assistant's tokens, on long rows at a falling rate. Writes the result."""
     language = options.out / "language"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(language)
-    model = LlamaForCausalLM.from_pretrained(last_checkpoint(language), dtype=torch.float32)
+    tokenizer = load_tokenizer(language)
+    model = load_weights(Path(last_checkpoint(language) or language), dtype=torch.float32)
     conversations = list(chained(mixed(sources, ASSISTANT_MIX, options.seed + 1), options.seed))
     rows = PackedRows(encoded(tokenizer, conversations), CONTEXT)
     print(f"{len(rows) * CONTEXT:,} tokens", flush=True)

@@ -102,7 +102,7 @@ def answers(
     engine: Engine, prompt: Prompt, sampling: Sampling
 ) -> Iterator[tuple[list[int], list[Step]]]:
     """Answer a prompt's first two turns. Yields the ids before each reply, and its steps."""
-    messages: list[Message] = []
+    messages: list[Message] = prompt.system
     for turn in prompt.turns[:2]:
         messages.append({"role": "user", "content": turn})
         ids = engine.encode(messages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import UserError, out_of_memory
-from medusa_chat.files import write_json
-from medusa_chat.text import first_line
+from medusa_chat.files import read_json, write_json
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +37,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        read_json(checkpoint / TRAINER_STATE_NAME)
     except (OSError, ValueError):
         return False
     return True
@@ -75,7 +74,7 @@ def begin(out: Path, settings: dict[str, Any], resume: bool, writes: bool = True
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raise UserError unless the run in `out` had these settings."""
     try:
-        before = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
+        before = read_json(out / SETTINGS_FILE)
     except (OSError, ValueError):
         raise UserError(
             f"there is no run to resume in {out}: {SETTINGS_FILE} is missing or damaged"
@@ -103,7 +102,7 @@ def reported_failures(run: Path) -> Iterator[None]:
             raise UserError(f"out of memory; {remedy}; {kept}") from None
         if not _is_failed_write(error):
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"cannot write to {run}: {reason}; {kept}") from None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
+from medusa_chat.text import encodable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,8 +44,8 @@ class Conversation:
         first = prompt.reference[:1]
         if first and first[0]["role"] == "system":
             system = first[0]["content"]
-        messages = [{"role": "system", "content": _encodable(system)}] if system else []
-        turns = tuple(_encodable(text) for text in prompt.turns)
+        messages = [{"role": "system", "content": encodable(system)}] if system else []
+        turns = tuple(encodable(text) for text in prompt.turns)
         return cls(index, prompt.category, turns, messages)
 
     def asks(self, turns: int) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ class Conversation:
         text = ""
         if answer is not None:
             # A cut may leave a part of a character.
-            text = _encodable(answer.text.rstrip("\ufffd") if answer.cut else answer.text)
+            text = encodable(answer.text.rstrip("\ufffd") if answer.cut else answer.text)
         if not text.strip():
             self.messages.pop()
             self.ended = True
@@ -80,11 +81,6 @@ class Conversation:
             "messages": self.messages,
         }
         return json.dumps(item).encode() + b"\n"
-
-
-def _encodable(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can hold but no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def resume(

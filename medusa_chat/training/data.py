@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medusa_chat.config import Message, UserError
+from medusa_chat.records import messages_of, read_records
 from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
@@ -19,21 +19,9 @@ if TYPE_CHECKING:
 
     from medusa_chat.model.templates import ChatTemplate
 
+MOST_BYTES = 16 << 30  # of a file to train on
 _MARK = "\ufdd0"  # a code point that no text contains
 IGNORED = -100  # label without a loss, as in torch's cross entropy
-# ShareGPT itself has "gpt" and "human"; collections made from it have the others.
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "system": "system",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-}
-
 Span = tuple[int, int]  # of characters: start and end
 
 
@@ -64,74 +52,36 @@ class Example:
 def read_documents(path: Path) -> Iterator[Document]:
     """Read the documents of a file.
 
-    A line of JSONL is `{"messages": [...]}`, ShareGPT's `{"conversations": [...]}` or
-    `{"text": ...}`. A JSON file is a list of these. Any other file is one plain text.
+    An item of JSON lines or of a JSON list is `{"messages": [...]}`, ShareGPT's
+    `{"conversations": [...]}`, `{"text": ...}` or a text. Any other file is one plain text.
 
     Raises:
         UserError: the file cannot be read, or a line or item is damaged. The message names it.
     """
     try:
-        for place, item in _items(path):
-            if document := _document(item, place):
-                yield document
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def _items(path: Path) -> Iterator[tuple[str, Any]]:
-    """Items of a file, each with its place."""
-    if path.suffix == ".jsonl":
-        yield from _json_lines(path)
-        return
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        yield str(path), {"text": text}
-        return
-    for number, item in enumerate(json.loads(text), 1):
-        yield f"{path}, item {number}", item
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                yield place, json.loads(line.decode("utf-8"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: not JSON ({error.msg})") from None
-            except UnicodeDecodeError as error:
-                raise UserError(f"{place}: not UTF-8 ({error.reason})") from None
+        found = read_records(path, MOST_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    items = [(str(path), found)] if isinstance(found, str) else found
+    for place, item in items:
+        if document := _document(item, place):
+            yield document
 
 
 def _document(item: Any, place: str) -> Document | None:
     """Read one item; None for a conversation without an answer, as ShareGPT has some."""
     fields = item if isinstance(item, dict) else {}
-    text = fields.get("text")
+    text = item if isinstance(item, str) else fields.get("text")
     if isinstance(text, str):
         return Document(text=text, place=place) if text.strip() else None
     turns = fields.get("messages", fields.get("conversations"))
-    if not isinstance(turns, list):
-        raise UserError(f"{place}: no 'messages', no ShareGPT 'conversations' and no 'text'")
-    messages = [_message(turn, place) for turn in turns]
+    messages = messages_of(turns, place)
     # A reply to nothing comes first in some collections, and templates refuse it.
     while messages and messages[0]["role"] == "assistant":
         messages.pop(0)
     if not any(message["role"] == "assistant" for message in messages):
         return None
     return Document(tuple(messages), place=place, cut=turns[-1].get("cut") is True)
-
-
-def _message(turn: Any, place: str) -> Message:
-    fields = turn if isinstance(turn, dict) else {}
-    role = _ROLES.get(str(fields.get("role", fields.get("from"))))
-    content = fields.get("content", fields.get("value"))
-    if role is None or not isinstance(content, str):
-        raise UserError(f"{place}: a turn needs a known role and text content")
-    return {"role": role, "content": content}
 
 
 def encode(

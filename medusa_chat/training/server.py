@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from medusa_chat.config import UserError
+from medusa_chat.text import PASSWORD, one_line, reason_of
 from medusa_chat.training.questions import Answer, DistillJob, Question
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Server:
                 no model.
         """
         self.url = _base(url)
+        self._shown = PASSWORD.sub("", self.url)
         self.settings = {"max_tokens": job.max_new_tokens, "temperature": job.temperature}
         self.seed = job.seed
         self._closing = threading.Event()
@@ -95,11 +97,11 @@ class Server:
             return str(document["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
             raise UserError(
-                f"{self.url}{MODELS} lists no model; --server-model NAME says which to ask"
+                f"{self._shown}{MODELS} lists no model; --server-model NAME says which to ask"
             ) from None
 
     def _error(self, path: str, fault: str) -> UserError:
-        return UserError(f"{self.url}{path} {fault}{_KEPT}")
+        return UserError(f"{self._shown}{path} {fault}{_KEPT}")
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         """Send a request, up to four times. Raises UserError if no usable response comes."""
@@ -108,7 +110,7 @@ class Server:
             try:
                 response = self._client.request(method, self.url + path, content=content)
             except httpx2.RequestError as error:
-                fault = f"cannot be asked: {_printable(str(error)) or type(error).__name__}"
+                fault = f"cannot be asked: {reason_of(error)}"
             else:
                 if response.status_code != 429 and response.status_code < 500:
                     return response
@@ -144,7 +146,8 @@ def _base(url: str) -> str:
     except (httpx2.InvalidURL, UnicodeError):
         fits = False
     if not fits:
-        raise UserError(f"--server must be an address such as http://localhost:8000, not {url!r}")
+        shown = PASSWORD.sub("", url)
+        raise UserError(f"--server must be an address such as http://localhost:8000, not {shown!r}")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -176,12 +179,4 @@ def _complaint(response: httpx2.Response) -> str:
         text = str(error)
     except (ValueError, AttributeError):
         text = response.text
-    return _printable(text) or response.reason_phrase
-
-
-def _printable(text: str) -> str:
-    """Keep the printable characters, on one line of limited length."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if len(plain) > _LONGEST_COMPLAINT:
-        return plain[: _LONGEST_COMPLAINT - 1] + "…"
-    return plain
+    return one_line(text, _LONGEST_COMPLAINT) or response.reason_phrase

@@ -43,7 +43,7 @@ from medusa_chat.decoding.report import (
 )
 from medusa_chat.decoding.state import State, StepUnavailableError
 from medusa_chat.decoding.trees.tree import Tree
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from medusa_chat.model.backbone import Backbone
@@ -210,7 +210,7 @@ class StaticStep:
             self._record_all(draft, span)
         except Exception as error:  # any operation, kernel library or CUDA itself may refuse
             raise StepUnavailableError(
-                f"steps cannot be recorded as CUDA graphs here ({first_line(error)}), so that each"
+                f"steps cannot be recorded as CUDA graphs here ({reason_of(error)}), so that each"
                 " operation is started by itself: that is slower, the text is the same; --eager"
                 " does so from the start"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
-from medusa_chat.files import write_json
+from medusa_chat.files import read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -173,7 +172,7 @@ def read_accuracy(file: Path) -> Accuracy | None:
     if not file.is_file():
         return None
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         top = _top(document["accuracy"])
         return Accuracy(
             top,

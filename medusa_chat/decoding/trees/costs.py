@@ -20,7 +20,7 @@ from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.trees.choice import StepCost
 from medusa_chat.decoding.trees.growth import grow, kinds, tree_of
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
-from medusa_chat.files import write_json
+from medusa_chat.files import read_json, write_json
 from medusa_chat.machine.devices import device_name, versions
 from medusa_chat.native.model import NativeHeads
 from medusa_chat.version import __version__
@@ -276,7 +276,7 @@ def cached(
 def _read(file: Path, key: Key) -> StepCost | None:
     """Read a file of `cached`; None if it is missing, damaged or of another key."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         by_nodes = {int(nodes): float(seconds) for nodes, seconds in document["by_nodes"]}
         cost = StepCost(float(document["vanilla"]), by_nodes)
         times = (cost.vanilla, *by_nodes.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,9 @@ def shaped_tree(name: str, accuracy: Accuracy) -> AnyTree:
         UserError: there is no such tree.
     """
     kind, _, count = name.partition("-")
-    if kind not in ("dynamic", "static") or not count.isdecimal():
+    if kind not in ("dynamic", "static") or not re.fullmatch("[0-9]+", count):
         return named_tree(name)
-    if not 1 < int(count) <= SUPERSET:
-        raise UserError(f"{kind}-N has 2 to {SUPERSET} nodes, not {count}")
+    if len(count) > len(str(SUPERSET)) or not 1 < int(count) <= SUPERSET:
+        raise UserError(f"{kind}-N has 2 to {SUPERSET} nodes, not {count[:20]}")
     tree = tree_of(kind, accuracy, int(count))
     return Tree(tree.paths, name) if isinstance(tree, Tree) else tree

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.config import UserError
+from medusa_chat.config import MAX_NODES, UserError
+from medusa_chat.files import expanded, read_json
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -164,22 +167,30 @@ def named_tree(name: str) -> Tree:
     if name in released:
         return Tree.of(released[name], name)
     kind, _, depth = name.partition("-")
-    if kind == "chain" and depth.isdigit() and int(depth) > 0:
-        return chain(int(depth))
+    if kind == "chain" and re.fullmatch("[0-9]+", depth) and depth.strip("0"):
+        return chain(_chain_depth(depth))
     return _read_tree(name, [*released])
 
 
+def _chain_depth(text: str) -> int:
+    if len(text) > len(str(MAX_NODES)) or int(text) >= MAX_NODES:
+        raise UserError(
+            f"tree chain-{text[:20]}: with its root a tree has at most {MAX_NODES} nodes"
+        )
+    return int(text)
+
+
 def _read_tree(name: str, released: list[str]) -> Tree:
-    file = Path(name).expanduser()
+    file = expanded(name)
     if not file.is_file():
         raise UserError(
             f"unknown tree {name!r}: not auto, dynamic-N, static-N, chain-N, a file,"
             f" or one of {', '.join(released)}"
         )
     try:
-        paths = json.loads(file.read_text(encoding="utf-8"))
+        paths = read_json(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tree file {name}: {error}") from None
+        raise UserError(f"cannot read the tree file {name}: {reason_of(error)}") from None
     if not isinstance(paths, list) or not all(isinstance(path, list) for path in paths):
         raise UserError(
             f"the tree file {name} must hold a list of paths, such as [[0], [1], [0, 0]]"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medusa_chat.config import UserError
+from medusa_chat.model.finite import all_finite
 
 if TYPE_CHECKING:
     from medusa_chat.model.layouts.tensors import TensorFiles
@@ -36,7 +37,7 @@ class CheckedTensors:
     def finite(self, name: str) -> Tensor:
         """Return a tensor without NaN or infinity."""
         tensor = self.get(name)
-        if not _all_finite(tensor):
+        if not all_finite(tensor):
             raise self.fault(f"tensor {name} holds NaN or infinity; the heads are damaged")
         return tensor
 
@@ -57,11 +58,7 @@ class CheckedTensors:
 
     def check_range(self, name: str, target: Tensor) -> None:
         """Refuse numbers that overflowed when they were copied to float16."""
-        if target.dtype == torch.float16 and not _all_finite(target):
+        if target.dtype == torch.float16 and not all_finite(target):
             raise self.fault(
                 f"tensor {name} holds numbers too large for float16; bfloat16 takes them"
             )
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())

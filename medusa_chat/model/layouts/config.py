@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
-from medusa_chat.text import first_line
+from medusa_chat.files import read_json
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,11 +33,11 @@ def read_config(file: Path) -> dict[str, Any]:
         UserError: the file cannot be read or is no JSON object.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {file}: {first_line(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {reason_of(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is no JSON object")
     return config

@@ -6,7 +6,6 @@ twice.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -19,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medusa_chat.config import UserError
-from medusa_chat.text import first_line
+from medusa_chat.files import read_json
+from medusa_chat.text import reason_of
 
 PICKLES = (".pt", ".bin", ".pth")
 INDEX = ".index.json"
@@ -86,11 +86,26 @@ def _names(path: Path) -> list[str]:
         raise _unreadable(path, error) from None
 
 
+def formats(path: Path) -> dict[str, str]:
+    """Return the number format of each tensor of a file, as the file's kind names it.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than tensors.
+    """
+    if path.suffix in PICKLES:
+        return {name: str(t.dtype).removeprefix("torch.") for name, t in _unpickle(path).items()}
+    try:
+        with safe_open(path, "pt") as opened:
+            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     """Return the file of each tensor from an index of shards."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -153,5 +168,5 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"cannot read {path}: {error.strerror}")
     return UserError(
-        f"cannot read {path}: {first_line(error)}; the file is damaged or not what its name says"
+        f"cannot read {path}: {reason_of(error)}; the file is damaged or not what its name says"
     )

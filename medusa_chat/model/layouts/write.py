@@ -14,7 +14,7 @@ from medusa_chat.config import UserError
 from medusa_chat.files import replacing
 from medusa_chat.hub.file_names import HEADS_FILE
 from medusa_chat.model.layouts.names import NAMINGS
-from medusa_chat.text import first_line
+from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +75,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
             else:
                 torch.save(plain, temporary)
     except (OSError, SafetensorError, RuntimeError) as error:  # of a full disk, the last two
-        raise UserError(f"cannot write {file}: {first_line(error)}") from None
+        raise UserError(f"cannot write {file}: {reason_of(error)}") from None
 
 
 def _umask() -> int:

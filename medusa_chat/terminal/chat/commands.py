@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Group
 from rich.text import Text
 
 from medusa_chat.config import MODES, Sampling
+from medusa_chat.files import expanded
 from medusa_chat.terminal import tree_view
 from medusa_chat.terminal.chat.command import (
     REGISTRY,
@@ -28,6 +28,7 @@ from medusa_chat.terminal.wrapping import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from medusa_chat.terminal.chat.session import Session
 
@@ -249,7 +250,7 @@ def _load(chat: Chat, argument: str) -> Result:
 def _path(argument: str) -> Path:
     if not argument:
         raise UsageError
-    return Path(argument).expanduser()
+    return expanded(argument)
 
 
 @command("exit")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, Sampling, UserError
-from medusa_chat.files import write_text
+from medusa_chat.files import read_json, write_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,11 +42,9 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
 def read_conversation(path: Path) -> Conversation:
     """Read a saved conversation. Raises UserError for any other file."""
     try:
-        text = path.read_bytes()
+        return _parse(read_json(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    try:
-        return _parse(json.loads(text))
     except UserError as error:
         raise UserError(f"{path} is not a saved conversation: {error}") from None
     except ValueError:

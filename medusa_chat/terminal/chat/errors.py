@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from medusa_chat.config import UserError, out_of_memory
-from medusa_chat.terminal.wrapping import sanitize
-from medusa_chat.text import first_line
-
-LONGEST_LINE = 300
+from medusa_chat.text import reason_of
 
 
 class UsageError(Exception):
@@ -24,7 +21,7 @@ class LoadError(Exception):
 def error_line(error: BaseException) -> str:
     """Say in one line what went wrong."""
     kind = type(error).__name__
-    line = sanitize(first_line(error))[:LONGEST_LINE]
+    line = reason_of(error)
     if isinstance(error, UserError):
         return line
     if out_of_memory(error):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from medusa_chat.terminal.chat.errors import LoadError
 from medusa_chat.terminal.downloads import Download
+from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
     from medusa_chat.terminal.chat.engine import ChatEngine
@@ -92,6 +93,6 @@ class Loading:
     def _status_line(self, hint: str) -> str:
         """Join status and hint if both fit in a row."""
         width = shutil.get_terminal_size().columns - 1
-        status = self.status()
+        status = sanitize(self.status())
         line = f"{status} · {hint}"
         return line if len(line) < width else status[:width]

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError
@@ -20,6 +19,7 @@ from medusa_chat.terminal.chat.loading import DownloadProgress, Loading
 from medusa_chat.terminal.chat.prompt import Prompt, open_history
 from medusa_chat.terminal.chat.reply import BRING_BACK, show_reply
 from medusa_chat.terminal.chat.session import Session
+from medusa_chat.terminal.output import SafeConsole, warn
 from medusa_chat.terminal.panel import mode_label
 from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG
 
@@ -63,7 +63,7 @@ def chat(
     try:
         Repl(loading, start, history).run()
     except LoadError as error:
-        print(f"medusa-chat: error: {error_line(error.reason)}", file=sys.stderr)
+        warn(f"error: {error_line(error.reason)}")
         status = 2
     if not loading.done:
         # The interpreter may crash if it shuts down while the thread imports torch.
@@ -92,7 +92,7 @@ class Repl:
         self._start = start
         self._transcript = start.transcript
         self._chat: Chat | None = None
-        self._console = Console(highlight=False, markup=False, emoji=False)
+        self._console = SafeConsole(highlight=False, markup=False, emoji=False)
         opened, notice = open_history(history)
         self._prompt = Prompt(opened, self._session, self._status)
         if notice:

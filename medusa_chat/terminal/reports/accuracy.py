@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.theme import head_style
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def show_accuracy(top: Sequence[Sequence[float]], checks: Sequence[Mapping[str, 
 
     The arguments are those of `charts.plot`; each check has a forecast too.
     """
-    console = Console()
+    console = SafeConsole()
     columns = (Column(f"{block} top-{rank}", justify="right") for rank, block in RANKS)
     table = Table("head", *columns, "")
     width = min(max(console.width - OTHER_COLUMNS, 10), 50)

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from medusa_chat.config import UserError
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.panel import UNKNOWN
 from medusa_chat.terminal.reports.bench_steps import captured_table, same_text, show_steps
 from medusa_chat.terminal.theme import NOTICE, head_name
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rich.console import Console
 
 Figures = Mapping[str, Any]
 
@@ -52,7 +54,7 @@ def check_file(file: Path | None) -> None:
 
 def show_bench(result: Figures, console: Console | None = None) -> None:
     """Print the result of medusa_chat.bench.command.measure as tables."""
-    console = console or Console()
+    console = console or SafeConsole()
     if result["modes"]:
         _show_replies(console, result)
         show_steps(console, result)

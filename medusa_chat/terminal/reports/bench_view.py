@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from medusa_chat.stats import Stats
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.panel import panel
 from medusa_chat.terminal.view import ReplyView
 
@@ -23,7 +22,7 @@ def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
     """Return a function that draws a reply as the chat does."""
     # The file stays open as long as the function lives.
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    console = Console(
+    console = SafeConsole(
         file=nowhere, force_terminal=True, color_system="truecolor", width=100, height=30
     )
 

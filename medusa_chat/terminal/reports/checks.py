@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+
+from medusa_chat.terminal.output import SafeConsole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ def show_checks(checks: Sequence[Mapping[str, Any]]) -> None:
         counts = (str(check[key]) for key in ("replies", "equal", "near_ties", "faults"))
         style = "bold red" if check["faults"] else ""
         table.add_row(check["name"], *counts, f"{check['largest_gap']:.2g}", style=style)
-    console = Console()
+    console = SafeConsole()
     console.print(table)
     for check in checks:
         if check["first_fault"]:

@@ -7,10 +7,10 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.theme import ERROR, LABEL, STRONG
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def show_findings(findings: Sequence[Mapping[str, Any]]) -> None:
     """Print the findings (fields of doctor.Finding) by topic; mark the faults."""
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     width = max(cell_len(finding["name"]) for finding in findings)
     for topic, found in groupby(findings, key=itemgetter("topic")):
         columns = (Column(width=1), Column(width=width), Column(overflow="fold"))

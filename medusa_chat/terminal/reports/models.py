@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.panel import UNKNOWN
 from medusa_chat.terminal.theme import LABEL, NOTICE, STRONG, head_style
 from medusa_chat.text import size_text
@@ -26,7 +26,7 @@ def show_models(listed: Sequence[Mapping[str, Any]]) -> None:
     rows = [_row(model) for model in listed]
     columns = zip(head, *rows, strict=True)
     widths = [max(cell.cell_len for cell in column) for column in columns]
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     console.print(_aligned(head, widths))
     for model, row in zip(listed, rows, strict=True):
         console.print(_aligned(row, widths))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medusa_chat.terminal.output import SafeConsole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 @contextmanager
 def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """Draw a bar on standard error, if that is a terminal; yield a function of (done, total)."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if not console.is_interactive:
         yield lambda *_: None  # rich would leave an empty line there, before any error
         return

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.theme import head_style
 from medusa_chat.text import duration_text
 
@@ -25,7 +26,7 @@ BAR = 24  # cells
 @contextmanager
 def training() -> Iterator[tuple[Callable[[TrainStep], None], Callable[[str], None]]]:
     """Yield two functions: one shows the progress of a TrainStep, the other prints a line."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
