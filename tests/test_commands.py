@@ -200,8 +200,9 @@ def test_stats_show_the_figures_of_both_stats(chat: Chat) -> None:
         assert row(shown, "tokens/s")[column] == f"{stats.tokens_per_second:.1f}"
         assert row(shown, "vanilla tokens/s")[column] == vanilla
         assert row(shown, "acceptance length")[column] == f"{stats.acceptance_length:.2f}"
-        assert row(shown, "step cost")[column] == f"{stats.overhead:.2f}×"
-        assert row(shown, "speedup")[column] == f"{stats.speedup:.2f}×"
+        assert row(shown, "step cost")[column] == f"{stats.overhead:.2f}x"
+        assert row(shown, "speedup")[column] == f"{stats.speedup:.2f}x"
+    assert row(shown, "comparisons") == [str(last.comparisons), str(conversation.comparisons)]
     for head, rate in last.head_acceptance().items():
         assert row(shown, f"accepted of head {head}")[0] == f"{rate:.1%}"
     assert row(shown, "prefill time")[:2] == ["0.250", "s"]
@@ -209,6 +210,14 @@ def test_stats_show_the_figures_of_both_stats(chat: Chat) -> None:
 
 def test_stats_before_the_first_reply_are_dashes(chat: Chat) -> None:
     assert row(run(chat, "/stats"), "speedup") == ["–", "–"]
+
+
+def test_stats_show_no_speedup_of_a_few_comparisons(chat: Chat) -> None:
+    for step in list(script(REPLY))[:6]:
+        chat.session.last.add(step)
+    assert chat.session.last.comparisons == 2
+    for name in ("vanilla tokens/s", "step cost", "speedup"):
+        assert row(run(chat, "/stats"), name)[0] == "–"
 
 
 def test_heads(chat: Chat) -> None:

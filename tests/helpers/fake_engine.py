@@ -25,7 +25,7 @@ REPLY = (
     "and every evening he told the river how many he had seen."
 )
 DEPTHS = (3, 1, 4, 0, 2, 1)  # accepted guesses of the tree steps, in turn
-VANILLA_EVERY = 4
+VANILLA_EVERY = 3
 TREE_SECONDS, VANILLA_SECONDS = 0.012, 0.010
 
 
@@ -57,7 +57,7 @@ def script(
     finish: Finish | None = "eos",
     paused_after: int | None = None,
 ) -> Iterator[Step]:
-    """Yield the steps that decode `text`; every fourth is a vanilla step.
+    """Yield the steps that decode `text`; every third is a vanilla step.
 
     With `paused_after` the heads are paused after that many steps.
     """

@@ -85,7 +85,7 @@ class Terminal:
 
     def replies(self, count: int) -> str:
         """Wait until `count` replies have ended and the prompt is back."""
-        return self.see(lambda text: text.count("acceptance length") == count and self.at_prompt)
+        return self.see(lambda text: text.count("tokens per step") == count and self.at_prompt)
 
     @property
     def at_prompt(self) -> bool:

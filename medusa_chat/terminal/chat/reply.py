@@ -33,7 +33,7 @@ def show_reply(console: Console, chat: Chat, steps: Generator[Step, None, None])
     session = chat.session
     view = ReplyView(
         console,
-        lambda width: panel(session.last, session.sampling, width),
+        lambda width: panel(session.last, session.conversation, session.sampling, width),
         marks=chat.marks,
     )
     remark = _stream(view, steps)
