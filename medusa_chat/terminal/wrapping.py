@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.cells import get_character_cell_size
 from rich.text import Text
 
+from medusa_chat.terminal.theme import LABEL
+
 if TYPE_CHECKING:
     from rich.style import Style
 
@@ -30,10 +32,11 @@ ATOM = re.compile(rf"(?P<space>\s+)|{IDEOGRAPH}{STAYS}*|(?:(?!{IDEOGRAPH})\S)+{S
 JOINER, EMOJI_SELECTOR = "\u200d", "\ufe0f"
 
 
-def sanitize(text: str) -> str:
-    """Remove escape sequences and control characters; keep newlines, turn tabs into spaces."""
-    text = LINE_END.sub("\n", ESCAPE_SEQUENCE.sub("", text)).replace("\t", TAB)
-    return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", UNSAFE.sub("", text))
+def sanitize(text: str, *, tab: str = TAB) -> str:
+    """Remove escape sequences and control characters; keep newlines, replace tabs by `tab`."""
+    text = LINE_END.sub("\n", ESCAPE_SEQUENCE.sub("", text))
+    safe = tab.join(UNSAFE.sub("", part) for part in text.split("\t"))
+    return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", safe)
 
 
 def escape_controls(text: str) -> str:
@@ -103,7 +106,7 @@ class Flow:
         self._tail.append(visible, style).append(mark, style)
         self._held = safe[start + len(visible) :]
 
-    def take(self, width: int) -> list[Text]:
+    def take(self, width: int, _room: int = 1) -> list[Text]:
         """Return the rows that were finished since the last call."""
         rows: list[Text] = []
         for line in self._tail.split("\n", allow_blank=True):
@@ -117,3 +120,15 @@ class Flow:
     def growing(self) -> Text:
         """The row that still grows; call `take` first."""
         return self._tail
+
+    @property
+    def live(self) -> list[Text]:
+        """The rows that still grow; call `take` first."""
+        return [self._tail]
+
+    def rest(self, width: int, note: str = "") -> list[Text]:
+        """Return what is left of a reply that has ended, and a note about its end."""
+        if note:
+            self.feed(f" {note}", LABEL)
+        rows = self.take(width)
+        return [*rows, self._tail] if self._tail.plain.strip() else rows
