@@ -59,11 +59,7 @@ def test_a_conversation_as_a_user_has_it(terminal: Terminal, tmp_path: Path) -> 
     assert shown["new tokens"] == [str(stats.new_tokens)] * 2
     assert shown["steps"][0] == str(stats.steps)
     assert shown["acceptance length"][0] == f"{stats.acceptance_length:.2f}"
-    footer = next(
-        line
-        for line in terminal.text.splitlines()
-        if "tokens per step · " in line
-    )
+    footer = next(line for line in terminal.text.splitlines() if "tokens per step · " in line)
     assert footer.startswith(f"{stats.acceptance_length:.1f} tokens per step")
     assert shown["tokens/s"][0] in footer
 

@@ -115,7 +115,7 @@ def style_of(rows: list[Text], word: str) -> Style:
     row = next(row for row in rows if word in row.plain)
     at = row.plain.index(word)
     spans = [span.style for span in row.spans if span.start <= at < span.end]
-    return Style.combine([style for style in spans if isinstance(style, Style)])
+    return Style.combine([Style(), *(style for style in spans if isinstance(style, Style))])
 
 
 def test_the_views_differ_in_the_colours_of_the_heads() -> None:
@@ -162,14 +162,16 @@ def test_every_word_comes_once_and_in_order(seed: int) -> None:
     parts = [f" w{next(numbers)}" + draw.choice(FRAGMENTS) for _ in range(120)]
     text = "".join(parts)
     for view in VIEWS[1:]:
-        rows = grown(text, draw.choice([12, 40, 100]), draw.choice([1, 3, 12]), view, seed)
-        shown = "".join(row.plain for row in rows)
-        wanted = [word for word in re.findall(r"w\d+", text) if word not in info_words(text)]
-        assert re.findall(r"w\d+", shown) == re.findall(r"w\d+", text), wanted
+        rows = grown(text, draw.choice([24, 60, 100]), draw.choice([1, 3, 12]), view, seed)
+        shown = plain(rows)
+        words, expected = re.findall(r"w\d+", shown), re.findall(r"w\d+", text)
+        assert sorted(words) == expected
+        assert words == expected or "| - |" in text  # cells of a table stand side by side
 
 
-def info_words(text: str) -> list[str]:
-    return re.findall(r"```[^\n]*?(w\d+)", text)
+def test_a_row_that_is_longer_than_its_table_loses_nothing() -> None:
+    table = "| a | b |\n| - | - |\n| c | d | e |"
+    assert plain(grown(table, 80, 9)) == table
 
 
 @pytest.mark.parametrize("room", [1, 4, 40])
@@ -177,10 +179,7 @@ def info_words(text: str) -> list[str]:
 def test_code_is_never_wrapped_and_shown_as_it_was_written(width: int, room: int) -> None:
     rows = plain(grown(f"Look:\n```python\n{CODE * 9}```\nDone.", width, room))
     assert rows == f"Look:\n```python\n{CODE * 9}```\nDone."
-    assert code_blocks(f"```\n{CODE}```\n- a\n\n      {CODE}") == [
-        CODE,
-        CODE[:1] and CODE.split("\n", 1)[0] + "\n",
-    ]
+    assert code_blocks(f"```\n{CODE}```\n- a\n\n      x\n") == [CODE, "x\n"]
 
 
 def test_tall_code_is_coloured_as_at_once() -> None:
@@ -194,7 +193,9 @@ def test_tall_code_is_coloured_as_at_once() -> None:
 
 def style_at(row: Text, place: int) -> Style:
     spans = (span for span in row.spans if span.start <= place < span.end)
-    return Style.combine([span.style for span in spans if isinstance(span.style, Style)])
+    return Style.combine(
+        [Style(), *(span.style for span in spans if isinstance(span.style, Style))]
+    )
 
 
 def test_highlighting_keeps_the_code() -> None:

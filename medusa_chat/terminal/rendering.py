@@ -135,6 +135,13 @@ class _Renderer:
         return fence_closed(node.map, node.content)
 
     def _table(self, node: SyntaxTreeNode, width: int) -> list[Text]:
+        assert node.map
+        lines = self._lines[slice(*node.map)]
+        cells = [cell for part in node.children for row in part.children for cell in row.children]
+        shown = "".join(child.content for cell in cells for child in cell.children)
+        if _letters(shown) != _letters("".join(lines)):  # a row is longer than the header
+            text = Text("\n").join(self._piece(line.strip(), PLAIN) for line in lines)
+            return wrapped(text, width)
         table = Table(box=box.SIMPLE_HEAD, border_style=LABEL, show_edge=False, pad_edge=False)
         header, *body = [row for part in node.children for row in part.children]
         for cell in header.children:
@@ -188,6 +195,10 @@ def fence_closed(lines: tuple[int, int], content: str) -> bool:
     return lines[1] - lines[0] > content.count("\n") + 1
 
 
+def _letters(text: str) -> int:
+    return sum(map(str.isalnum, text))
+
+
 def _heading(node: SyntaxTreeNode) -> Style:
     return HEADING if node.type == "heading" else PLAIN
 
@@ -203,7 +214,11 @@ def wrapped(text: Text, width: int) -> list[Text]:
 
 
 def _prefixed(rows: Iterable[Text], first: Text, others: Text) -> list[Text]:
-    return [Text.assemble(others if number else first, row) for number, row in enumerate(rows)]
+    prefixed = [Text.assemble(others if index else first, row) for index, row in enumerate(rows)]
+    for row in prefixed:
+        if not row.plain.strip():
+            row.rstrip()
+    return prefixed
 
 
 def _drawn(table: Table, width: int) -> list[Text]:
