@@ -119,11 +119,8 @@ class Signals:
             self._stop()
 
     def _stop(self) -> None:
-        """Stop this program, as Ctrl-Z does by default, until `fg` continues it."""
-        assert SUSPEND is not None
+        """Stop this program until `fg` continues it."""
         self._suspended = False
         self._suspend()
-        ours = signal.signal(SUSPEND, signal.SIG_DFL)
-        os.kill(os.getpid(), SUSPEND)
-        signal.signal(SUSPEND, ours)
+        os.kill(os.getpid(), signal.SIGSTOP)
         self._resume()

@@ -57,8 +57,8 @@ def _stream(view: ReplyView | PlainView, steps: Generator[Step, None, None]) -> 
     quiet = QuietInput()
 
     def suspend() -> None:
-        view.suspend()
         quiet.pause()
+        view.suspend()
 
     def resume() -> None:
         quiet.resume()
