@@ -17,14 +17,18 @@ PIECE = 1 << 20  # bytes read at once
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `file` when the block ends.
 
+    With `private` only the user can read it, from the first byte on (mode 0600).
     If the block raises, `file` stays as it was and the temporary file is removed.
     """
     # Another process may write the same file.
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
+        if private:
+            temporary.unlink(missing_ok=True)  # one left by a killed program may be readable
+            temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         os.replace(temporary, file)
     except BaseException:
@@ -76,13 +80,13 @@ def read_json(file: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace a file by `text` in one move.
+def write_text(file: Path, text: str, *, private: bool = False) -> None:
+    """Replace a file by `text` in one move; with `private` only the user can read it.
 
     Raises:
         OSError: nothing was changed, and nothing half-written is left.
     """
-    with replacing(file) as temporary:
+    with replacing(file, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -13,6 +13,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 TIMED_STEPS = 256  # medians are taken over the last so many steps of a kind
+CHEAPEST_STEP = 1.0  # of vanilla steps: a tree step computes all that one does, so less is noise
+# Two standard errors of a median of n ratios are 2 * 1.2533 * deviation / sqrt(n). Ratios of single
+# steps deviate by a tenth on a quiet machine: 8 give a speedup within 9%, 4 within 13%.
+REPLY_COMPARISONS = 8  # before a reply's own speedup is shown in place of the conversation's
+LEAST_COMPARISONS = 4  # before any speedup is shown
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A speedup that enough comparisons support.
+
+    Attributes:
+        value: tokens per second over those of vanilla decoding.
+        comparisons: vanilla steps that were compared with the tree step before them.
+        of_reply: measured over one reply alone, not over the conversation.
+    """
+
+    value: float
+    comparisons: int
+    of_reply: bool
 
 
 @dataclass
@@ -118,8 +138,18 @@ class Stats:
     def vanilla_step_seconds(self) -> float | None:
         """Median time of a vanilla step; among tree steps, at the pace of these."""
         if self.overheads and self.tree_step_seconds:
-            return self.tree_step_seconds / median(self.overheads)
+            return self.tree_step_seconds / max(median(self.overheads), CHEAPEST_STEP)
         return median(self._vanilla_times) if self._vanilla_times else None
+
+    @property
+    def comparisons(self) -> int:
+        """Vanilla steps that were compared with the tree step right before them."""
+        return len(self.overheads)
+
+    @property
+    def comparable(self) -> bool:
+        """True once overhead, vanilla speed and speedup rest on enough comparisons to be shown."""
+        return self.comparisons >= LEAST_COMPARISONS or not self.tree_steps
 
     @property
     def vanilla_tokens_per_second(self) -> float | None:
@@ -132,10 +162,11 @@ class Stats:
 
         This is the median of the ratios of each vanilla step and the tree step right before it: a
         machine's pace drifts by more within a conversation than the two kinds of step differ.
+        It is never below CHEAPEST_STEP, and so no speedup exceeds the acceptance length.
         """
         if not self.tree_step_seconds or not self.vanilla_step_seconds:
             return None
-        return self.tree_step_seconds / self.vanilla_step_seconds
+        return max(self.tree_step_seconds / self.vanilla_step_seconds, CHEAPEST_STEP)
 
     @property
     def speedup(self) -> float | None:
@@ -144,21 +175,34 @@ class Stats:
             return None
         return self.acceptance_length / self.overhead
 
+    def shown_speedup(self, conversation: Stats) -> Speedup | None:
+        """Return the speedup to show for this reply, or None before it can be told from noise.
+
+        It is the reply's own from REPLY_COMPARISONS on, before that the conversation's.
+        """
+        of_reply = self.comparisons >= REPLY_COMPARISONS
+        source = self if of_reply else conversation
+        if source.speedup is None or not source.comparable:
+            return None
+        return Speedup(source.speedup, source.comparisons, of_reply)
+
     def head_acceptance(self) -> dict[int, float]:
         """Share of each head's tested guesses that were accepted; COPIED is the last key."""
         heads = sorted(self.reached, key=lambda head: (head == COPIED, head))
         return {head: self.accepted[head] / self.reached[head] for head in heads}
 
     def as_json(self) -> dict[str, Any]:
-        """The figures of the summary line of `--json`."""
+        """The figures of the summary line of `--json`; null what too few comparisons support."""
+        comparable = self.comparable
         figures = {
             "new_tokens": self.new_tokens,
             "steps": self.steps,
             "acceptance_length": self.acceptance_length,
             "tokens_per_second": self.tokens_per_second,
-            "vanilla_tokens_per_second": self.vanilla_tokens_per_second,
-            "overhead": self.overhead,
-            "speedup": self.speedup,
+            "vanilla_tokens_per_second": self.vanilla_tokens_per_second if comparable else None,
+            "overhead": self.overhead if comparable else None,
+            "speedup": self.speedup if comparable else None,
+            "comparisons": self.comparisons,
             "head_acceptance": {str(head): rate for head, rate in self.head_acceptance().items()},
             "paused_steps": self.paused_steps,
             "paused": asdict(self.paused) if self.paused else None,

@@ -39,10 +39,11 @@ def duration_text(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
-def sanitize(text: str) -> str:
-    """Remove escape sequences and control characters; keep newlines, turn tabs into spaces."""
-    text = LINE_END.sub("\n", ESCAPE_SEQUENCE.sub("", text)).replace("\t", TAB)
-    return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", UNSAFE.sub("", text))
+def sanitize(text: str, *, tab: str = TAB) -> str:
+    """Remove escape sequences and control characters; keep newlines, replace tabs by `tab`."""
+    text = LINE_END.sub("\n", ESCAPE_SEQUENCE.sub("", text))
+    safe = tab.join(UNSAFE.sub("", part) for part in text.split("\t"))
+    return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", safe)
 
 
 def encodable(text: str) -> str:

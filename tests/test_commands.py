@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from base64 import b64decode
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,8 @@ from medusa_chat.settings import help_of
 from medusa_chat.stats import Stats
 from medusa_chat.terminal import tree_view
 from medusa_chat.terminal.chat.command import REGISTRY, Chat, Stream, find, is_command
-from medusa_chat.terminal.chat.commands import GREEDY_REPEATS, dispatch
+from medusa_chat.terminal.chat.commands import dispatch
+from medusa_chat.terminal.chat.commands.talk import GREEDY_REPEATS
 from medusa_chat.terminal.chat.completion import CommandCompleter
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.reports import tables
@@ -51,8 +54,10 @@ def row(table: str, label: str) -> list[str]:
 
 def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
     shown = run(chat, "/help")
-    names = "help mode greedy typical exact vanilla set system reset undo regen stats tree copies"
-    assert list(REGISTRY) == [*names.split(), "heads", "marks", "save", "load", "exit"]
+    groups = [shown.index(f"{name}\n") for name in ("Talk", "Look", "Decode")]
+    assert groups == sorted(groups)
+    assert shown.count("for example: /") == 3
+    assert "Also /clear, /new." in shown
     for entry in REGISTRY.values():
         assert entry.help
         assert any(line.startswith(entry.invocation) for line in shown.splitlines())
@@ -97,12 +102,20 @@ def test_typical_takes_its_thresholds(chat: Chat) -> None:
         ("/regen", "no reply"),
         ("/tipical", "unknown command /tipical: did you mean /typical?"),
         ("/qit", "did you mean /quit?"),
+        ("/rest", "unknown command /rest: "),
+        ("/clea", "unknown command /clea: /help lists all"),
+        ("/view sideways", r"usage: /view \[heads|markdown|both\]"),
+        ("/edit", "no message to edit"),
+        ("/continue", "no reply to continue"),
+        ("/replies", "no reply to choose"),
+        ("/replies two", r"usage: /replies \[N\]"),
+        ("/copy", "no reply to copy"),
         ("/", "unknown command /: /help lists all"),
         ("/etc/hosts is what?", "// sends a message"),
     ],
 )
 def test_mistakes_are_one_line_and_change_nothing(chat: Chat, line: str, complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint.replace("?", r"\?")) as caught:
+    with pytest.raises(UserError, match=re.sub(r"([?|])", r"\\\1", complaint)) as caught:
         dispatch(chat, line)
     assert "\n" not in str(caught.value)
     assert chat.session.sampling == Sampling()
@@ -113,10 +126,28 @@ def test_what_is_a_command() -> None:
     assert not is_command("//help")
     assert not is_command("help")
     assert find("/quit").name == find("/exit  ").name == "exit"
+    assert find("/clear").name == find("/new").name == "reset"
+    assert find("/retry").name == "regen"
+    assert find("/?").name == "help"
+
+
+@pytest.mark.parametrize("name", ["rest", "rese", "und", "lod", "clea", "newe"])
+def test_no_hint_would_lose_the_conversation(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        find(f"/{name}")
+    for losing in ("/reset", "/undo", "/load", "/clear", "/new?"):
+        assert losing not in str(caught.value)
+
+
+def test_any_white_space_ends_the_name_of_a_command(chat: Chat) -> None:
+    run(chat, "/set temperature\t0.5")
+    assert chat.session.sampling.temperature == 0.5
+    run(chat, "/system\nBe brief.\tAlways.")
+    assert chat.session.system == "Be brief.\tAlways."
 
 
 def test_exit_leaves(chat: Chat) -> None:
-    for line in ("/exit", "/quit"):
+    for line in ("/exit", "/quit", "/bye", "/q"):
         with pytest.raises(EOFError):
             dispatch(chat, line)
 
@@ -200,8 +231,9 @@ def test_stats_show_the_figures_of_both_stats(chat: Chat) -> None:
         assert row(shown, "tokens/s")[column] == f"{stats.tokens_per_second:.1f}"
         assert row(shown, "vanilla tokens/s")[column] == vanilla
         assert row(shown, "acceptance length")[column] == f"{stats.acceptance_length:.2f}"
-        assert row(shown, "step cost")[column] == f"{stats.overhead:.2f}×"
-        assert row(shown, "speedup")[column] == f"{stats.speedup:.2f}×"
+        assert row(shown, "step cost")[column] == f"{stats.overhead:.2f}x"
+        assert row(shown, "speedup")[column] == f"{stats.speedup:.2f}x"
+    assert row(shown, "comparisons") == [str(last.comparisons), str(conversation.comparisons)]
     for head, rate in last.head_acceptance().items():
         assert row(shown, f"accepted of head {head}")[0] == f"{rate:.1%}"
     assert row(shown, "prefill time")[:2] == ["0.250", "s"]
@@ -209,6 +241,14 @@ def test_stats_show_the_figures_of_both_stats(chat: Chat) -> None:
 
 def test_stats_before_the_first_reply_are_dashes(chat: Chat) -> None:
     assert row(run(chat, "/stats"), "speedup") == ["–", "–"]
+
+
+def test_stats_show_no_speedup_of_a_few_comparisons(chat: Chat) -> None:
+    for step in list(script(REPLY))[:6]:
+        chat.session.last.add(step)
+    assert chat.session.last.comparisons == 2
+    for name in ("vanilla tokens/s", "step cost", "speedup"):
+        assert row(run(chat, "/stats"), name)[0] == "–"
 
 
 def test_heads(chat: Chat) -> None:
@@ -286,6 +326,90 @@ def test_marks(chat: Chat) -> None:
     assert not chat.marks
 
 
+def test_view(chat: Chat) -> None:
+    assert run(chat, "/view").startswith("both:")
+    assert run(chat, "/view heads").startswith("heads:")
+    assert chat.view == "heads"
+
+
+def test_replies_are_listed_and_chosen(chat: Chat) -> None:
+    chat.session.engine = FakeEngine(["first\n\nreply", "second " * 30])
+    list(chat.session.ask("one"))
+    list(chat.session.regen())
+    first, second = run(chat, "/replies").splitlines()
+    assert first == "  1  first reply"
+    assert second.startswith("▸ 2  second second")
+    assert second.endswith("…")
+    assert run(chat, "/replies 1").startswith("▸ 1")
+    assert chat.session.messages[-1]["content"] == "first\n\nreply"
+    with pytest.raises(UserError, match="there are 2 replies"):
+        dispatch(chat, "/replies 3")
+    assert completions("/replies ", chat.session) == ["/replies 1", "/replies 2"]
+
+
+CODE = "Look:\n\n```python\n\tprint(1)\n```\n1. then\n   ```\n   x\n   ```\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "copied"),
+    [
+        ("/copy", CODE),
+        ("/copy 1", "\tprint(1)\n"),
+        ("/copy 2", "x\n"),
+        ("/copy code", "x\n"),
+    ],
+)
+def test_copy(chat: Chat, line: str, copied: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat.session.engine = FakeEngine([CODE])
+    list(chat.session.ask("one"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    assert "OSC 52" in run(chat, line)
+    sequence = re.fullmatch(r"\x1b\]52;c;([^\x07]*)\x07", out.getvalue())
+    assert sequence
+    assert b64decode(sequence[1]).decode() == copied
+
+
+def test_copy_by_the_systems_tool(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(chat.session.ask("one"))
+    tool = tmp_path / "xclip"
+    tool.write_text(f'#!/bin/sh\ncat > "{tmp_path}/clipboard"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("SSH_TTY", raising=False)
+    assert "(xclip)" in run(chat, "/copy")
+    assert (tmp_path / "clipboard").read_text() == REPLY
+
+
+def test_copy_to_a_private_file(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(chat.session.ask("one"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert "no clipboard here" in run(chat, "/copy")
+    file = tmp_path / "medusa-chat" / "copied.txt"
+    assert file.read_text() == REPLY
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_copy_names_the_blocks_that_there_are(chat: Chat) -> None:
+    list(chat.session.ask("one"))
+    with pytest.raises(UserError, match="no block of code"):
+        dispatch(chat, "/copy code")
+    chat.session.engine = FakeEngine([CODE])
+    list(chat.session.ask("two"))
+    with pytest.raises(UserError, match="has 2 blocks of code"):
+        dispatch(chat, "/copy 3")
+
+
 def test_save_and_load(chat: Chat, tmp_path: Path) -> None:
     list(chat.session.ask("one"))
     path = tmp_path / "my talk.json"
@@ -307,7 +431,8 @@ def completions(line: str, session: Session | None) -> list[str]:
 def test_completion(chat: Chat, tmp_path: Path) -> None:
     session = chat.session
     assert completions("/", session) == [f"/{name}" for name in REGISTRY]
-    assert completions("/s", None) == ["/set", "/system", "/stats", "/save"]
+    assert sorted(completions("/s", None)) == ["/save", "/set", "/stats", "/system"]
+    assert completions("/view m", None) == ["/view markdown"]
     assert completions("/mode e", None) == ["/mode exact"]
     assert completions("/set mode v", session) == ["/set mode vanilla"]
     assert completions("/set top", None) == ["/set top_p", "/set top_k"]

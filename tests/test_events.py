@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from medusa_chat.events import COPIED, Pause, Step, Token
-from medusa_chat.stats import Stats
+from medusa_chat.stats import Speedup, Stats
 
 if TYPE_CHECKING:
     from medusa_chat.events import Finish
@@ -72,6 +72,32 @@ def test_a_vanilla_step_is_compared_with_the_tree_step_before_it() -> None:
     )
     # The tree step before the vanilla one belongs to another reply.
     assert ended.overhead == pytest.approx(2.75)
+
+
+def noisy(ratio: float, pairs: int) -> Stats:
+    """Steps of four tokens, each compared with a vanilla step that took 1 / ratio of its time."""
+    return Stats.of([step([0, 1, 2, 3], 0.01 * ratio), step([0], 0.01, nodes=1)] * pairs)
+
+
+def test_no_speedup_exceeds_the_acceptance_length() -> None:
+    held_up = noisy(0.4, 20)  # the vanilla steps, by another program
+    assert held_up.overhead == 1
+    assert held_up.speedup == held_up.acceptance_length == 4
+    assert held_up.vanilla_tokens_per_second == pytest.approx(1 / 0.004)
+
+
+def test_a_speedup_is_shown_from_enough_comparisons_on() -> None:
+    few, some, many = (noisy(2.0, pairs) for pairs in (3, 4, 8))
+    assert few.shown_speedup(few) is None
+    assert few.shown_speedup(many) == Speedup(2.0, 8, of_reply=False)
+    assert some.shown_speedup(some) == Speedup(2.0, 4, of_reply=False)
+    assert many.shown_speedup(noisy(3.0, 40)) == Speedup(2.0, 8, of_reply=True)
+    for name in ("speedup", "overhead", "vanilla_tokens_per_second"):
+        assert few.as_json()[name] is None
+        assert some.as_json()[name]
+    assert few.as_json()["comparisons"] == 3
+    vanilla = Stats.of([step([0], 0.01, nodes=1)])
+    assert vanilla.as_json()["vanilla_tokens_per_second"] == 100
 
 
 def test_copied_guesses_count_by_themselves_at_every_depth() -> None:

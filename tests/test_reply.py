@@ -247,3 +247,14 @@ def test_bytes_that_make_no_character_do_not_end_the_stream() -> None:
         "é",
         "a",
     ]
+
+
+@pytest.mark.parametrize(("before", "text"), [([], "two three"), ([0], " two three")])
+def test_a_reply_that_goes_on_with_a_text_keeps_its_first_space(
+    before: list[int], text: str
+) -> None:
+    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2}, unk_token="▁one"))
+    words.decoder = decoders.Metaspace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words)  # type: ignore[no-untyped-call]
+    reply = Reply(made, Sampling(), frozenset(), 100, before)
+    assert "".join(token.text for token in reply.take([1, 2], [0, 0])) == text

@@ -130,6 +130,58 @@ def test_a_regen_without_text_keeps_the_old_reply() -> None:
     assert session.messages[-1]["content"] == "first"
 
 
+def test_a_reply_that_was_cut_goes_on() -> None:
+    engine = FakeEngine(["one two three", " four five"], finish="length")
+    session = Session(engine, Sampling())
+    with pytest.raises(UserError, match="no reply to continue"):
+        session.go_on()
+    talk(session, "hello")
+    list(session.go_on())
+    assert session.messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "one two three four five"},
+    ]
+    first = engine.encode(engine.prompts[0])
+    assert engine.ids[1] == [*first, 7, 7, 7]  # the same prompt, and the tokens of the reply
+    assert [answer.text for answer in session.answers] == ["one two three four five"]
+
+
+def test_an_interrupted_reply_goes_on() -> None:
+    session = Session(FakeEngine(["one two three four five six"]), Sampling())
+    with closing(session.ask("hello")) as steps:
+        next(steps)
+    begun = session.messages[-1]["content"]
+    list(session.go_on())
+    assert session.messages[-1]["content"] == begun + "one two three four five six"
+    with pytest.raises(UserError, match="complete"):
+        session.go_on()
+
+
+def test_a_message_is_replaced_once_the_new_one_has_an_answer() -> None:
+    session = Session(FakeEngine(["first", KeyboardInterrupt(), "second"]), Sampling())
+    with pytest.raises(UserError, match="no message to replace"):
+        session.ask("x", replacing=True)
+    talk(session, "helo")
+    before = list(session.messages)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.ask("hello", replacing=True))
+    assert session.messages == before
+    list(session.ask("hello", replacing=True))
+    assert [message["content"] for message in session.messages] == ["hello", "second"]
+
+
+def test_the_reply_that_was_chosen_is_the_one_that_goes_on() -> None:
+    engine = FakeEngine(["first", "second", "third"], finish="length")
+    session = Session(engine, Sampling())
+    talk(session, "hello")
+    list(session.regen())
+    session.choose(1)
+    list(session.go_on())
+    assert [answer.text for answer in session.answers] == ["second", "firstthird"]
+    talk(session, "more")
+    assert len(session.answers) == 1
+
+
 def test_reset_keeps_settings() -> None:
     session = Session(FakeEngine(), Sampling(mode="exact"), system="Be brief.")
     talk(session, "hello")
@@ -156,6 +208,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         "S",
     )
     assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_save_overwrites_nothing_else(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
+import signal
 import subprocess
 import sys
+import termios
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +17,8 @@ from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
 from tests.helpers.fake_engine import REPLY, script
 from tests.helpers.pseudo_terminal import (
+    ALT_V,
+    BACKSPACE,
     CTRL_C,
     CTRL_D,
     ENTER,
@@ -36,9 +41,14 @@ STATS = Stats.of(script(REPLY))
 def start(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
-    def run(*options: str, columns: int = 80, no_color: str = "") -> Terminal:
+    def run(
+        *options: str,
+        columns: int = 80,
+        no_color: str = "",
+        environment: dict[str, str] | None = None,
+    ) -> Terminal:
         command = (FAKE_CHAT, "--history", str(tmp_path / "history"), *options)
-        environment = {"NO_COLOR": no_color} if no_color else None
+        environment = {"NO_COLOR": no_color} if no_color else environment
         started.append(Terminal(*command, columns=columns, environment=environment))
         return started[-1]
 
@@ -54,10 +64,9 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Terminal]
     terminal.replies(1)
     row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
     assert_colours(terminal, row, script(REPLY))
-    footer = (
-        f"acceptance length {STATS.acceptance_length:.2f} · {STATS.tokens_per_second:.1f} tokens/s"
-    )
-    assert f"{footer} · speedup {STATS.speedup:.2f}× measured here" in terminal.text
+    speedup = f"{STATS.speedup:.1f}x faster ({STATS.comparisons} comparisons)"
+    footer = f"{STATS.acceptance_length:.1f} tokens per step · {speedup} · "
+    assert f"{footer}{STATS.tokens_per_second:.1f} tokens/s" in terminal.text
 
     terminal.say("/typical")
     terminal.see("typical · temperature 0.7 · epsilon 0.09 · delta 0.3")
@@ -70,8 +79,8 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Terminal]
     figures = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
     assert figures["new tokens"] == [str(STATS.new_tokens), str(2 * STATS.new_tokens)]
     assert figures["acceptance length"][0] == f"{STATS.acceptance_length:.2f}"
-    assert figures["step cost"][0] == f"{STATS.overhead:.2f}×"
-    assert figures["speedup"][0] == f"{STATS.speedup:.2f}×"
+    assert figures["step cost"][0] == f"{STATS.overhead:.2f}x"
+    assert figures["speedup"][0] == f"{STATS.speedup:.2f}x"
     assert figures["tokens/s"][0] == f"{STATS.tokens_per_second:.1f}"
     terminal.say("/exit")
     assert terminal.status() == 0
@@ -201,7 +210,7 @@ def test_keys_typed_during_a_reply_wait_for_the_prompt(start: Callable[..., Term
 def test_a_reply_in_a_terminal_that_grows(start: Callable[..., Terminal]) -> None:
     terminal = start("--delay", "0.15", columns=40)
     terminal.say("Tell me a story")
-    terminal.see("measured here")
+    terminal.see("faster")
     terminal.screen.resize(columns=72)
     terminal.child.setwinsize(30, 72)
     text = terminal.replies(1)
@@ -244,6 +253,186 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal.say("two")
     terminal.replies(1)
     assert transcript.read_text().count('"user"') == 2
+
+
+def test_a_message_is_edited_and_answered_anew(
+    start: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    terminal = start()
+    terminal.say("Tell me a stori")
+    terminal.replies(1)
+    terminal.say("/edit")
+    terminal.see("› Tell me a stori\n")
+    terminal.send(BACKSPACE + "y" + ENTER)
+    terminal.replies(2)
+    terminal.say("/edit")
+    terminal.see(lambda text: text.count("› Tell me a story") == 2)
+    terminal.send(CTRL_C)  # drops the edit, not the message
+    terminal.say("More")
+    terminal.replies(3)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 4 messages")
+    assert '"Tell me a story"' in (tmp_path / "talk.json").read_text()
+
+
+def test_a_stopped_reply_goes_on(start: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = start("--delay", "0.2")
+    terminal.say("Tell me a story")
+    terminal.see("upon a time")
+    terminal.send(CTRL_C)
+    terminal.see("[stopped]")
+    terminal.see(lambda _: terminal.at_prompt)
+    terminal.say("/continue")
+    terminal.replies(2)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 2 messages")
+    assert (tmp_path / "talk.json").read_text().count("Once upon a time") == 2
+
+
+def test_exit_alone_asks_what_was_meant(start: Callable[..., Terminal]) -> None:
+    terminal = start()
+    terminal.say("exit")
+    terminal.see("/exit leaves, Ctrl+D too; type exit once more to send it")
+    terminal.say("exit")
+    terminal.replies(1)
+    terminal.say("/bye")
+    assert terminal.status() == 0
+
+
+def test_quotes_open_and_close_several_lines(
+    start: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    terminal = start()
+    terminal.say('"""one')
+    terminal.send("two" + ENTER)
+    terminal.see("  two")
+    terminal.send('three"""' + ENTER)
+    terminal.replies(1)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 2 messages")
+    assert r'"one\ntwo\nthree"' in (tmp_path / "talk.json").read_text()
+
+
+def test_a_long_paste_is_echoed_folded(start: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = start()
+    terminal.see("■ 4")
+    lines = "\r".join(f"line {number}" for number in range(200))
+    terminal.send(f"\x1b[200~{lines}\x1b[201~")
+    terminal.see("line 199")
+    terminal.send(ENTER)
+    text = terminal.replies(1)
+    assert "› line 0\n" in text
+    assert "  … 192 more lines …\n  line 198\n  line 199\n" in text
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 2 messages")
+    assert r"line 100\nline 101" in (tmp_path / "talk.json").read_text()
+
+
+CODE = "Look:\n\n```python\nprint(1)\n```\n\n| a | b |\n| - | - |\n| **c** | d |\n"
+
+
+def test_markdown_is_rendered_and_the_view_switched(start: Callable[..., Terminal]) -> None:
+    terminal = start("--reply", CODE)
+    terminal.say("Show me")
+    text = terminal.replies(1)
+    assert "```python\nprint(1)\n```\n\na   b\n─────\nc   d\n" in text
+    terminal.send(ALT_V)
+    terminal.see("view: heads")
+    terminal.say("Again")
+    assert "| **c** | d |" in terminal.replies(2)
+    terminal.say("/view markdown")
+    terminal.see("markdown: finished blocks are rendered")
+
+
+@pytest.mark.parametrize("setting", ["--plain", "TERM=dumb"])
+def test_plain_mode_redraws_nothing(start: Callable[..., Terminal], setting: str) -> None:
+    if setting == "--plain":
+        terminal = start(setting, "--load", "1")
+    else:
+        terminal = start("--load", "1", environment={"TERM": "dumb"})
+    terminal.send("Tell me a story\r")
+    text = terminal.see("tokens per step")
+    assert "loading fake…" in text
+    terminal.send("/exit\r")
+    assert terminal.status() == 0
+    assert "reading the prompt" not in terminal.raw
+    assert "tokens per step" in terminal.raw
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.raw)
+    assert not re.search(r"[\x1b\x08]|\r[^\n]", shown)
+    assert "Once upon a time a small fox" in shown
+
+
+def test_ctrl_c_while_a_message_waits_for_the_model(start: Callable[..., Terminal]) -> None:
+    terminal = start("--load", "4")
+    terminal.say("Tell me a story")
+    terminal.see("your message is next")
+    terminal.send(CTRL_C)
+    terminal.see("not sent")
+    terminal.see("■ 4")
+    terminal.send(UP + ENTER)
+    terminal.replies(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_that_ends_the_chat_leaves_the_terminal_as_it_was(
+    start: Callable[..., Terminal], tmp_path: Path, number: signal.Signals
+) -> None:
+    transcript = tmp_path / "talk.json"
+    terminal = start("--delay", "0.2", "--transcript", str(transcript))
+    before = termios.tcgetattr(terminal.child.child_fd)
+    terminal.say("Tell me a story")
+    terminal.see("upon a time")
+    terminal.child.kill(number)
+    assert terminal.status() == 128 + number
+    assert not terminal.screen.cursor.hidden
+    assert "tokens/s" not in terminal.text  # the panel is gone
+    assert terminal.settings[3] == before[3]
+    assert "Once upon a time" in transcript.read_text()
+    assert transcript.stat().st_mode & 0o777 == 0o600
+
+
+def test_sigterm_at_the_prompt(start: Callable[..., Terminal]) -> None:
+    terminal = start()
+    before = termios.tcgetattr(terminal.child.child_fd)
+    terminal.see("■ 4")
+    terminal.child.kill(signal.SIGTERM)
+    assert terminal.status() == 128 + signal.SIGTERM
+    assert terminal.settings[3] == before[3]
+    assert "Traceback" not in terminal.text
+
+
+def test_ctrl_z_and_back(start: Callable[..., Terminal]) -> None:
+    terminal = start("--delay", "0.2")
+    before = termios.tcgetattr(terminal.child.child_fd)
+    terminal.say("Tell me a story")
+    terminal.see("upon a time")
+    terminal.send("\x1a")
+    terminal.see(lambda _: not terminal.screen.cursor.hidden)
+    assert termios.tcgetattr(terminal.child.child_fd)[3] == before[3]
+    assert "tokens/s" not in terminal.text
+    terminal.child.kill(signal.SIGCONT)
+    terminal.see(lambda _: terminal.screen.cursor.hidden)
+    text = terminal.replies(1)
+    assert "".join(REPLY.split())[-40:] in "".join(text.split())
+
+
+def test_columns_of_the_environment_do_not_count(start: Callable[..., Terminal]) -> None:
+    terminal = start(environment={"COLUMNS": "300", "LINES": "100"})
+    terminal.say("Tell me a story")
+    text = terminal.replies(1)
+    assert text.count("Once upon a time") == 1
+    assert "".join(REPLY.split()) in "".join(text.split())
+
+
+def test_a_terminal_that_gets_narrow_leaves_no_panel(start: Callable[..., Terminal]) -> None:
+    terminal = start("--delay", "0.15", columns=100)
+    terminal.say("Tell me a story")
+    terminal.see("faster")
+    terminal.screen.resize(columns=20)
+    terminal.child.setwinsize(30, 20)
+    text = terminal.replies(1)
+    assert text.count("tokens per step") == 1
+    assert "━" not in text
 
 
 def test_no_colour_is_honoured(start: Callable[..., Terminal]) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from medusa_chat.config import Sampling
 from medusa_chat.events import COPIED, Step, Token
 from medusa_chat.stats import Stats
-from medusa_chat.terminal.panel import footer, panel
+from medusa_chat.terminal.panel import faster, footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
 from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
 from medusa_chat.terminal.wrapping import Flow, breaks, cells
@@ -320,42 +320,64 @@ def test_the_panel_fits(width: int) -> None:
     stats = Stats()
     for step in script(LONG):
         for sampling in (Sampling(), Sampling("typical"), Sampling("vanilla")):
-            assert all(row.cell_len <= width for row in panel(stats, sampling, width))
+            assert all(row.cell_len <= width for row in panel(stats, stats, sampling, width))
             assert footer(stats, stats, sampling, width).cell_len <= width
         stats.add(step)
 
 
 def test_the_panel_shows_the_figures_of_stats() -> None:
     stats = Stats.of(script(REPLY))
-    shown = "\n".join(row.plain for row in panel(stats, Sampling("typical"), 130))
+    shown = "\n".join(row.plain for row in panel(stats, stats, Sampling("typical"), 130))
     for figure in (
         "typical 0.7",
         f"{stats.new_tokens} tokens",
         f"{stats.tokens_per_second:.1f} tokens/s",
-        f"acceptance length {stats.acceptance_length:.2f}",
-        f"each step costs {stats.overhead:.2f}× a plain step",
-        f"speedup {stats.speedup:.2f}× measured here",
+        f"{stats.acceptance_length:.1f} tokens per step",
+        f"{stats.speedup:.1f}x faster than without heads (this conversation, 5 comparisons)",
         *(f"{rate:.0%}" for rate in stats.head_acceptance().values()),
     ):
         assert figure in shown
-    row = panel(stats, Sampling(), 130)[1]
+    row = panel(stats, stats, Sampling(), 130)[1]
     styles = [span.style for span in row.spans if isinstance(span.style, Style)]
     assert {style.color.name for style in styles if style.color} == set(HEAD_COLOURS[:4])
 
 
-def test_a_narrow_panel_names_the_step_cost_too() -> None:
-    stats = Stats.of(script(REPLY))
-    assert f"step cost {stats.overhead:.2f}×" in panel(stats, Sampling(), 80)[1].plain
+@pytest.mark.parametrize(("replies", "scope"), [(1, "conversation"), (2, "reply")])
+def test_a_reply_has_a_speedup_of_its_own_once_it_was_compared_often(
+    replies: int, scope: str
+) -> None:
+    last = Stats.of(list(script(REPLY, finish=None)) * replies)
+    conversation = Stats.of(list(script(LONG)))
+    source = last if scope == "reply" else conversation
+    words = f"{source.speedup:.1f}x faster than without heads"
+    scope = f"(this {scope}, {source.comparisons} comparisons)"
+    for row in (panel(last, conversation, Sampling(), 130)[1], footer_row(last, conversation)):
+        assert f"{words} {scope}" in row.plain
+    assert last.comparisons == 5 * replies
+
+
+def footer_row(last: Stats, conversation: Stats) -> Text:
+    return footer(last, conversation, Sampling(), 130)
+
+
+def test_slow_heads_are_not_called_faster() -> None:
+    assert [faster(value) for value in (2.04, 1.05, 1.04, 0.87)] == [
+        "2.0x faster",
+        "1.1x faster",
+        "1.04x as fast",
+        "0.87x as fast",
+    ]
 
 
 def test_the_panel_never_assumes_a_speedup() -> None:
-    assert "reading the prompt" in panel(Stats(), Sampling(), 80)[0].plain
+    assert "reading the prompt" in panel(Stats(), Stats(), Sampling(), 80)[0].plain
     one_tree_step = Stats.of(list(script(REPLY))[:1])
-    shown = panel(one_tree_step, Sampling(), 80)[1].plain
-    assert "speedup: measuring…" in shown
-    assert "×" not in shown
-    assert "speedup" not in panel(one_tree_step, Sampling(), 80)[0].plain
-    vanilla = panel(Stats.of(script(REPLY, mode="vanilla")), Sampling("vanilla"), 80)
+    shown = panel(one_tree_step, one_tree_step, Sampling(), 80)[1].plain
+    assert "measuring the speedup…" in shown
+    assert "faster" not in shown
+    assert "speedup" not in panel(one_tree_step, one_tree_step, Sampling(), 80)[0].plain
+    baseline = Stats.of(script(REPLY, mode="vanilla"))
+    vanilla = panel(baseline, baseline, Sampling("vanilla"), 80)
     assert "baseline" in vanilla[1].plain
     assert "acceptance" not in vanilla[0].plain
 
@@ -364,39 +386,39 @@ def test_the_panel_never_assumes_a_speedup() -> None:
 @pytest.mark.parametrize("paused_after", [0, 5])
 def test_the_panel_of_paused_heads_fits(width: int, paused_after: int) -> None:
     stats = Stats.of(script(LONG, paused_after=paused_after))
-    assert all(row.cell_len <= width for row in panel(stats, Sampling(), width))
+    assert all(row.cell_len <= width for row in panel(stats, stats, Sampling(), width))
     assert footer(stats, stats, Sampling(), width).cell_len <= width
 
 
 def test_the_panel_says_that_the_heads_are_paused_and_why() -> None:
     stats = Stats.of(list(script(REPLY, paused_after=4))[:6])
-    headline, reason = (row.plain for row in panel(stats, Sampling(), 110))
+    headline, reason = (row.plain for row in panel(stats, stats, Sampling(), 110))
     assert "tokens/s" in headline
     assert "accept" not in headline
     assert reason == str(stats.paused)
     for shown in ("heads", "0.87x", "250 tokens"):
         assert shown in reason
-    assert panel(stats, Sampling(), 30)[1].plain == "heads paused: 0.87×"
+    assert panel(stats, stats, Sampling(), 30)[1].plain == "heads paused: 0.87x"
     summary = footer(stats, stats, Sampling(), 80).plain
-    assert summary.endswith(" tokens/s · heads paused: slower here (0.87×)")
+    assert summary.endswith(" tokens/s · heads paused: slower here (0.87x)")
     stats.add(next(script(REPLY)))
-    assert "speedup" in panel(stats, Sampling(), 80)[1].plain  # the heads are in use again
-    assert "acceptance length" in footer(stats, stats, Sampling(), 100).plain
+    assert "speedup" in panel(stats, stats, Sampling(), 80)[1].plain  # the heads are in use again
+    assert "tokens per step" in footer(stats, stats, Sampling(), 100).plain
 
 
 def test_the_footer() -> None:
     stats = Stats.of(script(REPLY, finish="context"))
     row = footer(stats, stats, Sampling(), 200).plain
-    assert f"speedup {stats.speedup:.2f}× measured here" in row
+    assert f"{stats.acceptance_length:.1f} tokens per step · {stats.speedup:.1f}x faster" in row
     assert row.endswith(" · context is full")
     assert "context is full" in footer(stats, stats, Sampling(), 80).plain
     assert "context is full" in footer(stats, stats, Sampling(), 20).plain
     limited = Stats.of(script(REPLY, finish="length"))
     assert "length limit" in footer(limited, stats, Sampling(), 80).plain
     short = Stats.of(list(script(REPLY))[:1])
-    assert "measured over this conversation" in footer(short, stats, Sampling(), 100).plain
+    assert "(this conversation, 5 comparisons)" in footer(short, stats, Sampling(), 130).plain
     too_short = footer(short, short, Sampling(), 100).plain
-    assert too_short.endswith("too short to measure the speedup")
+    assert "too short to measure the speedup" in too_short
 
 
 # ---- the palette ----

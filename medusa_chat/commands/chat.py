@@ -47,6 +47,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--marks", action="store_true", help="mark the heads' tokens without colour too"
     )
+    parser.add_argument(
+        "--view",
+        choices=("heads", "markdown", "both"),
+        default="both",
+        help="colour replies by head, render their Markdown, or both",
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="redraw nothing: for screen readers and simple terminals (TERM=dumb has it on)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
             marks=options.marks,
             history=user_state_path("medusa-chat") / "history",
             transcript=options.transcript,
+            view=options.view,
+            plain=options.plain,
         )
     engine = load()
     messages = _messages(prompt, options.system, engine.system)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
 
+BEFORE = 8  # tokens of a text that goes on: the decoder of its first word needs one character
+
 
 class Engine:
     """Decodes replies for one conversation at a time. Implements terminal.chat.engine.ChatEngine.
@@ -132,7 +134,9 @@ class Engine:
         self._check(ids, sampling)
         if self._reply is not None:
             self._reply.close()  # there is one cache, so an older reply cannot go on
-        self._reply = self._decode(ids, sampling)
+        # Ids are text that goes on; after a chat template a reply begins.
+        goes_on = all(isinstance(part, int) for part in prompt)
+        self._reply = self._decode(ids, sampling, ids[-BEFORE:] if goes_on else [])
         return self._reply
 
     def _check(self, ids: list[int], sampling: Sampling) -> None:
@@ -151,11 +155,11 @@ class Engine:
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise UserError(f"the prompt has ids that are not among the {vocabulary} of {name}")
 
-    def _decode(self, ids: list[int], sampling: Sampling) -> Generator[Step]:
+    def _decode(self, ids: list[int], sampling: Sampling, before: list[int]) -> Generator[Step]:
         rule = make_rule(sampling)
         if not sampling.ignore_eos:
             sampling = replace(sampling, stop=(*sampling.stop, *self.template.stop))
-        reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids))
+        reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids), before)
         try:
             root = self._prefill(ids, rule)
             if reply.ends_at(root):

@@ -23,7 +23,14 @@ class Reply:
         finish: the reason for the end, or None.
     """
 
-    def __init__(self, tokenizer: Any, sampling: Sampling, eos: frozenset[int], left: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        sampling: Sampling,
+        eos: frozenset[int],
+        left: int,
+        before: Sequence[int] = (),
+    ) -> None:
         """Start an empty reply.
 
         Args:
@@ -31,10 +38,11 @@ class Reply:
             sampling: its limit, stop strings and `ignore_eos` are read.
             eos: ids that end a reply.
             left: tokens that the context still holds.
+            before: tokens of the text that the reply goes on with: a first word keeps its space.
         """
         self.finish: Finish | None = None
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(before), skip_special_tokens=True)
         self._pending: list[int] = []  # tokens without text yet: bytes of a character
         self._eos = frozenset() if sampling.ignore_eos else eos
         self._limit = min(sampling.max_new_tokens, left)

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from medusa_chat.config import Sampling
-    from medusa_chat.stats import Stats
+    from medusa_chat.stats import Speedup, Stats
 
 SEPARATOR = " · "
 BLOCKS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "–"
 BASELINE = "the baseline of every speedup"
+PER_STEP = " tokens per step"
 FINISHES = {"length": "length limit", "context": "context is full", "stop": "stop string"}
 
 
@@ -34,12 +35,15 @@ def mode_label(sampling: Sampling) -> str:
     return f"{sampling.mode} {sampling.temperature:g}"
 
 
-def panel(stats: Stats, sampling: Sampling, width: int) -> list[Text]:
+def panel(stats: Stats, conversation: Stats, sampling: Sampling, width: int) -> list[Text]:
     """Draw the live panel: at most two rows of at most `width` cells."""
     if not stats.steps:
         reading = [Text(mode_label(sampling)), Text("reading the prompt…", LABEL)]
         return [_fit([reading], width)]
-    return [_headline(stats, sampling, width), _second_row(stats, sampling, width)]
+    return [
+        _headline(stats, sampling, width),
+        _second_row(stats, conversation, sampling, width),
+    ]
 
 
 def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> Text:
@@ -51,6 +55,24 @@ def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
     row = _fit(variants, width)
     row.stylize(LABEL)
     return row
+
+
+def faster(speedup: float) -> str:
+    """Word a speedup: how much faster or slower decoding is with heads."""
+    if speedup >= 1.05:
+        return f"{speedup:.1f}x faster"
+    return f"{speedup:.2f}x as fast"
+
+
+def speedup_words(speedup: Speedup | None) -> tuple[str, str, str]:
+    """Say how much faster the heads make decoding, and how far it can be trusted: 3 lengths."""
+    if speedup is None:
+        return ("too short to measure the speedup", "speedup not measured", f"speedup {UNKNOWN}")
+    short = faster(speedup.value)
+    joint = "than" if short.endswith("faster") else "as"
+    count = f"{speedup.comparisons} comparisons"
+    scope = "this reply" if speedup.of_reply else "this conversation"
+    return (f"{short} {joint} without heads ({scope}, {count})", f"{short} ({count})", short)
 
 
 def gauge(rate: float, length: int, head: int) -> Text:
@@ -82,11 +104,12 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
     short_speed = _item("", speed, " tok/s")
     if sampling.mode == "vanilla" or stats.paused:
         return _fit([[mode, tokens, long_speed], [short_speed]], width)
-    length = number(stats.acceptance_length)
-    long_length = _item("acceptance length ", length)
-    short_length = _item("accepts ", length)
+    length = number(stats.acceptance_length, 1)
+    long_length = _item("", length, PER_STEP)
+    short_length = _item("", length, "/step")
     variants = [
         [mode, tokens, long_speed, long_length],
+        [mode, long_speed, long_length],
         [mode, tokens, short_speed, short_length],
         [short_speed, short_length],
         [short_speed],
@@ -94,45 +117,38 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
     return _fit(variants, width)
 
 
-def _second_row(stats: Stats, sampling: Sampling, width: int) -> Text:
+def _second_row(stats: Stats, conversation: Stats, sampling: Sampling, width: int) -> Text:
     if sampling.mode == "vanilla":
         long = Text(f"vanilla decoding is {BASELINE}", LABEL)
         return _fit([[long], [Text("baseline")]], width)
     if stats.paused:
         return _fit(_pause_rows(stats.paused), width)
-    return _fit(_measured_rows(stats), width)
+    return _fit(_measured_rows(stats, conversation), width)
 
 
 def _pause_rows(pause: Pause) -> list[list[Text]]:
     """Explain why the heads are paused, from the widest row to the narrowest."""
-    speedup = number(pause.speedup, 2, "×")
+    speedup = number(pause.speedup, 2, "x")
     reason = Text(str(pause), LABEL)
     return [[reason], [_item("heads paused: ", speedup)], [_item("paused: ", speedup)]]
 
 
-def _measured_rows(stats: Stats) -> Iterator[list[Text]]:
+def _measured_rows(stats: Stats, conversation: Stats) -> Iterator[list[Text]]:
     """Yield rows from the widest to the narrowest, one by one because the panel is drawn often."""
-    speedup = _speedup(stats.speedup, " measured here")
-    overhead = number(stats.overhead, 2, "×")
-    long_cost = _item("each step costs ", overhead, " a plain step")
-    short_cost = _item("step cost ", overhead)
+    words = speedup_words(stats.shown_speedup(conversation))
+    if stats.shown_speedup(conversation) is None:
+        words = ("measuring the speedup…", "measuring…", "…")
+    speedups = [Text(each, STRONG) for each in words]
     if not stats.reached:  # no head's guess was tested yet
-        yield from ([speedup, long_cost], [speedup, short_cost], [speedup])
-    else:
-        for length in (12, 8, 5, 3):
-            yield [speedup, long_cost, _gauges(stats, length)]
-        for length in (8, 5, 3, 0):
-            yield [speedup, short_cost, _gauges(stats, length)]
-        yield [speedup, short_cost, _blocks(stats)]
-        yield [speedup, _blocks(stats)]
-        yield [speedup]
-    yield [_speedup(stats.speedup)]
-
-
-def _speedup(speedup: float | None, tail: str = "") -> Text:
-    if speedup is None:
-        return _item("speedup: ", "", "measuring…")
-    return Text.assemble(("speedup ", LABEL), (number(speedup, 2, "×"), STRONG), (tail, LABEL))
+        yield from ([speedup] for speedup in speedups)
+        return
+    for length in (12, 8, 5, 3):
+        yield [speedups[0], _gauges(stats, length)]
+    for length in (8, 5, 3, 0):
+        yield [speedups[1], _gauges(stats, length)]
+    yield [speedups[1], _blocks(stats)]
+    yield [speedups[2], _blocks(stats)]
+    yield [speedups[2]]
 
 
 def _gauges(stats: Stats, length: int) -> Text:
@@ -160,28 +176,16 @@ def _footer_rows(last: Stats, conversation: Stats, sampling: Sampling) -> list[l
     """Sum up a reply, from the widest row to the narrowest."""
     speed = Text(f"{number(last.tokens_per_second, 1)} tokens/s")
     if last.paused:
-        reason = Text(f"heads paused: slower here ({number(last.paused.speedup, 2, '×')})")
+        reason = Text(f"heads paused: slower here ({number(last.paused.speedup, 2, 'x')})")
         return [[speed, reason], [speed, Text("heads paused")], [Text("heads paused")]]
     if last.acceptance_length is None:
         return [[Text(mode_label(sampling)), speed], [speed]]
-    length = number(last.acceptance_length)
-    long_length = Text(f"acceptance length {length}")
-    short_length = Text(f"accepts {length}")
-    long_speedup, short_speedup = _measured_speedup(last, conversation)
+    length = Text(f"{number(last.acceptance_length, 1)}{PER_STEP}")
+    long, short, shortest = map(Text, speedup_words(last.shown_speedup(conversation)))
     return [
-        [long_length, speed, long_speedup],
-        [long_length, speed, short_speedup],
-        [short_length, short_speedup],
-        [short_length],
+        [length, long, speed],
+        [length, short, speed],
+        [length, short],
+        [length, shortest],
+        [length],
     ]
-
-
-def _measured_speedup(last: Stats, conversation: Stats) -> tuple[Text, Text]:
-    """Word a reply's speedup; if it was too short to measure one, the conversation's."""
-    if last.speedup is not None:
-        speedup, where = number(last.speedup, 2, "×"), "here"
-    elif conversation.speedup is not None:
-        speedup, where = number(conversation.speedup, 2, "×"), "over this conversation"
-    else:
-        return Text("too short to measure the speedup"), Text(f"speedup {UNKNOWN}")
-    return Text(f"speedup {speedup} measured {where}"), Text(f"speedup {speedup}")

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.theme import LABEL, head_mark, head_style
-from medusa_chat.terminal.wrapping import Flow
+from medusa_chat.terminal.wrapping import Flow, sanitize
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from medusa_chat.events import Step
+    from medusa_chat.terminal.source import View
 
 REFRESH_SECONDS = 0.05
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -31,7 +33,8 @@ class ReplyView:
     there when it is resized, so erasing from the cursor down is always exact. (rich's Live waits
     below its last row: a narrower terminal then leaves remains on the screen.)
 
-    `panel` is called at each refresh, and `marks` adds each token's head in a small digit.
+    `panel` is called at each refresh, and `marks` adds each token's head in a small digit. `view`
+    tells if Markdown is rendered, block by block as each one ends.
     Two refreshes are at least REFRESH_SECONDS of `clock` apart.
     """
 
@@ -41,13 +44,15 @@ class ReplyView:
         panel: Panel,
         *,
         marks: bool = False,
+        view: View = "heads",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._panel = panel
         self._marks = marks
         self._clock = clock
-        self._flow = Flow()
+        self._flow = Flow() if view == "heads" else MarkdownFlow(view)
+        self._stopped = False
         self._drawn_at = 0.0
         self.empty = True
 
@@ -57,8 +62,7 @@ class ReplyView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.empty:
-            self._flow.feed(" " + STOPPED, LABEL)
+        self._stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
         try:
             self._finish()
         finally:
@@ -74,20 +78,31 @@ class ReplyView:
         if self._clock() - self._drawn_at >= REFRESH_SECONDS:
             self._draw()
 
+    def suspend(self) -> None:
+        """Leave the screen to the shell."""
+        self._write(ERASE_BELOW + SHOW_CURSOR)
+
+    def resume(self) -> None:
+        """Draw again where the shell left the cursor."""
+        self._write(HIDE_CURSOR)
+        self._draw()
+
     def _draw(self) -> None:
         width, height = self._console.size
-        rows = self._flow.take(width)
-        live = [self._flow.growing, Text(), *self._panel(width)]
+        panel = self._panel(width)
+        # A terminal that is made much narrower still holds all rows that are redrawn.
+        room = max(1, height // 4)
+        rows = self._flow.take(width, room)
+        live = [*self._flow.live, Text(), *panel]
         if len(live) >= height:  # on a screen of a few rows the text matters most
-            live = live[:1]
+            live = self._flow.live
         up = f"\x1b[{len(live) - 1}A" if len(live) > 1 else ""
         self._write(ERASE_BELOW + self._rendered([*rows, *live]).removesuffix("\n") + "\r" + up)
         self._drawn_at = self._clock()
 
     def _finish(self) -> None:
-        rows = self._flow.take(self._console.width)
-        if not self.empty:
-            rows.append(self._flow.growing)
+        note = STOPPED if self._stopped and not self.empty else ""
+        rows = self._flow.rest(self._console.width, note)
         self._write(ERASE_BELOW + self._rendered(rows))
 
     def _rendered(self, rows: list[Text]) -> str:
@@ -99,4 +114,50 @@ class ReplyView:
     def _write(self, codes: str) -> None:
         """Write a refresh in one piece, so that nothing flickers."""
         self._console.file.write(codes)
+        self._console.file.flush()
+
+
+class PlainView:
+    """Context manager that prints one reply as it comes and redraws nothing.
+
+    It is for screen readers and terminals that cannot move the cursor. White space is printed only
+    when something follows it.
+    """
+
+    def __init__(self, console: Console, *, marks: bool = False) -> None:
+        self._console = console
+        self._marks = marks
+        self._held = ""
+        self.empty = True
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.empty:
+            return
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._print(Text(f" {STOPPED}\n" if stopped else "\n", LABEL))
+
+    def add(self, step: Step) -> None:
+        """Print the tokens of a step."""
+        for token in step.tokens:
+            text = self._held + sanitize(token.text)
+            visible = text.rstrip()
+            self._held = text[len(visible) :]
+            if self.empty:
+                visible = visible.lstrip()
+            if visible:
+                self.empty = False
+                mark = head_mark(token.head) if self._marks else ""
+                self._print(Text(visible + mark, head_style(token.head)))
+
+    def suspend(self) -> None:
+        """Leave the screen to the shell: there is nothing to take away."""
+
+    def resume(self) -> None:
+        """Go on where the shell left the cursor."""
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, end="", soft_wrap=True)
         self._console.file.flush()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.cells import get_character_cell_size
 from rich.text import Text
 
+from medusa_chat.terminal.theme import LABEL
 from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Flow:
         self._tail.append(visible, style).append(mark, style)
         self._held = safe[start + len(visible) :]
 
-    def take(self, width: int) -> list[Text]:
+    def take(self, width: int, _room: int = 1) -> list[Text]:
         """Return the rows that were finished since the last call."""
         rows: list[Text] = []
         for line in self._tail.split("\n", allow_blank=True):
@@ -104,3 +105,15 @@ class Flow:
     def growing(self) -> Text:
         """The row that still grows; call `take` first."""
         return self._tail
+
+    @property
+    def live(self) -> list[Text]:
+        """The rows that still grow; call `take` first."""
+        return [self._tail]
+
+    def rest(self, width: int, note: str = "") -> list[Text]:
+        """Return what is left of a reply that has ended, and a note about its end."""
+        if note:
+            self.feed(f" {note}", LABEL)
+        rows = self.take(width)
+        return [*rows, self._tail] if self._tail.plain.strip() else rows

@@ -25,7 +25,7 @@ REPLY = (
     "and every evening he told the river how many he had seen."
 )
 DEPTHS = (3, 1, 4, 0, 2, 1)  # accepted guesses of the tree steps, in turn
-VANILLA_EVERY = 4
+VANILLA_EVERY = 3
 TREE_SECONDS, VANILLA_SECONDS = 0.012, 0.010
 
 
@@ -57,7 +57,7 @@ def script(
     finish: Finish | None = "eos",
     paused_after: int | None = None,
 ) -> Iterator[Step]:
-    """Yield the steps that decode `text`; every fourth is a vanilla step.
+    """Yield the steps that decode `text`; every third is a vanilla step.
 
     With `paused_after` the heads are paused after that many steps.
     """
@@ -129,6 +129,7 @@ class FakeEngine:
         self.prefilled = 0
         self.prefill_seconds = 0.0
         self.prompts: list[list[Message]] = []
+        self.ids: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.closed = 0
         self._replies = cycle(replies)
@@ -138,12 +139,16 @@ class FakeEngine:
         self._fails_after = fails_after
         self._tokens = 0
 
+    def encode(self, prompt: list[int] | list[Message]) -> list[int]:
+        return [part if isinstance(part, int) else len(part["content"]) for part in prompt]
+
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         self.prompts.append([message for message in prompt if not isinstance(message, int)])
+        self.ids.append([part for part in prompt if isinstance(part, int)])
         self.samplings.append(sampling)
         reply = next(self._replies)
         self._tokens = sum(len(message["content"].split()) for message in self.prompts[-1])
-        self.prefilled = len(self.prompts[-1][-1]["content"].split())
+        self.prefilled = self._tokens
         self.prefill_seconds = 0.25
         try:
             time.sleep(self._prefill)
@@ -181,6 +186,8 @@ def main() -> int:
     parser.add_argument("--fails-after", type=int)
     parser.add_argument("--finish", default="eos")
     parser.add_argument("--marks", action="store_true")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--view", default="both")
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
     parser.add_argument("--reply", action="append")
@@ -211,6 +218,8 @@ def main() -> int:
         marks=arguments.marks,
         history=arguments.history,
         transcript=arguments.transcript,
+        view=arguments.view,
+        plain=arguments.plain,
     )
 
 

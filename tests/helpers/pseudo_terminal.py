@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import termios
 import time
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pexpect
 import pyte
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 ENTER, NEW_LINE, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
+ALT_V, BACKSPACE = "\x1bv", "\x7f"
 PATIENCE = 60
 
 
@@ -37,6 +39,8 @@ class Terminal:
     ) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=1000, ratio=0.5)
         self.stream = pyte.ByteStream(self.screen)
+        self.raw = ""  # all that was written
+        self.settings: list[Any] = []  # of the terminal at the program's end
         variables = dict(os.environ)
         for name in ("NO_COLOR", "COLUMNS", "LINES"):
             variables.pop(name, None)
@@ -72,7 +76,9 @@ class Terminal:
 
     def read(self) -> None:
         with suppress(pexpect.TIMEOUT):
-            self.stream.feed(self.child.read_nonblocking(4096, timeout=0.05))
+            written = self.child.read_nonblocking(4096, timeout=0.05)
+            self.raw += written.decode(errors="replace")
+            self.stream.feed(written)
 
     def send(self, keys: str) -> None:
         self.child.send(keys)
@@ -85,7 +91,7 @@ class Terminal:
 
     def replies(self, count: int) -> str:
         """Wait until `count` replies have ended and the prompt is back."""
-        return self.see(lambda text: text.count("acceptance length") == count and self.at_prompt)
+        return self.see(lambda text: text.count("tokens per step") == count and self.at_prompt)
 
     @property
     def at_prompt(self) -> bool:
@@ -102,6 +108,7 @@ class Terminal:
                 self.read()
             except pexpect.EOF:
                 break
+        self.settings = termios.tcgetattr(self.child.child_fd)
         self.child.close()
         status: int | None = self.child.exitstatus
         return status

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from medusa_chat.events import Step
+    from medusa_chat.terminal.source import View
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Chat:
     session: Session
     marks: bool = False
     colour: bool = True
+    view: View = "both"
 
     def legend(self) -> Text:
         """Explain the colours of this model's heads."""
@@ -43,9 +45,22 @@ class Stream:
     note: str
 
 
-Result = RenderableType | Stream | None
+@dataclass(frozen=True)
+class Draft:
+    """The result of a command that puts text into the prompt, to replace the last message."""
+
+    text: str
+
+
+Result = RenderableType | Stream | Draft | None
 Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
+
+GROUPS = {  # with examples
+    "Talk": "/edit · /regen · /copy code · /save talk.json",
+    "Look": "/view heads · /marks on · /stats",
+    "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,8 @@ class Command:
         usage: the arguments, as help and error messages show them.
         values: completions of the next argument word, given the words before it.
         takes_path: complete file names too.
+        group: its heading in `/help`.
+        destroys: loses something that was said, and so is never proposed for a misspelt name.
     """
 
     name: str
@@ -64,6 +81,14 @@ class Command:
     usage: str = ""
     values: Values | None = None
     takes_path: bool = False
+    group: str = ""
+    destroys: bool = False
+
+    @property
+    def described(self) -> str:
+        """The help, with the command's other names."""
+        others = ", ".join(f"/{alias}" for alias, name in ALIASES.items() if name == self.name)
+        return f"{self.help} Also {others}." if others else self.help
 
     @property
     def help(self) -> str:
@@ -88,19 +113,51 @@ class Command:
 
 
 REGISTRY: dict[str, Command] = {}
-ALIASES = {"quit": "exit"}
+ALIASES = {
+    "?": "help",
+    "bye": "exit",
+    "clear": "reset",
+    "new": "reset",
+    "q": "exit",
+    "quit": "exit",
+    "retry": "regen",
+}
+LEAVING = ("bye", "exit", "quit")  # words that alone may be meant as a command
 
 
-def command(
-    name: str, usage: str = "", *, values: Values | None = None, takes_path: bool = False
-) -> Callable[[Handler], Handler]:
-    """Register a handler, which returns what to print. Its docstring is the help."""
+def in_group(group: str) -> Callable[..., Callable[[Handler], Handler]]:
+    """Return a decorator that registers the handlers of a group of commands."""
 
-    def register(handler: Handler) -> Handler:
-        REGISTRY[name] = Command(name, handler, usage, values, takes_path)
-        return handler
+    def command(
+        name: str,
+        usage: str = "",
+        *,
+        values: Values | None = None,
+        takes_path: bool = False,
+        destroys: bool = False,
+    ) -> Callable[[Handler], Handler]:
+        """Register a handler, which returns what to print. Its docstring is the help."""
 
-    return register
+        def register(handler: Handler) -> Handler:
+            entry = Command(name, handler, usage, values, takes_path, group, destroys)
+            REGISTRY[name] = entry
+            return handler
+
+        return register
+
+    return command
+
+
+def one_of(*values: str) -> Values:
+    """Complete one of these words."""
+    return lambda _session, words: () if words else values
+
+
+def switch(argument: str, current: bool) -> bool:
+    """Read on or off; without an argument flip the switch."""
+    if argument not in ("", "on", "off"):
+        raise UsageError
+    return argument == "on" if argument else not current
 
 
 def is_command(line: str) -> bool:
@@ -115,7 +172,9 @@ def find(line: str) -> Command:
     if found:
         return found
     hint = "/help lists all; // sends a message that begins with /"
-    close = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=1)
+    names = REGISTRY | {alias: REGISTRY[command] for alias, command in ALIASES.items()}
+    safe = [each for each, entry in names.items() if not entry.destroys]
+    close = difflib.get_close_matches(name, safe, n=1)
     if close:
         hint = f"did you mean /{close[0]}?"
     raise UserError(f"unknown command /{name}: {hint}")

@@ -34,7 +34,7 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
     text = json.dumps(asdict(conversation), ensure_ascii=False, indent=2) + "\n"
     encodable = text.encode(errors="replace").decode()  # a paste may hold half a surrogate pair
     try:
-        write_text(path.resolve(), encodable)
+        write_text(path.resolve(), encodable, private=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 

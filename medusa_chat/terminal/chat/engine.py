@@ -53,6 +53,9 @@ class ChatEngine(Protocol):
     def trees(self) -> ChatTrees:
         """The choice of the candidate tree."""
 
+    def encode(self, prompt: list[int] | list[Message]) -> list[int]:
+        """Return the ids of a prompt."""
+
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         """Decode a reply; may be closed early. Raises UserError if the prompt does not fit."""
 

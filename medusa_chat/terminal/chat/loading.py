@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import shutil
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, TextIO
 
 from medusa_chat.terminal.chat.errors import LoadError
@@ -33,14 +33,17 @@ class Loading:
         self._download: Download | None = None
         self._engine: ChatEngine | None = None
         self._error: BaseException | None = None
-        self._thread = Thread(target=self._run, name="load", daemon=True)
-        self._thread.start()
+        # Not the thread's own join: on Python 3.11 an interrupt of that marks a thread as ended.
+        self._ended = Event()
+        Thread(target=self._run, name="load", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._engine = self._load(self._downloaded)
         except BaseException as error:
             self._error = error
+        finally:
+            self._ended.set()
 
     def _downloaded(self, name: str, received: int, total: int) -> None:
         if self._download is None or self._download.name != name:
@@ -57,7 +60,7 @@ class Loading:
     @property
     def done(self) -> bool:
         """True once loading has ended, well or badly."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     @property
     def failure(self) -> LoadError | None:
@@ -66,7 +69,7 @@ class Loading:
 
     def result(self) -> ChatEngine:
         """Wait for the engine. Raises LoadError if it could not be loaded."""
-        self._thread.join()
+        self._ended.wait()
         if self._error is not None:
             raise LoadError(self._error)
         assert self._engine is not None
@@ -83,7 +86,7 @@ class Loading:
                 while not self.done:
                     out.write(f"\r{self._status_line(hint)}\x1b[K")
                     out.flush()
-                    self._thread.join(FRAME_SECONDS)
+                    self._ended.wait(FRAME_SECONDS)
         finally:
             out.write("\r\x1b[K")
             out.flush()
@@ -92,7 +95,7 @@ class Loading:
 
     def _status_line(self, hint: str) -> str:
         """Join status and hint if both fit in a row."""
-        width = shutil.get_terminal_size().columns - 1
+        width = os.get_terminal_size(sys.stdout.fileno()).columns - 1  # COLUMNS may be stale
         status = sanitize(self.status())
         line = f"{status} · {hint}"
         return line if len(line) < width else status[:width]

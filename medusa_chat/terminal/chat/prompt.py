@@ -17,6 +17,7 @@ from prompt_toolkit.styles import Style
 
 from medusa_chat.terminal.chat.completion import CommandCompleter
 from medusa_chat.terminal.chat.loading import FRAME_SECONDS, Loading
+from medusa_chat.terminal.chat.message import goes_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,12 +36,22 @@ STYLE = Style.from_dict(
 
 
 class Prompt:
-    """Reads messages. `status` returns the left side of the toolbar at each redraw."""
+    """Reads messages and erases them: the chat echoes them as it likes.
+
+    `status` returns the left side of the toolbar at each redraw, and `switch_view` a hint about
+    the next view.
+    """
 
     def __init__(
-        self, history: History, session: Callable[[], Session | None], status: Callable[[], str]
+        self,
+        history: History,
+        session: Callable[[], Session | None],
+        status: Callable[[], str],
+        switch_view: Callable[[], str],
     ) -> None:
+        self.cleared = False  # by Ctrl-C, since `read` was called
         self._status = status
+        self._switch_view = switch_view
         self._hint = ""
         self._prompt: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
@@ -52,27 +63,37 @@ class Prompt:
             key_bindings=self._keys(),
             bottom_toolbar=self._toolbar,
             enable_open_in_editor=True,
+            enable_suspend=True,
+            erase_when_done=True,
             tempfile_suffix=".md",
             style=STYLE,
             reserve_space_for_menu=6,
         )
         self._prompt.default_buffer.on_text_changed += lambda _: self._set_hint("")
 
-    def read(self, loading: Loading, when_loaded: Callable[[], None]) -> str:
+    def read(self, loading: Loading, when_loaded: Callable[[], None], draft: str = "") -> str:
         """Read a message or command; call `when_loaded` above the prompt if the model is loaded.
 
-        Raises EOFError on Ctrl-D, and LoadError if the model cannot be loaded.
+        Args:
+            loading: the model.
+            when_loaded: called once.
+            draft: text to begin with.
+
+        Raises:
+            EOFError: on Ctrl-D.
+            LoadError: the model cannot be loaded.
         """
+        self.cleared = False
 
         def watch() -> None:
             app = get_app()
             app.create_background_task(_watch(app, loading, when_loaded))
 
         if loading.done:
-            return self._prompt.prompt()
+            return self._prompt.prompt(default=draft)
         # Libraries write to standard error while the model loads: it belongs above the prompt.
         with StdoutProxy(raw=True) as above, redirect_stderr(above):
-            return self._prompt.prompt(pre_run=watch)
+            return self._prompt.prompt(pre_run=watch, default=draft)
 
     def _set_hint(self, hint: str) -> None:
         self._hint = hint
@@ -83,7 +104,13 @@ class Prompt:
 
         @keys.add("enter", filter=typing)
         def send(event: KeyPressEvent) -> None:
-            event.current_buffer.validate_and_handle()
+            buffer = event.current_buffer
+            if not goes_on(buffer.text):
+                buffer.validate_and_handle()
+                return
+            buffer.cursor_position = len(buffer.text)
+            buffer.delete_before_cursor(int(buffer.text.endswith("\\")))
+            buffer.insert_text("\n")
 
         @keys.add("escape", "enter", filter=typing)
         @keys.add("c-j", filter=typing)
@@ -94,8 +121,13 @@ class Prompt:
         def clear(event: KeyPressEvent) -> None:
             if event.current_buffer.text:
                 event.current_buffer.reset(append_to_history=True)
+                self.cleared = True
             else:
                 self._set_hint(LEAVE_HINT)
+
+        @keys.add("escape", "v", filter=typing)
+        def switch_view(_event: KeyPressEvent) -> None:
+            self._set_hint(self._switch_view())
 
         return keys
 

@@ -10,24 +10,31 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.terminal.chat.command import Chat, Stream, find, is_command
+from medusa_chat.terminal.chat.command import Chat, Draft, Stream, find, is_command
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import Conversation, read_conversation
 from medusa_chat.terminal.chat.errors import LoadError, error_line
-from medusa_chat.terminal.chat.keyboard import quiet_input
+from medusa_chat.terminal.chat.keyboard import QuietInput, Signals, ending_signals
 from medusa_chat.terminal.chat.loading import DownloadProgress, Loading
-from medusa_chat.terminal.chat.prompt import Prompt, open_history
+from medusa_chat.terminal.chat.message import folded, meant_to_leave, unquoted
+from medusa_chat.terminal.chat.plain import PlainPrompt
+from medusa_chat.terminal.chat.prompt import PROMPT, Prompt, open_history
 from medusa_chat.terminal.chat.reply import BRING_BACK, show_reply
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.output import SafeConsole, warn
 from medusa_chat.terminal.panel import mode_label
+from medusa_chat.terminal.source import VIEWS, View
 from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG
+from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
+    from medusa_chat.events import Step
     from medusa_chat.terminal.chat.engine import ChatEngine
+
+LEAVE = "/exit leaves, Ctrl+D too; type {} once more to send it as a message"
 
 
 def chat(
@@ -39,6 +46,8 @@ def chat(
     marks: bool = False,
     history: Path,
     transcript: Path | None = None,
+    view: View = "both",
+    plain: bool = False,
 ) -> int:
     """Chat in the terminal until the user leaves; return the exit status.
 
@@ -50,6 +59,8 @@ def chat(
         marks: mark tokens with their heads, for screens without colour.
         history: file of earlier prompts.
         transcript: file of the conversation: continued if it exists, written after each reply.
+        view: of heads and Markdown.
+        plain: print each row once and redraw nothing, for screen readers and simple terminals.
 
     Raises:
         UserError: standard input or output is no terminal, or `transcript` is no conversation.
@@ -57,11 +68,15 @@ def chat(
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError("chat needs a terminal; use --prompt TEXT or pipe text to it")
     saved = read_conversation(transcript) if transcript and transcript.exists() else None
-    start = Start(model, sampling, system, marks, transcript, saved)
+    plain = plain or os.environ.get("TERM") == "dumb"
+    start = Start(model, sampling, system, marks, transcript, saved, view, plain)
     loading = Loading(load, model)
     status = 0
     try:
-        Repl(loading, start, history).run()
+        with ending_signals():
+            Repl(loading, start, history).run()
+    except SystemExit as ending:
+        status = int(ending.code or 0)
     except LoadError as error:
         warn(f"error: {error_line(error.reason)}")
         status = 2
@@ -82,6 +97,15 @@ class Start:
     marks: bool
     transcript: Path | None
     saved: Conversation | None
+    view: View
+    plain: bool
+
+
+def open_console() -> SafeConsole:
+    """Open the terminal; its real size counts, not COLUMNS and LINES of the environment."""
+    stale = ("COLUMNS", "LINES")
+    environment = {name: value for name, value in os.environ.items() if name not in stale}
+    return SafeConsole(highlight=False, _environ=environment)
 
 
 class Repl:
@@ -92,9 +116,13 @@ class Repl:
         self._start = start
         self._transcript = start.transcript
         self._chat: Chat | None = None
-        self._console = SafeConsole(highlight=False, markup=False, emoji=False)
+        self._draft = ""  # the last message while it is edited
+        self._asked = ""  # a word that may have been meant as a command
+        self._console = open_console()
         opened, notice = open_history(history)
-        self._prompt = Prompt(opened, self._session, self._status)
+        self._prompt: Prompt | PlainPrompt = PlainPrompt()
+        if not start.plain:
+            self._prompt = Prompt(opened, self._session, self._status, self._switch_view)
         if notice:
             self._console.print(Text(notice, NOTICE))
 
@@ -116,28 +144,65 @@ class Repl:
         """Read a line and answer it. Raises EOFError if the user leaves."""
         if self._loading.done:
             self._greet()
-        line = self._prompt.read(self._loading, self._greet)
+        draft = self._draft
+        self._draft = ""
+        line = self._prompt.read(self._loading, self._greet, draft)
         if not line.strip():
             return
+        self._echo(line)
         # Neither leaving nor a misspelt command waits for the model.
         if is_command(line) and find(line).name == "exit":
             raise EOFError
+        if meant_to_leave(line) and line != self._asked:
+            self._asked = line
+            self._console.print(Text(LEAVE.format(line.strip()), NOTICE))
+            self._console.print()
+            return
         chat = self._ready()
         if is_command(line):
             self._run_command(chat, line)
         else:
-            message = line.removeprefix("/") if line.startswith("//") else line
-            show_reply(self._console, chat, chat.session.ask(message))
+            replacing = bool(draft) and not self._prompt.cleared
+            self._answer(chat, chat.session.ask(unquoted(line), replacing=replacing))
+
+    def _echo(self, line: str) -> None:
+        """Print a message as it was typed; fold one of many lines."""
+        if self._start.plain:  # the terminal has echoed it
+            return
+        first, *others = folded(sanitize(line))
+        self._console.print(Text.assemble((PROMPT, STRONG), first), soft_wrap=True)
+        for other in others:
+            self._console.print(Text(" " * len(PROMPT) + other), soft_wrap=True)
+
+    def _answer(self, chat: Chat, steps: Generator[Step, None, None]) -> None:
+        try:
+            show_reply(self._console, chat, steps, plain=self._start.plain)
+        finally:  # a signal that ends the program loses nothing either
             self._after_reply(chat.session)
+
+    def _switch_view(self) -> str:
+        """Switch to the next view; return a hint."""
+        if self._chat is None:
+            return "the model is still loading"
+        self._chat.view = VIEWS[(VIEWS.index(self._chat.view) + 1) % len(VIEWS)]
+        return f"view: {self._chat.view}"
 
     def _ready(self) -> Chat:
         """Return the chat; wait for the model if need be."""
         if self._chat is None:
-            with quiet_input():
-                self._loading.wait(sys.stdout, "your message is next")
+            self._wait()
             self._greet()
         assert self._chat is not None
         return self._chat
+
+    def _wait(self) -> None:
+        """Wait for the model, with a spinner if the screen may be redrawn."""
+        if self._start.plain:
+            self._console.print(Text(f"loading {self._start.model}…", LABEL))
+            self._loading.result()
+            return
+        with QuietInput() as quiet, Signals(quiet.pause, quiet.resume):
+            self._loading.wait(sys.stdout, "your message is next")
 
     def _greet(self) -> None:
         """Start the session once the model is loaded: print the legend and the notices."""
@@ -145,7 +210,8 @@ class Repl:
             return
         start = self._start
         session = Session(self._loading.result(), start.sampling, start.system)
-        self._chat = Chat(session, start.marks, colour=not self._console.no_color)
+        colour = not self._console.no_color
+        self._chat = Chat(session, start.marks, colour=colour, view=start.view)
         if start.saved:
             session.load(start.saved)
             session.sampling = start.sampling  # the command line's settings, not the saved ones
@@ -165,8 +231,10 @@ class Repl:
             return
         if isinstance(result, Stream):
             self._console.print(Text(result.note, LABEL))
-            show_reply(self._console, chat, result.steps)
-            self._after_reply(chat.session)
+            self._answer(chat, result.steps)
+            return
+        if isinstance(result, Draft):
+            self._draft = result.text
             return
         if result is not None:
             self._console.print(result)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.terminal.chat.errors import error_line
-from medusa_chat.terminal.chat.keyboard import Interrupt, quiet_input
+from medusa_chat.terminal.chat.keyboard import QuietInput, Signals
 from medusa_chat.terminal.panel import footer, panel
 from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE
-from medusa_chat.terminal.view import ReplyView
+from medusa_chat.terminal.view import PlainView, ReplyView
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -28,14 +28,20 @@ CONTEXT_FULL = (
 WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a setting"
 
 
-def show_reply(console: Console, chat: Chat, steps: Generator[Step, None, None]) -> None:
+def show_reply(
+    console: Console, chat: Chat, steps: Generator[Step, None, None], *, plain: bool = False
+) -> None:
     """Stream one reply and sum it up. An error ends the reply, never the chat."""
     session = chat.session
-    view = ReplyView(
-        console,
-        lambda width: panel(session.last, session.sampling, width),
-        marks=chat.marks,
-    )
+    if plain:
+        view: ReplyView | PlainView = PlainView(console, marks=chat.marks)
+    else:
+        view = ReplyView(
+            console,
+            lambda width: panel(session.last, session.conversation, session.sampling, width),
+            marks=chat.marks,
+            view=chat.view,
+        )
     remark = _stream(view, steps)
     if not view.empty:
         console.print(footer(session.last, session.conversation, session.sampling, console.width))
@@ -46,13 +52,23 @@ def show_reply(console: Console, chat: Chat, steps: Generator[Step, None, None])
     console.print()
 
 
-def _stream(view: ReplyView, steps: Generator[Step, None, None]) -> Text | None:
+def _stream(view: ReplyView | PlainView, steps: Generator[Step, None, None]) -> Text | None:
     """Draw the steps; return a remark if the reply failed or has no text."""
+    quiet = QuietInput()
+
+    def suspend() -> None:
+        quiet.pause()
+        view.suspend()
+
+    def resume() -> None:
+        quiet.resume()
+        view.resume()
+
     try:
-        with quiet_input(), Interrupt() as interrupt, view, closing(steps):
+        with quiet, Signals(suspend, resume) as signals, view, closing(steps):
             for step in steps:
                 view.add(step)
-                interrupt.check()
+                signals.check()
     except KeyboardInterrupt:
         if view.empty:
             return Text(f"[stopped] before the first word; {BRING_BACK}", LABEL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from medusa_chat.config import Message, Sampling, UserError
@@ -11,7 +11,7 @@ from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import Conversation, write_conversation
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
     from pathlib import Path
 
     from medusa_chat.events import Step
@@ -20,12 +20,28 @@ if TYPE_CHECKING:
 SEEDS = 2**32
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One reply to the last message.
+
+    Attributes:
+        ids: its tokens, all that the engine decoded.
+        cut: it can go on: it ended by the length limit, the context, or an interrupt.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    cut: bool
+
+
 class Session:
     """A conversation with an engine.
 
     Attributes:
         last: measurements of the last reply.
         conversation: measurements of all replies.
+        answers: the replies to the last message, in the order in which they came.
+        answer: the one of them that the conversation goes on with.
     """
 
     def __init__(self, engine: ChatEngine, sampling: Sampling, system: str | None = None) -> None:
@@ -35,14 +51,26 @@ class Session:
         self.messages: list[Message] = []
         self.last = Stats()
         self.conversation = Stats()
+        self._forget_answers()
 
-    def ask(self, text: str) -> Generator[Step, None, None]:
+    def _forget_answers(self) -> None:
+        self.answers: list[Answer] = []
+        self.answer: Answer | None = None
+
+    def ask(self, text: str, *, replacing: bool = False) -> Generator[Step, None, None]:
         """Stream the reply to `text`. Raises whatever the engine raises.
 
         However the stream ends, its text stays in the conversation. Without any text the whole
         turn is dropped.
+
+        Args:
+            text: the user's message.
+            replacing: it takes the place of the last message and its reply.
         """
-        return self._reply([*self.messages, {"role": "user", "content": text}])
+        turns = self.messages
+        if replacing:
+            turns = turns[: self._last_user_turn("there is no message to replace yet")]
+        return self._reply([*turns, {"role": "user", "content": text}])
 
     def regen(self) -> Generator[Step, None, None]:
         """Stream a new reply to the last user turn, with the next seed if the mode samples.
@@ -52,28 +80,69 @@ class Session:
         turns = self.messages[: self._last_user_turn("there is no reply to renew yet") + 1]
         if not self.sampling.greedy:
             self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % SEEDS)
-        return self._reply(turns)
+        earlier = self.answers
+        if not earlier and self.messages[len(turns) :]:  # of a conversation that was loaded
+            earlier = [Answer(self.messages[-1]["content"], (), cut=False)]
+        return self._reply(turns, earlier=earlier)
 
-    def _reply(self, turns: list[Message]) -> Generator[Step, None, None]:
+    def go_on(self) -> Generator[Step, None, None]:
+        """Stream more of the last reply, if it was cut. The cache still holds what it said."""
+        turns = self.messages[: self._last_user_turn("there is no reply to continue yet") + 1]
+        answer = self.answer
+        if answer is None or not answer.cut:
+            raise UserError("the last reply is complete; there is nothing to continue")
+        earlier = [each for each in self.answers if each is not answer]
+        return self._reply(turns, earlier=earlier, begun=answer)
+
+    def choose(self, number: int) -> None:
+        """Go on with another one of `answers`, counted from 1. Raises UserError."""
+        if not 1 <= number <= len(self.answers):
+            raise UserError(f"there are {len(self.answers)} replies; /replies lists them")
+        self.answer = self.answers[number - 1]
+        turns = self.messages[: self._last_user_turn("there is no reply yet") + 1]
+        self.messages = [*turns, {"role": "assistant", "content": self.answer.text}]
+
+    def last_message(self) -> str:
+        """Return the user's last message. Raises UserError."""
+        return self.messages[self._last_user_turn("there is no message to edit yet")]["content"]
+
+    def last_reply(self) -> str:
+        """Return the last reply. Raises UserError."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise UserError("there is no reply to copy yet")
+        return self.messages[-1]["content"]
+
+    def _reply(
+        self, turns: list[Message], *, earlier: Iterable[Answer] = (), begun: Answer | None = None
+    ) -> Generator[Step, None, None]:
         self.last = Stats()  # now: the panel is drawn before the first step
-        return self._steps(turns)
+        return self._steps(turns, list(earlier), begun or Answer("", (), cut=True))
 
-    def _steps(self, turns: list[Message]) -> Generator[Step, None, None]:
+    def _steps(
+        self, turns: list[Message], earlier: list[Answer], begun: Answer
+    ) -> Generator[Step, None, None]:
         before = self.messages
         self.messages = turns
-        text = ""
-        prompt = [*self._system_message(), *turns]
+        text = begun.text
+        ids = [*begun.ids]
+        prompt: list[Message] | list[int] = [*self._system_message(), *turns]
         try:
+            if ids:
+                prompt = [*self.engine.encode(prompt), *ids]
             steps = cast("Generator[Step, None, None]", self.engine.generate(prompt, self.sampling))
             with closing(steps):
                 for step in steps:
                     text += step.text
+                    ids += [token.id for token in step.tokens]
                     self.last.add(step)
                     self.conversation.add(step)
                     yield step
         finally:
             if text.strip():
                 self.messages = [*turns, {"role": "assistant", "content": text}]
+                cut = self.last.finish in (None, "length", "context")
+                self.answer = Answer(text, tuple(ids), cut)
+                self.answers = [*earlier, self.answer]
             else:
                 self.messages = before
 
@@ -88,6 +157,7 @@ class Session:
         index = self._last_user_turn("there is nothing to take back")
         text = self.messages[index]["content"]
         self.messages = self.messages[:index]
+        self._forget_answers()
         return text
 
     def _last_user_turn(self, complaint: str) -> int:
@@ -98,6 +168,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
+        self._forget_answers()
         self.messages = []
         self.last = Stats()
         self.conversation = Stats()

@@ -27,10 +27,13 @@ FIGURES: tuple[tuple[str, Callable[[Stats], str]], ...] = (
     ("new tokens", lambda stats: str(stats.new_tokens)),
     ("steps", lambda stats: str(stats.steps)),
     ("tokens/s", lambda stats: number(stats.tokens_per_second, 1)),
-    ("vanilla tokens/s", lambda stats: number(stats.vanilla_tokens_per_second, 1)),
     ("acceptance length", lambda stats: number(stats.acceptance_length)),
-    ("step cost", lambda stats: number(stats.overhead, 2, "×")),
-    ("speedup", lambda stats: number(stats.speedup, 2, "×")),
+)
+
+COMPARED: tuple[tuple[str, Callable[[Stats], str]], ...] = (
+    ("vanilla tokens/s", lambda stats: number(stats.vanilla_tokens_per_second, 1)),
+    ("step cost", lambda stats: number(stats.overhead, 2, "x")),
+    ("speedup", lambda stats: number(stats.speedup, 2, "x")),
 )
 
 
@@ -38,8 +41,11 @@ def stats_table(last: Stats, conversation: Stats, engine: ChatEngine) -> Table:
     """Draw all figures of the last reply, and those of the conversation."""
     table = _table("", "this reply", "conversation", right=(1, 2))
     for name, figure in FIGURES:
-        style = STRONG if name == "speedup" else ""
-        table.add_row(name, figure(last), figure(conversation), style=style)
+        table.add_row(name, figure(last), figure(conversation))
+    for name, figure in COMPARED:
+        cells = (figure(stats) if stats.comparable else UNKNOWN for stats in (last, conversation))
+        table.add_row(name, *cells, style=STRONG if name == "speedup" else "")
+    table.add_row("comparisons", str(last.comparisons), str(conversation.comparisons))
     if conversation.paused_steps:
         table.add_row(PAUSED, str(last.paused_steps), str(conversation.paused_steps))
     rates_of_last = last.head_acceptance()

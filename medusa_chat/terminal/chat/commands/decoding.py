@@ -1,4 +1,4 @@
-"""The slash-commands. Each handler returns what to print; its docstring is the help."""
+"""Slash-commands that choose how replies are decoded."""
 
 from __future__ import annotations
 
@@ -9,44 +9,18 @@ from rich.console import Group
 from rich.text import Text
 
 from medusa_chat.config import MODES, Sampling
-from medusa_chat.files import expanded
 from medusa_chat.terminal import tree_view
-from medusa_chat.terminal.chat.command import (
-    REGISTRY,
-    Chat,
-    Result,
-    Stream,
-    Values,
-    command,
-    find,
-)
-from medusa_chat.terminal.chat.conversation import read_conversation
+from medusa_chat.terminal.chat.command import Chat, Result, in_group, one_of, switch
 from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.reports import tables
 from medusa_chat.terminal.theme import LABEL
-from medusa_chat.terminal.wrapping import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from medusa_chat.terminal.chat.session import Session
 
-GREEDY_REPEATS = "greedy decoding repeats itself: /typical or /exact draws another reply"
-KEYS = (
-    "Enter sends · Alt+Enter or Ctrl+J adds a line · Ctrl+R searches · "
-    "Ctrl+X Ctrl+E opens an editor · Ctrl+C stops a reply"
-)
-
-
-def dispatch(chat: Chat, line: str) -> Result:
-    """Run the command in a line. Raises UserError for a wrong one, EOFError for `/exit`."""
-    argument = line.partition(" ")[2].strip()
-    return find(line).run(chat, argument)
-
-
-def _one_of(*values: str) -> Values:
-    return lambda _session, words: () if words else values
+command = in_group("Decode")
 
 
 def _setting_values(_session: Session | None, words: list[str]) -> Iterable[str]:
@@ -67,14 +41,7 @@ def _tree_values(session: Session | None, words: list[str]) -> Iterable[str]:
     return session.engine.trees.names() if session and not words else ()
 
 
-@command("help")
-def _help(chat: Chat) -> Result:
-    """List the commands."""
-    rows = [(entry.invocation, entry.help) for entry in REGISTRY.values()]
-    return Group(tables.help_table(rows), Text(), Text(KEYS, LABEL), Text(), chat.legend())
-
-
-@command("mode", "[MODE]", values=_one_of(*MODES))
+@command("mode", "[MODE]", values=one_of(*MODES))
 def _mode(chat: Chat, argument: str) -> Result:
     """Show or choose the decoding mode: greedy, typical, exact or vanilla."""
     if argument:
@@ -135,7 +102,7 @@ def _set(chat: Chat, argument: str) -> Result:
     """Show the settings, or change one."""
     if not argument:
         return tables.settings_table(chat.session.sampling)
-    name, _, value = argument.partition(" ")
+    name, _, value = argument.replace("\t", " ").partition(" ")
     kinds = get_type_hints(Sampling)
     if not value and name in kinds and name != "stop":  # /set stop removes the stop strings
         current = tables.shown(getattr(chat.session.sampling, name))
@@ -143,44 +110,6 @@ def _set(chat: Chat, argument: str) -> Result:
         return Text(f"{name} is {current}; change it with /set {name} {values}", LABEL)
     chat.session.sampling = chat.session.sampling.with_value(name, value.strip())
     return Text(f"{name} {tables.shown(getattr(chat.session.sampling, name))}", LABEL)
-
-
-@command("system", "[TEXT]")
-def _system(chat: Chat, argument: str) -> Result:
-    """Show or set the system prompt; "" removes it."""
-    if argument:
-        chat.session.system = "" if argument in ('""', "''") else argument
-    shown = chat.session.system or "none"
-    return Text.assemble(("system prompt: ", LABEL), escape_controls(shown))
-
-
-@command("reset")
-def _reset(chat: Chat) -> Result:
-    """Start a new conversation; keep settings and system prompt."""
-    chat.session.reset()
-    return Text("new conversation", LABEL)
-
-
-@command("undo")
-def _undo(chat: Chat) -> Result:
-    """Take back the last message and its reply."""
-    first, *more = chat.session.undo().strip().splitlines() or [""]
-    return Text.assemble(("took back: ", LABEL), escape_controls(first), " …" if more else "")
-
-
-@command("regen")
-def _regen(chat: Chat) -> Result:
-    """Answer the last message again, with the next seed."""
-    steps = chat.session.regen()
-    sampling = chat.session.sampling
-    return Stream(steps, GREEDY_REPEATS if sampling.greedy else f"seed {sampling.seed}")
-
-
-@command("stats")
-def _stats(chat: Chat) -> Result:
-    """Show the figures of the last reply and of the conversation."""
-    session = chat.session
-    return tables.stats_table(session.last, session.conversation, session.engine)
 
 
 @command("tree", "[auto|retune|dynamic-N|NAME|FILE]", values=_tree_values, takes_path=True)
@@ -196,64 +125,9 @@ def _tree(chat: Chat, argument: str) -> Result:
     return Group(Text(engine.trees.describe(), LABEL), tree_view.draw(candidates))
 
 
-@command("copies", "[on|off]", values=_one_of("on", "off"))
+@command("copies", "[on|off]", values=one_of("on", "off"))
 def _copies(chat: Chat, argument: str) -> Result:
     """Also guess by copying earlier text: on or off."""
     trees = chat.session.engine.trees
-    trees.use_copies(_switch(argument, trees.copies))
+    trees.use_copies(switch(argument, trees.copies))
     return chat.legend() if trees.copies else Text("copies off", LABEL)
-
-
-@command("heads")
-def _heads(chat: Chat) -> Result:
-    """Show how many guesses of each head were accepted in this conversation."""
-    stats = chat.session.conversation
-    if not stats.reached:
-        return Group(chat.legend(), Text("no guess was tested yet", LABEL))
-    return tables.heads_table(stats)
-
-
-@command("marks", "[on|off]", values=_one_of("on", "off"))
-def _marks(chat: Chat, argument: str) -> Result:
-    """Mark each guessed token with its head's number, for screens without colour: on or off."""
-    chat.marks = _switch(argument, chat.marks)
-    return chat.legend() if chat.marks else Text("marks off", LABEL)
-
-
-def _switch(argument: str, current: bool) -> bool:
-    """Read on or off; without an argument flip the switch."""
-    if argument not in ("", "on", "off"):
-        raise UsageError
-    return argument == "on" if argument else not current
-
-
-@command("save", "FILE", takes_path=True)
-def _save(chat: Chat, argument: str) -> Result:
-    """Save the conversation to a file."""
-    path = _path(argument)
-    chat.session.save(path)
-    return Text(f"saved {len(chat.session.messages)} messages to {path}", LABEL)
-
-
-@command("load", "FILE", takes_path=True)
-def _load(chat: Chat, argument: str) -> Result:
-    """Continue a saved conversation."""
-    conversation = read_conversation(_path(argument))
-    chat.session.load(conversation)
-    text = f"loaded {len(conversation.messages)} messages"
-    name = chat.session.engine.name
-    if conversation.model != name:
-        text += f"; they were saved with {conversation.model}, you now chat with {name}"
-    return Text(text, LABEL)
-
-
-def _path(argument: str) -> Path:
-    if not argument:
-        raise UsageError
-    return expanded(argument)
-
-
-@command("exit")
-def _exit(_chat: Chat) -> Result:
-    """Leave (also /quit and Ctrl+D)."""
-    raise EOFError  # as Ctrl+D does

@@ -1,0 +1,19 @@
+"""The slash-commands. Each handler returns what to print; its docstring is the help.
+
+talk.py      the conversation: take back, renew, go on, copy, keep
+looks.py     figures, and how replies look
+decoding.py  how replies are decoded
+"""
+
+from __future__ import annotations
+
+from medusa_chat.terminal.chat.command import Chat, Result, find
+
+# Importing them fills the registry.
+from medusa_chat.terminal.chat.commands import decoding, looks, talk  # noqa: F401
+
+
+def dispatch(chat: Chat, line: str) -> Result:
+    """Run the command in a line. Raises UserError for a wrong one, EOFError for `/exit`."""
+    _, *argument = line.split(None, 1)
+    return find(line).run(chat, argument[0].strip() if argument else "")

@@ -1,0 +1,70 @@
+"""Text of a reply whose every character knows the style of the head that proposed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal, get_args
+
+from rich.style import Style
+from rich.text import Text
+
+View = Literal["heads", "markdown", "both"]  # coloured by head, rendered Markdown, or both
+VIEWS: tuple[View, ...] = get_args(View)
+
+# Stands before text that goes on in the middle of a paragraph, so that it begins no list.
+GUARD = "\N{WORD JOINER}"
+PLAIN = Style.null()
+THIN = Style(underline=True)
+
+Ink = tuple[Style, str]  # of a character: the style of its head, and the mark after it
+PLAIN_INK: Ink = (PLAIN, "")
+
+
+@dataclass
+class Source:
+    """Markdown as the model wrote it. `inks` has an entry for each character of `text`."""
+
+    text: str = ""
+    inks: list[Ink] = field(default_factory=list)
+
+    def add(self, text: str, style: Style = PLAIN, mark: str = "") -> None:
+        """Append text of one token; `mark` follows its last visible character."""
+        self.text += text
+        self.inks += [(style, "")] * len(text)
+        visible = len(text.rstrip())
+        if mark and visible:
+            self.inks[len(self.inks) - len(text) + visible - 1] = (style, mark)
+
+    def plus(self, other: Source) -> Source:
+        """Return this text with another one after it."""
+        return Source(self.text + other.text, self.inks + other.inks)
+
+    def part(self, start: int, end: int | None = None) -> Source:
+        """Return the characters from `start` to `end`."""
+        return Source(self.text[start:end], self.inks[start:end])
+
+    def raw(self) -> Text:
+        """Return the text as it is, coloured by head."""
+        return self.styled(0, len(self.text), PLAIN, "heads")
+
+    def styled(self, start: int, end: int, extra: Style, view: View) -> Text:
+        """Return a part in the style of its element, and in those of the heads if they are shown.
+
+        An element with a colour of its own keeps it; guessed tokens are underlined there.
+        """
+        text = Text()
+        pairs = zip(self.text[start:end], self.inks[start:end], strict=True)
+        for ink, run in groupby(pairs, key=lambda pair: pair[1]):
+            content = "".join(char for char, _ in run).replace(GUARD, "")
+            style = _mixed(ink[0], extra, view)
+            text.append(content, style).append(ink[1], style)
+        return text
+
+
+def _mixed(ink: Style, extra: Style, view: View) -> Style:
+    if view == "markdown":
+        return extra
+    if extra.color is None:
+        return ink + extra
+    return extra + THIN if ink.color else extra
