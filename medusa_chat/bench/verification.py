@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.bench.near_ties import score_gap
 from medusa_chat.bench.peers import TransformersPeer
+from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.growth import dynamic_tree
 from medusa_chat.decoding.trees.tree import AnyTree, Tree, chain, named_tree, paper_trees
 from medusa_chat.text import common_prefix
@@ -92,6 +93,9 @@ def verify(
         sampling: length of the replies, and the seed of the random trees.
         turns: first turns of each conversation to answer.
         progress: called with (done, total) after each prompt.
+
+    Raises:
+        UserError: no prompt fits into the context, so that nothing was compared.
     """
     check = _Check(engine, sampling)
     for done, prompt in enumerate(prompts, 1):
@@ -99,6 +103,11 @@ def verify(
             check.greedy(ids)
             check.exact(ids, seed=done)
         progress(done, len(prompts))
+    if not check.comparisons:
+        raise UserError(
+            f"nothing is verified: none of the {len(prompts)} prompts fits into the"
+            f" {engine.context} tokens of {engine.name}"
+        )
     return list(check.comparisons.values())
 
 

@@ -78,7 +78,7 @@ def _load(
     """
     notices: list[str] = []
     model, tokenizer = load_pretrained(local, dtype, spec.quant, device, notices)
-    template = resolve_template(tokenizer, spec)
+    template = resolve_template(tokenizer, spec, notices)
     if join and join_linears(model):
         prepare_4bit(model, device, dtype)  # joined layers are new ones
     backbone = Backbone(model)
