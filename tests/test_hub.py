@@ -207,6 +207,26 @@ def test_a_hub_that_cannot_be_reached(client: Client) -> None:
     ] == [True]
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HTTP_PROXY": "gopher://127.0.0.1:9", "HTTPS_PROXY": "gopher://127.0.0.1:9"},
+        {"HF_TOKEN": "hf_caf\xe9"},
+        {"SSL_CERT_FILE": "/nonesuch/file.pem"},
+    ],
+)
+def test_settings_with_which_no_hub_can_be_asked(
+    client: Client, environment: dict[str, str]
+) -> None:
+    asked = environment | {"NO_PROXY": "", "no_proxy": ""}
+    found = client.fetch(**asked)
+    assert "cannot ask" in found["error"]
+    assert "HTTPS_PROXY" in found["error"]
+    assert "HF_HOME" not in found["error"]
+    client.fetch()
+    assert "error" not in client.fetch(**asked)  # from the cache
+
+
 def test_a_dropped_connection_resumes_where_it_broke(client: Client) -> None:
     client.server.fault("/cdn/.*safetensors", drop=70_000, times=2)
     assert (Path(client.fetch()["backbone"]) / "model.safetensors").read_bytes() == WEIGHTS

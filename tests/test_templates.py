@@ -12,7 +12,12 @@ from transformers import AutoTokenizer
 from medusa_chat.cli import make_parser
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.model.pretrained import tokenizer_settings
-from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
+from medusa_chat.model.templates import (
+    ChatTemplate,
+    matching_template,
+    named_template,
+    resolve_template,
+)
 from tests.helpers.hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
 from tests.helpers.tiny import decode, make_engine, random_backbone, reply, tokenizer
 
@@ -192,3 +197,36 @@ def test_the_flag_lists_its_names(capsys: pytest.CaptureFixture[str]) -> None:
         make_parser().parse_args(["bench", "--template", "list"])
     assert left.value.code == 0
     assert {"vicuna_v1.1", "zephyr", "mistral"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("vicuna-7b-v1.5", "vicuna_v1.1"),
+        ("medusa-vicuna-7b-v1.3", "vicuna_v1.1"),
+        ("Llama-2-7b-chat-hf", "llama-2"),
+        ("Qwen2.5-7B-Instruct", "qwen-7b-chat"),
+        ("chatglm3-6b", "chatglm3"),
+        ("my-prompt-model", None),
+        ("unvicunated-7b", None),
+        ("backbone", None),
+    ],
+)
+def test_fastchat_finds_families_by_whole_parts_of_a_name(
+    name: str, template: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = matching_template(name)
+    assert (found and found.name) == template
+    assert capsys.readouterr().out == ""
+
+
+def test_a_template_that_was_guessed_is_told() -> None:
+    notices: list[str] = []
+    bare = tokenizer(None)
+    guessed = resolve_template(bare, ModelSpec("vicuna-7b-v1.5", "/none"), notices)
+    assert guessed.name == "vicuna_v1.1"
+    assert "that of vicuna_v1.1 was chosen by its name" in notices[0]
+    named = ModelSpec("vicuna-7b-v1.5", "/none", template="zephyr")
+    assert resolve_template(bare, named, notices).name == "zephyr"
+    assert resolve_template(tokenizer(), ModelSpec("vicuna-7b-v1.5", "/none"), notices).name
+    assert len(notices) == 1

@@ -15,6 +15,7 @@ from medusa_chat.decoding.runner import Runner
 from medusa_chat.native.library import available
 from medusa_chat.prompts import Prompt
 from medusa_chat.terminal.reports.checks import show_checks
+from tests.helpers.complaints import refusal
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
@@ -101,3 +102,20 @@ def test_no_difference_is_a_near_tie_of_the_native_step(tmp_path: Path) -> None:
     check = Comparison("tie")
     check.add(loaded(save_with_heads(tmp_path), "native"), [1, 2, 3], [5], [6], Sampling())
     assert (check.faults, check.near_ties) == (1, 0)
+
+
+def test_prompts_that_do_not_fit_verify_nothing(engine: Engine) -> None:
+    prompt = Prompt("long", ("word " * 2000,))
+    line = refusal(verify, engine, [prompt], Sampling(max_new_tokens=4), turns=1, progress=quiet)
+    assert "nothing is verified: none of the 1 prompts fits" in line
+
+
+def test_the_verdict_comes_last(capsys: pytest.CaptureFixture[str]) -> None:
+    fine = Comparison("greedy", replies=3, equal=2, near_ties=1)
+    faulty = Comparison("exact", replies=2, equal=1, faults=1, first_fault="after 'x'")
+    show_checks([vars(fine)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "verified: 3 replies in 1 checks, equal, but for 1 near-ties"
+    show_checks([vars(fine), vars(faulty)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "FAULT: 1 of 5 replies differ, in 1 of the checks"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.bench.near_ties import peer_gap, score_gap
 from medusa_chat.bench.peers import TransformersPeer
+from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.growth import dynamic_tree
 from medusa_chat.decoding.trees.tree import AnyTree, Tree, chain, named_tree, paper_trees
 from medusa_chat.text import common_prefix
@@ -101,8 +102,17 @@ def verify(
     """Check that fast modes give the text of vanilla decoding, and vanilla that of transformers.
 
     Greedy mode must equal vanilla in every tree, and exact mode vanilla sampling with the same
-    seed for every entry of SAMPLINGS. The first `turns` of each prompt are answered; `sampling`
-    sets the length of the replies and the seed of the random trees.
+    seed for every entry of SAMPLINGS.
+
+    Args:
+        engine: the model.
+        prompts: conversations to answer.
+        sampling: length of the replies, and the seed of the random trees.
+        turns: first turns of each conversation to answer.
+        progress: called with (done, total) after each prompt.
+
+    Raises:
+        UserError: no prompt fits into the context, so that nothing was compared.
     """
     check = _Check(engine, sampling)
     for done, prompt in enumerate(prompts, 1):
@@ -110,6 +120,11 @@ def verify(
             check.greedy(ids)
             check.exact(ids, seed=done)
         progress(done, len(prompts))
+    if not check.comparisons:
+        raise UserError(
+            f"nothing is verified: none of the {len(prompts)} prompts fits into the"
+            f" {engine.context} tokens of {engine.name}"
+        )
     return list(check.comparisons.values())
 
 

@@ -22,6 +22,11 @@ from medusa_chat.text import reason_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+
+class SettingsError(Exception):
+    """No request can be sent, or no answer understood, with the settings of the environment."""
+
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,6 +66,11 @@ def explain(error: Exception, name: str, revision: str | None) -> str:
         return (
             f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} lacks {name} or a part of it:"
             " run once without HF_HUB_OFFLINE"
+        )
+    if isinstance(error, SettingsError):
+        return (
+            f"cannot ask {hub} for {name}: {error}; check HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and"
+            " SSL_CERT_FILE, or name a local folder"
         )
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error.response.status_code, name)

@@ -23,10 +23,10 @@ from platformdirs import user_data_path
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.files import expanded, read_json
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
-from medusa_chat.hub.errors import disk_errors, explain
+from medusa_chat.hub.errors import SettingsError, disk_errors, explain
 from medusa_chat.hub.file_names import HEAD_FILES, WEIGHTS
 from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_revision
-from medusa_chat.text import size_text
+from medusa_chat.text import reason_of, size_text
 
 Kind = Literal["backbone", "heads"]
 Progress = Callable[[str, int, int], None]  # repository, bytes present, bytes in all
@@ -36,6 +36,7 @@ _TEXT = re.compile(
     r"|(readme|licen[cs]e|notice|use_policy|copying)[^/]*",
     re.IGNORECASE,
 )
+_UNREACHABLE = (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError)
 _BUSY = (429, 500, 502, 503, 504)
 
 
@@ -92,7 +93,7 @@ def local(
     with disk_errors(repository):
         try:
             return _Repository(repository, revision, kind).download(progress)
-        except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        except (*_UNREACHABLE, SettingsError) as error:
             cached = _cached(repository, revision, kind)
             if cached is None:
                 raise UserError(explain(error, repository, revision)) from None
@@ -211,6 +212,12 @@ def _listing(name: str, revision: str | None) -> ModelInfo:
                 raise
             time.sleep(RETRY_WAIT * 2**attempt)
             attempt += 1
+        except _UNREACHABLE:
+            raise
+        except Exception as error:  # proxies, tokens, certificates and answers of other programs
+            if isinstance(error, OSError) and error.filename:  # the disk refuses a file
+                raise
+            raise SettingsError(reason_of(error)) from error
 
 
 def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:

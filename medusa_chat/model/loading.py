@@ -84,7 +84,7 @@ def _load(
     """
     notices = [*choice.notices]
     model, tokenizer = load_pretrained(local, choice.dtype, choice.quant, device, notices)
-    template = resolve_template(tokenizer, spec)
+    template = resolve_template(tokenizer, spec, notices)
     if options.fuse and not choice.native and join_linears(model):
         prepare_4bit(model, device, choice.dtype)  # joined layers are new ones
     backbone = Backbone(model, own_attention=choice.native)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from medusa_chat.config import Message, ModelSpec, UserError
+from medusa_chat.model.rendering import render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,14 +120,11 @@ class ChatTemplate:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
         kept = [each for each in messages if each["role"] != "system" or each["content"]]
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                kept, tokenize=False, add_generation_prompt=replying
-            )
-        except TemplateError as error:
+            return render(self.tokenizer, kept, replying)
+        except UserError as error:
             raise UserError(
                 f"the chat template of {self.model} refuses this conversation: {error}"
             ) from None
-        return text
 
     def _by_fastchat(
         self, conversation: Conversation, messages: Sequence[Message], replying: bool
@@ -148,8 +146,12 @@ class ChatTemplate:
         return text
 
 
-def resolve_template(tokenizer: Any, spec: ModelSpec) -> ChatTemplate:
+def resolve_template(
+    tokenizer: Any, spec: ModelSpec, notices: list[str] | None = None
+) -> ChatTemplate:
     """Choose a template: the spec's, else the tokenizer's, else fastchat's for the model's name.
+
+    The last is a guess, of which `notices` gets a line.
 
     Raises:
         UserError: the named template is unknown, or there is none.
@@ -160,6 +162,11 @@ def resolve_template(tokenizer: Any, spec: ModelSpec) -> ChatTemplate:
         return ChatTemplate(tokenizer, spec.name)
     for name in (spec.name, Path(spec.backbone.partition("@")[0]).name):
         if conversation := matching_template(name):
+            if notices is not None:
+                notices.append(
+                    f"{spec.name} has no chat template: that of {conversation.name} was chosen by"
+                    " its name; --template NAME chooses another"
+                )
             return ChatTemplate(tokenizer, spec.name, conversation)
     raise UserError(
         f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it:"
@@ -169,7 +176,8 @@ def resolve_template(tokenizer: Any, spec: ModelSpec) -> ChatTemplate:
 
 def named_template(name: str) -> Conversation:
     """Return a conversation template of fastchat; raises UserError for an unknown name."""
-    from fastchat.conversation import conv_templates
+    with redirect_stdout(StringIO()):  # fastchat prints warnings
+        from fastchat.conversation import conv_templates
 
     if name not in conv_templates:
         near = difflib.get_close_matches(name, conv_templates, n=3, cutoff=0.4)
@@ -179,8 +187,23 @@ def named_template(name: str) -> Conversation:
 
 
 def matching_template(model: str) -> Conversation | None:
-    """Return fastchat's template for a model's name; None if only its catch-all matches."""
-    from fastchat.model.model_adapter import BaseModelAdapter, get_model_adapter
+    """Return fastchat's template for a model's name; None if only its catch-all matches.
 
-    adapter = get_model_adapter(model)
-    return None if type(adapter) is BaseModelAdapter else adapter.get_default_conv_template(model)
+    fastchat looks for names of families anywhere ("mpt" in "my-prompt-model"). Here they have to
+    be parts of the name, maybe with a number behind.
+    """
+    with redirect_stdout(StringIO()):  # fastchat prints warnings
+        from fastchat.model.model_adapter import BaseModelAdapter, get_model_adapter
+
+        adapter = get_model_adapter(model)
+        if type(adapter) is BaseModelAdapter or not _matches_parts(adapter, model.lower()):
+            return None
+        return adapter.get_default_conv_template(model)
+
+
+def _matches_parts(adapter: Any, name: str) -> bool:
+    """Tell if what an adapter finds in a name is no piece of a longer word."""
+    ends = range(1, len(name) + 1)
+    start = max((i for i in range(len(name)) if adapter.match(name[i:])), default=0)
+    end = next((j for j in ends if j > start and adapter.match(name[start:j])), len(name))
+    return not (name[:start][-1:].isalpha() or name[end:][:1].isalpha())
