@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.native.families import unsupported
-from medusa_chat.native.library import Unavailable
+from medusa_chat.native.library import UnavailableError
 from medusa_chat.native.model import NativeModel
 from tests.helpers.native_tiny import Native, need_library, path_to, random_parents, shape
 from tests.helpers.tiny import ARCHITECTURES, SMALL, prompt_ids, random_backbone
@@ -131,7 +131,7 @@ def test_what_it_does_not_run_is_said_in_one_line():
         AutoModelForCausalLM.from_config(GPTNeoXConfig(**config, vocab_size=64)).eval()
     )
     assert unsupported(other) == "the native step does not know gpt_neox models"
-    with pytest.raises(Unavailable, match="gpt_neox"):
+    with pytest.raises(UnavailableError, match="gpt_neox"):
         NativeModel(other, "float32")
     assert "relu" in unsupported(random_backbone("llama", hidden_act="relu"))
     assert unsupported(random_backbone("llama")) is None

@@ -14,8 +14,11 @@ SIZES = [(1, 64), (32, 64), (33, 128), (31, 576), (96, 192), (257, 320), (48, 20
 ODD_SIZES = [(1, 1), (5, 3), (16, 80), (33, 96), (40, 65), (64, 127), (37, 99)]
 
 
+pytestmark = pytest.mark.usefixtures("variant")
+
+
 @pytest.fixture(params=native.variants())
-def variant(request: pytest.FixtureRequest):
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run on one variant after the other; the best one is left in use."""
     native.use(request.param)
     yield request.param
@@ -43,16 +46,14 @@ def sizes_of(kind: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("rows", [1, 3, 8, 13])
-def test_a_product_is_the_float64_product_of_the_rounded_numbers(
-    variant: str, kind: int, rows: int
-) -> None:
+def test_a_product_is_the_float64_product_of_the_rounded_numbers(kind: int, rows: int) -> None:
     for outputs, inputs in sizes_of(kind):
         weights, x = numbers(1, outputs, inputs), numbers(2, rows, inputs)
         check_close(kind, weights, x, native.multiply(native.pack(kind, weights), x))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_bias_is_added(variant: str, kind: int) -> None:
+def test_a_bias_is_added(kind: int) -> None:
     weights, x, bias = numbers(1, 37, 128), numbers(2, 5, 128), numbers(3, 37)
     plain = native.multiply(native.pack(kind, weights), x)
     np.testing.assert_array_equal(
@@ -105,7 +106,7 @@ def test_packing_in_parts_and_from_bfloat16_gives_the_same(kind: int) -> None:
     np.testing.assert_array_equal(halves.memory, whole.memory)
 
 
-def test_codes_of_int8_can_be_packed_as_they_are(variant: str) -> None:
+def test_codes_of_int8_can_be_packed_as_they_are() -> None:
     draw = np.random.default_rng(7)
     codes = draw.integers(-128, 128, (45, 99), dtype=np.int8)
     scales = draw.random(45, dtype=np.float32)
@@ -117,7 +118,7 @@ def test_codes_of_int8_can_be_packed_as_they_are(variant: str) -> None:
     np.testing.assert_allclose(native.multiply(packed, x), exact, rtol=1e-5, atol=1e-2)
 
 
-def test_the_largest_codes_do_not_saturate(variant: str) -> None:
+def test_the_largest_codes_do_not_saturate() -> None:
     """The sum of 127 * 127 * 4 overflows 16 bits, which vpmaddubsw would clip."""
     weights = np.ones((32, 640), dtype=np.float32)
     x = np.ones((4, 640), dtype=np.float32)
@@ -126,7 +127,7 @@ def test_the_largest_codes_do_not_saturate(variant: str) -> None:
     np.testing.assert_allclose(y, np.repeat(x[:, :1] * 640, 32, axis=1), rtol=1e-6)
 
 
-def test_checkpoints_of_bitsandbytes_are_packed_as_they_are(variant: str) -> None:
+def test_checkpoints_of_bitsandbytes_are_packed_as_they_are() -> None:
     weights, x = numbers(9, 50, 256), numbers(10, 3, 256)
     codes, absmax = native.nf4_codes(weights)
     joined = (codes[:, 0::2] << 4 | codes[:, 1::2]).astype(np.uint8)
@@ -146,7 +147,7 @@ def test_sizes_that_a_format_cannot_hold_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_numbers_that_are_not_finite_show(variant: str, kind: int) -> None:
+def test_numbers_that_are_not_finite_show(kind: int) -> None:
     """A row with NaN or infinity gives no finite result, and leaves the other rows alone."""
     weights, x = np.abs(numbers(11, 40, 128)) + 1, numbers(12, 4, 128)
     packed = native.pack(kind, weights)
@@ -159,7 +160,7 @@ def test_numbers_that_are_not_finite_show(variant: str, kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_rows_of_zeros_and_tiny_numbers_give_zeros_or_tiny_numbers(variant: str, kind: int) -> None:
+def test_rows_of_zeros_and_tiny_numbers_give_zeros_or_tiny_numbers(kind: int) -> None:
     x = np.zeros((3, 64), dtype=np.float32)
     x[1] = 1e-35
     x[2] = 1e-25
@@ -169,8 +170,12 @@ def test_rows_of_zeros_and_tiny_numbers_give_zeros_or_tiny_numbers(variant: str,
     np.testing.assert_allclose(y[2], 64e-25, rtol=0.01)
 
 
-def test_rows_may_lie_apart(variant: str) -> None:
+def test_rows_may_lie_apart() -> None:
     x = numbers(13, 5, 300)
     packed = native.pack(BFLOAT16, numbers(14, 64, 200))
     apart = native.multiply(packed, x[:, :200])
     np.testing.assert_array_equal(apart, native.multiply(packed, x[:, :200].copy()))
+
+
+def test_a_variant_agrees_with_the_portable_one() -> None:
+    assert native.library().mc_check() == 1

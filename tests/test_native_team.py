@@ -1,4 +1,4 @@
-"""The team of threads: every unit once, and safe with forks, signals, other teams and neighbours."""
+"""The team of threads: each unit once; safe with forks, signals, other teams, neighbours."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _status_of(child: int) -> int:
 def test_signals_reach_the_main_thread_while_a_team_works(jobs: ctypes.CDLL) -> None:
     """Members take no signals (count_units checks their masks); Python's handler runs."""
     caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
     try:
         with team_of(2) as team:
             timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
@@ -136,7 +136,8 @@ def test_signals_reach_the_main_thread_while_a_team_works(jobs: ctypes.CDLL) -> 
 
 
 def test_a_program_that_forgets_its_team_still_ends() -> None:
-    code = "from tests.helpers import native_kernels as native; print(bool(native.library().mc_team_new(2)))"
+    code = "from tests.helpers import native_kernels as native\n"
+    code += "print(bool(native.library().mc_team_new(2)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "True"
     assert done.returncode == 0

@@ -162,10 +162,16 @@ def build(
     extra: Sequence[str] = (),
     parts: Sequence[str] = ("*",),
 ) -> Path:
-    """Build the library into a folder and return its path; nothing is done where it is up to date.
+    """Build the library into a folder and return its path; do nothing if it is up to date.
 
-    The system's compiler is tried first, then zig. `extra` are further flags for every file, `parts`
-    patterns of the names of files to take. Raises BuildError with one line where no compiler works.
+    Args:
+        folder: the folder of the library.
+        compiler: by default the system's, then zig.
+        extra: further flags for every file.
+        parts: patterns of the names of files to take.
+
+    Raises:
+        BuildError: no compiler works; one line says why.
     """
     plan = Plan(folder, tuple(extra), tuple(parts))
     compilers = [compiler] if compiler else [system_compiler(), zig_compiler()]

@@ -1,4 +1,7 @@
-"""Build the native library when pip installs medusa-chat; a failure never stops the installation."""
+"""Build the native library when pip installs medusa-chat.
+
+A failure never stops the installation.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ def _builder(root: str) -> ModuleType:
     """Load build.py by its path: the package itself imports torch, which a build does not have."""
     path = Path(root) / "medusa_chat" / "native" / "build.py"
     spec = importlib.util.spec_from_file_location("medusa_chat_native_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -34,7 +38,7 @@ def _platform() -> str:
 
 
 class NativeLibraryHook(BuildHookInterface):
-    """Compiles the library into medusa_chat/native/lib, or leaves the reason there in failure.txt."""
+    """Compiles the library into medusa_chat/native/lib, or writes failure.txt there."""
 
     def dependencies(self) -> list[str]:
         """Ask for zig only where the system has no C compiler."""
@@ -42,7 +46,7 @@ class NativeLibraryHook(BuildHookInterface):
             return []
         return [ZIG]
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         """Build, and mark the wheel as one for this platform."""
         if self.target_name != "wheel":
             return

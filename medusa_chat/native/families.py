@@ -52,7 +52,7 @@ def activation_of(config: Any) -> str:
 
 
 def unsupported(backbone: Description) -> str | None:
-    """Why the native step can't run a backbone, in one line; None if it can."""
+    """Return why the native step cannot run a backbone, in one line; None if it can."""
     config = backbone.config
     kind = config.model_type
     if backbone.device.type != "cpu":
@@ -70,11 +70,13 @@ def unsupported(backbone: Description) -> str | None:
 
 
 def head_dim_of(config: Any) -> int:
+    """Numbers of one attention head."""
     own = getattr(config, "head_dim", None)
     return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def kv_heads_of(config: Any) -> int:
+    """Key and value heads of a layer."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 

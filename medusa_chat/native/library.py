@@ -145,6 +145,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "mc_use": (c_int, ctypes.c_char_p),
     "mc_variant": (ctypes.c_char_p,),
     "mc_variants": (ctypes.c_char_p,),
+    "mc_check": (c_int,),
     "mc_engine_new": (c_void_p, POINTER(Model), POINTER(HeadsOf), c_void_p, c_int),
     "mc_engine_free": (None, c_void_p),
     "mc_engine_step": (c_int, c_void_p, POINTER(CacheOf), POINTER(Step)),
@@ -152,19 +153,19 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Unavailable(Exception):
-    """The native step can't be used; says why in one line."""
+class UnavailableError(Exception):
+    """The native step cannot be used; the message is one line that says why."""
 
 
 @lru_cache(maxsize=1)
 def load() -> Any:
-    """The library.
+    """Load the library once, and check that it computes right on this processor.
 
     Raises:
-        Unavailable: where there is none that fits.
+        UnavailableError: there is no library that works here.
     """
     if os.environ.get("MEDUSA_CHAT_NATIVE") == "off":
-        raise Unavailable("MEDUSA_CHAT_NATIVE is off")
+        raise UnavailableError("MEDUSA_CHAT_NATIVE is off")
     file = _file()
     try:
         library = ctypes.CDLL(str(file))
@@ -172,19 +173,32 @@ def load() -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"the native library cannot be loaded: {error}") from None
+        raise UnavailableError(f"the native library cannot be loaded: {error}") from None
     sizes = (c_int32 * len(STRUCTURES))()
     library.mc_structure_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(structure) for structure in STRUCTURES]:
-        raise Unavailable(f"{file.name} was built from other sources: install medusa-chat again")
+        raise UnavailableError(
+            f"{file.name} was built from other sources: install medusa-chat again"
+        )
+    _check(library)
     return library
 
 
+def _check(library: Any) -> None:
+    """Use the best variant whose results agree with those of the portable one."""
+    variants = library.mc_variants().decode().split()
+    while not library.mc_check():
+        variants.remove(library.mc_variant().decode())
+        if not variants:
+            raise UnavailableError("the native library computes wrong results on this processor")
+        library.mc_use(variants[-1].encode())
+
+
 def available() -> str | None:
-    """None where the library is there, else why it is not, in one line."""
+    """Return why the library cannot be used, in one line; None if it can."""
     try:
         load()
-    except Unavailable as error:
+    except UnavailableError as error:
         return str(error)
     return None
 
@@ -201,5 +215,5 @@ def _file() -> Path:
     failure = LIBRARY_FOLDER / FAILURE_FILE
     if failure.exists():
         reason = failure.read_text(encoding="utf-8").strip()
-        raise Unavailable(f"the native library could not be built: {reason}")
-    raise Unavailable("the native library was not built when medusa-chat was installed")
+        raise UnavailableError(f"the native library could not be built: {reason}")
+    raise UnavailableError("the native library was not built when medusa-chat was installed")

@@ -15,7 +15,7 @@ from medusa_chat.native.library import (
     Layer,
     Matrix,
     Model,
-    Unavailable,
+    UnavailableError,
 )
 from medusa_chat.native.weights import Rows, Store, all_rows, pack
 
@@ -44,6 +44,7 @@ class NativeModel:
         """Pack a backbone, layer by layer.
 
         Args:
+            backbone: the model, in bfloat16 or float32.
             weights: the format of layers that are not quantized already: a key of FORMATS.
             lm_head: that of the LM head, by default the same.
             positions: of the rotary tables, by default as many as the backbone was made for.
@@ -51,11 +52,11 @@ class NativeModel:
                 step can't run any more.
 
         Raises:
-            Unavailable: for backbones and formats that the native step does not have.
+            UnavailableError: for backbones and formats that the native step does not have.
         """
         reason = families.unsupported(backbone)
         if reason:
-            raise Unavailable(reason)
+            raise UnavailableError(reason)
         self.backbone, self.store = backbone, Store()
         self.looked_up = 0
         self._weights, self._release = weights, release
@@ -224,7 +225,7 @@ def _rotary(module: Any, positions: int, kind: str) -> tuple[Tensor, Tensor]:
     half = cosine.shape[-1] // 2
     for table in (cosine, sine):
         if not torch.equal(table[..., :half], table[..., half:]):
-            raise Unavailable("the native step does not know this model's rotary positions")
+            raise UnavailableError("the native step does not know this model's rotary positions")
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
 
 

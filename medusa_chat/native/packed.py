@@ -64,7 +64,7 @@ def variant() -> str:
     """Return the name of the kernels that suit this processor.
 
     Raises:
-        Unavailable: the library is not there.
+        UnavailableError: the library is not there.
     """
     name: str = load().mc_variant().decode()
     return name

@@ -18,7 +18,7 @@ from medusa_chat.native.library import (
     MOST_ROWS,
     CacheOf,
     Step,
-    Unavailable,
+    UnavailableError,
     load,
 )
 
@@ -38,7 +38,7 @@ class Team:
         self._free = load().mc_team_free
         self.handle = load().mc_team_new(self.threads)
         if not self.handle:
-            raise Unavailable(f"{self.threads} threads cannot be started")
+            raise UnavailableError(f"{self.threads} threads cannot be started")
 
     def close(self) -> None:
         """End the threads; no step may run any more."""
@@ -55,16 +55,18 @@ class FixedRows:
     """The rows of a fixed tree.
 
     Attributes:
-        size: how many; ranked: guesses of each head that they take, 0 if no heads run.
+        size: how many.
+        ranked: guesses of each head that they take, 0 if no heads run.
     """
 
     def __init__(self, parents: Sequence[int], places: Sequence[int], ranked: int) -> None:
         """Describe a tree.
 
         Args:
-            parents: [n], of each row, which stands above its children; the root's does not matter.
-            places: [n], where each token stands in the root and the flattened guesses
+            parents: [n], each above its children; the root's does not matter.
+            places: [n], where each token lies in the root and the flattened guesses
                 [1 + heads * ranked].
+            ranked: guesses of each head that the tree takes.
         """
         if ranked > MOST_GUESSES or len(parents) > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} rows of {MOST_GUESSES} guesses of each head")
@@ -113,7 +115,7 @@ class NativeStep:
         self._keep = library.mc_cache_keep
         self._engine = library.mc_engine_new(byref(shape), own, team.handle, capacity)
         if not self._engine:
-            raise Unavailable("the native step has no memory, or does not take such sizes")
+            raise UnavailableError("the native step has no memory, or does not take such sizes")
         self.vocabulary = shape.vocabulary
         self.last = torch.zeros(1, shape.hidden)
         self.hidden = torch.zeros(MOST_ROWS, shape.hidden)
@@ -156,7 +158,8 @@ class NativeStep:
         """Run n rows behind the text.
 
         Args:
-            tokens: [n]; parents: [n], or None where each row follows the one before.
+            tokens: [n].
+            parents: [n], or None if each row follows the one before.
             logits_from: the first row whose logits are wanted, see `logits`; n for none.
         """
         step, count = self._step, len(tokens)
@@ -249,7 +252,7 @@ class NativeStep:
         layer, head = buffer.stride(1), buffer.stride(2)
         number = FLOAT32 if buffer.dtype == torch.float32 else BFLOAT16
         if buffer.dtype not in (torch.float32, torch.bfloat16) or not buffer.is_contiguous():
-            raise Unavailable(f"the native step does not read a cache of {buffer.dtype}")
+            raise UnavailableError(f"the native step does not read a cache of {buffer.dtype}")
         keys, values = buffer[0].data_ptr(), buffer[1].data_ptr()
         return CacheOf(keys, values, layer, head, cache.capacity, number)
 

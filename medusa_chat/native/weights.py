@@ -17,7 +17,7 @@ from medusa_chat.native.library import (
     INT8,
     NF4,
     Matrix,
-    Unavailable,
+    UnavailableError,
     load,
 )
 
@@ -30,7 +30,7 @@ CHUNK = 256  # outputs that a thread packs at a time
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a linear layer's matrix. Attributes: linear: plain or of bitsandbytes."""
+    """Some rows of the matrix of a linear layer, plain or of bitsandbytes."""
 
     linear: Any
     first: int
@@ -38,28 +38,30 @@ class Rows:
 
     @property
     def bias(self) -> Tensor | None:
+        """Their biases: [count]."""
         bias = self.linear.bias
         return None if bias is None else bias.detach()[self.first : self.first + self.count]
 
 
 class Store:
-    """Keeps alive what the library points to."""
+    """Owns the tensors that the library points to."""
 
     def __init__(self) -> None:
         self._kept: list[Any] = []
 
     def keep(self, tensor: Tensor) -> int:
-        """The address of a contiguous tensor that stays."""
+        """Keep a tensor and return its address."""
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
 
     def floats(self, tensor: Tensor) -> int:
-        """The address of a float32 copy, or of the tensor itself if it is one."""
+        """Keep a tensor in float32 and return its address."""
         return self.keep(tensor.detach().float())
 
     @property
     def bytes(self) -> int:
+        """Bytes of all tensors that are kept."""
         return sum(tensor.nbytes for tensor in self._kept)
 
 
@@ -76,7 +78,7 @@ def pack(parts: Sequence[Rows], weights: str, store: Store) -> Matrix:
     number = _format_for(weights, inputs) if known is None else known
     size = library.mc_packed_bytes(number, outputs, inputs)
     if any(_own_format(part.linear) != known for part in parts) or not size:
-        raise Unavailable(f"the native step can't pack a matrix [{outputs}, {inputs}] so")
+        raise UnavailableError(f"the native step can't pack a matrix [{outputs}, {inputs}] so")
     packed = torch.zeros(size, dtype=torch.uint8)
     first = 0
     for part in parts:
@@ -103,7 +105,7 @@ def _own_format(linear: Any) -> int | None:
         return NF4
     if type(linear) is nn.Linear:
         return None
-    raise Unavailable(f"the native step can't read layers of the kind {kind}")
+    raise UnavailableError(f"the native step can't read layers of the kind {kind}")
 
 
 def _pack_plain(part: Rows, number: int, outputs: int, first: int, packed: int) -> None:
@@ -121,8 +123,8 @@ def _pack_plain(part: Rows, number: int, outputs: int, first: int, packed: int) 
         list(pool.map(pack_from, range(0, part.count, CHUNK)))
 
 
-def _pack_int8(part: Rows, number: int, outputs: int, first: int, packed: int) -> None:
-    """bitsandbytes: where codes and scales are depends on whether the layer ever ran."""
+def _pack_int8(part: Rows, _number: int, outputs: int, first: int, packed: int) -> None:
+    """Pack a layer of LLM.int8(); its codes and scales move when it first runs."""
     layer, rows = part.linear, slice(part.first, part.first + part.count)
     used = layer.weight if layer.weight.SCB is not None else layer.state
     codes, scales = (
@@ -133,13 +135,15 @@ def _pack_int8(part: Rows, number: int, outputs: int, first: int, packed: int) -
     load().mc_pack_int8(outputs, layer.in_features, first, part.count, *addresses, packed)
 
 
-def _pack_nf4(part: Rows, number: int, outputs: int, first: int, packed: int) -> None:
-    """bitsandbytes: two codes a byte, row by row; nested statistics are made plain."""
+def _pack_nf4(part: Rows, _number: int, outputs: int, first: int, packed: int) -> None:
+    """Pack a 4-bit layer of bitsandbytes: two codes a byte; nested statistics are made plain."""
     layer, state = part.linear, part.linear.weight.quant_state
     if state.quant_type != "nf4" or state.blocksize != 64 or layer.in_features % 64:
-        raise Unavailable(f"the native step can't read {state.quant_type} in {state.blocksize}s")
+        raise UnavailableError(
+            f"the native step can't read {state.quant_type} in {state.blocksize}s"
+        )
     if getattr(state, "packing_format_for_cpu", False):
-        raise Unavailable("the native step can't read weights that bitsandbytes has packed")
+        raise UnavailableError("the native step can't read weights that bitsandbytes has packed")
     absmax = state.absmax
     if state.nested:
         from bitsandbytes.functional import dequantize_blockwise

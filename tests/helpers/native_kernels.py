@@ -123,7 +123,7 @@ def empty(kind: int, outputs: int, inputs: int) -> Packed:
 def pack(
     kind: int, weights: np.ndarray, bias: np.ndarray | None = None, step: int = 1 << 30
 ) -> Packed:
-    """Pack weights [outputs, inputs] of float32, or uint16 that hold bfloat16, `step` rows a call."""
+    """Pack weights [outputs, inputs] (uint16 holds bfloat16), `step` rows a call."""
     outputs, inputs = weights.shape
     packed = empty(kind, outputs, inputs)
     packed.bias = bias
