@@ -281,3 +281,12 @@ def _dequantized(layer):
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16()
+
+
+def test_every_variant_of_this_processor_agrees_with_the_portable_one() -> None:
+    library = load()
+    best = library.mc_variant()
+    for name in library.mc_variants().split():
+        library.mc_use(name)
+        assert library.mc_check() == 1, name
+    library.mc_use(best)
