@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.style import Style
-from rich.text import Text
 
 from medusa_chat.terminal.code import highlight
 from medusa_chat.terminal.markdown import MarkdownFlow
@@ -19,7 +19,10 @@ from medusa_chat.terminal.view import ERASE_BELOW, ReplyView
 from tests.helpers.fake_engine import pieces, script
 from tests.test_view import Screen, console, two_rows
 
-CODE = '''def quicksort(items):  # a comment that is wider than all screens that these tests have, 160
+if TYPE_CHECKING:
+    from rich.text import Text
+
+CODE = '''def quicksort(items):  # a comment that is wider than the screens, longer than all
 
     """Sort
     them."""
