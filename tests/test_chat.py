@@ -49,7 +49,7 @@ def test_a_conversation_as_a_user_has_it(terminal: Terminal, tmp_path: Path) -> 
     steps = expected_steps()
     stats = Stats.of(steps)
     terminal.say(QUESTION)  # typed while the model loads
-    terminal.see("■ 4 (+4)")
+    terminal.see("■ 4 ahead")
     terminal.replies(1)
     first_words = "".join(step.text for step in steps)[:30]
     row = next(row for row in range(40) if terminal.screen.display[row].startswith(first_words))

@@ -62,7 +62,7 @@ def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
         assert entry.help
         assert any(line.startswith(entry.invocation) for line in shown.splitlines())
         assert entry.help.split()[0] in shown
-    assert "■ LM head" in shown.replace("\N{NO-BREAK SPACE}", " ")
+    assert "■ the model" in shown.replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -293,7 +293,7 @@ def test_copies(chat: Chat) -> None:
     assert run(chat, "/copies off").strip() == "copies off"
     trees = chat.session.engine.trees
     assert not trees.copies
-    assert "copied" not in run(chat, "/help").split("LM")[1]
+    assert "copied" not in run(chat, "/help").split("■")[1]
     assert "■" in run(chat, "/copies")
     assert bool(trees.copies)
     with pytest.raises(UserError, match=r"usage: /copies \[on\|off\]"):
@@ -307,8 +307,8 @@ def test_copied_guesses_are_drawn_and_counted_as_such(chat: Chat) -> None:
     console = Console(width=60, file=file, force_terminal=True, color_system="truecolor")
     console.print(tree_view.draw(candidates))
     drawn = file.getvalue()
-    grey = "38;2;128;128;128"
-    assert drawn.count(grey) == 2
+    teal = "38;2;0;135;154"
+    assert drawn.count(teal) == 2
     assert drawn.count("✓") == 3
     tokens = (Token(1, "a", 0), Token(2, "b", COPIED))
     stats = Stats.of([Step(tokens, 8, 0.01, "tree", tested=(COPIED, COPIED, 1))])
@@ -320,7 +320,7 @@ def test_copied_guesses_are_drawn_and_counted_as_such(chat: Chat) -> None:
 
 
 def test_marks(chat: Chat) -> None:
-    assert "head\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}(+1)¹" in run(chat, "/marks on")
+    assert "guessed\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}ahead¹" in run(chat, "/marks on")
     assert chat.marks
     run(chat, "/marks")
     assert not chat.marks

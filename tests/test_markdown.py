@@ -22,7 +22,7 @@ from tests.test_view import Screen, console, two_rows
 if TYPE_CHECKING:
     from rich.text import Text
 
-CODE = '''def quicksort(items):  # a comment wider than all screens of these tests, 160
+CODE = '''def quicksort(items):  # a comment that is wider than the screens, longer than all
 
     """Sort
     them."""

@@ -59,12 +59,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 def test_a_session_from_the_first_message_to_exit(start: Callable[..., Terminal]) -> None:
     terminal = start()
-    terminal.see("■ 4 (+4)")
+    terminal.see("■ 4 ahead")
     terminal.say("Tell me a story")
     terminal.replies(1)
     row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
     assert_colours(terminal, row, script(REPLY))
-    speedup = f"{STATS.speedup:.1f}x faster ({STATS.comparisons} comparisons)"
+    speedup = f"{STATS.speedup:.1f}x faster so far ({STATS.comparisons} comparisons)"
     footer = f"{STATS.acceptance_length:.1f} tokens per step · {speedup} · "
     assert f"{footer}{STATS.tokens_per_second:.1f} tokens/s" in terminal.text
 
@@ -144,7 +144,7 @@ def test_ctrl_c_at_the_prompt_clears_or_hints(start: Callable[..., Terminal]) ->
 
 def test_several_lines_are_one_message(start: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = start()
-    terminal.see("■ 4 (+4)")
+    terminal.see("■ 4 ahead")
     terminal.send("\x1b[200~one\rtwo\nthree\x1b[201~")
     terminal.see("three")
     terminal.send(NEW_LINE + "four\nfive" + ENTER)
@@ -160,7 +160,7 @@ def test_a_message_typed_while_the_model_loads_is_answered(start: Callable[..., 
     terminal.say("Tell me a story")
     terminal.see("your message is next")
     text = terminal.replies(1)
-    assert text.index("■ LM head") < text.index("the tree was pruned") < text.index("Once upon")
+    assert text.index("■ the model") < text.index("the tree was pruned") < text.index("Once upon")
     assert "your message is next" not in text
 
 
@@ -170,8 +170,8 @@ def test_a_half_typed_message_is_kept_when_the_model_is_loaded(
     terminal = start("--load", "1.5")
     terminal.see("loading fake…")
     terminal.send("half a mess")
-    text = terminal.see("■ LM head")
-    assert text.index("a library warns") < text.index("■ LM head")
+    text = terminal.see("■ the model")
+    assert text.index("a library warns") < text.index("■ the model")
     terminal.send("age" + ENTER)
     assert "\n› half a message\n" in terminal.replies(1)
 
@@ -315,7 +315,7 @@ def test_quotes_open_and_close_several_lines(
 
 def test_a_long_paste_is_echoed_folded(start: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = start()
-    terminal.see("■ 4")
+    terminal.see("■ 4 ahead")
     lines = "\r".join(f"line {number}" for number in range(200))
     terminal.send(f"\x1b[200~{lines}\x1b[201~")
     terminal.see("line 199")
@@ -368,7 +368,7 @@ def test_ctrl_c_while_a_message_waits_for_the_model(start: Callable[..., Termina
     terminal.see("your message is next")
     terminal.send(CTRL_C)
     terminal.see("not sent")
-    terminal.see("■ 4")
+    terminal.see("■ 4 ahead")
     terminal.send(UP + ENTER)
     terminal.replies(1)
 
@@ -394,7 +394,7 @@ def test_a_signal_that_ends_the_chat_leaves_the_terminal_as_it_was(
 def test_sigterm_at_the_prompt(start: Callable[..., Terminal]) -> None:
     terminal = start()
     before = termios.tcgetattr(terminal.child.child_fd)
-    terminal.see("■ 4")
+    terminal.see("■ 4 ahead")
     terminal.child.kill(signal.SIGTERM)
     assert terminal.status() == 128 + signal.SIGTERM
     assert terminal.settings[3] == before[3]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyte
 import pytest
 from rich.cells import cell_len
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -476,6 +477,12 @@ def lab(colour: str, deficiency: str) -> Vector:
 def test_colours_are_readable_on_light_and_dark(colour: str, background: str) -> None:
     darker, lighter = sorted((dot(LUMINANCE, linear(colour)), dot(LUMINANCE, linear(background))))
     assert (lighter + 0.05) / (darker + 0.05) >= 3
+
+
+def test_copied_tokens_are_cyan_where_there_are_16_colours() -> None:
+    colour = head_style(COPIED).color
+    assert colour
+    assert colour.downgrade(ColorSystem.STANDARD).number == 6  # no grey, black or white
 
 
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)

@@ -76,9 +76,11 @@ def run(options: argparse.Namespace) -> int:
         from medusa_chat.hub.model_list import resolve_model
         from medusa_chat.terminal.chat.repl import chat
 
+        spec = resolve_model(options.model, options.heads, models=options.models)
         return chat(
             load,
-            model=resolve_model(options.model, options.heads, models=options.models).name,
+            model=spec.name,
+            description=spec.description,
             sampling=sampling,
             system=options.system,
             marks=options.marks,

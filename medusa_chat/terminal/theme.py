@@ -10,7 +10,7 @@ from medusa_chat.events import COPIED
 # The hues of Okabe and Ito's palette at another lightness. Each keeps a contrast of at least
 # 3 to 1 on white and on dark, and stays distinct for colour-blind users (test_view checks both).
 HEAD_COLOURS = ("#2c64ed", "#e37814", "#1a9e68", "#b95796", "#87651a")
-COPIED_COLOUR = "#808080"
+COPIED_COLOUR = "#00879a"  # cyan on a screen of 16 colours, where grey may be the background
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
@@ -46,7 +46,7 @@ def head_name(head: int) -> str:
 
 
 def legend(heads: int, *, marks: bool = False, colour: bool = True, copied: bool = False) -> Text:
-    """Explain the colours in one line: each head's square, and how far ahead it guesses."""
+    """Explain the colours in one line of words: who proposed a token, and how far ahead."""
     shown = [*range(heads + 1)]
     if copied:
         shown.append(COPIED)
@@ -58,9 +58,7 @@ def legend(heads: int, *, marks: bool = False, colour: bool = True, copied: bool
 
 def _entry(head: int, marks: bool) -> Text:
     # Only the first head is spelled out: the line should fit in 80 columns.
-    name = str(head) if head > 1 else head_name(head)
-    if head > 0:
-        name += f" (+{head})"
+    name = {COPIED: "copied", 0: "the model", 1: "guessed 1 ahead"}.get(head, f"{head} ahead")
     # A narrow terminal breaks the line only between entries.
     name = name.replace(" ", NO_BREAK_SPACE)
     style = head_style(head)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from medusa_chat.events import Step
     from medusa_chat.terminal.chat.engine import ChatEngine
 
+TRY = "try: Tell me a fairy tale. · /typical samples · /view switches Markdown · /help lists all"
 LEAVE = "/exit leaves, Ctrl+D too; type {} once more to send it as a message"
 
 
@@ -48,6 +49,7 @@ def chat(
     transcript: Path | None = None,
     view: View = "both",
     plain: bool = False,
+    description: str = "",
 ) -> int:
     """Chat in the terminal until the user leaves; return the exit status.
 
@@ -61,6 +63,7 @@ def chat(
         transcript: file of the conversation: continued if it exists, written after each reply.
         view: of heads and Markdown.
         plain: print each row once and redraw nothing, for screen readers and simple terminals.
+        description: what the model is and can do, in a few words.
 
     Raises:
         UserError: standard input or output is no terminal, or `transcript` is no conversation.
@@ -69,7 +72,7 @@ def chat(
         raise UserError("chat needs a terminal; use --prompt TEXT or pipe text to it")
     saved = read_conversation(transcript) if transcript and transcript.exists() else None
     plain = plain or os.environ.get("TERM") == "dumb"
-    start = Start(model, sampling, system, marks, transcript, saved, view, plain)
+    start = Start(model, sampling, system, marks, transcript, saved, view, plain, description)
     loading = Loading(load, model)
     status = 0
     try:
@@ -99,6 +102,7 @@ class Start:
     saved: Conversation | None
     view: View
     plain: bool
+    description: str
 
 
 def open_console() -> SafeConsole:
@@ -128,8 +132,10 @@ class Repl:
 
     def run(self) -> None:
         """Read and answer until the user leaves. Raises LoadError."""
-        hint = f" · {self._start.model} · /help lists the commands"
+        start = self._start
+        hint = " · ".join(["", start.model, *filter(None, [start.description])])
         self._console.print(Text.assemble(("medusa-chat", STRONG), (hint, LABEL)))
+        self._console.print(Text(TRY, LABEL))
         while True:
             try:
                 self._turn()

@@ -28,7 +28,7 @@ def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
 
     def draw(steps: Iterable[Step]) -> None:
         stats = Stats()
-        with ReplyView(console, lambda width: panel(stats, sampling, width)) as view:
+        with ReplyView(console, lambda width: panel(stats, stats, sampling, width)) as view:
             for step in steps:
                 stats.add(step)
                 view.add(step)
