@@ -27,6 +27,7 @@ from medusa_chat.config import SHIPPED_PROMPTS, Sampling, UserError
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
+from medusa_chat.native.library import available
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.reports import bench as bench_report
@@ -64,9 +65,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_with_heads(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(params=["native", "torch"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
+    if request.param == "native" and available():
+        pytest.skip(available() or "")
+    return loaded(folder, request.param)
+
+
 @pytest.fixture
-def engine(folder: Path) -> Engine:
-    return medusa_chat.load(str(folder), tree="mc_sim_7b_63", dtype="float32", probing=False)
+def torch_engine(folder: Path) -> Engine:
+    return loaded(folder, "torch")
+
+
+def loaded(folder: Path, step: str) -> Engine:
+    return medusa_chat.load(
+        str(folder), tree="mc_sim_7b_63", dtype="float32", probing=False, engine=step
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -85,10 +99,10 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
         PROMPTS,
         ["greedy", "typical"],
         Sampling(max_new_tokens=12),
-        2,
-        2,
-        True,
-        view,
+        rounds=2,
+        turns=2,
+        peers=("transformers",),
+        view=view,
         contexts=(32, 64),
         histories=(40,),
     )
@@ -255,10 +269,14 @@ def test_a_stopwatch_gives_each_part_the_time_since_the_last_mark() -> None:
     assert stopwatch.steps() == [{"heads": 0.5, "forward": 2.0}, {"heads": 1.25}]
 
 
-def test_the_runner_marks_its_parts_in_order_and_only_while_watched(engine: Engine) -> None:
+def test_the_runner_marks_its_parts_in_order_and_only_while_watched(
+    torch_engine: Engine,
+) -> None:
+    engine = torch_engine
     before = engine.runner.eager.mark
     with watching(engine.runner) as stopwatch:
         list(engine.generate([1, 2, 3], Sampling(max_new_tokens=5, ignore_eos=True)))
+    assert isinstance(stopwatch, Stopwatch)
     assert stopwatch.marks[:5] == ["begin", "heads", "forward", "acceptance", "commit"]
     assert len(stopwatch.marks) % 5 == 0
     assert engine.runner.eager.mark is before
@@ -277,10 +295,10 @@ def test_parts_add_up_to_the_step(engine: Engine, mode: Any) -> None:
 
 
 def test_a_runner_without_marks_is_no_fault(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    torch_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stopwatch, "steps", lambda _: [])
-    assert step_parts(engine, [[1, 2, 3]], Sampling(max_new_tokens=4, ignore_eos=True)) is None
+    assert step_parts(torch_engine, [[1, 2, 3]], Sampling(max_new_tokens=4, ignore_eos=True)) is None
 
 
 # ---- the command ----
