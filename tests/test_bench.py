@@ -298,7 +298,9 @@ def test_a_runner_without_marks_is_no_fault(
     torch_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stopwatch, "steps", lambda _: [])
-    assert step_parts(torch_engine, [[1, 2, 3]], Sampling(max_new_tokens=4, ignore_eos=True)) is None
+    assert (
+        step_parts(torch_engine, [[1, 2, 3]], Sampling(max_new_tokens=4, ignore_eos=True)) is None
+    )
 
 
 # ---- the command ----

@@ -7,7 +7,10 @@ loading.py       the model loads on a thread while the user types
 session.py       the conversation and its measurements
 conversation.py  the file of a saved conversation
 command.py       the registry of slash-commands
-commands.py      the slash-commands themselves
+commands/        the slash-commands themselves
+message.py       a typed line as a message: quotes, words meant as commands
+clipboard.py     text for the clipboard
+plain.py         the prompt of plain mode
 completion.py    completion of slash-commands
 keyboard.py      keys and Ctrl-C during a reply
 engine.py        the engine as the terminal needs it
