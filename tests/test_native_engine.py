@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,12 @@ def test_typical_replies_do_not_depend_on_threads(engine: Engine) -> None:
 
 @needs_library
 def test_the_native_step_writes_what_torch_writes_in_float32() -> None:
-    load = {"device": "cpu", "dtype": "float32", "tree": "mc_sim_7b_63", "probing": False}
+    load: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "tree": "mc_sim_7b_63",
+        "probing": False,
+    }
     native = medusa_chat.load(**load, engine="native")
     torchs = medusa_chat.load(**load, engine="torch")
     assert torchs.backbone.native is None
@@ -163,7 +169,7 @@ def test_a_family_that_the_library_does_not_know_runs_on_torch(tmp_path: Path) -
         num_attention_heads=4,
         max_position_embeddings=128,
     )
-    folder = save_model(tmp_path, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    folder = save_model(tmp_path, AutoModelForCausalLM.from_config(config))
     spec = ModelSpec("tiny", str(folder))
     loaded = load_model(spec, LoadOptions(device="cpu"))
     why = "the native step does not know gpt_neox models"
@@ -203,7 +209,7 @@ def test_threads_are_the_cores_that_the_process_may_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight processors of four cores, of which the process may use six and its container two."""
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(devices, "PROCESSORS", tmp_path)
     monkeypatch.setattr(devices, "CGROUP", tmp_path / "none")
     assert devices.usable_cores() == 6  # the system does not say which share a core

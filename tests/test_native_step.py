@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ FORMATS = ("float32", "bfloat16", "int8", "nf4")
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
 
 
-def backbone_of(kind: str, weights: str, **changes) -> Backbone:
+def backbone_of(kind: str, weights: str, **changes: Any) -> Backbone:
     """float32 keys and values for float32 weights, bfloat16 for the others."""
     backbone = random_backbone(kind, **(WIDE | changes))
     if weights != "float32":
@@ -36,7 +37,7 @@ def backbone_of(kind: str, weights: str, **changes) -> Backbone:
     return backbone
 
 
-def check_rows(backbone, weights, threads, seed):
+def check_rows(backbone: Any, weights: Any, threads: Any, seed: Any) -> None:
     """Every row of a random tree against its path alone, behind texts put in in other splits."""
     chance = random.Random(seed)
     tokens = prompt_ids(chance.randint(1, 50), backbone.vocabulary, seed)
@@ -58,7 +59,7 @@ def check_rows(backbone, weights, threads, seed):
 
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_does_not_depend_on_the_rows_beside_it(weights, threads):
+def test_a_row_does_not_depend_on_the_rows_beside_it(weights: Any, threads: Any) -> None:
     backbone = backbone_of("llama", weights)
     for seed in range(8):
         check_rows(backbone, weights, threads, 10 * threads + seed)
@@ -66,7 +67,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(weights, threads):
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_nor_in_any_family(kind, weights):
+def test_nor_in_any_family(kind: str, weights: Any) -> None:
     for seed in range(3):
         check_rows(backbone_of(kind, weights), weights, 2, seed)
 
@@ -80,14 +81,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_nor_in_odd_sizes(size):
+def test_nor_in_odd_sizes(size: Any) -> None:
     backbone = backbone_of("llama", "int8", **SIZES[size])
     for seed in range(3):
         check_rows(backbone, "int8", 3, seed)
 
 
 @pytest.mark.parametrize("variant", ["portable", "avx2", "avx2vnni", "arm"])
-def test_nor_on_any_processor(variant):
+def test_nor_on_any_processor(variant: str) -> None:
     best = load().mc_variant()
     if load().mc_use(variant.encode()):
         pytest.skip(f"this processor does not run {variant}")
@@ -101,7 +102,7 @@ def test_nor_on_any_processor(variant):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_long_texts_and_many_rows(weights):
+def test_long_texts_and_many_rows(weights: Any) -> None:
     backbone = backbone_of("llama", weights)
     tokens, rows = prompt_ids(300), prompt_ids(256, seed=1)
     parents = random_parents(256, 5)
@@ -114,7 +115,7 @@ def test_long_texts_and_many_rows(weights):
         assert torch.equal(other.tree(path, None)[0][-1], hidden[row])
 
 
-def test_the_likeliest_token_is_that_of_the_logits():
+def test_the_likeliest_token_is_that_of_the_logits() -> None:
     backbone = backbone_of("gemma2", "bfloat16", vocabulary=301)
     native = Native(backbone, "bfloat16", 3)
     native.text(prompt_ids(20, 301))
@@ -129,7 +130,7 @@ def test_the_likeliest_token_is_that_of_the_logits():
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_heads_guess_what_the_torch_heads_guess(own, layers):
+def test_heads_guess_what_the_torch_heads_guess(own: Any, layers: Any) -> None:
     backbone = backbone_of("llama", "float32", vocabulary=333)
     heads = random_heads(backbone, 4, layers, own)
     native = Native(backbone, heads=heads)
@@ -142,15 +143,16 @@ def test_heads_guess_what_the_torch_heads_guess(own, layers):
         assert torch.allclose(log_p, likeliest.values, atol=1e-4)
 
 
-def test_equal_guesses_come_with_the_lower_id_first():
+def test_equal_guesses_come_with_the_lower_id_first() -> None:
     backbone = backbone_of("llama", "float32", vocabulary=100)
     heads = random_heads(backbone, 2)
+    assert heads.lm_heads is not None
     heads.lm_heads.data[:] = 0
     native = Native(backbone, heads=heads)
     assert native.step.guess(5)[0] == [0, 1, 2, 3, 4] * 2
 
 
-def test_a_fixed_tree_in_one_call_is_the_torch_step():
+def test_a_fixed_tree_in_one_call_is_the_torch_step() -> None:
     """Heads, table, forward and acceptance; then the path kept, step after step."""
     backbone = backbone_of("qwen3", "float32", vocabulary=96)
     heads = random_heads(backbone, 4)
@@ -168,7 +170,7 @@ def test_a_fixed_tree_in_one_call_is_the_torch_step():
         last = native.step.last.clone()
         native.step.rows(settled.tokens, tree.parents)
         tensors = TreeTensors.of(tree, backbone.device)
-        verdict = greedy(native.step.logits(len(tree)), torch.tensor(settled.tokens), tensors, 0)
+        verdict = greedy(native.step.logits(len(tree)), torch.tensor(settled.tokens), tensors)
         assert settled.next == int(verdict.next)
         assert len(tree.branches[settled.accepted]) == len(tree.branches[int(verdict.row)])
         assert torch.equal(last[0], native.step.hidden[settled.accepted])
@@ -177,7 +179,7 @@ def test_a_fixed_tree_in_one_call_is_the_torch_step():
     assert native.cache.length >= len(prompt) + 6
 
 
-def test_kept_rows_are_the_text_prefilled():
+def test_kept_rows_are_the_text_prefilled() -> None:
     backbone = backbone_of("mistral", "bfloat16")
     native, other = Native(backbone, "bfloat16"), Native(backbone, "bfloat16")
     tokens, rows, parents = prompt_ids(30), prompt_ids(20, seed=3), random_parents(20, 3)
@@ -191,7 +193,7 @@ def test_kept_rows_are_the_text_prefilled():
     assert torch.equal(native.cache.buffer[..., :length, :], other.cache.buffer[..., :length, :])
 
 
-def test_the_torch_step_goes_on_from_its_cache():
+def test_the_torch_step_goes_on_from_its_cache() -> None:
     backbone = backbone_of("gemma3", "float32")
     native, tokens = Native(backbone), prompt_ids(30)
     native.text(tokens[:-1])
@@ -200,7 +202,7 @@ def test_the_torch_step_goes_on_from_its_cache():
     assert torch.allclose(hidden, native.tree(tokens[-1:], None)[0], atol=1e-4)
 
 
-def test_rows_that_are_out_of_range_are_refused():
+def test_rows_that_are_out_of_range_are_refused() -> None:
     backbone = backbone_of("llama", "float32")
     native = Native(backbone, capacity=8)
     native.text(prompt_ids(5))
@@ -216,7 +218,7 @@ def test_rows_that_are_out_of_range_are_refused():
     native.step.rows([0, 1, 2], None)
 
 
-def test_two_engines_share_weights_and_threads():
+def test_two_engines_share_weights_and_threads() -> None:
     backbone = backbone_of("llama", "int8")
     model, team = NativeModel(backbone, "int8"), Team(2)
     steps = [NativeStep(model, None, team, backbone.new_cache(64)) for _ in range(2)]
@@ -226,7 +228,7 @@ def test_two_engines_share_weights_and_threads():
     assert torch.equal(steps[1].prefill([3])[:, :1], steps[1].logits(1)[:, :1])
 
 
-def test_the_bundled_model_writes_what_the_torch_step_writes():
+def test_the_bundled_model_writes_what_the_torch_step_writes() -> None:
     """A trained model: logits within bfloat16's rounding, and the same text until a near-tie."""
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16)
     backbone = Backbone(model)
@@ -254,7 +256,7 @@ def test_the_bundled_model_writes_what_the_torch_step_writes():
 
 
 @pytest.mark.parametrize("quant", ["nf4", "nf4-double", "int8"])
-def test_layers_of_bitsandbytes_are_read_with_their_own_values(quant):
+def test_layers_of_bitsandbytes_are_read_with_their_own_values(quant: Any) -> None:
     """Against their dequantized weights, packed anew: int8 finds the same codes again."""
     pytest.importorskip("bitsandbytes")
     backbone, plain = backbone_of("llama", "bfloat16"), backbone_of("llama", "bfloat16")
@@ -275,7 +277,7 @@ def test_layers_of_bitsandbytes_are_read_with_their_own_values(quant):
     assert (ours - reference).abs().max() < most * reference.abs().max()
 
 
-def _dequantized(layer):
+def _dequantized(layer: Any) -> Any:
     if type(layer).__name__ == "Linear8bitLt":
         return layer.weight.data.float() * layer.weight.SCB[:, None].float() / 127
     from bitsandbytes.functional import dequantize_4bit

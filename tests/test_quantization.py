@@ -31,6 +31,7 @@ from medusa_chat.model.linear.quantization import (
 )
 from medusa_chat.model.loading import load_model
 from medusa_chat.model.pretrained import load_pretrained
+from medusa_chat.native.model import NativeHeads
 from medusa_chat.prompts import Prompt
 from medusa_chat.shapes import Shape
 from tests.helpers.tiny import reply, save_model
@@ -201,6 +202,7 @@ def test_heads_guess_alike_in_each_quantization(quant: Quant, own: bool, layers:
     plain.weight.mul_(5)
     features, logits = plain.features(hidden), plain.logits(hidden, backbone.lm_head)
     made: Heads = decoding_heads(plain, quant, CPU, DTYPE, backbone.lm_head)
+    assert not isinstance(made, NativeHeads)
     assert (made.heads, made.layers) == (3, layers)
     with torch.inference_mode():
         assert made.features(hidden[:1]).shape == (3, 1, SHAPE.hidden)

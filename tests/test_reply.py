@@ -255,6 +255,6 @@ def test_a_reply_that_goes_on_with_a_text_keeps_its_first_space(
 ) -> None:
     words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2}, unk_token="▁one"))
     words.decoder = decoders.Metaspace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words)  # type: ignore[no-untyped-call]
+    made = PreTrainedTokenizerFast(tokenizer_object=words)
     reply = Reply(made, Sampling(), frozenset(), 100, before)
     assert "".join(token.text for token in reply.take([1, 2], [0, 0])) == text

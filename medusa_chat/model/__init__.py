@@ -2,10 +2,13 @@
 
 loading.py    a ModelSpec becomes a backbone, heads and a tokenizer
 pretrained.py transformers' own model and tokenizer of a spec
+weight_files.py, finite.py      damaged files of weights, and NaN, are found and named
+native_weights.py  a model packed for the native step
 backbone.py   a transformers model that runs tree nodes after a cached text
 heads.py      Medusa heads, for training and for decoding
 cache.py      keys and values of one text, whose rows can be dropped again
 templates.py  messages become a prompt
+rendering.py  chat templates rendered with limits
 attention/    tree attention, its masks and its kernel
 linear/       joined, packed and quantized linear layers
 layouts/      files of heads in every public layout

@@ -37,7 +37,7 @@ def _platform() -> str:
     return next(name for name in platforms if "manylinux" not in name and "musllinux" not in name)
 
 
-class NativeLibraryHook(BuildHookInterface):
+class NativeLibraryHook(BuildHookInterface[Any]):
     """Compiles the library into medusa_chat/native/lib, or writes failure.txt there."""
 
     def dependencies(self) -> list[str]:

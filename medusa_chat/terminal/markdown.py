@@ -10,7 +10,8 @@ from rich.text import Text
 from medusa_chat.terminal.rendering import fence_closed, parse, render, wrapped
 from medusa_chat.terminal.source import GUARD, PLAIN_INK, Source, View
 from medusa_chat.terminal.theme import LABEL
-from medusa_chat.terminal.wrapping import breaks, sanitize
+from medusa_chat.terminal.wrapping import breaks
+from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
     from rich.style import Style

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.theme import LABEL, head_mark, head_style
-from medusa_chat.terminal.wrapping import Flow, sanitize
+from medusa_chat.terminal.wrapping import Flow
+from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
     from rich.console import Console

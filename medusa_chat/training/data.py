@@ -81,7 +81,8 @@ def _document(item: Any, place: str) -> Document | None:
         messages.pop(0)
     if not any(message["role"] == "assistant" for message in messages):
         return None
-    return Document(tuple(messages), place=place, cut=turns[-1].get("cut") is True)
+    cut = turns is not None and turns[-1].get("cut") is True
+    return Document(tuple(messages), place=place, cut=cut)
 
 
 def encode(

@@ -15,6 +15,7 @@ from medusa_chat.config import ModelSpec, Recipe
 from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
+from medusa_chat.machine.plans import GPU_LIBRARIES
 
 # Bytes of a trained number, of its gradient, and of each of Adam's two moments.
 TRAINED_BYTES = 4
@@ -122,7 +123,7 @@ def _with_program(contents: Contents, device: str, parts: Mapping[str, int], wri
     if written > host.workspace:
         passing = {"the copy that is written": written}
     return {
-        device: {**parts, "libraries": memory.GPU_LIBRARIES},
+        device: {**parts, "libraries": GPU_LIBRARIES},
         "cpu": {**passing, "program": host.process},
     }
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +75,8 @@ def library() -> ctypes.CDLL:
 
 def variants() -> list[str]:
     """Name the variants that this processor can run; the best is last."""
-    return library().mc_variants().decode().split()
+    names: list[str] = library().mc_variants().decode().split()
+    return names
 
 
 def use(variant: str) -> None:
@@ -83,7 +84,7 @@ def use(variant: str) -> None:
     assert library().mc_use(variant.encode()) == 0
 
 
-def aligned(size: int) -> np.ndarray:
+def aligned(size: int) -> Any:
     """Allocate bytes on a cache line, filled with what must not be read."""
     memory = np.full(size + 64, 0xFF, dtype=np.uint8)
     start = -memory.ctypes.data % 64
@@ -136,7 +137,7 @@ def pack(
     return packed
 
 
-def prepare(kind: int, x: np.ndarray, splits: tuple[int, ...] = ()) -> np.ndarray:
+def prepare(kind: int, x: np.ndarray, splits: tuple[int, ...] = ()) -> Any:
     """Prepare rows [rows, inputs], in parts that end at `splits`."""
     rows, inputs = x.shape
     prepared = aligned(library().mc_rows_bytes(kind, rows, inputs))
@@ -149,14 +150,14 @@ def prepare(kind: int, x: np.ndarray, splits: tuple[int, ...] = ()) -> np.ndarra
     return prepared
 
 
-def multiply(packed: Packed, x: np.ndarray, splits: tuple[int, ...] = ()) -> np.ndarray:
+def multiply(packed: Packed, x: np.ndarray, splits: tuple[int, ...] = ()) -> Any:
     """Compute [rows, outputs], in parts that end at the tiles `splits`."""
     return multiply_prepared(packed, prepare(packed.format, x), len(x), splits)
 
 
 def multiply_prepared(
     packed: Packed, prepared: np.ndarray, rows: int, splits: tuple[int, ...] = ()
-) -> np.ndarray:
+) -> Any:
     """Compute [rows, outputs] from prepared rows; what lies behind a row stays as it was."""
     stride = packed.outputs + 3
     y = np.full((rows, stride), np.float32(7.5))
@@ -176,18 +177,18 @@ def multiply_prepared(
     return y[:, : packed.outputs].copy()
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
+def to_bfloat16(values: np.ndarray) -> Any:
     """Round to the nearest bfloat16, ties to even, as 16 bits."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+def from_bfloat16(bits: np.ndarray) -> Any:
     """Widen 16 bits to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def rounded_weights(kind: int, weights: np.ndarray) -> np.ndarray:
+def rounded_weights(kind: int, weights: np.ndarray) -> Any:
     """Return the float64 weights that the packed form stands for."""
     weights = weights.astype(np.float32)
     if kind == BFLOAT16:
@@ -213,13 +214,13 @@ def nf4_codes(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes.reshape(outputs, inputs).astype(np.uint8), absmax
 
 
-def nf4_weights(codes: np.ndarray, absmax: np.ndarray) -> np.ndarray:
+def nf4_weights(codes: np.ndarray, absmax: np.ndarray) -> Any:
     """Return the weights that the kernel multiplies with: bfloat16 values times absmax."""
     values = from_bfloat16(to_bfloat16(NF4_VALUES)).astype(np.float64)
     return values[codes] * np.repeat(absmax.astype(np.float64), 64, axis=1)
 
 
-def rounded_rows(kind: int, x: np.ndarray) -> np.ndarray:
+def rounded_rows(kind: int, x: np.ndarray) -> Any:
     """Return the float64 activations that the prepared form stands for."""
     x = x.astype(np.float32)
     if kind in (BFLOAT16, NF4):
@@ -231,7 +232,7 @@ def rounded_rows(kind: int, x: np.ndarray) -> np.ndarray:
     return x.astype(np.float64)
 
 
-def _rounded_block(block: np.ndarray) -> np.ndarray:
+def _rounded_block(block: np.ndarray) -> Any:
     most = np.abs(block).max(axis=1, keepdims=True)
     levels = np.float32(127)
     inverse = np.divide(levels, most, out=np.zeros_like(most), where=most >= 1e-30)

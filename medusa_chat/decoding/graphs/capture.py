@@ -47,7 +47,8 @@ def reads_the_host(backbone: Backbone, heads: Heads | None) -> bool:
 
 
 def _modules(backbone: Backbone, heads: Heads | None) -> list[nn.Module]:
-    return [*backbone.model.modules(), *(heads.modules() if heads is not None else ())]
+    own = heads.modules() if isinstance(heads, nn.Module) else ()
+    return [*backbone.model.modules(), *own]
 
 
 def _rope_types(config: Any) -> list[str]:
