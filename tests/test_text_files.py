@@ -134,7 +134,7 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(
 def test_system_messages_reach_the_model() -> None:
     engine = make_engine(random_backbone(vocabulary=260))
     prompt = Prompt("c", ("Hi",), (SYSTEM, *TALK))  # type: ignore[arg-type]
-    expected = engine.encode([SYSTEM, TALK[0]])
+    expected = engine.encode([SYSTEM, TALK[0]])  # type: ignore[arg-type]
     asked: list[list[int]] = []
 
     def answer(ids: list[int]) -> Turn:
@@ -184,7 +184,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(
     file = write(tmp_path, "any", content)
     refused = ""
     try:
-        READERS[reader](file)  # type: ignore[operator]
+        READERS[reader](file)
     except UserError as error:
         refused = str(error)
     assert "\n" not in refused

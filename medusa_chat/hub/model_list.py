@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node, and count those that are aliases."""
-        self.aliases += self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
+        self.aliases += self.check_event(yaml.AliasEvent)
         if self.aliases > MOST_ALIASES:
             raise yaml.YAMLError(f"it has more than {MOST_ALIASES} aliases")
         return super().compose_node(parent, index)
