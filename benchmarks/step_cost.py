@@ -119,7 +119,9 @@ def show(medians: dict[str, dict[int, float]]) -> None:
 
 def about(options: argparse.Namespace, runner: Runner) -> dict[str, object]:
     """Describe the conditions of the measurement."""
-    own = getattr(runner.heads, "lm_heads", None)
+    heads = runner.heads
+    own = getattr(heads, "lm_heads", None)
+    own_lm_heads = getattr(heads, "own_lm_heads", own is not None and len(own) > 0)
     return {
         "model": options.model,
         "device": str(runner.backbone.device),
@@ -128,7 +130,7 @@ def about(options: argparse.Namespace, runner: Runner) -> dict[str, object]:
         "length": options.length,
         "rounds": options.rounds,
         "heads": runner.heads.heads if runner.heads else 0,
-        "own_lm_heads": own is not None and len(own) > 0,
+        "own_lm_heads": own_lm_heads,
     }
 
 

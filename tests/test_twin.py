@@ -165,7 +165,7 @@ def test_one_call_measures_everything_on_a_gpu(
     monkeypatch.setattr(fast, "capturable", lambda *_: True)
     monkeypatch.setattr(fast, "CudaGraphs", lambda _: not_recorded)
     monkeypatch.setattr(twin, "TOKENS", 6)
-    words = "bench --device cpu --tree chain-2 --limit 2 --rounds 1 --modes greedy"
+    words = "bench --device cpu --engine torch --tree chain-2 --limit 2 --rounds 1 --modes greedy"
     words += " --max-new-tokens 6 --context 16"
     assert main(words.split()) == 0
     *lines, last = capsys.readouterr().out.splitlines()
