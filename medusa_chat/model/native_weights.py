@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig
 
 from medusa_chat.config import MAX_CONTEXT, LoadOptions, UserError
 from medusa_chat.machine.devices import choose_dtype, usable_cores
 from medusa_chat.model.linear.packed import detach_from_files
 from medusa_chat.model.linear.quantization import as_quant, check_quantization, quant_of
-from medusa_chat.model.pretrained import loading_errors
+from medusa_chat.model.pretrained import load_config, loading_errors
 from medusa_chat.native import families, library
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.packed import Packed
@@ -91,7 +90,7 @@ def native_dtype(device: torch.device, dtype: str) -> torch.dtype:
 def _refusal(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the native step cannot run a model, from its config alone; None if it can."""
     with loading_errors(spec.backbone):
-        whole = AutoConfig.from_pretrained(str(Path(spec.backbone)))
+        whole = load_config(Path(spec.backbone))
     own = check_quantization(spec.name, whole, spec.quant)
     if own not in (None, "int8", "nf4", "nf4-double"):
         return f"the native step does not read weights in {own}"
