@@ -1,4 +1,4 @@
-"""Compare the memory that a load takes with the forecast of medusa_chat.machine.memory.
+"""Compare the memory that a load takes with the forecast of medusa_chat.machine.plans.
 
     python benchmarks/load_memory.py MODEL [QUANT [QUANT_HEADS [CONTEXT]]]
 
@@ -19,6 +19,7 @@ import medusa_chat
 from medusa_chat.config import Message, Sampling
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.machine import memory, plans
+from medusa_chat.native.library import likely
 
 DEFAULTS = ["bundled", "auto", "auto", "1024"]
 
@@ -49,7 +50,9 @@ def main() -> None:
     spec = resolve_model(model, None, quant, quant_heads)
     contents = memory.contents_of(spec)
     assert contents is not None, "the sizes of this model are not known"
-    forecast = plans.plan(contents, plans.load_of(spec, "cpu", int(context)))
+    forecast = plans.plan(
+        contents, plans.load_of(spec, "cpu", int(context), native=likely("cpu", "auto"))
+    )
     asked = {"model": spec.name, "quant": spec.quant, "quant_heads": spec.quant_heads}
     measured = measure(model, quant, quant_heads, int(context))
     ratio = round(measured["peak"] / forecast.total, 4)

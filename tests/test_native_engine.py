@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
+from ctypes import string_at
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +17,11 @@ from medusa_chat import Sampling, UserError
 from medusa_chat.config import LoadOptions, Message, ModelSpec
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.machine import devices
+from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.model.loading import load_model
 from medusa_chat.native import library
+from medusa_chat.native.weights import Store, all_rows, pack
+from tests.helpers.native_tiny import need_library
 from tests.helpers.tiny import decode, ids_of, prompt_ids, random_model, reply, save_model
 
 if TYPE_CHECKING:
@@ -24,7 +29,8 @@ if TYPE_CHECKING:
 
     from medusa_chat.decoding.engine import Engine
 
-needs_library = pytest.mark.skipif(bool(library.available()), reason=str(library.available()))
+need_library()
+
 ASKED: list[list[Message]] = [
     [{"role": "user", "content": text}]
     for text in ("Hello!", "Tell me a short fairy tale.", "Say the same words again and again.")
@@ -40,8 +46,6 @@ TREES = ("chain-3", "mc_sim_7b_63", "static-16", "dynamic-16", "dynamic-64")
 
 @pytest.fixture(scope="module", params=FORMATS)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    if reason := library.available():
-        pytest.skip(reason)
     named = FORMATS[request.param]
     return medusa_chat.load(device="cpu", tree="chain-1", probing=False, threads=2, **named)
 
@@ -118,7 +122,6 @@ def test_typical_replies_do_not_depend_on_threads(engine: Engine) -> None:
 # ---- the twin ----
 
 
-@needs_library
 def test_the_native_step_writes_what_torch_writes_in_float32() -> None:
     load: dict[str, Any] = {
         "device": "cpu",
@@ -157,7 +160,6 @@ def test_torch_serves_where_the_library_is_missing() -> None:
         medusa_chat.load(device="cpu", engine="native")
 
 
-@needs_library
 def test_a_family_that_the_library_does_not_know_runs_on_torch(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -181,7 +183,6 @@ def test_a_family_that_the_library_does_not_know_runs_on_torch(tmp_path: Path) -
         load_model(spec, LoadOptions(device="cpu", engine="native", dtype="float16"))
 
 
-@needs_library
 def test_heads_are_not_needed(tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model("qwen2", 320))
     engine = medusa_chat.load(str(folder), device="cpu", probing=False)
@@ -190,7 +191,6 @@ def test_heads_are_not_needed(tmp_path: Path) -> None:
     assert reply(engine, prompt_ids(9), max_new_tokens=40) == plain  # with copies
 
 
-@needs_library
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4", "nf4-double"])
 def test_the_models_own_weights_are_let_go(quant: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model("llama", 320))
@@ -200,6 +200,21 @@ def test_the_models_own_weights_are_let_go(quant: str, tmp_path: Path) -> None:
     assert all(matrix.weight is None for matrix in matrices)
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
+
+
+def test_nf4_has_the_values_of_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(192, 97, bias=False).to(torch.bfloat16).requires_grad_(False)
+    theirs = quantize_linear(deepcopy(plain), "nf4", torch.device("cpu"))
+    packed = [_packed_bytes(layer) for layer in (plain, theirs)]
+    assert packed[0] == packed[1]
+
+
+def _packed_bytes(layer: Any) -> bytes:
+    store = Store()
+    matrix = pack([all_rows(layer)], "nf4", store)
+    return string_at(matrix.packed, store.bytes)
 
 
 # ---- threads ----

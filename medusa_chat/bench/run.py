@@ -104,6 +104,7 @@ def _compare_captured(engine: Engine, prompts: list[list[int]]) -> Result:
 
 def _about(engine: Engine) -> Result:
     return {
+        "device": device_name(engine.backbone.device, engine.backbone.threads),
         "model": engine.name,
         "dtype": str(engine.backbone.dtype).removeprefix("torch."),
         "heads": engine.heads,

@@ -32,15 +32,15 @@ LARGE = 1 << 20  # bytes
 LARGEST = 32 << 20  # the most that glibc raises its own threshold to
 
 
-def device_name(device: torch.device) -> str:
-    """Return a device's name for people to read."""
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """Return a device's name for people to read, a CPU's with the threads of torch or others."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {threads or torch.get_num_threads()} threads"
 
 
 def processor_name() -> str:
