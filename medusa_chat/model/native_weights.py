@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig
 
 from medusa_chat.config import MAX_CONTEXT, LoadOptions, UserError
 from medusa_chat.machine.devices import choose_dtype, usable_cores
 from medusa_chat.model.linear.packed import detach_from_files
 from medusa_chat.model.linear.quantization import as_quant, check_quantization, quant_of
-from medusa_chat.model.pretrained import loading_errors
+from medusa_chat.model.pretrained import load_config, loading_errors
+from medusa_chat.model.weight_files import damage
 from medusa_chat.native import families, library
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.packed import Packed
@@ -91,7 +91,7 @@ def native_dtype(device: torch.device, dtype: str) -> torch.dtype:
 def _refusal(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the native step cannot run a model, from its config alone; None if it can."""
     with loading_errors(spec.backbone):
-        whole = AutoConfig.from_pretrained(str(Path(spec.backbone)))
+        whole = load_config(Path(spec.backbone))
     own = check_quantization(spec.name, whole, spec.quant)
     if own not in (None, "int8", "nf4", "nf4-double"):
         return f"the native step does not read weights in {own}"
@@ -122,6 +122,9 @@ def pack_native(
 
     Returns:
         The heads; `backbone.native` holds the backbone.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
     """
     detach_from_files(backbone.model)
     own = quant_of(backbone.model.config)
@@ -129,7 +132,11 @@ def pack_native(
     if own:
         lm_head = plain_format(backbone.dtype)  # as its files have it
     context = options.context or MAX_CONTEXT
-    model = NativeModel(backbone, layers, lm_head, positions=context, release=True)
+    try:
+        model = NativeModel(backbone, layers, lm_head, positions=context, release=True)
+    except library.NotFiniteError:
+        folder = Path(backbone.model.name_or_path)
+        raise UserError(damage(folder, backbone.dtype)) from None
     packed = None
     if heads is not None:
         own_heads, own_lm_heads = formats_of(as_quant(quant_heads), backbone.dtype)
