@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
     try:
         options = make_parser().parse_args(words, argparse.Namespace(words=words))
+        _check_home()
         status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
         return status
@@ -58,6 +60,14 @@ def make_parser() -> argparse.ArgumentParser:
         text = (command.__doc__ or "").splitlines()[0].removesuffix(".")
         command.add_flags(commands.add_parser(name, help=text, description=text))
     return parser
+
+
+def _check_home() -> None:
+    """Raise UserError if settings, downloads and history have no place."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise UserError("this user has no home folder; set HOME to a folder") from None
 
 
 class _Parser(argparse.ArgumentParser):

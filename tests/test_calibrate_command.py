@@ -60,7 +60,7 @@ def test_calibrate_counts_checks_draws_and_writes(
     (folder / "head_accuracy.json").write_text("{")  # a damaged file is replaced by a good one
     assert main(words(folder, "--plot", str(tmp_path / "figure.png"))) == 0
     printed = capsys.readouterr().out
-    for text in ("■ 1 (+1)", "■ 4 (+4)", "held aside", "difference", "wrote"):
+    for text in ("■ 1 (+1)", "■ 4 (+4)", "set aside", "difference", "wrote"):
         assert text in printed
     document = json.loads((folder / "head_accuracy.json").read_text())
     assert document["source"] == "8 conversations of prompts.txt"
@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def shown(monkeypatch: pytest.MonkeyPatch, width: int, *arguments: Any) -> list[str]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"), color_system=None)  # noqa: SIM115
-    monkeypatch.setattr(accuracy, "Console", lambda: console)
+    monkeypatch.setattr(accuracy, "SafeConsole", lambda: console)
     accuracy.show_accuracy(*arguments)
     return console.export_text().splitlines()
 

@@ -142,6 +142,16 @@ def test_closed_streams_end_in_no_traceback(folder: Path) -> None:
     assert empty.stderr == "medusa-chat: error: the prompt is empty\n"
 
 
+def test_a_user_without_a_home_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def homeless(_path: str) -> str:
+        return "~"
+
+    monkeypatch.setattr("os.path.expanduser", homeless)
+    assert "set HOME to a folder" in complaint(capsys, "models")
+
+
 def test_stop_system_and_seed_reach_the_engine(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -495,7 +495,7 @@ FATAL: dict[str, tuple[tuple[int, Any] | None, int, str]] = {
     "500": (
         (500, {"error": {"message": "bo\nom\x1b[1m"}}),
         4,
-        "status 500: bo om [1m; what was answered",
+        "status 500: bo om; what was answered",
     ),
     "429": ((429, b""), 4, "status 429: Too Many Requests"),
     "hangs up": (None, 4, "cannot be asked: Server disconnected"),

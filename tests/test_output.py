@@ -41,7 +41,7 @@ PACKAGE = Path(medusa_chat.__file__).parent
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x1b[31mred\u202e[bold]x[/bold]"
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Scripts that print figures of their own making.
-SCRIPTS = {"training/bundled.py", "bench/random_model.py"}
+SCRIPTS = {"training/bundled.py", "bench/random_model.py", "native/build.py"}
 
 
 @given(st.text() | st.text("\x1b[]0;\x07\x9b2Jm\\P"))

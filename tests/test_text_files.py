@@ -134,8 +134,7 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(
 def test_system_messages_reach_the_model() -> None:
     engine = make_engine(random_backbone(vocabulary=260))
     prompt = Prompt("c", ("Hi",), (SYSTEM, *TALK))  # type: ignore[arg-type]
-    start: Any = [SYSTEM, TALK[0]]
-    expected = engine.encode(start)
+    expected = engine.encode([SYSTEM, TALK[0]])  # type: ignore[arg-type]
     asked: list[list[int]] = []
 
     def answer(ids: list[int]) -> Turn:

@@ -110,7 +110,7 @@ def test_in_a_terminal_the_table_is_drawn_over_and_lines_stay_above(
     monkeypatch.setenv("COLORTERM", "truecolor")
     plain: Any = Console
     monkeypatch.setattr(
-        training_view, "Console", lambda **given: plain(width=80, height=24, **given)
+        training_view, "SafeConsole", lambda **given: plain(width=80, height=24, **given)
     )
     with training() as (progress, say):
         say("2,000 tokens in 60 rows")

@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     """Decode every prompt in both ways; the status is 1 if a check found a fault."""
     from medusa_chat.bench.verification import verify
     from medusa_chat.prompts import read_prompts
+    from medusa_chat.terminal.output import say
     from medusa_chat.terminal.reports.checks import show_checks
     from medusa_chat.terminal.reports.progress import progress_bar
 
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     engine = load_engine(options.model, options.heads, settings)
     with progress_bar("verifying") as progress:
         checks = verify(engine, prompts, sampling, turns=options.turns, progress=progress)
-    show_checks([vars(check) for check in checks])
     if engine.backbone.native:
-        print(f"{engine.backbone.step_name}: modes and trees are identical by construction")
+        say(f"{engine.backbone.step_name}: modes and trees are identical by construction")
+    show_checks([vars(check) for check in checks])
     return int(any(check.faults for check in checks))

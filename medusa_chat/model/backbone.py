@@ -50,7 +50,8 @@ class Backbone:
         Args:
             model: the transformers model.
             own_attention: leave its attention as it is, for a model that is about to be packed for
-                the native step.
+                the native step. It is not run either: that would touch all weights once more, and
+                bitsandbytes lays 4-bit ones out anew at their first forward.
 
         Raises:
             UserError: the model cannot be rewound, or does not follow tree attention.
@@ -72,7 +73,7 @@ class Backbone:
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.native: Packed | None = None
         if not own_attention:
-            self._use_tree_attention()
+            self._use_tree_attention(self._own_logits())
 
     @property
     def device(self) -> torch.device:
@@ -220,22 +221,27 @@ class Backbone:
         return {FULL: mask, SLIDING: near} if self._mixed else near
 
     @torch.inference_mode()
-    def _use_tree_attention(self) -> None:
+    def _own_logits(self) -> Tensor:
+        """Logits that the model itself gives the text (0, 1, 1): [3, V], all of them finite."""
+        text = torch.tensor([[0, 1, 1]], device=self.device)
+        logits: Tensor = self.model(input_ids=text, use_cache=False).logits[0].float()
+        if not logits.isfinite().all():
+            raise UserError(damage(Path(self.model.name_or_path), self.dtype))
+        return logits
+
+    @torch.inference_mode()
+    def _use_tree_attention(self, expected: Tensor) -> None:
         """Switch to tree attention, and refuse a model that would then give wrong text.
 
         The text (0, 1, 1) is run as a tree with another 0 next to the second token. Its logits
         have to be those of the model's own attention over the text.
         """
-        text = torch.tensor([[0, 1, 1]], device=self.device)
-        expected = self.model(input_ids=text, use_cache=False).logits[0].float()
         kind = self.config.model_type
         try:
             self.model.set_attn_implementation(attention.register())
             logits = self._logits_of_tree()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{kind} models do not take tree attention: {error!r}") from None
-        if not expected.isfinite().all():
-            raise UserError(damage(Path(self.model.name_or_path), self.dtype))
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
             raise UserError(f"{kind} models attend or make logits in a way that is not supported")

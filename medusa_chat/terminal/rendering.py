@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 from rich import box
-from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from medusa_chat.terminal.code import highlight
+from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.source import PLAIN, Source, View
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import breaks
@@ -223,7 +223,7 @@ def _prefixed(rows: Iterable[Text], first: Text, others: Text) -> list[Text]:
 
 def _drawn(table: Table, width: int) -> list[Text]:
     """Draw a table as rows of text."""
-    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    console = SafeConsole(width=width, highlight=False)
     lines = console.render_lines(table, console.options, pad=False)
     rows = [Text.assemble(*((each.text, each.style or PLAIN) for each in line)) for line in lines]
     for row in rows:

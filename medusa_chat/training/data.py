@@ -74,7 +74,7 @@ def _document(item: Any, place: str) -> Document | None:
     text = item if isinstance(item, str) else fields.get("text")
     if isinstance(text, str):
         return Document(text=text, place=place) if text.strip() else None
-    turns = fields.get("messages", fields.get("conversations"))
+    turns: Any = fields.get("messages", fields.get("conversations"))
     messages = messages_of(turns, place)
     # A reply to nothing comes first in some collections, and templates refuse it.
     while messages and messages[0]["role"] == "assistant":

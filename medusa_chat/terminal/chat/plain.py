@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medusa_chat.terminal.chat.message import goes_on
+from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,7 @@ class PlainPrompt:
     def read(self, loading: Loading, when_loaded: Callable[[], None], draft: str = "") -> str:
         """Read a message or command, as `Prompt.read` does; `draft` can only be shown."""
         if draft:
-            print(f"your last message, to be replaced:\n{draft}")
+            say(f"your last message, to be replaced:\n{draft}")
         text = _line(PROMPT)
         while goes_on(text):
             text = text.removesuffix("\\") + "\n" + _line(MORE)
@@ -38,4 +39,4 @@ def _line(prompt: str) -> str:
         try:
             return input(prompt)
         except KeyboardInterrupt:
-            print()
+            say("")
