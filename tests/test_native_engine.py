@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import medusa_chat
 from medusa_chat import Sampling, UserError
@@ -200,6 +201,22 @@ def test_the_models_own_weights_are_let_go(quant: str, tmp_path: Path) -> None:
     assert all(matrix.weight is None for matrix in matrices)
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+def test_a_weight_that_is_no_number_is_named_before_it_is_packed(
+    quant: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path, random_model("llama", 320))
+    file = folder / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][3, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"weight {name} holds NaN or infinity"):
+        load_model(
+            ModelSpec("tiny", str(folder), quant=quant), LoadOptions(device="cpu", engine="native")
+        )
 
 
 def test_nf4_has_the_values_of_bitsandbytes() -> None:

@@ -50,7 +50,8 @@ class Backbone:
         Args:
             model: the transformers model.
             own_attention: leave its attention as it is, for a model that is about to be packed for
-                the native step.
+                the native step. It is not run either: that would touch all weights once more, and
+                bitsandbytes lays 4-bit ones out anew at their first forward.
 
         Raises:
             UserError: the model cannot be rewound, or does not follow tree attention.
@@ -71,9 +72,8 @@ class Backbone:
         # transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.native: Packed | None = None
-        expected = self._own_logits()
         if not own_attention:
-            self._use_tree_attention(expected)
+            self._use_tree_attention(self._own_logits())
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from medusa_chat.machine.devices import choose_dtype, usable_cores
 from medusa_chat.model.linear.packed import detach_from_files
 from medusa_chat.model.linear.quantization import as_quant, check_quantization, quant_of
 from medusa_chat.model.pretrained import load_config, loading_errors
+from medusa_chat.model.weight_files import damage
 from medusa_chat.native import families, library
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.packed import Packed
@@ -121,6 +122,9 @@ def pack_native(
 
     Returns:
         The heads; `backbone.native` holds the backbone.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
     """
     detach_from_files(backbone.model)
     own = quant_of(backbone.model.config)
@@ -128,7 +132,11 @@ def pack_native(
     if own:
         lm_head = plain_format(backbone.dtype)  # as its files have it
     context = options.context or MAX_CONTEXT
-    model = NativeModel(backbone, layers, lm_head, positions=context, release=True)
+    try:
+        model = NativeModel(backbone, layers, lm_head, positions=context, release=True)
+    except library.NotFiniteError:
+        folder = Path(backbone.model.name_or_path)
+        raise UserError(damage(folder, backbone.dtype)) from None
     packed = None
     if heads is not None:
         own_heads, own_lm_heads = formats_of(as_quant(quant_heads), backbone.dtype)

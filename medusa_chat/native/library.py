@@ -157,6 +157,10 @@ class UnavailableError(Exception):
     """The native step cannot be used; the message is one line that says why."""
 
 
+class NotFiniteError(Exception):
+    """A weight to pack is NaN or infinite."""
+
+
 @lru_cache(maxsize=1)
 def load() -> Any:
     """Load the library once, and check that it computes right on this processor.

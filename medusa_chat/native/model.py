@@ -15,6 +15,7 @@ from medusa_chat.native.library import (
     Layer,
     Matrix,
     Model,
+    NotFiniteError,
     UnavailableError,
 )
 from medusa_chat.native.weights import Rows, Store, all_rows, pack
@@ -53,6 +54,7 @@ class NativeModel:
 
         Raises:
             UnavailableError: for backbones and formats that the native step does not have.
+            NotFiniteError: a plain weight is NaN or infinite.
         """
         reason = families.unsupported(backbone)
         if reason:
@@ -148,6 +150,8 @@ class NativeModel:
         return self.store.floats(module.weight.detach().float() + self._family.norm_offset)
 
     def _matrix(self, parts: list[Rows], weights: str, last_use: bool = False) -> Matrix:
+        for part in parts:
+            _check_finite(part.linear.weight)
         matrix = pack(parts, weights, self.store)
         whole = last_use or sum(part.count for part in parts) == parts[0].linear.out_features
         if self._release and (whole or len(parts) > 1):
@@ -227,6 +231,12 @@ def _rotary(module: Any, positions: int, kind: str) -> tuple[Tensor, Tensor]:
         if not torch.equal(table[..., :half], table[..., half:]):
             raise UnavailableError("the native step does not know this model's rotary positions")
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+
+
+def _check_finite(weight: Tensor) -> None:
+    """Refuse NaN and infinity, which packed integers would hide."""
+    if weight.is_floating_point() and not all(bool(end.isfinite()) for end in weight.aminmax()):
+        raise NotFiniteError
 
 
 def _let_go(linear: Any, kept: Tensor) -> None:
