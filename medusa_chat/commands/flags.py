@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import Field, asdict, fields
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -173,8 +172,7 @@ class _Template(argparse.Action):
         option_string: str | None = None,  # noqa: ARG002 - the interface of argparse
     ) -> None:
         if values == "list":
-            with redirect_stdout(StringIO()):  # fastchat prints warnings
-                from fastchat.conversation import conv_templates
+            from fastchat.conversation import conv_templates
 
             say("\n".join(sorted(conv_templates)))
             parser.exit()

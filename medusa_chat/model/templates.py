@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,8 +174,7 @@ def resolve_template(
 
 def named_template(name: str) -> Conversation:
     """Return a conversation template of fastchat; raises UserError for an unknown name."""
-    with redirect_stdout(StringIO()):  # fastchat prints warnings
-        from fastchat.conversation import conv_templates
+    from fastchat.conversation import conv_templates
 
     if name not in conv_templates:
         near = difflib.get_close_matches(name, conv_templates, n=3, cutoff=0.4)
@@ -192,13 +189,12 @@ def matching_template(model: str) -> Conversation | None:
     fastchat looks for names of families anywhere ("mpt" in "my-prompt-model"). Here they have to
     be parts of the name, maybe with a number behind.
     """
-    with redirect_stdout(StringIO()):  # fastchat prints warnings
-        from fastchat.model.model_adapter import BaseModelAdapter, get_model_adapter
+    from fastchat.model.model_adapter import BaseModelAdapter, get_model_adapter
 
-        adapter = get_model_adapter(model)
-        if type(adapter) is BaseModelAdapter or not _matches_parts(adapter, model.lower()):
-            return None
-        return adapter.get_default_conv_template(model)
+    adapter = get_model_adapter(model)
+    if type(adapter) is BaseModelAdapter or not _matches_parts(adapter, model.lower()):
+        return None
+    return adapter.get_default_conv_template(model)
 
 
 def _matches_parts(adapter: Any, name: str) -> bool:

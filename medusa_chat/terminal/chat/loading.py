@@ -84,7 +84,7 @@ class Loading:
         try:
             with redirect_stderr(warnings):
                 while not self.done:
-                    out.write(f"\r{self._status_line(hint)}\x1b[K")
+                    out.write(f"\r{self._status_line(out, hint)}\x1b[K")
                     out.flush()
                     self._ended.wait(FRAME_SECONDS)
         finally:
@@ -93,9 +93,10 @@ class Loading:
             sys.stderr.write(warnings.getvalue())
         return self.result()
 
-    def _status_line(self, hint: str) -> str:
+    def _status_line(self, out: TextIO, hint: str) -> str:
         """Join status and hint if both fit in a row."""
-        width = os.get_terminal_size(sys.stdout.fileno()).columns - 1  # COLUMNS may be stale
+        # COLUMNS may be stale, and the loading thread may have redirected sys.stdout.
+        width = os.get_terminal_size(out.fileno()).columns - 1
         status = sanitize(self.status())
         line = f"{status} · {hint}"
         return line if len(line) < width else status[:width]
