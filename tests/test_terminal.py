@@ -289,6 +289,30 @@ def test_a_stopped_reply_goes_on(start: Callable[..., Terminal], tmp_path: Path)
     assert (tmp_path / "talk.json").read_text().count("Once upon a time") == 2
 
 
+def test_a_race_and_one_that_is_stopped(start: Callable[..., Terminal]) -> None:
+    terminal = start("--delay", "0.05")
+    before = termios.tcgetattr(terminal.child.child_fd)
+    terminal.say("Tell me a story")
+    terminal.replies(1)
+    terminal.say("/race")
+    terminal.see("runs first, alone")
+    terminal.see("│ with heads · greedy")
+    terminal.see("the same text")
+    terminal.see(lambda _: terminal.at_prompt)
+    terminal.say("/race And you?")
+    terminal.see(lambda text: text.count("│ with heads · greedy") == 2)
+    terminal.send(CTRL_C)
+    text = terminal.see("race stopped; the conversation is as it was")
+    terminal.see(lambda _: terminal.at_prompt)
+    assert text.count("│ with heads · greedy") == 1
+    terminal.say("/stats")
+    text = terminal.see("prefill time")
+    assert f"{STATS.new_tokens:>3}" in next(row for row in text.splitlines() if "new tokens" in row)
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+    assert terminal.settings[3] == before[3]
+
+
 def test_exit_alone_asks_what_was_meant(start: Callable[..., Terminal]) -> None:
     terminal = start()
     terminal.say("exit")

@@ -18,9 +18,10 @@ from rich.text import Text
 from medusa_chat.config import Sampling
 from medusa_chat.events import COPIED, Step, Token
 from medusa_chat.stats import Stats
+from medusa_chat.terminal.live import ERASE_BELOW, REFRESH_SECONDS
 from medusa_chat.terminal.panel import faster, footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
-from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
+from medusa_chat.terminal.view import ReplyView
 from medusa_chat.terminal.wrapping import Flow, breaks, cells
 from medusa_chat.text import sanitize
 from tests.helpers.fake_engine import REPLY, coloured, script

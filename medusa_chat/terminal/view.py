@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from medusa_chat.terminal.live import (
+    ERASE_BELOW,
+    HIDE_CURSOR,
+    REFRESH_SECONDS,
+    SHOW_CURSOR,
+    rendered,
+    update,
+)
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.theme import LABEL, head_mark, head_style
 from medusa_chat.terminal.wrapping import Flow
@@ -19,9 +27,6 @@ if TYPE_CHECKING:
     from medusa_chat.events import Step
     from medusa_chat.terminal.source import View
 
-REFRESH_SECONDS = 0.05
-HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-ERASE_BELOW = "\r\x1b[J"
 STOPPED = "[stopped]"
 
 Panel = Callable[[int], list[Text]]  # width -> rows
@@ -29,10 +34,6 @@ Panel = Callable[[int], list[Text]]  # width -> rows
 
 class ReplyView:
     """Context manager that draws one reply and leaves only its text on the screen.
-
-    Between two refreshes the cursor waits at the start of the growing row. A terminal keeps it
-    there when it is resized, so erasing from the cursor down is always exact. (rich's Live waits
-    below its last row: a narrower terminal then leaves remains on the screen.)
 
     `panel` is called at each refresh, and `marks` adds each token's head in a small digit. `view`
     tells if Markdown is rendered, block by block as each one ends.
@@ -97,20 +98,14 @@ class ReplyView:
         live = [*self._flow.live, Text(), *panel]
         if len(live) >= height:  # on a screen of a few rows the text matters most
             live = self._flow.live
-        up = f"\x1b[{len(live) - 1}A" if len(live) > 1 else ""
-        self._write(ERASE_BELOW + self._rendered([*rows, *live]).removesuffix("\n") + "\r" + up)
+        finished = rendered(self._console, rows)
+        self._write(update(finished, rendered(self._console, live), len(live)))
         self._drawn_at = self._clock()
 
     def _finish(self) -> None:
         note = STOPPED if self._stopped and not self.empty else ""
         rows = self._flow.rest(self._console.width, note)
-        self._write(ERASE_BELOW + self._rendered(rows))
-
-    def _rendered(self, rows: list[Text]) -> str:
-        with self._console.capture() as capture:
-            for row in rows:
-                self._console.print(row, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        return capture.get()
+        self._write(ERASE_BELOW + rendered(self._console, rows))
 
     def _write(self, codes: str) -> None:
         """Write a refresh in one piece, so that nothing flickers."""

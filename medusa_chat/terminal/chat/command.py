@@ -52,13 +52,24 @@ class Draft:
     text: str
 
 
-Result = RenderableType | Stream | Draft | None
+@dataclass(frozen=True)
+class Scene:
+    """The result of a command that draws by itself.
+
+    Attributes:
+        show: takes the console and `plain`, which forbids to redraw.
+    """
+
+    show: Callable[..., None]
+
+
+Result = RenderableType | Stream | Draft | Scene | None
 Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 GROUPS = {  # with examples
     "Talk": "/edit · /regen · /copy code · /save talk.json",
-    "Look": "/view heads · /marks on · /stats",
+    "Look": "/view heads · /marks on · /stats · /race Tell me a fairy tale.",
     "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
 }
 

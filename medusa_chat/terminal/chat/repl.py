@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError
-from medusa_chat.terminal.chat.command import Chat, Draft, Stream, find, is_command
+from medusa_chat.terminal.chat.command import Chat, Draft, Scene, Stream, find, is_command
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import Conversation, read_conversation
 from medusa_chat.terminal.chat.errors import LoadError, error_line
@@ -232,6 +232,9 @@ class Repl:
     def _run_command(self, chat: Chat, line: str) -> None:
         try:
             result = dispatch(chat, line)
+            if isinstance(result, Scene):
+                result.show(self._console, plain=self._start.plain)
+                result = Text()
         except Exception as error:
             self._complain(error)
             return

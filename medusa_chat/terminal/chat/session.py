@@ -102,6 +102,13 @@ class Session:
         turns = self.messages[: self._last_user_turn("there is no reply yet") + 1]
         self.messages = [*turns, {"role": "assistant", "content": self.answer.text}]
 
+    def question(self, text: str = "") -> list[Message]:
+        """Return the prompt up to the last message, or that of `text` alone. Raises UserError."""
+        turns: list[Message] = [{"role": "user", "content": text}]
+        if not text:
+            turns = self.messages[: self._last_user_turn("there is no message yet; add one") + 1]
+        return [*self._system_message(), *turns]
+
     def last_message(self) -> str:
         """Return the user's last message. Raises UserError."""
         return self.messages[self._last_user_turn("there is no message to edit yet")]["content"]
