@@ -313,6 +313,32 @@ def test_a_race_and_one_that_is_stopped(start: Callable[..., Terminal]) -> None:
     assert terminal.settings[3] == before[3]
 
 
+def test_files_go_with_a_message(start: Callable[..., Terminal], tmp_path: Path) -> None:
+    notes = tmp_path / "n.txt"
+    notes.write_text("The fox is red.\n")
+    terminal = start(columns=120)
+    terminal.say(f"Sum up @{notes}")
+    text = terminal.replies(1)
+    assert f"› Sum up @{notes}\n{notes} · 4 tokens\n" in text
+    terminal.say("/edit")
+    terminal.see(lambda text: text.count(f"› Sum up @{notes}") == 2)
+    terminal.send("?" + ENTER)
+    terminal.replies(2)
+    terminal.say(f"/file {notes}")
+    terminal.see(lambda text: text.count(" · 4 tokens") == 3)
+    terminal.see(f"› @{notes}\n")
+    terminal.send("again" + ENTER)
+    terminal.replies(3)
+    terminal.say("and @/dev/zero")
+    terminal.see("/dev/zero is a device or a pipe, not a file of text")
+    terminal.send(UP)
+    terminal.see(lambda text: text.count("› and @/dev/zero") == 2)
+    terminal.send(CTRL_C)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 4 messages")
+    assert (tmp_path / "talk.json").read_text().count("The fox is red.") == 2
+
+
 def test_exit_alone_asks_what_was_meant(start: Callable[..., Terminal]) -> None:
     terminal = start()
     terminal.say("exit")

@@ -122,6 +122,10 @@ class Engine:
             return list(cast("Sequence[int]", prompt))
         return self.template.encode(cast("Sequence[Message]", prompt))
 
+    def count(self, text: str) -> int:
+        """Count the tokens of a text, without a template."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def generate(
         self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling
     ) -> Generator[Step]:

@@ -142,6 +142,9 @@ class FakeEngine:
     def encode(self, prompt: list[int] | list[Message]) -> list[int]:
         return [part if isinstance(part, int) else len(part["content"]) for part in prompt]
 
+    def count(self, text: str) -> int:
+        return len(text.split())
+
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         self.prompts.append([message for message in prompt if not isinstance(message, int)])
         self.ids.append([part for part in prompt if isinstance(part, int)])

@@ -47,9 +47,16 @@ class Stream:
 
 @dataclass(frozen=True)
 class Draft:
-    """The result of a command that puts text into the prompt, to replace the last message."""
+    """The result of a command that puts text into the prompt.
+
+    Attributes:
+        replaces: the message takes the place of the last one.
+        note: a line to print.
+    """
 
     text: str
+    replaces: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 GROUPS = {  # with examples
-    "Talk": "/edit · /regen · /copy code · /save talk.json",
+    "Talk": "/edit · /regen · /copy code · /file notes.txt · /save talk.json",
     "Look": "/view heads · /marks on · /stats · /race Tell me a fairy tale.",
     "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
 }

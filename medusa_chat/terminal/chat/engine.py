@@ -56,6 +56,9 @@ class ChatEngine(Protocol):
     def encode(self, prompt: list[int] | list[Message]) -> list[int]:
         """Return the ids of a prompt."""
 
+    def count(self, text: str) -> int:
+        """Count the tokens of a text, without a template."""
+
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         """Decode a reply; may be closed early. Raises UserError if the prompt does not fit."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError
+from medusa_chat.terminal.chat.attachments import with_files
 from medusa_chat.terminal.chat.command import Chat, Draft, Scene, Stream, find, is_command
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import Conversation, read_conversation
@@ -120,7 +121,7 @@ class Repl:
         self._start = start
         self._transcript = start.transcript
         self._chat: Chat | None = None
-        self._draft = ""  # the last message while it is edited
+        self._draft = Draft("")  # text that the next message begins with
         self._asked = ""  # a word that may have been meant as a command
         self._console = open_console()
         opened, notice = open_history(history)
@@ -151,8 +152,8 @@ class Repl:
         if self._loading.done:
             self._greet()
         draft = self._draft
-        self._draft = ""
-        line = self._prompt.read(self._loading, self._greet, draft)
+        self._draft = Draft("")
+        line = self._read(draft)
         if not line.strip():
             return
         self._echo(line)
@@ -168,8 +169,22 @@ class Repl:
         if is_command(line):
             self._run_command(chat, line)
         else:
-            replacing = bool(draft) and not self._prompt.cleared
-            self._answer(chat, chat.session.ask(unquoted(line), replacing=replacing))
+            replacing = bool(draft.text) and draft.replaces and not self._prompt.cleared
+            self._send(chat, unquoted(line), replacing)
+
+    def _read(self, draft: Draft) -> str:
+        """Read a line that begins with a draft; plain mode can only put a file before it."""
+        if draft.replaces or not isinstance(self._prompt, PlainPrompt):
+            return self._prompt.read(self._loading, self._greet, draft.text)
+        line = self._prompt.read(self._loading, self._greet)
+        return line if is_command(line) else draft.text + line
+
+    def _send(self, chat: Chat, message: str, replacing: bool) -> None:
+        """Answer a message, with the files that it names. Raises UserError."""
+        sent = with_files(message, chat.session.engine)
+        for note in sent.notes:
+            self._console.print(Text(note, LABEL))
+        self._answer(chat, chat.session.ask(sent.text, replacing=replacing, typed=message))
 
     def _echo(self, line: str) -> None:
         """Print a message as it was typed; fold one of many lines."""
@@ -243,7 +258,9 @@ class Repl:
             self._answer(chat, result.steps)
             return
         if isinstance(result, Draft):
-            self._draft = result.text
+            self._draft = result
+            if result.note:
+                self._console.print(Text(f"{result.note}\n", LABEL))
             return
         if result is not None:
             self._console.print(result)

@@ -51,13 +51,16 @@ class Session:
         self.messages: list[Message] = []
         self.last = Stats()
         self.conversation = Stats()
+        self._typed: dict[str, str] = {}  # messages by their text as the model reads it
         self._forget_answers()
 
     def _forget_answers(self) -> None:
         self.answers: list[Answer] = []
         self.answer: Answer | None = None
 
-    def ask(self, text: str, *, replacing: bool = False) -> Generator[Step, None, None]:
+    def ask(
+        self, text: str, *, replacing: bool = False, typed: str = ""
+    ) -> Generator[Step, None, None]:
         """Stream the reply to `text`. Raises whatever the engine raises.
 
         However the stream ends, its text stays in the conversation. Without any text the whole
@@ -66,7 +69,9 @@ class Session:
         Args:
             text: the user's message.
             replacing: it takes the place of the last message and its reply.
+            typed: the message as the user typed it, if `text` holds more.
         """
+        self._typed[text] = typed or text
         turns = self.messages
         if replacing:
             turns = turns[: self._last_user_turn("there is no message to replace yet")]
@@ -110,8 +115,10 @@ class Session:
         return [*self._system_message(), *turns]
 
     def last_message(self) -> str:
-        """Return the user's last message. Raises UserError."""
-        return self.messages[self._last_user_turn("there is no message to edit yet")]["content"]
+        """Return the user's last message as it was typed. Raises UserError."""
+        index = self._last_user_turn("there is no message to edit yet")
+        content = self.messages[index]["content"]
+        return self._typed.get(content, content)
 
     def last_reply(self) -> str:
         """Return the last reply. Raises UserError."""
@@ -176,6 +183,7 @@ class Session:
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
+        self._typed = {}
         self.messages = []
         self.last = Stats()
         self.conversation = Stats()

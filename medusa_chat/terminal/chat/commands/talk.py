@@ -9,6 +9,7 @@ from rich.text import Text
 
 from medusa_chat.config import UserError
 from medusa_chat.files import expanded
+from medusa_chat.terminal.chat.attachments import read_file, reference
 from medusa_chat.terminal.chat.clipboard import copy
 from medusa_chat.terminal.chat.command import Chat, Draft, Result, Stream, in_group
 from medusa_chat.terminal.chat.conversation import read_conversation
@@ -143,6 +144,15 @@ def _load(chat: Chat, argument: str) -> Result:
     if conversation.model != name:
         text += f"; they were saved with {conversation.model}, you now chat with {name}"
     return Text(text, LABEL)
+
+
+@command("file", "FILE", takes_path=True)
+def _file(chat: Chat, argument: str) -> Result:
+    """Put a file into your next message; there, @FILE does it too."""
+    path = _path(argument)
+    content = read_file(path, chat.session.engine)
+    note = f"{path} · {chat.session.engine.count(content):,} tokens"
+    return Draft(f"{reference(path)} ", replaces=False, note=note)
 
 
 def _path(argument: str) -> Path:
