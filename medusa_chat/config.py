@@ -42,6 +42,9 @@ SHIPPED_PROMPTS = Path(__file__).parent / "bench" / "prompts.jsonl"
 ACCURACY_FILE = "head_accuracy.json"  # next to the heads: what `calibrate` measured
 
 
+CHAT_ONLY = ("overflow",)  # settings of Sampling that no other command reads
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Recognize the ways in which Python and torch, on a GPU or a CPU, run out of memory."""
     signs = ("out of memory", "not enough memory", "n't allocate memory", "cannot allocate memory")
@@ -80,6 +83,9 @@ class Sampling:
     max_new_tokens: int = setting(512, "longest reply")
     stop: tuple[str, ...] = setting((), "end a reply before this text; \\n is a newline")
     ignore_eos: bool = setting(False, "continue after the model ends its reply")
+    overflow: Literal["drop", "stop"] = setting(
+        "drop", "when the context is full: drop leaves out the oldest turns, stop ends the reply"
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

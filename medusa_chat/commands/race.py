@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
+from medusa_chat.commands.flags import add_decoding, add_fields, add_model, load_engine, read_fields
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
 from medusa_chat.config import LoadOptions, Sampling, UserError
 from medusa_chat.terminal.output import SafeConsole, warn
@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("message", metavar="PROMPT", nargs="*", help="message to answer")
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling)
+    add_decoding(parser)
     parser.add_argument("--system", help="system prompt")
     parser.add_argument(
         "--marks", action="store_true", help="mark the heads' tokens without colour too"

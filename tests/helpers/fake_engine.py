@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,10 @@ def script(
         )
 
 
+def _lengths(message: Message) -> list[int]:
+    return [len(word) for word in message["content"].split()]
+
+
 class FakeTrees:
     """Implements ChatTrees."""
 
@@ -132,7 +137,7 @@ class FakeEngine:
         self.ids: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.closed = 0
-        self._replies = cycle(replies)
+        self.replies = cycle(replies)
         self._delay = delay
         self._prefill = prefill
         self._finish = finish
@@ -140,7 +145,8 @@ class FakeEngine:
         self._tokens = 0
 
     def encode(self, prompt: list[int] | list[Message]) -> list[int]:
-        return [part if isinstance(part, int) else len(part["content"]) for part in prompt]
+        parts = [[part] if isinstance(part, int) else _lengths(part) for part in prompt]
+        return [number for part in parts for number in part]
 
     def count(self, text: str) -> int:
         return len(text.split())
@@ -149,10 +155,13 @@ class FakeEngine:
         self.prompts.append([message for message in prompt if not isinstance(message, int)])
         self.ids.append([part for part in prompt if isinstance(part, int)])
         self.samplings.append(sampling)
-        reply = next(self._replies)
+        reply = next(self.replies)
         self._tokens = sum(len(message["content"].split()) for message in self.prompts[-1])
         self.prefilled = self._tokens
         self.prefill_seconds = 0.25
+        left = self.context - len(self.encode(prompt))
+        if left <= 0:
+            raise UserError(f"the prompt has {self.context - left} tokens; the context of fake …")
         try:
             time.sleep(self._prefill)
             if isinstance(reply, BaseException):
@@ -163,6 +172,10 @@ class FakeEngine:
                     raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
                 time.sleep(self._delay)
                 self._tokens += len(step.tokens)
+                left -= len(step.tokens)
+                if left <= 0:
+                    yield replace(step, finish="context")
+                    return
                 yield step
         finally:
             self.closed += 1
@@ -194,6 +207,7 @@ def main() -> int:
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
     parser.add_argument("--reply", action="append")
+    parser.add_argument("--context", type=int, default=1024)
     arguments = parser.parse_args()
     from medusa_chat.terminal.chat.repl import chat
 
@@ -211,6 +225,7 @@ def main() -> int:
             fails_after=arguments.fails_after,
             finish=arguments.finish,
         )
+        engine.context = arguments.context
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine
 

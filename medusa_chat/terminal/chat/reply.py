@@ -25,6 +25,7 @@ BRING_BACK = "press Up to get your message back"
 CONTEXT_FULL = (
     "the context is full: /undo takes the last turn back, /reset starts a new conversation"
 )
+DROP = ", /set overflow drop leaves out the oldest turns"
 WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a setting"
 
 
@@ -48,7 +49,8 @@ def show_reply(
     if remark:
         console.print(remark)
     if session.last.finish == "context":
-        console.print(Text(CONTEXT_FULL, NOTICE))
+        stopped = session.sampling.overflow == "stop"
+        console.print(Text(CONTEXT_FULL + DROP * stopped, NOTICE))
     console.print()
 
 

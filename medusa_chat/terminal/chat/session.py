@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, cast
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import Conversation, write_conversation
+from medusa_chat.terminal.chat.overflow import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Sequence
     from pathlib import Path
 
     from medusa_chat.events import Step
@@ -51,6 +52,7 @@ class Session:
         self.messages: list[Message] = []
         self.last = Stats()
         self.conversation = Stats()
+        self._window = Window()
         self._typed: dict[str, str] = {}  # messages by their text as the model reads it
         self._forget_answers()
 
@@ -112,6 +114,8 @@ class Session:
         turns: list[Message] = [{"role": "user", "content": text}]
         if not text:
             turns = self.messages[: self._last_user_turn("there is no message yet; add one") + 1]
+        if not text:
+            return self._prompt(turns)
         return [*self._system_message(), *turns]
 
     def last_message(self) -> str:
@@ -139,12 +143,8 @@ class Session:
         self.messages = turns
         text = begun.text
         ids = [*begun.ids]
-        prompt: list[Message] | list[int] = [*self._system_message(), *turns]
         try:
-            if ids:
-                prompt = [*self.engine.encode(prompt), *ids]
-            steps = cast("Generator[Step, None, None]", self.engine.generate(prompt, self.sampling))
-            with closing(steps):
+            with closing(self._decoded(turns, ids)) as steps:
                 for step in steps:
                     text += step.text
                     ids += [token.id for token in step.tokens]
@@ -160,6 +160,31 @@ class Session:
             else:
                 self.messages = before
 
+    def _decoded(self, turns: list[Message], begun: Sequence[int]) -> Generator[Step, None, None]:
+        """Decode a reply; where the context is full, go on without the oldest turns."""
+        ids = list(begun)
+        sampling = self.sampling
+        while True:
+            full = False
+            prompt: list[Message] | list[int] = self._prompt(turns, len(ids))
+            if ids:
+                prompt = [*self.engine.encode(prompt), *ids]
+            generated = self.engine.generate(prompt, sampling)
+            with closing(cast("Generator[Step, None, None]", generated)) as steps:
+                for step in steps:
+                    ids += [token.id for token in step.tokens]
+                    more = self._window.narrows(sampling, turns)
+                    full = step.finish == "context" and more
+                    yield replace(step, finish=None) if full else step
+            if not full:
+                return
+            left = self.sampling.max_new_tokens - (len(ids) - len(begun))
+            sampling = replace(sampling, max_new_tokens=max(left, 1))
+
+    def _prompt(self, turns: list[Message], begun: int = 0) -> list[Message]:
+        system = self._system_message()
+        return self._window.prompt(self.engine, self.sampling, system, turns, begun)
+
     def _system_message(self) -> list[Message]:
         # An empty one replaces the model's own.
         if self.system or self.engine.system:
@@ -171,6 +196,7 @@ class Session:
         index = self._last_user_turn("there is nothing to take back")
         text = self.messages[index]["content"]
         self.messages = self.messages[:index]
+        self._window.widen()
         self._forget_answers()
         return text
 
@@ -184,6 +210,7 @@ class Session:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
         self._typed = {}
+        self._window.forget()
         self.messages = []
         self.last = Stats()
         self.conversation = Stats()
