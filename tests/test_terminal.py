@@ -339,6 +339,29 @@ def test_files_go_with_a_message(start: Callable[..., Terminal], tmp_path: Path)
     assert (tmp_path / "talk.json").read_text().count("The fox is red.") == 2
 
 
+def test_thoughts_are_folded_and_ctrl_t_shows_them(
+    start: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    reply = "<think>They want a story about a fox.</think>\n\nThe fox was **red**."
+    terminal = start("--reply", reply, "--delay", "0.1")
+    terminal.say("Tell me")
+    terminal.see("thinking… ")
+    text = terminal.replies(1)
+    assert "thought for 7 tokens · Ctrl+T shows\n\nThe fox was red.\n" in text
+    assert "about a fox" not in text
+    terminal.send("half\x14")
+    text = terminal.see("They want a story about a fox.")
+    assert text.index("They want") < text.index("› half")
+    terminal.send(" a message" + ENTER)
+    text = terminal.replies(2)
+    assert "› half a message\nThey want a story about a fox.\nthought for 7 tokens\n" in text
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 4 messages")
+    assert (tmp_path / "talk.json").read_text().count("about a fox.</think>") == 2
+    terminal.say("/think off")
+    terminal.see("thinking: off")
+
+
 def test_exit_alone_asks_what_was_meant(start: Callable[..., Terminal]) -> None:
     terminal = start()
     terminal.say("exit")
@@ -410,6 +433,15 @@ def test_plain_mode_redraws_nothing(start: Callable[..., Terminal], setting: str
     shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.raw)
     assert not re.search(r"[\x1b\x08]|\r[^\n]", shown)
     assert "Once upon a time a small fox" in shown
+
+
+def test_plain_mode_folds_thoughts(start: Callable[..., Terminal]) -> None:
+    terminal = start("--plain", "--reply", "<think>It is a fox.</think>The fox.")
+    terminal.send("Who?\r")
+    text = terminal.see("tokens per step")
+    assert "thought for 4 tokens · /thoughts shows\n\nThe fox.\n" in text
+    terminal.send("/thoughts\r")
+    terminal.see("It is a fox.")
 
 
 def test_ctrl_c_while_a_message_waits_for_the_model(start: Callable[..., Terminal]) -> None:

@@ -8,6 +8,7 @@ view.py       a reply as it streams
 live.py       rows that are drawn again and again
 markdown.py   a reply in Markdown: each block is rendered once, when it ends
 rendering.py  a finished block as rows of styled text
+thoughts.py   the text between <think> and </think>
 code.py       code coloured by Pygments
 source.py     text whose every character knows the style of its head
 wrapping.py   model text wrapped into rows

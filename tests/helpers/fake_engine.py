@@ -112,6 +112,19 @@ class FakeTrees:
         return ["auto", "chain", "vicuna-7b"]
 
 
+class FakeTemplate:
+    """Implements Template."""
+
+    def __init__(self) -> None:
+        self.thinking: bool | None = None
+        self.opens = ""
+        self.drops_thoughts = False
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        assert messages
+        return self.opens
+
+
 class FakeEngine:
     """Implements ChatEngine. `replies` come in turn; an exception among them is raised."""
 
@@ -130,6 +143,7 @@ class FakeEngine:
         self.heads = heads
         self.system = "You are a helpful assistant."
         self.trees = FakeTrees()
+        self.template = FakeTemplate()
         self.notices: list[str] = []
         self.prefilled = 0
         self.prefill_seconds = 0.0
@@ -147,6 +161,11 @@ class FakeEngine:
     def encode(self, prompt: list[int] | list[Message]) -> list[int]:
         parts = [[part] if isinstance(part, int) else _lengths(part) for part in prompt]
         return [number for part in parts for number in part]
+
+    def think(self, on: bool) -> None:
+        if self.template.opens:
+            raise UserError("the chat template of fake has no switch for thinking")
+        self.template.thinking = on
 
     def count(self, text: str) -> int:
         return len(text.split())

@@ -29,6 +29,7 @@ class Chat:
     marks: bool = False
     colour: bool = True
     view: View = "both"
+    open_thoughts: bool = False
 
     def legend(self) -> Text:
         """Explain the colours of this model's heads."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from medusa_chat.terminal.chat.engine import ChatEngine
 
 TRY = "try: Tell me a fairy tale. · /typical samples · /view switches Markdown · /help lists all"
+CONTINUING = "continuing with {} messages from {}"
 LEAVE = "/exit leaves, Ctrl+D too; type {} once more to send it as a message"
 
 
@@ -127,7 +128,9 @@ class Repl:
         opened, notice = open_history(history)
         self._prompt: Prompt | PlainPrompt = PlainPrompt()
         if not start.plain:
-            self._prompt = Prompt(opened, self._session, self._status, self._switch_view)
+            self._prompt = Prompt(
+                opened, self._session, self._status, self._switch_view, self._run_key
+            )
         if notice:
             self._console.print(Text(notice, NOTICE))
 
@@ -162,8 +165,7 @@ class Repl:
             raise EOFError
         if meant_to_leave(line) and line != self._asked:
             self._asked = line
-            self._console.print(Text(LEAVE.format(line.strip()), NOTICE))
-            self._console.print()
+            self._console.print(Text(LEAVE.format(line.strip()) + "\n", NOTICE))
             return
         chat = self._ready()
         if is_command(line):
@@ -174,10 +176,9 @@ class Repl:
 
     def _read(self, draft: Draft) -> str:
         """Read a line that begins with a draft; plain mode can only put a file before it."""
-        if draft.replaces or not isinstance(self._prompt, PlainPrompt):
-            return self._prompt.read(self._loading, self._greet, draft.text)
-        line = self._prompt.read(self._loading, self._greet)
-        return line if is_command(line) else draft.text + line
+        before = not draft.replaces and self._start.plain
+        line = self._prompt.read(self._loading, self._greet, "" if before else draft.text)
+        return draft.text + line if before and not is_command(line) else line
 
     def _send(self, chat: Chat, message: str, replacing: bool) -> None:
         """Answer a message, with the files that it names. Raises UserError."""
@@ -207,6 +208,10 @@ class Repl:
             return "the model is still loading"
         self._chat.view = VIEWS[(VIEWS.index(self._chat.view) + 1) % len(VIEWS)]
         return f"view: {self._chat.view}"
+
+    def _run_key(self, line: str) -> None:
+        if self._chat is not None:
+            self._run_command(self._chat, line)
 
     def _ready(self) -> Chat:
         """Return the chat; wait for the model if need be."""
@@ -238,8 +243,7 @@ class Repl:
             session.sampling = start.sampling  # the command line's settings, not the saved ones
             session.system = start.saved.system if start.system is None else start.system
             count = len(session.messages)
-            note = f"continuing with {count} messages from {self._transcript}"
-            self._console.print(Text(note, LABEL))
+            self._console.print(Text(CONTINUING.format(count, self._transcript), LABEL))
         self._console.print(self._chat.legend())
         self._notices(session)
         self._console.print()

@@ -35,13 +35,20 @@ def show_reply(
     """Stream one reply and sum it up. An error ends the reply, never the chat."""
     session = chat.session
     if plain:
-        view: ReplyView | PlainView = PlainView(console, marks=chat.marks)
+        view: ReplyView | PlainView = PlainView(
+            console,
+            marks=chat.marks,
+            thoughts=lambda: session.thoughts,
+            open_thoughts=chat.open_thoughts,
+        )
     else:
         view = ReplyView(
             console,
             lambda width: panel(session.last, session.conversation, session.sampling, width),
             marks=chat.marks,
             view=chat.view,
+            thoughts=lambda: session.thoughts,
+            open_thoughts=chat.open_thoughts,
         )
     remark = _stream(view, steps)
     if not view.empty:

@@ -10,6 +10,7 @@ from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import Conversation, write_conversation
 from medusa_chat.terminal.chat.overflow import Window
+from medusa_chat.terminal.thoughts import OPEN, Thoughts, answer_of, without_thoughts
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -43,6 +44,7 @@ class Session:
         conversation: measurements of all replies.
         answers: the replies to the last message, in the order in which they came.
         answer: the one of them that the conversation goes on with.
+        thoughts: of the last reply, which the view feeds.
     """
 
     def __init__(self, engine: ChatEngine, sampling: Sampling, system: str | None = None) -> None:
@@ -53,6 +55,7 @@ class Session:
         self.last = Stats()
         self.conversation = Stats()
         self._window = Window()
+        self.thoughts = Thoughts()
         self._typed: dict[str, str] = {}  # messages by their text as the model reads it
         self._forget_answers()
 
@@ -128,7 +131,7 @@ class Session:
         """Return the last reply. Raises UserError."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise UserError("there is no reply to copy yet")
-        return self.messages[-1]["content"]
+        return answer_of(self.messages[-1]["content"])
 
     def _reply(
         self, turns: list[Message], *, earlier: Iterable[Answer] = (), begun: Answer | None = None
@@ -141,9 +144,11 @@ class Session:
     ) -> Generator[Step, None, None]:
         before = self.messages
         self.messages = turns
-        text = begun.text
         ids = [*begun.ids]
+        text = begun.text
         try:
+            text = text or self.engine.template.opening(self._prompt(turns))
+            self.thoughts = Thoughts(text)
             with closing(self._decoded(turns, ids)) as steps:
                 for step in steps:
                     text += step.text
@@ -152,7 +157,7 @@ class Session:
                     self.conversation.add(step)
                     yield step
         finally:
-            if text.strip():
+            if text.removeprefix(OPEN).strip():
                 self.messages = [*turns, {"role": "assistant", "content": text}]
                 cut = self.last.finish in (None, "length", "context")
                 self.answer = Answer(text, tuple(ids), cut)
@@ -182,6 +187,8 @@ class Session:
             sampling = replace(sampling, max_new_tokens=max(left, 1))
 
     def _prompt(self, turns: list[Message], begun: int = 0) -> list[Message]:
+        if not self.engine.template.drops_thoughts:
+            turns = without_thoughts(turns)
         system = self._system_message()
         return self._window.prompt(self.engine, self.sampling, system, turns, begun)
 

@@ -16,6 +16,7 @@ from medusa_chat.terminal.chat.conversation import read_conversation
 from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.rendering import code_blocks
 from medusa_chat.terminal.theme import LABEL
+from medusa_chat.terminal.thoughts import answer_of
 from medusa_chat.terminal.wrapping import escape_controls
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _replies(chat: Chat, argument: str) -> Result:
     rows = []
     for number, answer in enumerate(session.answers, 1):
         mark = "▸" if answer is session.answer else " "
-        rows.append(Text.assemble((f"{mark} {number}  ", LABEL), _glimpse(answer.text)))
+        rows.append(Text.assemble((f"{mark} {number}  ", LABEL), _glimpse(answer_of(answer.text))))
     return Group(*rows)
 
 
