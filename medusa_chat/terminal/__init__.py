@@ -9,6 +9,7 @@ live.py       rows that are drawn again and again
 markdown.py   a reply in Markdown: each block is rendered once, when it ends
 rendering.py  a finished block as rows of styled text
 thoughts.py   the text between <think> and </think>
+fences.py     fences around code, line by line
 code.py       code coloured by Pygments
 source.py     text whose every character knows the style of its head
 wrapping.py   model text wrapped into rows

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.panel import FINISHES, faster, fit, number
-from medusa_chat.terminal.rendering import wrapped
 from medusa_chat.terminal.theme import LABEL, STRONG, head_mark, head_style
+from medusa_chat.terminal.wrapping import wrapped
 from medusa_chat.text import common_prefix, sanitize
 
 if TYPE_CHECKING:

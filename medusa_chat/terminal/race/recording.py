@@ -13,7 +13,7 @@ from medusa_chat.files import write_text
 from medusa_chat.terminal.live import rendered
 from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.race.columns import standing, verdict
-from medusa_chat.terminal.rendering import wrapped
+from medusa_chat.terminal.wrapping import wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from rich.text import Text
 from medusa_chat.terminal.chat.keyboard import QuietInput, Signals
 from medusa_chat.terminal.live import LiveRows
 from medusa_chat.terminal.race.columns import HEADER, NARROW, standing, verdict
-from medusa_chat.terminal.rendering import wrapped
 from medusa_chat.terminal.theme import LABEL
+from medusa_chat.terminal.wrapping import wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -34,7 +34,7 @@ KEYS = (
 VIEW_WORDS = {
     "heads": "heads: the text as the model writes it, coloured by head",
     "markdown": "markdown: finished blocks are rendered, without the heads' colours",
-    "both": "both: finished blocks are rendered; guessed tokens of code are underlined",
+    "both": "both: finished blocks are rendered, and all colours are those of the heads",
 }
 
 
