@@ -129,7 +129,7 @@ class Repl:
         self._prompt: Prompt | PlainPrompt = PlainPrompt()
         if not start.plain:
             self._prompt = Prompt(
-                opened, self._session, self._status, self._switch_view, self._run_key
+                opened, self._session, self._status, self._switch_view, self._press
             )
         if notice:
             self._console.print(Text(notice, NOTICE))
@@ -203,13 +203,12 @@ class Repl:
             self._after_reply(chat.session)
 
     def _switch_view(self) -> str:
-        """Switch to the next view; return a hint."""
         if self._chat is None:
             return "the model is still loading"
         self._chat.view = VIEWS[(VIEWS.index(self._chat.view) + 1) % len(VIEWS)]
         return f"view: {self._chat.view}"
 
-    def _run_key(self, line: str) -> None:
+    def _press(self, line: str) -> None:
         if self._chat is not None:
             self._run_command(self._chat, line)
 
@@ -242,8 +241,8 @@ class Repl:
             session.load(start.saved)
             session.sampling = start.sampling  # the command line's settings, not the saved ones
             session.system = start.saved.system if start.system is None else start.system
-            count = len(session.messages)
-            self._console.print(Text(CONTINUING.format(count, self._transcript), LABEL))
+            note = CONTINUING.format(len(session.messages), self._transcript)
+            self._console.print(Text(note, LABEL))
         self._console.print(self._chat.legend())
         self._notices(session)
         self._console.print()
@@ -253,7 +252,7 @@ class Repl:
             result = dispatch(chat, line)
             if isinstance(result, Scene):
                 result.show(self._console, plain=self._start.plain)
-                result = Text()
+                result = None
         except Exception as error:
             self._complain(error)
             return

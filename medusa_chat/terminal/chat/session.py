@@ -116,7 +116,9 @@ class Session:
         """Return the prompt up to the last message, or that of `text` alone. Raises UserError."""
         turns: list[Message] = [{"role": "user", "content": text}]
         if not text:
-            turns = self.messages[: self._last_user_turn("there is no message yet; add one") + 1]
+            turns = self.messages[
+                : self._last_user_turn("there is no message yet: write one after the command") + 1
+            ]
         if not text:
             return self._prompt(turns)
         return [*self._system_message(), *turns]

@@ -36,6 +36,7 @@ def _race(chat: Chat, argument: str) -> Result:
         if done and file is not None:
             record(race, file, console.color_system)
             console.print(Text(f"recorded to {file}", LABEL))
+        console.print()
 
     return Scene(show)
 
