@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import tempfile
 from dataclasses import dataclass
 from itertools import groupby
@@ -83,7 +84,12 @@ class Screen(pyte.HistoryScreen):
 
 def greeted(terminal: Terminal) -> None:
     terminal.see("■ 4 ahead")
-    terminal.see(lambda _: terminal.at_prompt)
+    rested(terminal)
+
+
+def rested(terminal: Terminal) -> None:
+    """Wait for the prompt and its toolbar."""
+    terminal.see(lambda text: terminal.at_prompt and bool(re.search(r"\d+/\d+ tokens", text)))
 
 
 def answered(question: str) -> Callable[[Terminal], None]:
@@ -91,6 +97,7 @@ def answered(question: str) -> Callable[[Terminal], None]:
         greeted(terminal)
         terminal.say(question)
         terminal.replies(1)
+        rested(terminal)
 
     return act
 
@@ -98,12 +105,12 @@ def answered(question: str) -> Callable[[Terminal], None]:
 def raced(terminal: Terminal) -> None:
     greeted(terminal)
     terminal.say(f"/race {QUESTION}")
-    terminal.see("faster with heads")
-    terminal.see(lambda _: terminal.at_prompt)
+    terminal.see(" against ")
+    rested(terminal)
 
 
 def answered_plainly(terminal: Terminal) -> None:
-    terminal.see("> ")
+    terminal.see("\n>")
     terminal.send(f"{QUESTION}\r")
     terminal.see("tokens per step")
     terminal.see(lambda text: text.rstrip().endswith(">"))

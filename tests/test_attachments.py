@@ -51,7 +51,7 @@ def test_words_that_are_no_files_stay_text() -> None:
     assert with_files(text, FakeEngine()).notes == ()
     sent = with_files("read @nots.txt.", FakeEngine())
     assert sent.text == "read @nots.txt."
-    assert sent.notes == ("there is no file nots.txt.: sent as text",)
+    assert sent.notes == ("there is no file nots.txt: sent as text",)
     assert with_files("@" + "x" * 5000, FakeEngine()).notes == ()
 
 

@@ -43,13 +43,13 @@ def test_whole_oldest_turns_are_left_out_and_the_system_prompt_stays() -> None:
 
 
 def test_the_same_turns_stay_out_until_the_context_is_full_again() -> None:
-    talk, engine = session(64)
+    talk, engine = session(200)
     firsts = []
-    for number in range(8):
+    for number in range(30):
         list(talk.ask(f"question {number} " + TEN))
         firsts.append(read(engine)[1])
     changes = sum(one != other for one, other in pairwise(firsts))
-    assert 1 <= changes < 6  # the cache is not read anew at each message
+    assert 5 <= changes <= 10  # the cache is not read anew at each message
 
 
 def test_a_reply_that_fills_the_context_goes_on() -> None:
@@ -58,8 +58,9 @@ def test_a_reply_that_fills_the_context_goes_on() -> None:
     list(talk.ask("one " + TEN))
     engine.replies = cycle([reply, " and on."])
     steps = list(talk.ask("two " + TEN))
-    assert read(engine)[1].startswith("two")
-    assert engine.ids[-1]  # the reply's own tokens are read again
+    kept = engine.encode([*engine.prompts[1][:1], *engine.prompts[1][-1:]])
+    assert engine.ids[-1][: len(kept)] == kept  # without the first turn
+    assert set(engine.ids[-1][len(kept) :]) == {7}  # the reply's own tokens are read again
     assert [step.finish for step in steps if step.finish] == ["eos"]
     said = talk.messages[-1]["content"]
     assert said.startswith("w0 w1 w2")

@@ -68,7 +68,8 @@ class LiveRows:
         """Draw the rows that `rows` returns, if the last refresh is long enough ago or `now`."""
         if not now and time.monotonic() - self._drawn_at < REFRESH_SECONDS:
             return
-        shown = rows(*self._console.size)
+        width, height = self._console.size
+        shown = rows(width, height)[-max(height - 1, 1) :]
         self._write(update("", rendered(self._console, shown), len(shown)))
         self._drawn_at = time.monotonic()
 

@@ -50,8 +50,8 @@ def with_files(message: str, engine: ChatEngine) -> Sent:
         path, rest = _file_of(match)
         name = str(path)
         if path is None:
-            word = match["quoted"] or match["plain"]
-            if match["quoted"] or LOOKS_LIKE_A_PATH.search(word.rstrip(SENTENCE_END)):
+            word = match["quoted"] or match["plain"].rstrip(SENTENCE_END)
+            if match["quoted"] or LOOKS_LIKE_A_PATH.search(word):
                 notes.append(f"there is no file {word}: sent as text")
             return match.group()
         if name not in frames:
