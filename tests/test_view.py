@@ -533,5 +533,5 @@ def test_thoughts_come_before_the_answer(shown: bool) -> None:
         for step in script("<think>A fox, a red one.</think>\n\nThe fox was **red**."):
             view.add(step)
     hint = "" if shown else " · Ctrl+T shows"
-    expected = [f"thought for 6 tokens{hint}", "", "The fox was red."]
+    expected = [f"thought for 5 tokens{hint}", "", "The fox was red."]
     assert screen.lines[: 3 + shown] == ["A fox, a red one."] * shown + expected
