@@ -10,6 +10,7 @@ from medusa_chat.settings import (
     UserError as UserError,  # the name that the whole package imports from here
 )
 from medusa_chat.settings import (
+    Duration,
     check_choices,
     check_names,
     make,
@@ -240,6 +241,9 @@ class Recipe:
     lora_dropout: float = setting(0.05, "dropout in the adapter")
     gradient_checkpointing: bool = setting(False, "less memory for more time")
     save_steps: int = setting(500, "steps between checkpoints")
+    save_every: Duration = setting(
+        Duration(600), "time between checkpoints too, such as 90s, 10m or 2h; 0 counts steps alone"
+    )
     logging_steps: int = setting(10, "steps between lines of the log")
 
     def __post_init__(self) -> None:
@@ -251,6 +255,7 @@ class Recipe:
         )
         require_above(self, 0, "logging_steps", "decay", "learning_rate", "lora_alpha")
         require_at_least(self, 0, "warmup_steps", "backbone_learning_rate", "lambda_0", "lora_rank")
+        require_at_least(self, 0, "save_every")
         for name in ("heads_first", "lora_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must be from 0 to below 1, not {value:g}")

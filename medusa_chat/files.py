@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -23,8 +24,7 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
     With `private` only the user can read it, from the first byte on (mode 0600).
     If the block raises, `file` stays as it was and the temporary file is removed.
     """
-    # Another process may write the same file.
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary = _temporary(file)
     try:
         if private:
             temporary.unlink(missing_ok=True)  # one left by a killed program may be readable
@@ -34,6 +34,29 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(file: Path) -> Path:
+    # Another process may write the same file.
+    return file.with_suffix(f".{os.getpid()}.tmp")
+
+
+def check_writable(file: Path) -> None:
+    """Raise OSError if `file` could not be replaced, before the work that it is to hold."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    temporary = _temporary(file)
+    temporary.touch()
+    temporary.unlink()
+
+
+def digest(file: Path) -> str | None:
+    """Return the SHA-256 of a file; None for a pipe or device, which can be read only once."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def expanded(place: str) -> Path:
