@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 from medusa_chat.settings import (
-    UserError as UserError,  # the name that the whole package imports from here
-)
-from medusa_chat.settings import (
     Duration,
     check_choices,
     check_names,
@@ -20,6 +17,9 @@ from medusa_chat.settings import (
     require_at_least,
     require_between,
     setting,
+)
+from medusa_chat.settings import (
+    UserError as UserError,  # the name that the whole package imports from here
 )
 
 Mode = Literal["greedy", "typical", "exact", "vanilla"]

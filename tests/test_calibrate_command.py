@@ -112,7 +112,9 @@ def test_mistakes_are_one_line_and_write_nothing(
     )
     blocked = folder / f"head_accuracy.{os.getpid()}.tmp"
     blocked.mkdir()
-    assert blocked.name in complaint(capsys, *words(folder, "--no-check"))
+    with monkeypatch.context() as patch:  # before anything is loaded
+        patch.setattr("medusa_chat.load", None)
+        assert blocked.name in complaint(capsys, *words(folder, "--no-check"))
     blocked.rmdir()
     assert file.read_text() == '{"accuracy": [[0.5]]}'
 

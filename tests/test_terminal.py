@@ -246,6 +246,9 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal = start("--transcript", str(transcript))
     terminal.say("one")
     terminal.replies(1)
+    second = start("--transcript", str(transcript))
+    second.see("another chat is writing to ")
+    assert second.status() != 0
     terminal.send(CTRL_D)
     assert terminal.status() == 0
     terminal = start("--transcript", str(transcript))
@@ -253,6 +256,15 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal.say("two")
     terminal.replies(1)
     assert transcript.read_text().count('"user"') == 2
+    terminal.say("/reset")
+    terminal.see("new conversation")
+    terminal.say("three")
+    terminal.see("replace it? (y/n)")
+    terminal.send("n" + ENTER)
+    terminal.see("this conversation goes to")
+    terminal.see(lambda _: terminal.at_prompt)
+    assert transcript.read_text().count('"user"') == 2
+    assert (tmp_path / "talk-2.json").read_text().count('"user"') == 1
 
 
 def test_a_message_is_edited_and_answered_anew(

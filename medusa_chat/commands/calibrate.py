@@ -15,6 +15,7 @@ from medusa_chat.commands.flags import (
     read_fields,
 )
 from medusa_chat.config import LoadOptions
+from medusa_chat.files import check_writable
 from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
@@ -55,12 +56,13 @@ def run(options: argparse.Namespace) -> int:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
     file = accuracy_file(resolve_model(options.model, options.heads, models=options.models))
+    for written in filter(None, (file, options.plot)):
+        check_writable(written)  # before the work of minutes that it is to hold
     engine = load_engine(options.model, options.heads, _settings(options))
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with progress_bar("calibrating") as progress:
         accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
     source = f"{len(counted)} conversations of {', '.join(path.name for path in options.prompts)}"
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_accuracy(accuracy, file, source)
     with progress_bar("checking") as progress:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)

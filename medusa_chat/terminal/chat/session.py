@@ -42,16 +42,15 @@ class Session:
         conversation: measurements of all replies.
         answers: the replies to the last message, in the order in which they came.
         answer: the one of them that the conversation goes on with.
+        number: counts the conversations that were begun or loaded.
     """
 
     def __init__(self, engine: ChatEngine, sampling: Sampling, system: str | None = None) -> None:
         self.engine = engine
         self.sampling = sampling
         self.system = engine.system if system is None else system
-        self.messages: list[Message] = []
-        self.last = Stats()
-        self.conversation = Stats()
-        self._forget_answers()
+        self.number = 0
+        self.reset()
 
     def _forget_answers(self) -> None:
         self.answers: list[Answer] = []
@@ -169,7 +168,8 @@ class Session:
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
-        self.messages = []
+        self.messages: list[Message] = []
+        self.number += 1
         self.last = Stats()
         self.conversation = Stats()
 
