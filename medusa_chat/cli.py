@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
 from medusa_chat.config import UserError, out_of_memory
+from medusa_chat.machine.openmp import let_threads_sleep
 from medusa_chat.terminal.output import open_streams, warn
 from medusa_chat.version import __version__
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         words.insert(0, "chat")
     open_streams()
+    let_threads_sleep()
     try:
         options = make_parser().parse_args(words, argparse.Namespace(words=words))
         _check_home()
@@ -87,7 +89,8 @@ def _drop_output() -> None:
 
 
 def _fail(message: str) -> int:
-    warn(f"error: {message}")
+    with suppress(OSError):  # the terminal may be gone
+        warn(f"error: {message}")
     return 2
 
 

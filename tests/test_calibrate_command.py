@@ -175,7 +175,7 @@ def test_models_shows_how_good_the_heads_are(
     }
     entries["apart"] = {
         "backbone": "nobody/nothing",
-        "heads": str(folder / "medusa_lm_head.safetensors"),
+        "heads": str(folder / "medusa_heads" / "medusa_lm_head.safetensors"),
     }
     models.write_text(json.dumps({"models": entries}))
     monkeypatch.setattr("medusa_chat.hub.model_list.packaged_file", lambda: models)

@@ -12,7 +12,7 @@ import pytest
 
 from medusa_chat.cli import main
 from medusa_chat.commands import COMMANDS
-from medusa_chat.model.layouts import HEADS_FILE
+from medusa_chat.model.layouts import OWN_HEADS
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny import save_with_heads
 
@@ -217,8 +217,8 @@ def test_damaged_files_are_one_line(
     )
     missing = str(tmp_path / "no.json")
     assert "unknown tree" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
-    heads = tmp_path / HEADS_FILE
-    heads.write_bytes((folder / HEADS_FILE).read_bytes()[:-100])
+    heads = tmp_path / "heads.safetensors"
+    heads.write_bytes((folder / OWN_HEADS).read_bytes()[:-100])
     assert "damaged" in complaint(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()

@@ -66,12 +66,17 @@ def test_a_folder_becomes_an_engine(whole: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_heads_named_by_file_folder_and_not_at_all(folder: Path) -> None:
-    heads = folder / "medusa_lm_head.safetensors"
+    heads = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     for named in (str(heads), str(folder), None):
         found = load_model(ModelSpec("tiny", str(folder), heads=named), FLOAT32).heads
         assert found is not None
         assert found.heads == 3
-    heads.unlink()
+    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    old = heads.rename(folder / heads.name)  # as folders had them before
+    found = load_model(ModelSpec("tiny", str(folder)), FLOAT32).heads
+    assert found is not None
+    assert found.heads == 3
+    old.unlink()
     loaded = load_model(ModelSpec("tiny", str(folder)), FLOAT32)
     assert (loaded.heads, loaded.accuracy) == (None, None)
     assert "there are no Medusa heads in" in load(folder, heads=str(folder))
@@ -193,7 +198,7 @@ def test_a_weight_of_another_shape(folder: Path) -> None:
 
 
 def test_damaged_heads(folder: Path) -> None:
-    file = folder / "medusa_lm_head.safetensors"
+    file = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert "cannot read" in load(folder)
 

@@ -96,7 +96,8 @@ def test_another_conversation_replaces_it_only_if_the_user_says_so(
     assert (tmp_path / "talk-2.json").read_text() == "of something else"
 
 
-def test_two_chats_with_one_transcript(talk: Talk, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("talk")
+def test_two_chats_with_one_transcript(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another chat is writing to .*talk.json"):
         Talk(tmp_path / "talk.json")
 

@@ -99,12 +99,12 @@ class ProgressLog(TrainerCallback):
 
 def _cut_log(log: Path, step: int) -> None:
     """Keep the lines up to `step`: a resumed run writes the later ones again."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line that was cut off
     write_text(log, "".join(kept))
