@@ -31,13 +31,14 @@ def only_writer(place: Path, owner: str) -> Iterator[None]:
     file = place.resolve().with_name(f".{place.resolve().name}.lock")
     lock = FileLock(file, timeout=0)
     try:
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except Timeout:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:  # an OSError too
         raise UserError(
             f"{owner} is writing to {place}; wait until it ends, or choose another place"
         ) from None
+    except OSError:
+        pass  # what writes there will say what is wrong
     try:
         yield
     finally:
