@@ -68,10 +68,13 @@ def read_text(file: Path, most: int = MOST_BYTES) -> str:
     """Read a text in UTF-8, with or without a byte order mark; lines end in a newline.
 
     Raises:
-        OSError: the file cannot be read, or has more than `most` bytes.
+        OSError: the file cannot be read, or has more than `most` bytes; a device or pipe, more
+            than MOST_BYTES.
         ValueError: it is not UTF-8; names the line.
     """
     content = bytearray()
+    if not file.is_file():
+        most = min(most, MOST_BYTES)
     with file.open("rb") as opened:
         while piece := opened.read(PIECE):
             content += piece
