@@ -28,10 +28,10 @@ def only_writer(place: Path, owner: str) -> Iterator[None]:
     Raises:
         UserError: another program writes it.
     """
-    file = place.resolve().with_name(f".{place.resolve().name}.lock")
+    resolved = place.resolve()
+    file = resolved.parent / f".{resolved.name}.lock"
     lock = FileLock(file, timeout=0)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:  # an OSError too
         raise UserError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 import medusa_chat
-from medusa_chat.config import LoadOptions, ModelSpec
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
 from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.loading import load_model
@@ -20,7 +22,6 @@ from tests.helpers.tiny import random_backbone, random_heads, random_model, repl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    for file in whole.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+    return Path(shutil.copytree(whole, tmp_path, dirs_exist_ok=True))
 
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
@@ -251,3 +250,22 @@ def test_devices_and_number_formats() -> None:
 def test_bfloat16_runs_too(whole: Path) -> None:
     engine = medusa_chat.load(str(whole), device="cpu", dtype="bfloat16", tree="chain-3")
     assert len(reply(engine, [1, 2, 3], max_new_tokens=8)) == 8
+
+
+class PanicException(BaseException):
+    """Raised by libraries in Rust; it is no Exception."""
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = medusa_chat.load(str(folder), device="cpu", dtype="float32", probing=False)
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(type(engine.tokenizer), "__call__", panic)
+    with pytest.raises(UserError, match="the tokenizer fails on this text: index out of bounds"):
+        engine.encode([{"role": "user", "content": "Hi"}])
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    assert "cannot load the model" in load(folder)

@@ -107,6 +107,7 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
     spec = _checked_spec(run)
     texts = split_documents(run)  # before the model, which may take long to load
     first = os.environ.get("RANK", "0") == "0"
+    run.out.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(run.out, "another run") if first else nullcontext():
         return _train(run, spec, texts, progress, say)
 

@@ -74,7 +74,7 @@ def arguments(chance: random.Random, flags: dict[str, list[str]]) -> list[str]:
     for _ in range(chance.randrange(8)):
         words += [chance.choice(flags[command])]
         words += chance.choices(VALUES, k=chance.choice((0, 1, 1, 1, 2)))
-    return words
+    return [word.replace("\0", "") for word in words]  # no program gets one
 
 
 def slash_line(chance: random.Random) -> str:

@@ -148,6 +148,8 @@ def _load(chat: Chat, argument: str) -> Result:
 def _path(argument: str) -> Path:
     if not argument:
         raise UsageError
+    if "\0" in argument:
+        raise UserError("no file has a name with a zero byte")
     return expanded(argument)
 
 
