@@ -42,13 +42,16 @@ def _temporary(file: Path) -> Path:
 
 
 def check_writable(file: Path) -> None:
-    """Raise OSError if `file` could not be replaced, before the work that it is to hold."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Raise OSError if `file` could not be written, before the work that it is to hold."""
     if file.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-    temporary = _temporary(file)
-    temporary.touch()
-    temporary.unlink()
+    folder = next(folder for folder in file.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    if folder == file.absolute().parent:
+        temporary = _temporary(file)
+        temporary.touch()  # tells a full disk too, and a name that is too long
+        temporary.unlink()
 
 
 def digest(file: Path) -> str | None:

@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     with progress_bar("calibrating") as progress:
         accuracy = calibrate(engine, counted, options.max_new_tokens, progress)
     source = f"{len(counted)} conversations of {', '.join(path.name for path in options.prompts)}"
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_accuracy(accuracy, file, source)
     with progress_bar("checking") as progress:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
