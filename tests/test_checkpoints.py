@@ -107,6 +107,7 @@ def test_what_is_no_duration(text: str) -> None:
 
 def test_a_finished_run_keeps_its_weights(place: Path) -> None:
     """The last step ends no epoch, where Trainer alone would take one more."""
+    (place / "out" / "head_accuracy.json").write_text("measured with these heads")
     before = products(place / "out")
     do(tiny_run(place, "out", "medusa2", max_steps=11, resume=True))
     assert products(place / "out") == before
