@@ -32,7 +32,8 @@ def only_writer(place: Path, owner: str) -> Iterator[None]:
     file = resolved.parent / f".{resolved.name}.lock"
     lock = FileLock(file, timeout=0)
     try:
-        lock.acquire()
+        if file.parent.is_dir():  # the lock would make one
+            lock.acquire()
     except Timeout:  # an OSError too
         raise UserError(
             f"{owner} is writing to {place}; wait until it ends, or choose another place"

@@ -83,7 +83,7 @@ def test_random_argument_lists(
     monkeypatch.setattr(medusa_chat, "load", nothing_loads)
     monkeypatch.setattr("medusa_chat.training.trainer._train", nothing_loads)
     monkeypatch.setattr("medusa_chat.bench.measure.measure", nothing_loads)
-    monkeypatch.setattr("medusa_chat.commands.doctor.examine", list)
+    monkeypatch.setattr("medusa_chat.commands.doctor.examine", nothing_loads)
     flags = nasty.flags_by_command()
     for seed in range(3 * nasty.CASES):
         words = nasty.arguments(random.Random(seed), flags)
