@@ -53,7 +53,7 @@ def test_signals_while_a_reply_is_loaded_for_prefilled_and_streamed(folder: Path
 def training(place: Path, out: str, *more: str) -> list[str]:
     tiny_run(place, out)  # for its files
     given = ["--model", str(place / "backbone"), "--data", str(place / "talks.jsonl")]
-    flags = "--heads 2 --max-steps 40 --length 32 --batch-size 2 --save-steps 6 --lora-rank 2"
+    flags = "--heads 2 --max-steps 24 --length 32 --batch-size 2 --save-steps 6 --lora-rank 2"
     return [
         "train",
         *given,
