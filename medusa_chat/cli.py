@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
     let_threads_sleep()
     try:
-        options = make_parser().parse_args(words, argparse.Namespace(words=words))
+        options = _parsed(words)
         _check_home()
         status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
@@ -48,6 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _drop_output()
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """Parse the command line. Raises SystemExit after --help, and OSError if that has no place."""
+    try:
+        return make_parser().parse_args(words, argparse.Namespace(words=words))
+    except SystemExit:
+        sys.stdout.flush()
+        raise
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -222,11 +223,9 @@ def test_damaged_files_are_one_line(
     assert "damaged" in complaint(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    for file in folder.iterdir():
-        content = file.read_bytes()
-        (damaged / file.name).write_bytes(
-            content[: len(content) // 2] if file.name == "model.safetensors" else content
-        )
+    shutil.copytree(folder, damaged, dirs_exist_ok=True)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     assert "cannot load the model" in complaint(capsys, *answer(damaged, "--prompt", "hi"))
     long = complaint(capsys, *answer(folder, "--prompt", "word " * 200))
     assert "the prompt has" in long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -491,7 +492,7 @@ def test_a_server_that_hangs_is_left_in_time(
 
 def test_ctrl_c_ends_a_run_that_waits_for_a_server(prompts: Path, tmp_path: Path) -> None:
     with hanging(b"") as url:
-        threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,)).start()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             run(prompts, tmp_path / "o.jsonl", server=url, server_model="m")

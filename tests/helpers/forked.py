@@ -86,7 +86,7 @@ def _child(words: list[str], out: Path, err: Path, memory: int | None) -> None:
         _redirect(out, 1, os.O_WRONLY | os.O_CREAT)
         _redirect(err, 2, os.O_WRONLY | os.O_CREAT)
         sys.stdin = os.fdopen(0, closefd=False)
-        sys.stdout = os.fdopen(1, "w", 1, closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", 1, closefd=False)
         if memory is not None:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
