@@ -78,8 +78,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number: signal.Signals, tmp_pat
 
 
 def test_checkpoints_by_time(tmp_path: Path) -> None:
-    often = {"save_every": Duration(1e-9), "save_steps": 1000}
-    do(tiny_run(tmp_path, "often", **often, max_steps=5))
+    often = Duration(1e-9)
+    do(tiny_run(tmp_path, "often", save_every=often, save_steps=1000, max_steps=5))
     assert names_in(tmp_path / "often" / "checkpoints") == ["checkpoint-4", "checkpoint-5"]
     do(tiny_run(tmp_path, "never", save_every=Duration(0), save_steps=1000, max_steps=5))
     assert names_in(tmp_path / "never" / "checkpoints") == ["checkpoint-5"]

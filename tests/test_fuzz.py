@@ -15,7 +15,7 @@ import pytest
 
 import medusa_chat
 from medusa_chat.cli import main
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.decoding.trees.tree import named_tree
 from medusa_chat.hub.model_list import read_models
@@ -140,7 +140,8 @@ def answer(folder: Path) -> None:
     """Load a folder and decode a few tokens."""
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "engine": "torch"}
     engine = medusa_chat.load(str(folder), tree="chain-2", probing=False, context=64, **options)
-    list(engine.generate([{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=4)))
+    question: Message = {"role": "user", "content": "Hi"}
+    list(engine.generate([question], Sampling(max_new_tokens=4)))
 
 
 @pytest.mark.parametrize("kind", ["truncation", "bit flip"])

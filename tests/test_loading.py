@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 import medusa_chat
-from medusa_chat.config import LoadOptions, ModelSpec, UserError
+from medusa_chat.config import LoadOptions, Message, ModelSpec, UserError
 from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.loading import load_model
@@ -266,6 +266,6 @@ def test_a_panic_of_the_tokenizer_is_one_line(
 
     monkeypatch.setattr(type(engine.tokenizer), "__call__", panic)
     with pytest.raises(UserError, match="the tokenizer fails on this text: index out of bounds"):
-        engine.encode([{"role": "user", "content": "Hi"}])
+        engine.encode([Message(role="user", content="Hi")])
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
     assert "cannot load the model" in load(folder)

@@ -49,6 +49,7 @@ class Session:
         self.engine = engine
         self.sampling = sampling
         self.system = engine.system if system is None else system
+        self.messages: list[Message] = []
         self.number = 0
         self.reset()
 
@@ -168,7 +169,7 @@ class Session:
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
-        self.messages: list[Message] = []
+        self.messages = []
         self.number += 1
         self.last = Stats()
         self.conversation = Stats()
