@@ -128,6 +128,13 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert names_in(run) == ["checkpoint-8"]
 
 
+def test_a_checkpoint_without_checksums_is_whole(place: Path) -> None:
+    """As older versions wrote them."""
+    newest = place / "out" / "checkpoints" / "checkpoint-11"
+    (newest / "checksums.json").unlink()
+    assert begin(place / "out", {}, resume=True) == newest
+
+
 def test_a_run_goes_on_from_the_older_checkpoint_to_the_same_weights(place: Path) -> None:
     before = products(place / "out")
     flip(place / "out" / "checkpoints" / "checkpoint-11" / "optimizer.pt")

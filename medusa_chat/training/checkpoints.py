@@ -32,14 +32,20 @@ _WRITE_FAILED = (
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the checksums of a checkpoint's files, which make it complete."""
+    """Write the checksums of a checkpoint's files, once all are there."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     names = [str(file.relative_to(checkpoint)) for file in files if file.name != SUMS_FILE]
     write_json(checkpoint / SUMS_FILE, {name: digest(checkpoint / name) for name in names})
 
 
 def fault_of(checkpoint: Path) -> str:
-    """Say what is wrong with a complete checkpoint; "" if its files are as they were written."""
+    """Say what is wrong with a complete checkpoint; "" if its files are as they were written.
+
+    One without checksums counts as whole: an older version wrote it, or a run that was cut off
+    right before it would have written them.
+    """
+    if not (checkpoint / SUMS_FILE).exists():
+        return ""
     try:
         sums = dict(read_json(checkpoint / SUMS_FILE))
         wrong = [name for name, digits in sums.items() if digest(checkpoint / name) != digits]
@@ -59,8 +65,14 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell if a checkpoint was written to its end."""
-    return (checkpoint / SUMS_FILE).exists()
+    """Tell if a checkpoint was written to its end, where Trainer writes its own state."""
+    if (checkpoint / SUMS_FILE).exists():
+        return True
+    try:
+        read_json(checkpoint / TRAINER_STATE_NAME)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def last_whole(run: Path) -> Path | None:
