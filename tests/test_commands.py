@@ -13,8 +13,9 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
-from medusa_chat.config import MODES, Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.events import COPIED, Candidates, Step, Token
+from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.settings import help_of
 from medusa_chat.stats import Stats
 from medusa_chat.terminal import tree_view
@@ -171,7 +172,7 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     [
         ("seed", "seed is 0; change it with /set seed NUMBER"),
         ("temperature", "temperature is 0.7; change it with /set temperature NUMBER"),
-        ("sample", "sample is off; change it with /set sample on|off"),
+        ("ignore_eos", "ignore_eos is off; change it with /set ignore_eos on|off"),
         ("mode", "mode is greedy; change it with /set mode greedy|typical|exact|vanilla"),
     ],
 )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from medusa_chat.config import Mode
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Mode
 
 
 MOST_PIPED = 16 << 20  # bytes of standard input: far more than any context holds

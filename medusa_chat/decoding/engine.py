@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
-from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.reply import Reply, eos_ids
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
     from pathlib import Path
 
+    from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.report import StepReport
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
@@ -156,7 +156,7 @@ class Engine:
             raise UserError(f"the prompt has ids that are not among the {vocabulary} of {name}")
 
     def _decode(self, ids: list[int], sampling: Sampling, before: list[int]) -> Generator[Step]:
-        rule = make_rule(sampling)
+        rule = self.runner.begin(ids, sampling)
         if not sampling.ignore_eos:
             sampling = replace(sampling, stop=(*sampling.stop, *self.template.stop))
         reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids), before)

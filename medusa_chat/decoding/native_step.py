@@ -8,11 +8,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
-from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.native_weights import plain_format
 from medusa_chat.native.model import NativeHeads
@@ -21,13 +19,11 @@ from medusa_chat.native.step import FixedRows, NativeStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.acceptance import Rule, TreeTensors
     from medusa_chat.decoding.draft.base import Draft, Nodes
     from medusa_chat.decoding.state import State
     from medusa_chat.native.packed import Packed
     from medusa_chat.native.step import Settled
-
-CPU = torch.device("cpu")
 
 
 class NativeProgram:
@@ -47,14 +43,11 @@ class NativeProgram:
         self._state = state
         self._step = NativeStep(packed.model, _packed_heads(state), packed.team, state.cache)
         state.hidden = self._step.last
-        self._root = TreeTensors.of(Tree(), CPU)
         self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
-        logits = self._step.prefill(tokens)
-        last = torch.tensor(tokens[-1:])
-        return int(rule(logits, last, self._root, self._state.cache.length - 1).next)
+        return rule.first(self._step.prefill(tokens), self._state.cache.length - 1)
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""
@@ -74,7 +67,7 @@ class NativeProgram:
         if draft not in self._rows:
             places = draft.places.tolist()
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
-        settled = self._step.fixed(given.root, self._rows[draft], rule.kind == "greedy")
+        settled = self._step.fixed(given.root, self._rows[draft], rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, draft.tensors, given, rule)
         tree, layout = draft.tree, draft.layout
@@ -87,7 +80,7 @@ class NativeProgram:
         guesses, nodes = self._nodes(draft, given)
         heads_seconds = time.perf_counter() - started
         tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
-        settled = self._step.chosen(tokens, parents, rule.kind == "greedy")
+        settled = self._step.chosen(tokens, parents, rule.plain_greedy)
         self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, nodes.tensors, given, rule)
         selection = [number for part in nodes.selection for number in part.tolist()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from rich.console import Group
 from rich.text import Text
 
-from medusa_chat.config import MODES, Sampling
+from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.terminal import tree_view
 from medusa_chat.terminal.chat.command import Chat, Result, in_group, one_of, switch
 from medusa_chat.terminal.chat.errors import UsageError
