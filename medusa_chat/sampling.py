@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_type_hints
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from medusa_chat.settings import (
+    UserError,
     check_choices,
     check_names,
     parse_value,
@@ -16,10 +18,16 @@ from medusa_chat.settings import (
     setting,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
 Mode = Literal["greedy", "typical", "exact", "vanilla"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 MAX_SEED = 2**32 - 1
 COLD = 1e-5  # a temperature below this counts as 0: logits divided by it could overflow
+CONFIG = "the model's generation_config.json"
+OF_DRAWS = ("temperature", "top_p", "top_k", "min_p")  # settings that greedy mode does not use
+OF_MODELS = (*OF_DRAWS, "repetition_penalty")  # settings that a model's generation config may have
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Sampling:
     max_new_tokens: int = setting(512, "longest reply")
     stop: tuple[str, ...] = setting((), "end a reply before this text; \\n is a newline")
     ignore_eos: bool = setting(False, "continue after the model ends its reply")
+    loop_guard: Literal["on", "off"] = setting("off", "stop a reply that repeats itself")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -82,3 +91,60 @@ class Sampling:
         """Return a copy with field `name` read from `text`, as `/set` gives it."""
         check_names(Sampling, [name])
         return replace(self, **{name: parse_value(name, get_type_hints(Sampling)[name], text)})
+
+    def unused(self, given: Iterable[str]) -> str:
+        """Say in one line which of the given settings greedy mode does not use; maybe empty."""
+        names = [name for name in OF_DRAWS if name in given]
+        if self.mode != "greedy" or not names or self.temperature < COLD:
+            return ""
+        return f"greedy mode does not use {' and '.join(names)}; exact and typical mode do"
+
+
+def defaults_of(configured: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Read a model's generation config as defaults of Sampling.
+
+    A model that is meant to be sampled (do_sample) gets exact mode, which keeps to the distribution
+    that its makers chose.
+
+    Args:
+        configured: the settings that the config has; None is no setting.
+
+    Returns:
+        The defaults by name, and a line for each value that is none.
+    """
+    complaints = []
+    sampled = configured.get("do_sample")
+    if not isinstance(sampled, bool | None):
+        complaints.append(f"{CONFIG}: do_sample must be true or false, not {sampled!r}")
+    found: dict[str, Any] = {"mode": "exact"} if sampled is True else {}
+    for name in OF_MODELS:
+        value = configured.get(name)
+        if value is None:
+            continue
+        try:
+            found[name] = _number(name, value)
+        except UserError as error:
+            complaints.append(f"{CONFIG}: {error}; {name} stays {getattr(Sampling(), name):g}")
+    return found, complaints
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a value of a config as that of a setting. Raises UserError."""
+    kind = get_type_hints(Sampling)[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not is_number or kind(value) != value:
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} must be {wanted}, not {value!r}")
+    number: float = kind(value)
+    replace(Sampling(), **{name: number})
+    return number
+
+
+def describe_defaults(defaults: Mapping[str, Any], given: Iterable[str]) -> str:
+    """Say in one line which of a model's defaults hold, as the user gave no others; maybe empty."""
+    parts = []
+    for name, value in defaults.items():
+        if name not in given:
+            shown = f"{value:g}" if isinstance(value, float | int) else value
+            parts.append(f"{name.replace('_', '-')} {shown}")
+    return f"defaults of the model: {', '.join(parts)}" if parts else ""

@@ -158,6 +158,10 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     for field in fields(Sampling):
         assert row(shown, field.name)[0] == tables.shown(field.default)
     assert set(help_of(Sampling)) == {field.name for field in fields(Sampling)}
+    first = run(chat, "/set temperature 0.3").strip()
+    assert (
+        first == "temperature 0.3 · greedy mode does not use temperature; exact and typical mode do"
+    )
     assert run(chat, "/set temperature 0.3").strip() == "temperature 0.3"
     assert run(chat, r"/set stop \n\nUser: x").strip() == r"stop '\n\nUser: x'"
     run(chat, "/set ignore_eos on")

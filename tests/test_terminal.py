@@ -226,6 +226,28 @@ def test_a_full_context_says_what_to_do(start: Callable[..., Terminal]) -> None:
     terminal.see("the context is full: /undo takes the last turn back, /reset starts")
 
 
+def test_the_models_defaults_and_a_reply_that_repeats_itself(
+    start: Callable[..., Terminal],
+) -> None:
+    defaults = '{"mode": "exact", "temperature": 0.6, "top_p": 0.95}'
+    terminal = start("--finish", "loop", "--defaults", defaults, columns=100)
+    terminal.see("defaults of the model: mode exact, temperature 0.6, top-p 0.95")
+    terminal.say("hello")
+    assert " · repeats itself" in terminal.replies(1)
+    terminal.see("the reply repeated itself, so it was stopped: /continue goes on")
+    terminal.say("/continue")
+    terminal.replies(2)
+    terminal.say("/set loop-guard off")
+    terminal.see("loop_guard off")
+    terminal.say("/set temperature 0.4")
+    terminal.say("/greedy")
+    terminal.say("/set temperature 0.3")
+    text = terminal.see("temperature 0.3 · greedy mode does not use temperature; exact and typical")
+    terminal.say("/set temperature 0.2")
+    text = terminal.see(lambda shown: shown.rstrip().endswith("temperature 0.2"))
+    assert text.count("greedy mode does not use") == 1
+
+
 def test_engine_failures_end_the_reply_only(start: Callable[..., Terminal]) -> None:
     terminal = start("--fails-after", "3")
     terminal.say("hello")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError
+from medusa_chat.sampling import describe_defaults
+from medusa_chat.settings import make
 from medusa_chat.terminal.chat.command import Chat, Draft, Stream, find, is_command
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import Conversation, read_conversation
@@ -28,8 +30,9 @@ from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG
 from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
     from pathlib import Path
+    from typing import Any
 
     from medusa_chat.events import Step
     from medusa_chat.terminal.chat.engine import ChatEngine
@@ -42,7 +45,7 @@ def chat(
     load: Callable[[DownloadProgress], ChatEngine],
     *,
     model: str,
-    sampling: Sampling,
+    given: Mapping[str, Any],
     system: str | None = None,
     marks: bool = False,
     history: Path,
@@ -56,7 +59,7 @@ def chat(
     Args:
         load: returns the engine, and reports downloads to its argument; runs on its own thread.
         model: name to show until the engine is loaded.
-        sampling: how replies are decoded.
+        given: settings of Sampling by name; the others are the model's or the usual ones.
         system: system prompt; None is the model's own.
         marks: mark tokens with their heads, for screens without colour.
         history: file of earlier prompts.
@@ -72,7 +75,7 @@ def chat(
         raise UserError("chat needs a terminal; use --prompt TEXT or pipe text to it")
     saved = read_conversation(transcript) if transcript and transcript.exists() else None
     plain = plain or os.environ.get("TERM") == "dumb"
-    start = Start(model, sampling, system, marks, transcript, saved, view, plain, description)
+    start = Start(model, given, system, marks, transcript, saved, view, plain, description)
     loading = Loading(load, model)
     status = 0
     try:
@@ -95,7 +98,7 @@ class Start:
     """The chat's settings at its start; see `chat`."""
 
     model: str
-    sampling: Sampling
+    given: Mapping[str, Any]
     system: str | None
     marks: bool
     transcript: Path | None
@@ -215,17 +218,22 @@ class Repl:
         if self._chat is not None:
             return
         start = self._start
-        session = Session(self._loading.result(), start.sampling, start.system)
+        engine = self._loading.result()
+        sampling = make(Sampling, {**engine.defaults, **start.given})
+        session = Session(engine, sampling, start.system)
         colour = not self._console.no_color
         self._chat = Chat(session, start.marks, colour=colour, view=start.view)
         if start.saved:
             session.load(start.saved)
-            session.sampling = start.sampling  # the command line's settings, not the saved ones
+            session.sampling = sampling  # the command line's settings, not the saved ones
             session.system = start.saved.system if start.system is None else start.system
             count = len(session.messages)
             note = f"continuing with {count} messages from {self._transcript}"
             self._console.print(Text(note, LABEL))
         self._console.print(self._chat.legend())
+        for line in (describe_defaults(engine.defaults, start.given), sampling.unused(start.given)):
+            if line:
+                self._console.print(Text(line, LABEL))
         self._notices(session)
         self._console.print()
 
