@@ -135,9 +135,9 @@ def _number(name: str, value: Any) -> float:
     if not is_number or kind(value) != value:
         wanted = "a whole number" if kind is int else "a number"
         raise UserError(f"{name} must be {wanted}, not {value!r}")
-    number: float = kind(value)
-    replace(Sampling(), **{name: number})
-    return number
+    changed: dict[str, Any] = {name: kind(value)}
+    Sampling(**changed)  # refuses a value out of range
+    return float(value) if kind is float else int(value)
 
 
 def describe_defaults(defaults: Mapping[str, Any], given: Iterable[str]) -> str:

@@ -48,7 +48,7 @@ def by_definition(
     presence: once for a token of the reply; frequency: for each of its occurrences there.
     """
     process = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-    scores = process(torch.tensor([prompt + replied]), logits[None].clone())[0]
+    scores: Tensor = process(torch.tensor([prompt + replied]), logits[None].clone())[0]
     for token in set(replied):
         scores[token] -= sampling.frequency_penalty * replied.count(token)
         scores[token] -= sampling.presence_penalty

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
 from tests.helpers.fake_engine import REPLY, script
@@ -481,7 +481,7 @@ def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.Monke
         chat(
             lambda _: pytest.fail("loaded"),
             model="m",
-            sampling=Sampling(),
+            given={},
             history=tmp_path / "h",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.bench.near_ties import peer_gap, score_gap
 from medusa_chat.bench.peers import TransformersPeer
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 # Temperature and top-p of the exact mode.
 SAMPLINGS = ((0.3, 1.0), (0.3, 0.9), (0.7, 1.0), (0.7, 0.9), (1.0, 1.0), (1.0, 0.9))
 # Checked in some ways, unless the user gives penalties, which then hold in all.
-PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.2,
+}
 # Trees that greedy mode is also checked in with copies.
 WITH_COPIES = ("auto", "mc_sim_7b_63", "random-12", "dynamic-16", "dynamic-64")
 
