@@ -1,17 +1,20 @@
-/* Rules over a vocabulary, of one variant: plain loops, which compilers turn into vectors. */
+/* Rules over a vocabulary, of one variant. Compilers turn the plain loops into vectors. */
 /* Else gcc keeps comparisons as branches, which could trap. Results do not depend on it. */
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-trapping-math")
 #endif
 #include "rule_rows.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "dispatch.h"
+#include "vector.h"
+#include "vector_math.h"
 
 extern const mc_rule_rows MC_VARIANT(mc_rule_kernels);
 
-enum { BLOCK = 64 };
+enum { LANES = 16, BLOCK = 64 };
 
 static void temper(float *x, int size, float temperature) {
     for (int i = 0; i < size; i++) x[i] = x[i] / temperature;
@@ -57,45 +60,22 @@ static int next_hit(const float *scores, const int32_t *token_keys, uint32_t row
     return first;
 }
 
-static inline float bounded(float x) { return x > -87.0f ? x : -87.0f; }
-
-/* e^x for x from -87 to 0 within some units in the last place; the polynomial is Cephes' expf. */
-static inline float exponential(float x) {
-    int32_t n = (int32_t)(x * 1.44269504f - 0.5f);
-    float whole = (float)n, r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    int32_t bits = (n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return y * scale;
-}
-
 static void sums(const float *x, int size, float off, float cut, double *sum, double *weighted) {
-    float one[BLOCK] = {0}, other[BLOCK] = {0};
-    int i = 0;
-    for (; i + BLOCK <= size; i += BLOCK)
-        for (int lane = 0; lane < BLOCK; lane++) {
-            float away = bounded(x[i + lane] - off), counts = x[i + lane] > cut;
-            float power = counts * exponential(away); /* a branch would keep gcc from vectors */
-            one[lane] += power;
-            other[lane] += power * away;
-        }
-    for (int lane = 0; i < size; i++, lane++) {
-        float away = bounded(x[i] - off), power = x[i] > cut ? exponential(away) : 0.0f;
-        one[lane] += power;
-        other[lane] += power * away;
+    vector powers = vector_all(0.0f), products = powers, least = vector_all(-87.0f);
+    float bound = nextafterf(cut, INFINITY);
+    for (int i = 0; i < size; i += LANES) {
+        float padded[LANES];
+        int count = size - i < LANES ? size - i : LANES;
+        for (int lane = 0; lane < LANES; lane++) padded[lane] = -INFINITY;
+        memcpy(padded, x + i, (size_t)count * sizeof *x);
+        vector here = vector_load(padded);
+        vector away = vector_maximum(vector_subtract(here, vector_all(off)), least);
+        vector power = vector_zero_below(here, bound, vector_exponential(away));
+        powers = vector_add(powers, power);
+        products = vector_multiply_add(power, away, products);
     }
-    *sum = *weighted = 0;
-    for (int lane = 0; lane < BLOCK; lane++) {
-        *sum += one[lane];
-        *weighted += other[lane];
-    }
+    *sum = vector_sum(powers);
+    *weighted = vector_sum(products);
 }
 
 const mc_rule_rows MC_VARIANT(mc_rule_kernels) = {
