@@ -441,7 +441,7 @@ def test_completion(chat: Chat, tmp_path: Path) -> None:
     assert completions("/mode e", None) == ["/mode exact"]
     assert completions("/set mode v", session) == ["/set mode vanilla"]
     assert completions("/set top", None) == ["/set top_p", "/set top_k"]
-    assert completions("/set sample o", None) == ["/set sample on", "/set sample off"]
+    assert completions("/set loop_guard o", None) == ["/set loop_guard on", "/set loop_guard off"]
     assert completions("/set seed 1", None) == []
     assert completions("/marks of", None) == ["/marks off"]
     assert completions("/tree c", session) == ["/tree chain"]
