@@ -63,7 +63,7 @@ def decisions(seed: int, vocabulary: int, nodes: int, sampling: Sampling, sharpn
 
 @given(
     seed=st.integers(0, 10**6),
-    vocabulary=st.sampled_from([4, 15, 64, 333, 4097, 20_000]),
+    vocabulary=st.sampled_from([4, 15, 64, 333, 4097]),
     nodes=st.integers(1, 30),
     cut=st.sampled_from(CUTS),
     penalty=st.sampled_from(PENALTIES),
@@ -72,7 +72,7 @@ def decisions(seed: int, vocabulary: int, nodes: int, sampling: Sampling, sharpn
     sharpness=st.sampled_from([0.0, 0.5, 2.0, 6.0]),
     draw=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 def test_a_decision_in_c_is_that_of_torch(
     seed: int,
     vocabulary: int,

@@ -32,6 +32,12 @@ static void penalize(const float *restrict logits, const float *restrict prompt,
     }
 }
 
+static int finite(const float *x, int size) {
+    int others = 0;
+    for (int i = 0; i < size; i++) others |= x[i] - x[i] != 0.0f;
+    return !others;
+}
+
 /* No less than e^x, and 7% more at most: the line between two powers of 2 lies above the curve. */
 static inline float above_exponential(float x) {
     x = x > 1.0f ? 1.0f : x;
@@ -81,6 +87,7 @@ static void sums(const float *x, int size, float off, float cut, double *sum, do
 const mc_rule_rows MC_VARIANT(mc_rule_kernels) = {
     .temper = temper,
     .penalize = penalize,
+    .finite = finite,
     .next_hit = next_hit,
     .sums = sums,
 };

@@ -8,6 +8,7 @@ typedef struct {
     void (*temper)(float *x, int size, float temperature);
     void (*penalize)(const float *logits, const float *prompt, const float *reply, int size,
                      float repetition, float presence, float frequency, float *y);
+    int (*finite)(const float *x, int size); /* no number is NaN or infinite */
     /* The first place from `first` on whose noise may lift its score above `best`, or `size`. */
     int (*next_hit)(const float *scores, const int32_t *token_keys, uint32_t row_key, int first,
                     int size, float best);

@@ -64,12 +64,13 @@ static int look(view *v, int row) {
     if (r->counts) penalize(v, logits, row);
     else memcpy(r->scores, logits, (size_t)r->vocabulary * sizeof *logits);
     if (r->kind != MC_GREEDY) v->kernels->temper(r->scores, r->vocabulary, r->temperature);
+    if (!v->kernels->finite(r->scores, r->vocabulary)) return 0;
     v->top = v->operations->largest(r->scores, r->vocabulary);
     v->top_token = 0;
-    while (v->top_token < r->vocabulary && r->scores[v->top_token] != v->top) v->top_token++;
+    while (r->scores[v->top_token] != v->top) v->top_token++;
     v->kept = v->lost = v->least = -INFINITY;
     v->left = 1;
-    return v->top_token < r->vocabulary && isfinite(v->top);
+    return 1;
 }
 
 static double share_above(const view *v, float cut) {
