@@ -38,4 +38,6 @@ def greedy_text(backbone: Backbone) -> list[int]:
     """The tests' prompt and its vanilla greedy continuation."""
     from tests.helpers.tiny import NEW, PROMPT, make_engine, reply
 
-    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
+    return PROMPT + reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )

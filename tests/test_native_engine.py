@@ -60,7 +60,7 @@ def test_a_model_on_a_cpu_takes_the_native_step(engine: Engine) -> None:
 @pytest.mark.parametrize("copies", [False, True])
 def test_greedy_is_vanilla_in_every_tree(engine: Engine, copies: bool) -> None:
     for asked in ASKED:
-        plain = reply(engine, asked, mode="vanilla", max_new_tokens=40)
+        plain = reply(engine, asked, mode="vanilla", temperature=0, max_new_tokens=40)
         for tree in TREES:
             engine.trees.use(tree)
             engine.trees.use_copies(copies)
@@ -73,7 +73,7 @@ def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: fl
     drawn = Sampling(mode="exact", temperature=temperature, top_p=top_p, max_new_tokens=30)
     for seed, asked in enumerate(ASKED):
         drawn = replace(drawn, seed=seed)
-        vanilla = replace(drawn, mode="vanilla", sample=True)
+        vanilla = replace(drawn, mode="vanilla")
         plain = ids_of(list(engine.generate(asked, vanilla)))
         for tree, copies in (("mc_sim_7b_63", False), ("dynamic-16", True)):
             engine.trees.use(tree)
@@ -92,10 +92,12 @@ def test_a_reply_closed_at_any_step_leaves_a_sound_cache(engine: Engine) -> None
             stream.close()
             assert len(engine.text) == engine.runner.cache.length
             kept = list(engine.text) or engine.encode(ASKED[1])
-            ours = reply(engine, [*kept, 5], mode="vanilla", max_new_tokens=12)
+            ours = reply(engine, [*kept, 5], mode="vanilla", temperature=0, max_new_tokens=12)
             buffer = engine.runner.cache.buffer[..., : len(kept), :].clone()
             engine.forget()
-            assert reply(engine, [*kept, 5], mode="vanilla", max_new_tokens=12) == ours
+            assert (
+                reply(engine, [*kept, 5], mode="vanilla", temperature=0, max_new_tokens=12) == ours
+            )
             assert torch.equal(engine.runner.cache.buffer[..., : len(kept), :], buffer)
 
 
@@ -188,7 +190,7 @@ def test_heads_are_not_needed(tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model("qwen2", 320))
     engine = medusa_chat.load(str(folder), device="cpu", probing=False)
     assert engine.backbone.native is not None
-    plain = reply(engine, prompt_ids(9), mode="vanilla", max_new_tokens=40)
+    plain = reply(engine, prompt_ids(9), mode="vanilla", temperature=0, max_new_tokens=40)
     assert reply(engine, prompt_ids(9), max_new_tokens=40) == plain  # with copies
 
 

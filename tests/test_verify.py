@@ -55,6 +55,7 @@ def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
         "greedy, dynamic-16, copies",
     } <= names
     assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
+    assert {"vanilla, generate(), penalties", "exact, dynamic-64, copies, penalties"} <= names
     assert any(name.startswith("greedy, random") for name in names)
     assert all(check.replies == check.equal == 2 for check in checks)
     show_checks([vars(check) for check in checks])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.commands.flags import (
     add_fields,
+    add_measured,
     add_model,
     add_prompts,
     count,
@@ -33,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling, max_new_tokens=128)
+    add_measured(parser, max_new_tokens=128)
     add_prompts(parser, limit=50)
     parser.add_argument(
         "--modes", default="greedy,typical", help="modes to measure, separated by commas"

@@ -10,9 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
+from medusa_chat.commands.flags import (
+    add_fields,
+    add_model,
+    given_fields,
+    load_engine,
+    read_fields,
+)
 from medusa_chat.config import LoadOptions, Message, Sampling, UserError
 from medusa_chat.files import decoded
+from medusa_chat.sampling import describe_defaults
+from medusa_chat.settings import make
 from medusa_chat.terminal.output import print_json, say, warn
 from medusa_chat.text import encodable
 
@@ -20,8 +28,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from medusa_chat.config import Mode
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Mode
 
 
 MOST_PIPED = 16 << 20  # bytes of standard input: far more than any context holds
@@ -31,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `chat`."""
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling)
+    add_fields(parser, Sampling, loop_guard="on")
     parser.add_argument(
         "--prompt",
         help="answer this once and exit; text piped to standard input does the same,"
@@ -62,7 +70,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
-    sampling = read_fields(options, Sampling)
+    given = given_fields(options, Sampling)
+    sampling = make(Sampling, given)
     load = partial(load_engine, options.model, options.heads, read_fields(options, LoadOptions))
     prompt = _prompt(options.prompt)
     _check_text("--system", options.system or "")
@@ -81,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
             load,
             model=spec.name,
             description=spec.description,
-            sampling=sampling,
+            given=given,
             system=options.system,
             marks=options.marks,
             history=user_state_path("medusa-chat") / "history",
@@ -90,6 +99,10 @@ def run(options: argparse.Namespace) -> int:
             plain=options.plain,
         )
     engine = load()
+    sampling = make(Sampling, {**engine.defaults, **given})
+    for line in (describe_defaults(engine.defaults, given), sampling.unused(given)):
+        if line:
+            warn(line)
     messages = _messages(prompt, options.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:
@@ -156,9 +169,13 @@ def _messages(prompt: str, system: str | None, default: str) -> list[Message]:
 
 
 def _print_text(steps: Iterable[Step]) -> None:
+    finish = None
     for step in steps:
         say(step.text, end="")
+        finish = step.finish
     say("")
+    if finish == "loop":
+        warn("the reply repeated itself, so it was stopped; --loop-guard off lets it go on")
 
 
 def _print_json(steps: Iterable[Step], mode: Mode) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from medusa_chat.config import RECIPES, LoadOptions, Recipe
+from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
 from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 
@@ -36,6 +36,12 @@ def add_fields(
     for field in fields(settings):
         if field.name in helps and (not names or field.name in names):
             _add_field(parser, settings, field, defaults.get(field.name))
+
+
+def add_measured(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags of Sampling for replies that are compared: a loop is as good as any other."""
+    names = [field.name for field in fields(Sampling) if field.name != "loop_guard"]
+    add_fields(parser, Sampling, *names, **defaults)
 
 
 def _add_field(

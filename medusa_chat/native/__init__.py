@@ -7,5 +7,6 @@ families.py    the backbones that it runs
 weights.py     packs linear layers; model.py describes a backbone and heads with them
 packed.py      a whole backbone packed, with the threads that run it
 step.py        runs steps: prefill, vanilla, trees
+rules.py       decides them where rounding cannot matter
 source/        the C files; step.h and matmul.h describe them
 """

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from medusa_chat.config import COLD, Message, ModelSpec, UserError
+from medusa_chat.config import Message, ModelSpec, UserError
 from medusa_chat.decoding.reply import eos_ids
 from medusa_chat.machine.devices import choose_device
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import named_template, resolve_template
+from medusa_chat.sampling import COLD
 from medusa_chat.training.memory import check_answers
 from medusa_chat.training.questions import Answer, DistillJob, Question
 

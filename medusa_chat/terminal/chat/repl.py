@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import Sampling, UserError
+from medusa_chat.sampling import describe_defaults
+from medusa_chat.settings import make
 from medusa_chat.terminal.chat.command import Chat, Draft, Stream, find, is_command
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import Conversation, read_conversation
@@ -30,8 +32,9 @@ from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG
 from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
     from pathlib import Path
+    from typing import Any
 
     from medusa_chat.events import Step
     from medusa_chat.terminal.chat.engine import ChatEngine
@@ -44,7 +47,7 @@ def chat(
     load: Callable[[DownloadProgress], ChatEngine],
     *,
     model: str,
-    sampling: Sampling,
+    given: Mapping[str, Any],
     system: str | None = None,
     marks: bool = False,
     history: Path,
@@ -58,7 +61,7 @@ def chat(
     Args:
         load: returns the engine, and reports downloads to its argument; runs on its own thread.
         model: name to show until the engine is loaded.
-        sampling: how replies are decoded.
+        given: settings of Sampling by name; the others are the model's or the usual ones.
         system: system prompt; None is the model's own.
         marks: mark tokens with their heads, for screens without colour.
         history: file of earlier prompts.
@@ -76,7 +79,7 @@ def chat(
     kept = Transcript(transcript) if transcript else None
     with kept or nullcontext():
         saved = read_conversation(transcript) if transcript and transcript.exists() else None
-        start = Start(model, sampling, system, marks, kept, saved, view, plain, description)
+        start = Start(model, given, system, marks, kept, saved, view, plain, description)
         loading = Loading(load, model)
         status = _run(loading, start, history)
     if not loading.done:
@@ -104,7 +107,7 @@ class Start:
     """The chat's settings at its start; see `chat`."""
 
     model: str
-    sampling: Sampling
+    given: Mapping[str, Any]
     system: str | None
     marks: bool
     transcript: Transcript | None
@@ -227,13 +230,15 @@ class Repl:
         if self._chat is not None:
             return
         start = self._start
-        session = Session(self._loading.result(), start.sampling, start.system)
+        engine = self._loading.result()
+        sampling = make(Sampling, {**engine.defaults, **start.given})
+        session = Session(engine, sampling, start.system)
         colour = not self._console.no_color
         self._chat = Chat(session, start.marks, colour=colour, view=start.view)
         transcript = self._transcript
         if start.saved and transcript:
             session.load(start.saved)
-            session.sampling = start.sampling  # the command line's settings, not the saved ones
+            session.sampling = sampling  # the command line's settings, not the saved ones
             session.system = start.saved.system if start.system is None else start.system
             count = len(session.messages)
             note = f"continuing with {count} messages from {transcript.path}"
@@ -241,6 +246,9 @@ class Repl:
         if transcript:
             transcript.follow(session)
         self._console.print(self._chat.legend())
+        for line in (describe_defaults(engine.defaults, start.given), sampling.unused(start.given)):
+            if line:
+                self._console.print(Text(line, LABEL))
         self._notices(session)
         self._console.print()
 

@@ -25,6 +25,10 @@ BRING_BACK = "press Up to get your message back"
 CONTEXT_FULL = (
     "the context is full: /undo takes the last turn back, /reset starts a new conversation"
 )
+LOOP = (
+    "the reply repeated itself, so it was stopped:"
+    " /continue goes on, /set loop-guard off lets replies repeat themselves"
+)
 WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a setting"
 
 
@@ -49,6 +53,8 @@ def show_reply(
         console.print(remark)
     if session.last.finish == "context":
         console.print(Text(CONTEXT_FULL, NOTICE))
+    if session.last.finish == "loop":
+        console.print(Text(LOOP, NOTICE))
     console.print()
 
 

@@ -26,7 +26,7 @@ class Answer:
 
     Attributes:
         ids: its tokens, all that the engine decoded.
-        cut: it can go on: it ended by the length limit, the context, or an interrupt.
+        cut: it can go on: it ended by a limit, the context, the loop guard, or an interrupt.
     """
 
     text: str
@@ -140,7 +140,7 @@ class Session:
         finally:
             if text.strip():
                 self.messages = [*turns, {"role": "assistant", "content": text}]
-                cut = self.last.finish in (None, "length", "context")
+                cut = self.last.finish in (None, "length", "context", "loop")
                 self.answer = Answer(text, tuple(ids), cut)
                 self.answers = [*earlier, self.answer]
             else:

@@ -93,7 +93,7 @@ def _glimpse(text: str) -> str:
 
 @command("continue")
 def _continue(chat: Chat) -> Result:
-    """Go on with a reply that Ctrl+C or the length limit cut."""
+    """Go on with a reply that Ctrl+C, the length limit or the loop guard cut."""
     steps = chat.session.go_on()
     assert chat.session.answer
     tail = escape_controls(" ".join(chat.session.answer.text.split())[-TAIL:])
