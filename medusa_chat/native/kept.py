@@ -36,9 +36,12 @@ def folder() -> Path:
 
 
 def files() -> list[tuple[Path, os.stat_result]]:
-    """List the files with their status, the one that was used longest ago first."""
+    """List the files with their status, the one that was used longest ago first.
+
+    What a killed process left half-written counts too.
+    """
     found = []
-    for path in folder().glob(f"*{SUFFIX}"):
+    for path in folder().glob("*"):
         with suppress(OSError):  # another process may have removed it
             found.append((path, path.stat()))
     return sorted(found, key=lambda pair: pair[1].st_mtime)

@@ -115,6 +115,8 @@ class Step(ctypes.Structure):
         ("root", c_int32),
         ("ranked", c_int32),
         ("parents", c_void_p),
+        ("texts", c_void_p),
+        ("places", c_void_p),
         ("last", c_void_p),
         ("guesses", c_void_p),
         ("log_p", c_void_p),
