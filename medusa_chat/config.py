@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from medusa_chat.sampling import (
-    MAX_SEED,
-)
-from medusa_chat.sampling import (
-    Sampling as Sampling,  # the whole package imports it from here
-)
+from medusa_chat.sampling import MAX_SEED
+from medusa_chat.sampling import Sampling as Sampling  # the whole package imports it from here
 from medusa_chat.settings import (
     Duration,
     check_choices,
@@ -22,9 +18,7 @@ from medusa_chat.settings import (
     require_between,
     setting,
 )
-from medusa_chat.settings import (
-    UserError as UserError,  # the name that the whole package imports from here
-)
+from medusa_chat.settings import UserError as UserError  # likewise
 
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
 QuantChoice = Literal["auto", Quant]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
+from medusa_chat.sampling import CHAT_ONLY
 from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 
@@ -38,9 +39,9 @@ def add_fields(
             _add_field(parser, settings, field, defaults.get(field.name))
 
 
-def add_measured(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """Add the flags of Sampling for replies that are compared: a loop is as good as any other."""
-    names = [field.name for field in fields(Sampling) if field.name != "loop_guard"]
+def add_decoding(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags of Sampling for a command without a conversation."""
+    names = [name for name in help_of(Sampling) if name not in CHAT_ONLY]
     add_fields(parser, Sampling, *names, **defaults)
 
 
