@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
 from medusa_chat.config import UserError, out_of_memory
+from medusa_chat.machine.openmp import let_threads_sleep
 from medusa_chat.terminal.output import open_streams, warn
 from medusa_chat.version import __version__
 
@@ -25,11 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit status: 2 after a mistake of the user."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     open_streams()
+    let_threads_sleep()
     try:
         if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
             _check_command(words)
             words.insert(0, "chat")
-        options = make_parser().parse_args(words, argparse.Namespace(words=words))
+        options = _parsed(words)
         _check_home()
         status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
@@ -48,6 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _drop_output()
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """Parse the command line. Raises SystemExit after --help, and OSError if that has no place."""
+    try:
+        return make_parser().parse_args(words, argparse.Namespace(words=words))
+    except SystemExit:
+        sys.stdout.flush()
+        raise
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,7 +109,8 @@ def _drop_output() -> None:
 
 
 def _fail(message: str) -> int:
-    warn(f"error: {message}")
+    with suppress(OSError):  # the terminal may be gone
+        warn(f"error: {message}")
     return 2
 
 

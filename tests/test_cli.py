@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import pytest
 
 from medusa_chat.cli import main
 from medusa_chat.commands import COMMANDS
-from medusa_chat.model.layouts import HEADS_FILE
+from medusa_chat.model.layouts import OWN_HEADS
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny import save_with_heads
 
@@ -248,16 +250,14 @@ def test_damaged_files_are_one_line(
     )
     missing = str(tmp_path / "no.json")
     assert "unknown tree" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
-    heads = tmp_path / HEADS_FILE
-    heads.write_bytes((folder / HEADS_FILE).read_bytes()[:-100])
+    heads = tmp_path / "heads.safetensors"
+    heads.write_bytes((folder / OWN_HEADS).read_bytes()[:-100])
     assert "damaged" in complaint(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    for file in folder.iterdir():
-        content = file.read_bytes()
-        (damaged / file.name).write_bytes(
-            content[: len(content) // 2] if file.name == "model.safetensors" else content
-        )
+    shutil.copytree(folder, damaged, dirs_exist_ok=True)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     assert "cannot load the model" in complaint(capsys, *answer(damaged, "--prompt", "hi"))
     long = complaint(capsys, *answer(folder, "--prompt", "word " * 200))
     assert "the prompt has" in long
@@ -293,3 +293,12 @@ def test_help_and_the_model_list_need_no_torch() -> None:
     help_text = run("--help").stdout
     for command in COMMANDS:
         assert command in help_text
+
+
+def test_a_pipe_of_too_much_is_refused_before_the_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("medusa_chat.commands.chat.MOST_PIPED", 1000)
+    monkeypatch.setattr("medusa_chat.load", None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 1001)))
+    assert "standard input holds more than the 1,000 bytes" in complaint(capsys, "chat")

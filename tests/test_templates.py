@@ -187,11 +187,11 @@ def test_the_templates_stop_strings_and_ids_end_a_reply() -> None:
     backbone = random_backbone()
     plain = make_engine(backbone)
     prompt = [1, 2, 3]
-    ids = reply(plain, prompt, mode="vanilla", max_new_tokens=24)
+    ids = reply(plain, prompt, mode="vanilla", temperature=0, max_new_tokens=24)
     text = plain.tokenizer.decode(ids)
     stop = Conversation("s", stop_str=[text[6:9], "never said"], stop_token_ids=[ids[12]])
     made = ChatTemplate(plain.tokenizer, "m", stop)
-    settings: dict[str, Any] = {"mode": "vanilla", "max_new_tokens": 24}
+    settings: dict[str, Any] = {"mode": "vanilla", "temperature": 0, "max_new_tokens": 24}
     by_text = make_engine(backbone, template=made)
     steps = decode(by_text, prompt, **settings)
     assert steps[-1].finish == "stop"

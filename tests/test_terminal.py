@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
 from tests.helpers.fake_engine import REPLY, script
@@ -226,6 +226,28 @@ def test_a_full_context_says_what_to_do(start: Callable[..., Terminal]) -> None:
     terminal.see("the context is full: /undo takes the last turn back, /reset starts")
 
 
+def test_the_models_defaults_and_a_reply_that_repeats_itself(
+    start: Callable[..., Terminal],
+) -> None:
+    defaults = '{"mode": "exact", "temperature": 0.6, "top_p": 0.95}'
+    terminal = start("--finish", "loop", "--defaults", defaults, columns=100)
+    terminal.see("defaults of the model: mode exact, temperature 0.6, top-p 0.95")
+    terminal.say("hello")
+    assert " · repeats itself" in terminal.replies(1)
+    terminal.see("the reply repeated itself, so it was stopped: /continue goes on")
+    terminal.say("/continue")
+    terminal.replies(2)
+    terminal.say("/set loop-guard off")
+    terminal.see("loop_guard off")
+    terminal.say("/set temperature 0.4")
+    terminal.say("/greedy")
+    terminal.say("/set temperature 0.3")
+    text = terminal.see("temperature 0.3 · greedy mode does not use temperature; exact and typical")
+    terminal.say("/set temperature 0.2")
+    text = terminal.see(lambda shown: shown.rstrip().endswith("temperature 0.2"))
+    assert text.count("greedy mode does not use") == 1
+
+
 def test_engine_failures_end_the_reply_only(start: Callable[..., Terminal]) -> None:
     terminal = start("--fails-after", "3")
     terminal.say("hello")
@@ -246,6 +268,9 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal = start("--transcript", str(transcript))
     terminal.say("one")
     terminal.replies(1)
+    second = start("--transcript", str(transcript))
+    second.see("another chat is writing to ")
+    assert second.status() != 0
     terminal.send(CTRL_D)
     assert terminal.status() == 0
     terminal = start("--transcript", str(transcript))
@@ -253,6 +278,15 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal.say("two")
     terminal.replies(1)
     assert transcript.read_text().count('"user"') == 2
+    terminal.say("/reset")
+    terminal.see("new conversation")
+    terminal.say("three")
+    terminal.see("replace it? (y/n)")
+    terminal.send("n" + ENTER)
+    terminal.see("this conversation goes to")
+    terminal.see(lambda _: terminal.at_prompt)
+    assert transcript.read_text().count('"user"') == 2
+    assert (tmp_path / "talk-2.json").read_text().count('"user"') == 1
 
 
 def test_a_message_is_edited_and_answered_anew(
@@ -541,7 +575,7 @@ def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.Monke
         chat(
             lambda _: pytest.fail("loaded"),
             model="m",
-            sampling=Sampling(),
+            given={},
             history=tmp_path / "h",
         )
 

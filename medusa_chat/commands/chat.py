@@ -7,17 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
+from medusa_chat.commands.flags import (
+    add_fields,
+    add_model,
+    given_fields,
+    load_engine,
+    read_fields,
+)
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
 from medusa_chat.config import LoadOptions, Sampling, UserError
+from medusa_chat.sampling import describe_defaults
+from medusa_chat.settings import make
 from medusa_chat.terminal.output import print_json, say, warn
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from medusa_chat.config import Mode
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Mode
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling)
+    add_fields(parser, Sampling, loop_guard="on")
     parser.add_argument(
         "--prompt",
         help="answer this once and exit; text piped to standard input does the same,"
@@ -58,7 +66,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
-    sampling = read_fields(options, Sampling)
+    given = given_fields(options, Sampling)
+    sampling = make(Sampling, given)
     load = partial(load_engine, options.model, options.heads, read_fields(options, LoadOptions))
     prompt = read_prompt(options.message, options.prompt)
     check_text("--system", options.system or "")
@@ -77,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
             load,
             model=spec.name,
             description=spec.description,
-            sampling=sampling,
+            given=given,
             system=options.system,
             marks=options.marks,
             history=user_state_path("medusa-chat") / "history",
@@ -86,6 +95,10 @@ def run(options: argparse.Namespace) -> int:
             plain=options.plain,
         )
     engine = load()
+    sampling = make(Sampling, {**engine.defaults, **given})
+    for line in (describe_defaults(engine.defaults, given), sampling.unused(given)):
+        if line:
+            warn(line)
     messages = messages_of(prompt, options.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:
@@ -98,9 +111,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print_text(steps: Iterable[Step]) -> None:
+    finish = None
     for step in steps:
         say(step.text, end="")
+        finish = step.finish
     say("")
+    if finish == "loop":
+        warn("the reply repeated itself, so it was stopped; --loop-guard off lets it go on")
 
 
 def _print_json(steps: Iterable[Step], mode: Mode) -> None:

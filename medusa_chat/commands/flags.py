@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from medusa_chat.config import CHAT_ONLY, RECIPES, LoadOptions, Recipe, Sampling
-from medusa_chat.settings import help_of, make, parse_value
+from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
+from medusa_chat.sampling import CHAT_ONLY
+from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _add_field(
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {int: "N", int | None: "N", float: "X", Path | None: "FILE"}.get(kind, "TEXT")
+    names = {int: "N", int | None: "N", float: "X", Path | None: "FILE", Duration: "TIME"}
+    return names.get(kind, "TEXT")
 
 
 def _default_note(settings: type, field: Field[Any], default: object) -> str:

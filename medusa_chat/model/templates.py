@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, ModelSpec, UserError
 from medusa_chat.model.rendering import render
+from medusa_chat.text import is_panic, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +91,12 @@ class ChatTemplate:
         """
         # The tokenizer's template writes its special tokens; most of fastchat's leave BOS out.
         add = self.conversation is not None
-        found = self.tokenizer(text, add_special_tokens=add, **options)
+        try:
+            found = self.tokenizer(text, add_special_tokens=add, **options)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(f"the tokenizer fails on this text: {reason_of(error)}") from None
         bos = self.tokenizer.bos_token_id
         twice = add and bos is not None and found["input_ids"][:2] == [bos, bos]
         return {name: items[twice:] for name, items in found.items()}

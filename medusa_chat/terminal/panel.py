@@ -20,7 +20,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "–"
 BASELINE = "the baseline of every speedup"
 PER_STEP = " tokens per step"
-FINISHES = {"length": "length limit", "context": "context is full", "stop": "stop string"}
+FINISHES = {
+    "length": "length limit",
+    "context": "context is full",
+    "stop": "stop string",
+    "loop": "repeats itself",
+}
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:

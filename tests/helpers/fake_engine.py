@@ -6,13 +6,14 @@ Run as a program it opens a chat: `python -m tests.helpers.fake_engine [--delay 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.events import Candidates, Finish, Pause, Step, Token
@@ -145,6 +146,7 @@ class FakeEngine:
         self.trees = FakeTrees()
         self.template = FakeTemplate()
         self.notices: list[str] = []
+        self.defaults: dict[str, Any] = {}
         self.prefilled = 0
         self.prefill_seconds = 0.0
         self.prompts: list[list[Message]] = []
@@ -226,6 +228,7 @@ def main() -> int:
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
     parser.add_argument("--reply", action="append")
+    parser.add_argument("--defaults", type=json.loads, default={})
     parser.add_argument("--context", type=int, default=1024)
     arguments = parser.parse_args()
     from medusa_chat.terminal.chat.repl import chat
@@ -244,6 +247,7 @@ def main() -> int:
             fails_after=arguments.fails_after,
             finish=arguments.finish,
         )
+        engine.defaults = arguments.defaults
         engine.context = arguments.context
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine
@@ -251,7 +255,7 @@ def main() -> int:
     return chat(
         load,
         model="fake",
-        sampling=Sampling(),
+        given={},
         marks=arguments.marks,
         history=arguments.history,
         transcript=arguments.transcript,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chat:
-    """A session and how it is shown: the object that commands work on."""
+    """A session and how it is shown: the object that commands work on.
+
+    Attributes:
+        explained: settings of which the user has read that the mode does not use them.
+    """
 
     session: Session
     marks: bool = False
     colour: bool = True
     view: View = "both"
+    explained: set[str] = field(default_factory=set)
     open_thoughts: bool = False
 
     def legend(self) -> Text:

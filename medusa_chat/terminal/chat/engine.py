@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,6 +54,7 @@ class ChatEngine(Protocol):
     prefill_seconds: float  # time of that prefill
     context: int  # tokens that prompt and reply may hold together
     system: str  # the model's default system prompt, may be empty
+    defaults: dict[str, Any]  # settings of Sampling that the model itself names
     notices: list[str]  # to be shown once, such as "the tree was pruned"; the reader removes them
 
     @property

@@ -25,6 +25,10 @@ BRING_BACK = "press Up to get your message back"
 CONTEXT_FULL = (
     "the context is full: /undo takes the last turn back, /reset starts a new conversation"
 )
+LOOP = (
+    "the reply repeated itself, so it was stopped:"
+    " /continue goes on, /set loop-guard off lets replies repeat themselves"
+)
 DROP = ", /set overflow drop leaves out the oldest turns"
 WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a setting"
 
@@ -58,6 +62,8 @@ def show_reply(
     if session.last.finish == "context":
         stopped = session.sampling.overflow == "stop"
         console.print(Text(CONTEXT_FULL + DROP * stopped, NOTICE))
+    if session.last.finish == "loop":
+        console.print(Text(LOOP, NOTICE))
     console.print()
 
 

@@ -28,7 +28,7 @@ class Answer:
 
     Attributes:
         ids: its tokens, all that the engine decoded.
-        cut: it can go on: it ended by the length limit, the context, or an interrupt.
+        cut: it can go on: it ended by a limit, the context, the loop guard, or an interrupt.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Session:
         conversation: measurements of all replies.
         answers: the replies to the last message, in the order in which they came.
         answer: the one of them that the conversation goes on with.
+        number: counts the conversations that were begun or loaded.
         thoughts: of the last reply, which the view feeds.
     """
 
@@ -52,6 +53,7 @@ class Session:
         self.sampling = sampling
         self.system = engine.system if system is None else system
         self.messages: list[Message] = []
+        self.number = 0
         self.last = Stats()
         self.conversation = Stats()
         self._window = Window()
@@ -161,7 +163,7 @@ class Session:
         finally:
             if text.removeprefix(OPEN).strip():
                 self.messages = [*turns, {"role": "assistant", "content": text}]
-                cut = self.last.finish in (None, "length", "context")
+                cut = self.last.finish in (None, "length", "context", "loop")
                 self.answer = Answer(text, tuple(ids), cut)
                 self.answers = [*earlier, self.answer]
             else:
@@ -221,6 +223,7 @@ class Session:
         self._typed = {}
         self._window.forget()
         self.messages = []
+        self.number += 1
         self.last = Stats()
         self.conversation = Stats()
 

@@ -64,7 +64,7 @@ class Race:
         if sampling.mode == "vanilla":
             drafted = replace(sampling, mode="greedy" if sampling.greedy else "exact")
         temperature = 0.0 if drafted.greedy else drafted.temperature
-        plain = replace(drafted, mode="vanilla", temperature=temperature, sample=not drafted.greedy)
+        plain = replace(drafted, mode="vanilla", temperature=temperature)
         self._engine = engine
         self._prompt = list(prompt)
         self.vanilla = Lane("without heads", plain)

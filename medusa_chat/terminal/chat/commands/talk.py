@@ -95,7 +95,7 @@ def _glimpse(text: str) -> str:
 
 @command("continue")
 def _continue(chat: Chat) -> Result:
-    """Go on with a reply that Ctrl+C or the length limit cut."""
+    """Go on with a reply that Ctrl+C, the length limit or the loop guard cut."""
     steps = chat.session.go_on()
     assert chat.session.answer
     tail = escape_controls(" ".join(chat.session.answer.text.split())[-TAIL:])
@@ -159,6 +159,8 @@ def _file(chat: Chat, argument: str) -> Result:
 def _path(argument: str) -> Path:
     if not argument:
         raise UsageError
+    if "\0" in argument:
+        raise UserError("no file has a name with a zero byte")
     return expanded(argument)
 
 
