@@ -25,6 +25,8 @@ from tests.helpers.fake_engine import REPLY, FakeEngine, script
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from medusa_chat.events import Step
+
 PROMPT: list[Message] = [{"role": "user", "content": "hello"}]
 
 
@@ -65,8 +67,8 @@ def test_each_run_is_shown_at_its_own_speed() -> None:
     assert "5 tokens after 0.1 s" in shown
 
 
-def _end(steps: list[object], number: int) -> float:
-    return Stats.of(steps[: number + 1]).seconds  # type: ignore[arg-type]
+def _end(steps: list[Step], number: int) -> float:
+    return Stats.of(steps[: number + 1]).seconds
 
 
 def test_the_end_shows_both_speeds_the_ratio_and_that_the_texts_are_equal() -> None:
