@@ -98,6 +98,7 @@ def test_other_texts_are_told_apart_from_texts_that_may_differ() -> None:
     ("mode", "temperature", "raced", "greedy"),
     [
         ("vanilla", 0.0, "greedy", True),
+        ("vanilla", 0.7, "exact", False),
         ("exact", 0.7, "exact", False),
         ("greedy", 0.7, "greedy", True),
     ],
