@@ -11,7 +11,7 @@ import pyte
 import pytest
 from rich.console import Console
 
-from medusa_chat.config import Message, Mode, Sampling, UserError
+from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.command import Chat, Scene
 from medusa_chat.terminal.chat.commands import dispatch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Mode
 
 PROMPT: list[Message] = [{"role": "user", "content": "hello"}]
 
