@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from contextlib import suppress
@@ -24,11 +25,12 @@ NEEDS_LESS = "a smaller model, --quant nf4, --quant-heads nf4 or a shorter --max
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit status: 2 after a mistake of the user."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        words.insert(0, "chat")
     open_streams()
     let_threads_sleep()
     try:
+        if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+            _check_command(words)
+            words.insert(0, "chat")
         options = _parsed(words)
         _check_home()
         status = COMMANDS[options.command].run(options)
@@ -71,6 +73,15 @@ def make_parser() -> argparse.ArgumentParser:
         text = (command.__doc__ or "").splitlines()[0].removesuffix(".")
         command.add_flags(commands.add_parser(name, help=text, description=text))
     return parser
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """Raise UserError for a single word that looks like a misspelt sub-command."""
+    alone = all(word.startswith("-") for word in words[1:2])
+    close = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.8) if words else []
+    if alone and close:
+        asks = f"--prompt {words[0]} asks the model"
+        raise UserError(f"unknown command {words[0]}: did you mean {close[0]}? {asks}")
 
 
 def _check_home() -> None:

@@ -107,11 +107,34 @@ def test_piped_text_follows_the_prompt(folder: Path, capsys: pytest.CaptureFixtu
     assert summary(both.stdout) == summary(capsys.readouterr().out)
 
 
+def test_a_prompt_is_an_argument_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replies = []
+    for words in (("--prompt", "Hi there"), ("Hi there",), ("Hi", "there")):
+        assert main([*answer(folder, "--json"), *words]) == 0
+        replies.append(json.loads(capsys.readouterr().out.splitlines()[-1])["ids"])
+    assert replies[0] == replies[1] == replies[2]
+    twice = complaint(capsys, "Hi", "--prompt", "Hello")
+    assert "the prompt is given twice" in twice
+    assert "did you mean models? --prompt modls asks" in complaint(capsys, "modls")
+
+
+def test_a_race_prints_both_replies(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "race.cast"
+    assert main(["race", *answer(folder, "--record", str(record)), "Tell me"]) == 0
+    shown = capsys.readouterr().out
+    assert "without heads" in shown
+    assert "the same text" in " ".join(shown.split())
+    assert json.loads(record.read_text().splitlines()[0])["version"] == 2
+    assert "recorded to FILE.svg or" in complaint(capsys, "race", "hi", "--record", "a.png")
+
+
 def test_prompts_that_are_not_utf8_are_refused_before_the_load() -> None:
     model = ("--model", "nobody/nothing")
     command = [sys.executable, "-m", "medusa_chat.cli", *model]
     for words, piped, expected in (
-        ([b"--prompt", b"caf\xe9"], b"", b"--prompt is not UTF-8 text"),
+        ([b"--prompt", b"caf\xe9"], b"", b"the prompt is not UTF-8 text"),
         ([b"--prompt", b"a", b"--system", b"\xff"], b"", b"--system is not UTF-8 text"),
         ([], b"one\ncaf\xe9", b"standard input, line 2: not UTF-8"),
         ([], b"x" * (17 << 20), b"standard input holds more than"),

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "medusa_chat"
-BASE = {"config", "settings", "version", "text", "files", "events", "shapes"}
+BASE = {"config", "sampling", "settings", "version", "text", "files", "events", "shapes"}
 ENGINE = BASE | {"stats", "records", "prompts", "hub", "machine", "model", "native", "decoding"}
 # What each part may import besides itself. `cli`, `commands` and the package's own front door
 # join the parts and may import everything.
 ALLOWED = {
-    "config": {"settings"},
+    "config": {"settings", "sampling"},
+    "sampling": {"settings"},
     "settings": set[str](),
     "version": set[str](),
     "text": set[str](),
@@ -40,6 +41,7 @@ ALLOWED = {
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
     "config",
+    "sampling",
     "settings",
     "version",
     "text",

@@ -56,7 +56,7 @@ def test_a_folder_becomes_an_engine(whole: Path, monkeypatch: pytest.MonkeyPatch
     assert (engine.name, engine.heads, engine.notices, engine.context) == (whole.name, 3, [], 512)
     assert engine.trees.current.origin == "auto"
     prompt = [{"role": "user", "content": "hi"}]
-    vanilla = reply(engine, prompt, mode="vanilla", max_new_tokens=12)
+    vanilla = reply(engine, prompt, mode="vanilla", temperature=0, max_new_tokens=12)
     assert reply(engine, prompt, max_new_tokens=12) == vanilla
     chosen = medusa_chat.load(
         str(whole), str(whole), device="cpu", dtype="float32", tree="chain-2", context=100

@@ -23,9 +23,9 @@ from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.memory import remedies, shortage
 from medusa_chat.machine.plans import Load, host_plan, load_of, plan
 from medusa_chat.model.layouts import OWN_HEADS, write_heads
-from medusa_chat.native.library import available
 from medusa_chat.shapes import SHAPES
 from tests.helpers.complaints import refusal
+from tests.helpers.native_library import need_library
 from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 GB = 10**9
@@ -342,8 +342,8 @@ def test_a_load_checks_memory_unless_it_is_ignored(free: dict[str, int]) -> None
 
 @pytest.mark.parametrize("step", ["native", "torch"])
 def test_the_asked_context_counts(step: str, free: dict[str, int]) -> None:
-    if step == "native" and available():
-        pytest.skip(available() or "")
+    if step == "native":
+        need_library()
     spec = resolve_model(None)
     contents = contents_of(spec)
     assert contents is not None

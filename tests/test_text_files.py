@@ -144,7 +144,7 @@ def test_system_messages_reach_the_model() -> None:
 
     converse(engine, prompt, 1, answer)
     assert asked == [expected]
-    sampling = Sampling(mode="vanilla", max_new_tokens=2)
+    sampling = Sampling(mode="vanilla", temperature=0, max_new_tokens=2)
     assert [ids for ids, _ in answers(engine, prompt, sampling)] == [expected]
     assert engine.encode(prompt.opening()) == expected
 

@@ -39,8 +39,8 @@ STYLE = Style.from_dict(
 class Prompt:
     """Reads messages and erases them: the chat echoes them as it likes.
 
-    `status` returns the left side of the toolbar at each redraw, and `switch_view` a hint about
-    the next view.
+    `status` returns the left side of the toolbar at each redraw, `switch_view` a hint about the
+    next view, and `run` runs a command whose key is pressed.
     """
 
     def __init__(
@@ -49,10 +49,12 @@ class Prompt:
         session: Callable[[], Session | None],
         status: Callable[[], str],
         switch_view: Callable[[], str],
+        run: Callable[[str], None],
     ) -> None:
         self.cleared = False  # by Ctrl-C, since `read` was called
         self._status = status
         self._switch_view = switch_view
+        self._run = run
         self._hint = ""
         self._prompt: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
@@ -129,6 +131,10 @@ class Prompt:
         @keys.add("escape", "v", filter=typing)
         def switch_view(_event: KeyPressEvent) -> None:
             self._set_hint(self._switch_view())
+
+        @keys.add("c-t", filter=typing)
+        def show_thoughts(_event: KeyPressEvent) -> None:
+            run_in_terminal(lambda: self._run("/thoughts"))
 
         return keys
 
