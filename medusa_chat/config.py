@@ -6,16 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from medusa_chat.sampling import (
-    MAX_SEED,
-)
-from medusa_chat.sampling import (
-    Sampling as Sampling,  # the whole package imports it from here
-)
+from medusa_chat.sampling import MAX_SEED
+from medusa_chat.sampling import Sampling as Sampling  # the whole package imports it from here
 from medusa_chat.settings import (
-    UserError as UserError,
-)
-from medusa_chat.settings import (
+    Duration,
     check_choices,
     make,
     require,
@@ -24,6 +18,7 @@ from medusa_chat.settings import (
     require_between,
     setting,
 )
+from medusa_chat.settings import UserError as UserError  # likewise
 
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
 QuantChoice = Literal["auto", Quant]
@@ -192,6 +187,9 @@ class Recipe:
     lora_dropout: float = setting(0.05, "dropout in the adapter")
     gradient_checkpointing: bool = setting(False, "less memory for more time")
     save_steps: int = setting(500, "steps between checkpoints")
+    save_every: Duration = setting(
+        Duration(600), "time between checkpoints too, such as 90s, 10m or 2h; 0 counts steps alone"
+    )
     logging_steps: int = setting(10, "steps between lines of the log")
 
     def __post_init__(self) -> None:
@@ -203,6 +201,7 @@ class Recipe:
         )
         require_above(self, 0, "logging_steps", "decay", "learning_rate", "lora_alpha")
         require_at_least(self, 0, "warmup_steps", "backbone_learning_rate", "lambda_0", "lora_rank")
+        require_at_least(self, 0, "save_every")
         for name in ("heads_first", "lora_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must be from 0 to below 1, not {value:g}")

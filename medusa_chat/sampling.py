@@ -27,6 +27,7 @@ MAX_SEED = 2**32 - 1
 COLD = 1e-5  # a temperature below this counts as 0: logits divided by it could overflow
 CONFIG = "the model's generation_config.json"
 OF_DRAWS = ("temperature", "top_p", "top_k", "min_p")  # settings that greedy mode does not use
+CHAT_ONLY = ("overflow", "loop_guard")  # settings that only the chat reads
 OF_MODELS = (*OF_DRAWS, "repetition_penalty")  # settings that a model's generation config may have
 
 
@@ -62,6 +63,9 @@ class Sampling:
     stop: tuple[str, ...] = setting((), "end a reply before this text; \\n is a newline")
     ignore_eos: bool = setting(False, "continue after the model ends its reply")
     loop_guard: Literal["on", "off"] = setting("off", "stop a reply that repeats itself")
+    overflow: Literal["drop", "stop"] = setting(
+        "drop", "when the context is full: drop leaves out the oldest turns, stop ends the reply"
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

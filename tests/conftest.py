@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from medusa_chat.native import build
+from tests.helpers.native_library import no_compiler
+
 if TYPE_CHECKING:
     from medusa_chat.model.backbone import Backbone
 
@@ -23,6 +26,13 @@ os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # ignores the models.yaml of the
 # A shell starts a job with `&` so that it ignores Ctrl-C, and its children would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_library() -> None:
+    """Build the native library if its sources changed: no test runs on a missing or stale one."""
+    if no_compiler() is None:
+        build.build(build.LIBRARY_FOLDER)
 
 
 @pytest.fixture(scope="module")

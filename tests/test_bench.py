@@ -27,12 +27,12 @@ from medusa_chat.config import SHIPPED_PROMPTS, Sampling, UserError
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
-from medusa_chat.native.library import available
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.reports import bench as bench_report
 from medusa_chat.terminal.reports import bench_charts
 from tests.helpers.complaints import complaint
+from tests.helpers.native_library import need_library
 from tests.helpers.quiet import silent
 from tests.helpers.tiny import save_with_heads
 
@@ -67,8 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["native", "torch"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    if request.param == "native" and available():
-        pytest.skip(available() or "")
+    if request.param == "native":
+        need_library()
     return loaded(folder, request.param)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from base64 import b64decode
 from dataclasses import fields
@@ -450,3 +451,13 @@ def test_completion(chat: Chat, tmp_path: Path) -> None:
     assert completions(f"/load {tmp_path}/ta", session) == [f"/load {tmp_path}/talk.json"]
     for nothing in ("hello", "//s", "/nothing x", "hello /s", "/s\n/s"):
         assert completions(nothing, session) == []
+
+
+def test_names_of_files_that_are_not_utf8(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    list(chat.session.ask("hello"))
+    assert "saved 2 messages to" in run(chat, "/save talk\udcff.json")
+    assert "loaded 2 messages" in run(chat, "/load talk\udcff.json")
+    assert os.listdir(b".") == [b"talk\xff.json"]

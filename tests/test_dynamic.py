@@ -375,7 +375,7 @@ def test_trees_by_name(backbone: Any) -> None:
     for name in ("dynamic-1", "static-0", "dynamic-257", "static-99999999999"):
         with pytest.raises(UserError, match="2 to 256 nodes"):
             shaped_tree(name, accuracy)
-    for name in ("dynamic-", "dynamic", "static-x"):
+    for name in ("dynamic-", "dynamic", "static-x", "chain-²"):
         with pytest.raises(UserError, match="unknown tree"):
             shaped_tree(name, accuracy)
     engine = make_engine(backbone, random_heads(backbone, 1), "dynamic-64")

@@ -164,7 +164,7 @@ def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPa
 def save_with_heads(folder: Path, kind: str) -> None:
     """A random model and two heads of one block."""
     save_model(folder, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
-    heads = folder / "medusa_lm_head.safetensors"
+    heads = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     save_file(
         {
             f"{k}.0.linear.{name}": torch.randn(shape) * 0.1

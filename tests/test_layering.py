@@ -23,6 +23,7 @@ ALLOWED = {
     "text": set[str](),
     "files": set[str](),
     "shapes": set[str](),
+    "locks": {"config"},
     "events": {"config", "text"},
     "stats": BASE,
     "records": BASE,
@@ -32,10 +33,10 @@ ALLOWED = {
     "native": BASE | {"machine"},
     "model": BASE | {"hub", "machine", "native"},
     "decoding": BASE | {"stats", "hub", "machine", "model", "native"},
-    "training": ENGINE,
+    "training": ENGINE | {"locks"},
     "bench": ENGINE,
     "export": ENGINE,
-    "terminal": BASE | {"stats", "prompts", "records"},
+    "terminal": BASE | {"stats", "prompts", "records", "locks"},
 }
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
@@ -45,6 +46,7 @@ NO_TORCH = (
     "version",
     "text",
     "files",
+    "locks",
     "shapes",
     "events",
     "stats",
@@ -53,6 +55,7 @@ NO_TORCH = (
     "hub",
     "machine/contents",
     "machine/memory",
+    "machine/openmp",
     "terminal",
     "decoding/reply",
     "decoding/trees/tree",

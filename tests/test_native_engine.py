@@ -20,10 +20,19 @@ from medusa_chat.decoding.runner import Runner
 from medusa_chat.machine import devices
 from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.model.loading import load_model
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.native import library
 from medusa_chat.native.weights import Store, all_rows, pack
-from tests.helpers.native_tiny import need_library
-from tests.helpers.tiny import decode, ids_of, prompt_ids, random_model, reply, save_model
+from tests.helpers.native_library import need_library
+from tests.helpers.tiny import (
+    decode,
+    ids_of,
+    prompt_ids,
+    random_model,
+    reply,
+    save_model,
+    save_with_heads,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +153,10 @@ def test_the_native_step_writes_what_torch_writes_in_float32() -> None:
 # ---- choosing a step ----
 
 
+def test_the_library_that_was_built_can_be_used() -> None:
+    assert library.available() is None
+
+
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without the library."""
@@ -219,6 +232,37 @@ def test_a_weight_that_is_no_number_is_named_before_it_is_packed(
         load_model(
             ModelSpec("tiny", str(folder), quant=quant), LoadOptions(device="cpu", engine="native")
         )
+
+
+@pytest.mark.parametrize(("quant", "scale"), [("int8", "SCB"), ("nf4", "weight.absmax")])
+def test_a_scale_of_bitsandbytes_that_is_no_number_is_named(
+    quant: str, scale: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    plain = save_model(tmp_path / "plain", random_model("llama", 320, **sizes))
+    model, words = load_pretrained(ModelSpec("tiny", str(plain)), torch.bfloat16, quant)
+    folder = tmp_path / "own"
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.1.mlp.up_proj.{scale}"
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"weight {name} holds NaN or infinity"):
+        load_model(ModelSpec("own", str(folder)), LoadOptions(device="cpu", engine="native"))
+
+
+def test_heads_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    folder = save_with_heads(tmp_path)
+    file = folder / "medusa_lm_head.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(-1)[3] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"tensor {name} holds NaN or infinity"):
+        load_model(ModelSpec("own", str(folder)), LoadOptions(device="cpu", engine="native"))
 
 
 def test_nf4_has_the_values_of_bitsandbytes() -> None:

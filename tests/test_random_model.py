@@ -118,7 +118,7 @@ def test_the_command_refuses_mistakes(
         "sys.argv", ["random_model", "tiny", str(tmp_path / "model"), "--heads", "0"]
     )
     assert main() == 0
-    assert not (tmp_path / "model" / "medusa_lm_head.safetensors").exists()
+    assert not (tmp_path / "model" / "medusa_heads" / "medusa_lm_head.safetensors").exists()
 
 
 def test_a_random_model_decodes_with_random_heads() -> None:

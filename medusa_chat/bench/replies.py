@@ -112,6 +112,8 @@ def converse(engine: Engine, prompt: Prompt, turns: int, answer: Answer) -> Tran
         if len(ids) >= engine.context:
             break
         answered.append(answer(ids))
+        if not answered[-1].text.strip():  # templates refuse an empty reply
+            break
         messages.append({"role": "assistant", "content": answered[-1].text})
     return Transcript(prompt.category, answered)
 

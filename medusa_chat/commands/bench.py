@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.commands.flags import (
+    add_decoding,
     add_fields,
-    add_measured,
     add_model,
     add_prompts,
     count,
@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_measured(parser, max_new_tokens=128)
+    add_decoding(parser, max_new_tokens=128)
     add_prompts(parser, limit=50)
     parser.add_argument(
         "--modes", default="greedy,typical", help="modes to measure, separated by commas"

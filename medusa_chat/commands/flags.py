@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
-from medusa_chat.settings import help_of, make, parse_value
+from medusa_chat.sampling import CHAT_ONLY
+from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def add_fields(
             _add_field(parser, settings, field, defaults.get(field.name))
 
 
-def add_measured(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """Add the flags of Sampling for replies that are compared: a loop is as good as any other."""
-    names = [field.name for field in fields(Sampling) if field.name != "loop_guard"]
+def add_decoding(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags of Sampling for a command without a conversation."""
+    names = [name for name in help_of(Sampling) if name not in CHAT_ONLY]
     add_fields(parser, Sampling, *names, **defaults)
 
 
@@ -75,7 +76,8 @@ def _add_field(
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {int: "N", int | None: "N", float: "X", Path | None: "FILE"}.get(kind, "TEXT")
+    names = {int: "N", int | None: "N", float: "X", Path | None: "FILE", Duration: "TIME"}
+    return names.get(kind, "TEXT")
 
 
 def _default_note(settings: type, field: Field[Any], default: object) -> str:

@@ -126,6 +126,14 @@ class Engine:
             return list(cast("Sequence[int]", prompt))
         return self.template.encode(cast("Sequence[Message]", prompt))
 
+    def think(self, on: bool) -> None:
+        """Switch the model's thinking. Raises UserError if its template cannot."""
+        self.template = self.template.with_thinking(on)
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text, without a template."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def generate(
         self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling
     ) -> Generator[Step]:

@@ -8,7 +8,7 @@ from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.native.build import FAILURE_FILE, LIBRARY_FOLDER, library_name
+from medusa_chat.native.build import DIGEST_FILE, FAILURE_FILE, LIBRARY_FOLDER, library_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,6 +115,8 @@ class Step(ctypes.Structure):
         ("root", c_int32),
         ("ranked", c_int32),
         ("parents", c_void_p),
+        ("texts", c_void_p),
+        ("places", c_void_p),
         ("last", c_void_p),
         ("guesses", c_void_p),
         ("log_p", c_void_p),
@@ -185,12 +187,18 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def digest() -> str:
+    """Return what identifies the library's sources, for files that depend on them."""
+    file = LIBRARY_FOLDER / DIGEST_FILE
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+
 class UnavailableError(Exception):
     """The native step cannot be used; the message is one line that says why."""
 
 
 class NotFiniteError(Exception):
-    """A weight to pack is NaN or infinite."""
+    """A weight to pack, or its scale, is NaN or infinite."""
 
 
 @lru_cache(maxsize=1)

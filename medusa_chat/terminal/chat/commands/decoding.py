@@ -123,6 +123,16 @@ def _once_unused(chat: Chat, name: str) -> str:
     return remark
 
 
+@command("think", "[on|off]", values=one_of("on", "off"))
+def _think(chat: Chat, argument: str) -> Result:
+    """Let a model that can think do so before it answers, or not: on or off."""
+    engine = chat.session.engine
+    if argument:
+        engine.think(switch(argument, current=True))
+    states = {None: "as the model's template has it", True: "on", False: "off"}
+    return Text(f"thinking: {states[engine.template.thinking]}", LABEL)
+
+
 @command("tree", "[auto|retune|dynamic-N|NAME|FILE]", values=_tree_values, takes_path=True)
 def _tree(chat: Chat, argument: str) -> Result:
     """Draw the last step's candidate tree, or choose another tree; retune times steps again."""
