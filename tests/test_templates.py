@@ -81,7 +81,7 @@ def test_prompts_as_the_models_were_trained(name: str, system: str | None, promp
 THINKING = (
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
-    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
     "assistant: {% if enable_thinking is not defined or enable_thinking %}<think>\n"
     "{% else %}<think></think>{% endif %}"
 )

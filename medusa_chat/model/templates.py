@@ -148,7 +148,7 @@ class ChatTemplate:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
         kept = [each for each in messages if each["role"] != "system" or each["content"]]
         try:
-            switch = {} if self.thinking is None else {SWITCH: self.thinking}
+            switch: dict[str, bool] = {} if self.thinking is None else {SWITCH: self.thinking}
             return render(self.tokenizer, kept, replying, **switch)
         except UserError as error:
             raise UserError(

@@ -140,9 +140,8 @@ class Repl:
         opened, notice = open_history(history)
         self._prompt: Prompt | PlainPrompt = PlainPrompt()
         if not start.plain:
-            self._prompt = Prompt(
-                opened, self._session, self._status, self._switch_view, self._press
-            )
+            keys = (self._switch_view, self._press)
+            self._prompt = Prompt(opened, self._session, self._status, *keys)
         if notice:
             self._console.print(Text(notice, NOTICE))
 
