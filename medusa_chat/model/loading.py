@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
+from medusa_chat.hub.gguf.folder import is_quantized
 from medusa_chat.machine import memory, plans
 from medusa_chat.machine.devices import choose_device, frugal_heap
 from medusa_chat.model.backbone import Backbone
@@ -61,6 +62,9 @@ def load_model(
     heads = str(files.heads) if files.heads else None
     local = replace(spec, backbone=str(files.backbone), heads=heads)
     choice = choose_step(local, device, options)
+    if choice.native and spec.quant == "auto" and is_quantized(files.backbone):
+        spec = replace(spec, quant="int8")  # nearer to what the file has than 16 bits
+        local = replace(local, quant="int8")
     if not options.ignore_memory:
         width = choice.dtype.itemsize
         load = plans.load_of(spec, str(device), options.context, width, native=choice.native)
@@ -142,7 +146,7 @@ def heads_file(spec: ModelSpec) -> Path | None:
     Raises:
         UserError: the spec names heads, and there are none.
     """
-    place = hub.local(spec.heads, "heads") if spec.heads else hub.local(spec.backbone)
+    place = hub.local(spec.heads, "heads") if spec.heads else hub.backbone_of(spec)
     if place.is_file():
         return place
     file = find_heads(place)
