@@ -157,6 +157,9 @@ class LoadOptions:
         "",
         "conversation template of fastchat that replaces the model's own; `list` prints the names",
     )
+    raw: bool = setting(
+        False, "complete plain text: without chat template and system prompt, as base models do"
+    )
     tree: str = setting(
         "auto",
         "auto, dynamic-N (N nodes chosen at each step), static-N, chain-N,"

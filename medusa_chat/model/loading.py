@@ -18,7 +18,7 @@ from medusa_chat.model.linear.packed import detach_from_files, pack_linears
 from medusa_chat.model.linear.quantization import as_quant, prepare_4bit
 from medusa_chat.model.native_weights import StepChoice, choose_step, pack_native
 from medusa_chat.model.pretrained import load_pretrained
-from medusa_chat.model.templates import ChatTemplate, resolve_template
+from medusa_chat.model.templates import ChatTemplate, template_or_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ def load_model(
 
     Args:
         spec: the model, with its quantization and its template.
-        options: device, dtype, context, ignore_memory, engine, threads and fuse are read.
+        options: device, dtype, context, raw, ignore_memory, engine, threads and fuse are read.
         files: the local files of `spec`; they are fetched if not given.
 
     Raises:
@@ -88,7 +88,7 @@ def _load(
     """
     notices = [*choice.notices]
     model, tokenizer = load_pretrained(local, choice.dtype, choice.quant, device, notices)
-    template = resolve_template(tokenizer, spec, notices)
+    template = template_or_plain(tokenizer, spec, notices, options.raw)
     if options.fuse and not choice.native and join_linears(model):
         prepare_4bit(model, device, choice.dtype)  # joined layers are new ones
     backbone = Backbone(model, own_attention=choice.native)
