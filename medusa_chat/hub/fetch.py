@@ -143,13 +143,13 @@ def local(
         try:
             return _usable(_Repository(repository, revision, kind, file).download(progress))
         except (*_UNREACHABLE, SettingsError) as error:
-            cached = cached(repository, revision, kind, file)
-            if cached is None:
+            found = cached(repository, revision, kind, file)
+            if found is None:
                 raise UnavailableError(explain(error, repository, revision)) from None
             if notices is not None and not isinstance(error, OfflineModeIsEnabled):
                 reason = explain(error, repository, revision)
                 notices.append(f"started from the cache: {reason}")
-            return _usable(cached)
+            return _usable(found)
 
 
 def _usable(place: Path) -> Path:
