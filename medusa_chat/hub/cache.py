@@ -10,7 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from medusa_chat.config import UserError
 from medusa_chat.files import read_json
-from medusa_chat.hub.file_names import HEAD_FILES, WEIGHTS
+from medusa_chat.hub.file_names import HEAD_FILES, OWN_HEADS, WEIGHTS, model_folder
 from medusa_chat.hub.gguf.choice import chosen_files
 from medusa_chat.hub.gguf.header import shards_of
 
@@ -49,7 +49,10 @@ def cached(name: str, revision: str | None, kind: Kind, file: str) -> Path | Non
     folder = _snapshot(name, revision)
     if folder is None or not folder.is_dir():
         return None
-    weights = weight_files({file.name for file in folder.iterdir() if file.exists()}, kind)
+    names = {file.name for file in folder.iterdir() if file.exists()}
+    if (folder / OWN_HEADS).exists():
+        names.add(OWN_HEADS)
+    weights = weight_files(names, kind)
     for file in weights:
         if file.endswith(".index.json"):
             shards = shards_in(folder / file)
@@ -63,7 +66,7 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     for file in ("config.json", *HEAD_FILES):
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
-            return Path(found).parent
+            return model_folder(Path(found), file)
     return None
 
 

@@ -26,7 +26,7 @@ from medusa_chat.hub.cache import cached, shards_in
 from medusa_chat.hub.cache import weight_files as weight_files
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
 from medusa_chat.hub.errors import SettingsError, UnavailableError, disk_errors, explain
-from medusa_chat.hub.file_names import HEAD_FILES
+from medusa_chat.hub.file_names import HEADS_FILE, model_folder
 from medusa_chat.hub.gguf.choice import chosen_files
 from medusa_chat.hub.gguf.folder import folder_of, is_gguf
 from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_file, split_revision
@@ -166,7 +166,7 @@ def accuracy_file(spec: ModelSpec) -> Path:
     source = spec.heads or spec.backbone
     place = expanded(source)
     if place.exists() or not is_hub_id(source):
-        folder = place.parent if place.is_file() else place
+        folder = model_folder(place) if place.is_file() else place
         return folder / ACCURACY_FILE
     return user_data_path("medusa-chat") / "accuracy" / source.replace("/", "--") / ACCURACY_FILE
 
@@ -210,7 +210,7 @@ class _Repository:
             raise UserError(f"{self._name} lacks {absent}, which its index names")
         texts = [name for name in self._files if _TEXT.fullmatch(name)]
         self._download([*texts, *(name for name in shards if name not in texts)], progress)
-        return self._path(weights[0]).parent
+        return model_folder(self._path(weights[0]), weights[0])
 
     def _download(self, names: Sequence[str], progress: Progress | None) -> None:
         files = [self._files[name] for name in names if not self._is_cached(name)]
@@ -272,7 +272,7 @@ def _check_disk(name: str, files: Sequence[RemoteFile]) -> None:
 
 def _needed(kind: Kind) -> str:
     if kind == "heads":
-        return f"{HEAD_FILES[0]} or other Medusa heads"
+        return f"{HEADS_FILE} or other Medusa heads"
     forms = "model.safetensors or pytorch_model.bin, whole or in shards"
     return f"weights that can be read ({forms})"
 

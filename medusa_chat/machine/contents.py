@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from medusa_chat.config import BUNDLED, ModelSpec
 from medusa_chat.files import read_json
+from medusa_chat.hub.file_names import OWN_HEADS
 from medusa_chat.hub.gguf.folder import WEIGHTS_FILE, weights_of
 from medusa_chat.shapes import SHAPES, Shape
 
@@ -115,10 +116,16 @@ def _tensors_of(folder: Path) -> Iterator[_Tensor]:
     """Yield the tensors of a model's folder; those of a GGUF file count as unpacked."""
     header = weights_of(folder)
     if header is None:
-        yield from _tensors(folder.glob("*.safetensors"))
+        yield from _tensors(_weight_files(folder))
         return
     for tensor in header.tensors.values():
         yield _Tensor(tensor.name, "F16", list(tensor.shape))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return a folder's safetensors files, with that of heads in a folder of their own."""
+    heads = folder / OWN_HEADS
+    return [*sorted(folder.glob("*.safetensors")), *([heads] if heads.is_file() else [])]
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[_Tensor]:
@@ -158,7 +165,7 @@ def _width(name: str) -> int:
 
 def _heads_in(place: Path) -> list[int]:
     """Count the weights of the heads in a file or folder of their own, tensor by tensor."""
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    files = [place] if place.is_file() else _weight_files(place)
     tensors = list(_tensors(files))
     # A model's folder names the heads among other weights; a file of heads may name them freely.
     heads = [tensor for tensor in tensors if tensor.part == "heads"] or tensors
