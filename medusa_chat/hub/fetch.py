@@ -183,10 +183,10 @@ class _Repository:
         assert info.sha is not None
         self._commit = info.sha
         self._files: dict[str, RemoteFile] = {}
-        for file in info.siblings or ():
-            content_hash = file.lfs.sha256 if file.lfs else str(file.blob_id)
-            self._files[file.rfilename] = RemoteFile(
-                name, info.sha, file.rfilename, file.size or 0, content_hash
+        for found in info.siblings or ():
+            content_hash = found.lfs.sha256 if found.lfs else str(found.blob_id)
+            self._files[found.rfilename] = RemoteFile(
+                name, info.sha, found.rfilename, found.size or 0, content_hash
             )
 
     def download(self, progress: Progress | None) -> Path:

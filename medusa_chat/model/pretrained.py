@@ -162,7 +162,7 @@ def _load_gguf(folder: Path, header: Header, **settings: Any) -> Any:
     config = load_config(folder)
     names = list(empty_model(config).state_dict())
     tensors = state_dict_of(header, config.get_text_config(), names)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = str(folder)
