@@ -238,7 +238,7 @@ def test_positions_are_stretched_as_the_file_says(tmp_path: Path) -> None:
     read.tensors["rope_freqs.weight"] = table
     scaling = config_of(read)["rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("llama3", 8.0)
-    read.metadata |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    read.metadata.update({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0})
     read.metadata["llama.rope.scaling.original_context_length"] = 128
     assert config_of(read)["rope_scaling"] == {
         "rope_type": "yarn",
