@@ -54,9 +54,9 @@ def row(table: str, label: str) -> list[str]:
 
 def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
     shown = run(chat, "/help")
-    groups = [shown.index(f"{name}\n") for name in ("Talk", "Look", "Decode")]
+    groups = [shown.index(f"{name}\n") for name in ("Talk", "Keep", "Look", "Decode")]
     assert groups == sorted(groups)
-    assert shown.count("for example: /") == 3
+    assert shown.count("for example: /") == 4
     assert "Also /clear, /new." in shown
     for entry in REGISTRY.values():
         assert entry.help

@@ -6,12 +6,16 @@ import os
 import stat
 import sys
 from contextlib import closing
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
-from medusa_chat.config import LoadOptions, Message, Sampling, UserError
+from medusa_chat.commands.flags import (
+    add_fields,
+    add_model,
+    given_fields,
+    load_engine,
+    read_fields,
+)
+from medusa_chat.config import ChatOptions, LoadOptions, Message, Sampling, UserError
 from medusa_chat.files import decoded
 from medusa_chat.terminal.output import print_json, say, warn
 from medusa_chat.text import encodable
@@ -40,57 +44,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="with --prompt: print one JSON object per step"
     )
-    parser.add_argument("--system", help="system prompt")
     parser.add_argument(
-        "--transcript", type=Path, help="keep the conversation in this file, and continue it"
-    )
-    parser.add_argument(
-        "--marks", action="store_true", help="mark the heads' tokens without colour too"
-    )
-    parser.add_argument(
-        "--view",
-        choices=("heads", "markdown", "both"),
-        default="both",
-        help="colour replies by head, render their Markdown, or both",
-    )
-    parser.add_argument(
-        "--plain",
+        "--continue",
+        dest="latest",
         action="store_true",
-        help="redraw nothing: for screen readers and simple terminals (TERM=dumb has it on)",
+        help="go on with the conversation of last time",
     )
+    parser.add_argument(
+        "--resume", metavar="NAME", help="go on with a kept conversation, by name or number"
+    )
+    add_fields(parser, ChatOptions)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
+    given = given_fields(options, Sampling) | _given_system(options)
     sampling = read_fields(options, Sampling)
-    load = partial(load_engine, options.model, options.heads, read_fields(options, LoadOptions))
+    load_options = read_fields(options, LoadOptions)
+    chosen = read_fields(options, ChatOptions)
     prompt = _prompt(options.prompt)
-    _check_text("--system", options.system or "")
+    _check_text("--system", chosen.system or "")
     for stop in sampling.stop:
         _check_text("--stop", stop)
     if prompt is None and options.json:
         raise UserError("--json needs --prompt TEXT, or text piped to standard input")
     if prompt is None:
-        from platformdirs import user_state_path
+        from medusa_chat.commands.open_chat import open_chat
 
-        from medusa_chat.hub.model_list import resolve_model
-        from medusa_chat.terminal.chat.repl import chat
-
-        spec = resolve_model(options.model, options.heads, models=options.models)
-        return chat(
-            load,
-            model=spec.name,
-            description=spec.description,
-            sampling=sampling,
-            system=options.system,
-            marks=options.marks,
-            history=user_state_path("medusa-chat") / "history",
-            transcript=options.transcript,
-            view=options.view,
-            plain=options.plain,
-        )
-    engine = load()
-    messages = _messages(prompt, options.system, engine.system)
+        return open_chat(options, chosen, sampling, load_options, given)
+    if options.latest or options.resume:
+        raise UserError("--continue and --resume open the chat: leave --prompt and pipes out")
+    engine = load_engine(options.model, options.heads, load_options)
+    messages = _messages(prompt, chosen.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:
             _print_json(steps, sampling.mode)
@@ -99,6 +84,10 @@ def run(options: argparse.Namespace) -> int:
     for notice in engine.notices:
         warn(notice)
     return 0
+
+
+def _given_system(options: argparse.Namespace) -> dict[str, str]:
+    return {} if options.system is None else {"system": options.system}
 
 
 def _prompt(argument: str | None) -> str | None:

@@ -132,6 +132,7 @@ class FakeEngine:
         self.ids: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.closed = 0
+        self.freed = False
         self._replies = cycle(replies)
         self._delay = delay
         self._prefill = prefill
@@ -168,6 +169,9 @@ class FakeEngine:
     def tokens_in_context(self) -> int:
         return self._tokens
 
+    def close(self) -> None:
+        self.freed = True
+
     def candidates(self) -> Candidates | None:
         if not self.prompts:
             return None
@@ -191,8 +195,16 @@ def main() -> int:
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
     parser.add_argument("--reply", action="append")
+    parser.add_argument("--chats", type=Path)
+    parser.add_argument("--resume")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--editing", default="emacs")
     arguments = parser.parse_args()
+    from medusa_chat.config import ChatOptions
+    from medusa_chat.terminal.chat.archive import Archive
+    from medusa_chat.terminal.chat.keeping import Keeper
     from medusa_chat.terminal.chat.repl import chat
+    from medusa_chat.terminal.chat.start import Start
 
     def load(_progress: object) -> FakeEngine:
         time.sleep(arguments.load / 2)
@@ -211,15 +223,22 @@ def main() -> int:
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine
 
-    return chat(
-        load,
-        model="fake",
-        sampling=Sampling(),
+    archive = Archive(arguments.chats) if arguments.chats else None
+    kept = (
+        archive.read(archive.find(arguments.resume).number)
+        if archive and arguments.resume
+        else None
+    )
+    options = ChatOptions(
         marks=arguments.marks,
-        history=arguments.history,
         transcript=arguments.transcript,
         view=arguments.view,
         plain=arguments.plain,
+        editing=arguments.editing,
+    )
+    keeper = Keeper(archive, private=arguments.private)
+    return chat(
+        load, Start("fake", arguments.history, options=options, keeper=keeper, resumed=kept)
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
 from medusa_chat.config import UserError
 from medusa_chat.terminal.chat.errors import UsageError
+from medusa_chat.terminal.chat.keeping import Keeper
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.theme import legend
 
@@ -29,6 +30,7 @@ class Chat:
     marks: bool = False
     colour: bool = True
     view: View = "both"
+    keeper: Keeper = field(default_factory=Keeper)
 
     def legend(self) -> Text:
         """Explain the colours of this model's heads."""
@@ -47,17 +49,32 @@ class Stream:
 
 @dataclass(frozen=True)
 class Draft:
-    """The result of a command that puts text into the prompt, to replace the last message."""
+    """The result of a command that puts text into the prompt.
+
+    Attributes:
+        replacing: it takes the place of the last message.
+        note: printed above it.
+    """
 
     text: str
+    replacing: bool = True
+    note: RenderableType = ""
 
 
-Result = RenderableType | Stream | Draft | None
+@dataclass(frozen=True)
+class Switch:
+    """The result of a command that changes the model."""
+
+    name: str
+
+
+Result = RenderableType | Stream | Draft | Switch | None
 Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 GROUPS = {  # with examples
     "Talk": "/edit · /regen · /copy code · /save talk.json",
+    "Keep": "/chats fox · /resume 3 · /name fox tale · /export tale.html",
     "Look": "/view heads · /marks on · /stats",
     "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
 }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
-from medusa_chat.terminal.chat.conversation import Conversation, write_conversation
+from medusa_chat.terminal.chat.conversation import (
+    Conversation,
+    Runs,
+    extend,
+    write_conversation,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from pathlib import Path
 
     from medusa_chat.events import Step
@@ -34,6 +39,32 @@ class Answer:
     cut: bool
 
 
+@dataclass
+class Growing:
+    """A reply that streams, and the turns that it answers.
+
+    Attributes:
+        runs: who proposed its text.
+    """
+
+    turns: list[Message]
+    text: str = ""
+    runs: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, step: Step) -> None:
+        """Append the tokens of a step."""
+        self.text += step.text
+        for token in step.tokens:
+            extend(self.runs, token.head, len(token.text))
+
+    @property
+    def messages(self) -> list[Message]:
+        """The turns with the reply, as far as it has come."""
+        if not self.text.strip():
+            return self.turns
+        return [*self.turns, {"role": "assistant", "content": self.text}]
+
+
 class Session:
     """A conversation with an engine.
 
@@ -42,16 +73,19 @@ class Session:
         conversation: measurements of all replies.
         answers: the replies to the last message, in the order in which they came.
         answer: the one of them that the conversation goes on with.
+        growing: the reply that streams now, or streamed last.
+        heads: who proposed the text of each reply.
+        number: counts the conversations that were begun or loaded.
+        names: completions that only the program knows, by the command that takes them.
     """
 
     def __init__(self, engine: ChatEngine, sampling: Sampling, system: str | None = None) -> None:
         self.engine = engine
         self.sampling = sampling
         self.system = engine.system if system is None else system
-        self.messages: list[Message] = []
-        self.last = Stats()
-        self.conversation = Stats()
-        self._forget_answers()
+        self.names: dict[str, Callable[[], Iterable[str]]] = {}
+        self.number = 0
+        self.reset()
 
     def _forget_answers(self) -> None:
         self.answers: list[Answer] = []
@@ -116,14 +150,15 @@ class Session:
         self, turns: list[Message], *, earlier: Iterable[Answer] = (), begun: Answer | None = None
     ) -> Generator[Step, None, None]:
         self.last = Stats()  # now: the panel is drawn before the first step
-        return self._steps(turns, list(earlier), begun or Answer("", (), cut=True))
+        begun = begun or Answer("", (), cut=True)
+        self.growing = Growing(turns, begun.text, [*self.heads.get(begun.text, ())])
+        return self._steps(self.growing, list(earlier), begun)
 
     def _steps(
-        self, turns: list[Message], earlier: list[Answer], begun: Answer
+        self, growing: Growing, earlier: list[Answer], begun: Answer
     ) -> Generator[Step, None, None]:
         before = self.messages
-        self.messages = turns
-        text = begun.text
+        turns = self.messages = growing.turns
         ids = [*begun.ids]
         prompt: list[Message] | list[int] = [*self._system_message(), *turns]
         try:
@@ -132,16 +167,17 @@ class Session:
             steps = cast("Generator[Step, None, None]", self.engine.generate(prompt, self.sampling))
             with closing(steps):
                 for step in steps:
-                    text += step.text
+                    growing.add(step)
                     ids += [token.id for token in step.tokens]
                     self.last.add(step)
                     self.conversation.add(step)
                     yield step
         finally:
-            if text.strip():
-                self.messages = [*turns, {"role": "assistant", "content": text}]
+            if growing.text.strip():
+                self.messages = growing.messages
+                self.heads[growing.text] = tuple(growing.runs)
                 cut = self.last.finish in (None, "length", "context")
-                self.answer = Answer(text, tuple(ids), cut)
+                self.answer = Answer(growing.text, tuple(ids), cut)
                 self.answers = [*earlier, self.answer]
             else:
                 self.messages = before
@@ -169,14 +205,36 @@ class Session:
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
-        self.messages = []
+        self.messages: list[Message] = []
+        self.growing = Growing([])
+        self.heads: dict[str, Runs] = {}
+        self.number += 1
         self.last = Stats()
         self.conversation = Stats()
 
+    def record(self, growing: Growing | None = None) -> Conversation:
+        """Return the conversation to be kept; with `growing` up to the reply that streams."""
+        messages = growing.messages if growing else self.messages
+        known = self.heads | ({growing.text: tuple(growing.runs)} if growing else {})
+        replies = (each["content"] if each["role"] == "assistant" else "" for each in messages)
+        heads = tuple(known.get(reply, ()) for reply in replies)
+        return Conversation(self.engine.name, self.system, self.sampling, [*messages], heads)
+
+    def use(self, engine: ChatEngine) -> None:
+        """Go on with another model, which reads the conversation anew; figures begin anew too."""
+        if self.system == self.engine.system:
+            self.system = engine.system
+        self.engine = engine
+        self.last = Stats()
+        self.conversation = Stats()
+        # Their ids are those of the other model's tokenizer.
+        kept = {id(each): replace(each, ids=(), cut=False) for each in self.answers}
+        self.answer = kept.get(id(self.answer))
+        self.answers = [*kept.values()]
+
     def save(self, path: Path) -> None:
         """Write the conversation to a file; overwrite only a saved conversation."""
-        name = self.engine.name
-        write_conversation(path, Conversation(name, self.system, self.sampling, self.messages))
+        write_conversation(path, self.record())
 
     def load(self, conversation: Conversation) -> None:
         """Replace this conversation with a saved one."""
@@ -184,3 +242,5 @@ class Session:
         self.system = conversation.system
         self.sampling = conversation.sampling
         self.messages = list(conversation.messages)
+        pairs = zip(conversation.messages, conversation.heads, strict=False)
+        self.heads = {message["content"]: runs for message, runs in pairs if runs}

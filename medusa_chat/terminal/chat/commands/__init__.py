@@ -1,6 +1,7 @@
 """The slash-commands. Each handler returns what to print; its docstring is the help.
 
-talk.py      the conversation: take back, renew, go on, copy, keep
+talk.py      the conversation: take back, renew, go on, copy, save
+keep.py      kept conversations: list, name, resume, forget, export
 looks.py     figures, and how replies look
 decoding.py  how replies are decoded
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 from medusa_chat.terminal.chat.command import Chat, Result, find
 
 # Importing them fills the registry.
-from medusa_chat.terminal.chat.commands import decoding, looks, talk  # noqa: F401
+from medusa_chat.terminal.chat.commands import decoding, keep, looks, talk  # noqa: F401
 
 
 def dispatch(chat: Chat, line: str) -> Result:
