@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from platformdirs import user_state_path
@@ -57,7 +56,7 @@ def open_chat(
         history=user_state_path("medusa-chat") / "history",
         sampling=sampling,
         options=chosen,
-        keeper=Keeper(archive, whole(place), private=chosen.private),
+        keeper=Keeper(archive, place.whole(), private=chosen.private),
         resumed=kept,
         models=OtherModels(load_options),
     )
@@ -81,16 +80,6 @@ def _resumed(
         system=given.get("system", kept.conversation.system),
     )
     return kept._replace(conversation=conversation)
-
-
-def whole(place: Place) -> Place:
-    """Return a place whose folders and files are named from the root on."""
-    names = (name if name is None or not Path(name).exists() else _absolute(name) for name in place)
-    return Place(*names)
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve())
 
 
 class OtherModels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from medusa_chat.terminal.chat.conversation import Conversation, readable_sampling, runs_of
@@ -17,6 +18,13 @@ class Place(NamedTuple):
 
     model: str | None = None
     heads: str | None = None
+
+    def whole(self) -> Place:
+        """Return the place with its folders and files named from the root on."""
+        names = (
+            str(Path(name).resolve()) if name and Path(name).exists() else name for name in self
+        )
+        return Place(*names)
 
 
 @dataclass(frozen=True)

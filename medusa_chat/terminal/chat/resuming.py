@@ -11,6 +11,7 @@ from medusa_chat.terminal.chat.conversation import Conversation, split
 from medusa_chat.terminal.chat.showing import SHOWN_TURNS, conversation_rows, settings_line
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import escape_controls
+from medusa_chat.text import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from medusa_chat.terminal.chat.command import Chat
     from medusa_chat.terminal.chat.kept import Kept
     from medusa_chat.terminal.source import View
+
+SYSTEM_SHOWN = 40  # characters
 
 
 def resume(chat: Chat, kept: Kept) -> str:
@@ -59,7 +62,7 @@ class Resumed:
         name = f" ({escape_controls(self.kept.name)})" if self.kept.name else ""
         settings = settings_line(conversation)
         if conversation.system:
-            settings += ", its system prompt"
+            settings += f", system prompt: {one_line(conversation.system, SYSTEM_SHOWN)}"
         count = len(conversation.messages)
         line = f"chat {self.kept.number}{name}, {count} messages, with its settings: {settings}"
         if self.model in ("", conversation.model):

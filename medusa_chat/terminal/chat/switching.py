@@ -52,7 +52,7 @@ def switch(
     """
     if models is None:
         raise UserError("this chat has no other models")
-    place = Place(name)
+    place = Place(name).whole()
     present = chat.session.engine
     try:
         engine = wait(_begin(models, place))
