@@ -23,6 +23,7 @@ ALLOWED = {
     "files": set[str](),
     "shapes": set[str](),
     "events": {"config", "text"},
+    "settings_file": BASE,
     "stats": BASE,
     "records": BASE,
     "prompts": BASE | {"records"},
@@ -34,12 +35,13 @@ ALLOWED = {
     "training": ENGINE,
     "bench": ENGINE,
     "export": ENGINE,
-    "terminal": BASE | {"stats", "prompts", "records"},
+    "terminal": BASE | {"settings_file", "stats", "prompts", "records"},
 }
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
     "config",
     "settings",
+    "settings_file",
     "version",
     "text",
     "files",

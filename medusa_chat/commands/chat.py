@@ -17,6 +17,7 @@ from medusa_chat.commands.flags import (
 )
 from medusa_chat.config import ChatOptions, LoadOptions, Message, Sampling, UserError
 from medusa_chat.files import decoded
+from medusa_chat.settings_file import read_settings, settings_file
 from medusa_chat.terminal.output import print_json, say, warn
 from medusa_chat.text import encodable
 
@@ -59,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
     given = given_fields(options, Sampling) | _given_system(options)
+    _fill(options)
     sampling = read_fields(options, Sampling)
     load_options = read_fields(options, LoadOptions)
     chosen = read_fields(options, ChatOptions)
@@ -84,6 +86,17 @@ def run(options: argparse.Namespace) -> int:
     for notice in engine.notices:
         warn(notice)
     return 0
+
+
+def _fill(options: argparse.Namespace) -> None:
+    """Take from the settings file what the command line does not give."""
+    # The heads of one model do not fit another one, and a kept chat names its own model.
+    named = options.model or options.heads or options.latest or options.resume
+    for name, value in read_settings(settings_file()).items():
+        if name in ("model", "heads") and named:
+            continue
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def _given_system(options: argparse.Namespace) -> dict[str, str]:

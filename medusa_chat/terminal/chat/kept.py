@@ -21,10 +21,11 @@ class Place(NamedTuple):
 
     def whole(self) -> Place:
         """Return the place with its folders and files named from the root on."""
-        names = (
-            str(Path(name).resolve()) if name and Path(name).exists() else name for name in self
-        )
-        return Place(*names)
+        return Place(*map(_whole, self))
+
+
+def _whole(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 talk.py      the conversation: take back, renew, go on, copy, save
 keep.py      kept conversations: list, name, resume, forget, export
+program.py   the settings file
 looks.py     figures, and how replies look
 decoding.py  how replies are decoded
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from medusa_chat.terminal.chat.command import Chat, Result, find
 
 # Importing them fills the registry.
-from medusa_chat.terminal.chat.commands import decoding, keep, looks, talk  # noqa: F401
+from medusa_chat.terminal.chat.commands import decoding, keep, looks, program, talk  # noqa: F401
 
 
 def dispatch(chat: Chat, line: str) -> Result:
