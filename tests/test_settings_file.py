@@ -92,7 +92,10 @@ def test_a_resumed_chat_brings_its_own_settings(
 ) -> None:
     file.write_text('model = "vicuna-7b"\nmode = "typical"\ntemperature = 0.2\n')
     assert "no chat is kept yet" in complaint(capsys, "--continue")
-    messages: list[Message] = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    messages: list[Message] = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+    ]
     record = Conversation("bundled", "S", Sampling("exact", 0.9), messages, ((), ()))
     archive = Archive(file.parent.parent / "data" / "chats.db")
     archive.add(record, Place("bundled"), "fox")

@@ -6,6 +6,14 @@ reply.py         one reply on the screen, with its figures
 loading.py       the model loads on a thread while the user types
 session.py       the conversation and its measurements
 conversation.py  the file of a saved conversation
+archive.py       the database of kept conversations
+kept.py          a kept conversation as records and rows
+keeping.py       keeps the conversation while it goes on
+resuming.py      a kept conversation goes on
+showing.py       a conversation as rows of text
+exporting.py     a conversation as a document
+switching.py     another model in the middle of a conversation
+start.py         the settings with which a chat starts
 command.py       the registry of slash-commands
 commands/        the slash-commands themselves
 message.py       a typed line as a message: quotes, words meant as commands
