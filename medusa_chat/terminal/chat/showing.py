@@ -51,7 +51,7 @@ def conversation_rows(
     marks: bool = False,
     turns: int | None = None,
 ) -> Iterator[Text]:
-    """Yield the rows of a conversation, with a blank one after each message.
+    """Yield the rows of a conversation, with a blank one after each reply.
 
     Args:
         conversation: to be shown.
