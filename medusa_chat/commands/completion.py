@@ -18,9 +18,14 @@ class Completion(argparse.Action):
     """Prints the script for a shell and exits."""
 
     def __init__(
-        self, *flags: Any, parser: Callable[[], argparse.ArgumentParser], **form: Any
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        *,
+        parser: Callable[[], argparse.ArgumentParser],
+        **form: Any,
     ) -> None:
-        super().__init__(*flags, choices=SHELLS, **form)
+        super().__init__(option_strings, dest, choices=SHELLS, **form)
         self._parser = parser
 
     def __call__(

@@ -83,6 +83,9 @@ class Session:
         self.engine = engine
         self.sampling = sampling
         self.system = engine.system if system is None else system
+        self.messages: list[Message] = []
+        self.growing = Growing([])
+        self.heads: dict[str, Runs] = {}
         self.names: dict[str, Callable[[], Iterable[str]]] = {}
         self.number = 0
         self.reset()
@@ -205,9 +208,9 @@ class Session:
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
-        self.messages: list[Message] = []
+        self.messages = []
         self.growing = Growing([])
-        self.heads: dict[str, Runs] = {}
+        self.heads = {}
         self.number += 1
         self.last = Stats()
         self.conversation = Stats()
