@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 from platformdirs import user_config_path
 
 from medusa_chat.config import ChatOptions, LoadOptions, Sampling, UserError
-from medusa_chat.files import read_text, write_text
+from medusa_chat.files import expanded, read_text, write_text
 from medusa_chat.settings import help_of, require
-from medusa_chat.text import reason_of
+from medusa_chat.text import encodable, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,11 +97,14 @@ def _value(path: Path, name: str, kind: Any, value: Any) -> Any:
         return tuple(listed)
     if kind is Path:
         require(isinstance(value, str), f"{path}: {name} must be a path, in quotes")
-        return Path(value).expanduser()
-    allowed = (int, float) if kind is float else (kind,)
+        return expanded(value)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    require(type(value) in allowed, f"{path}: {name} must be {words[kind]}")
-    return kind(value)
+    wanted = f"{path}: {name} must be {words[kind]}"
+    require(type(value) in ((int, float) if kind is float else (kind,)), wanted)
+    try:
+        return kind(value)
+    except OverflowError:  # an integer of hundreds of digits
+        raise UserError(wanted) from None
 
 
 def _check_ranges(path: Path, values: Mapping[str, Any]) -> None:
@@ -143,7 +146,7 @@ def write_settings(path: Path, values: Mapping[str, Any]) -> list[str]:
             document.pop(name) if value is None else document.update({name: value})
         if changes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path.resolve(), tomlkit.dumps(document))
+            write_text(path.resolve(), encodable(tomlkit.dumps(document)))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return [*changes]

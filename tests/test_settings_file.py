@@ -125,6 +125,8 @@ def test_a_resumed_chat_brings_its_own_settings(
         ),
         ("zzz = 1", "there is no setting 'zzz', see `medusa-chat --help`"),
         ("temperature = 'hot'", "temperature must be a number"),
+        ("temperature = 1" + "0" * 400, "temperature must be a number"),
+        ("temperature = nan", "temperature must be"),
         ("temperature = -1", "temperature must be 0 or more"),
         ("seed = 1.5", "seed must be a whole number"),
         ("seed = true", "seed must be a whole number"),
@@ -153,6 +155,7 @@ def test_a_mistake_in_the_file_is_one_line(
 def test_settings_are_saved_without_touching_the_rest(file: Path) -> None:
     file.write_text('# mine\ndevice = "cpu"  # always\nseed = 3\n"top-k" = 5\n')
     chat = Chat(Session(FakeEngine(), Sampling()), keeper=Keeper(place=Place("oak", "leaves")))
+    chat.session.system = "half a pair \ud800"
     for line in ("/exact", "/set temperature 0.3", "/set top_k 7", "/set stop x", "/view heads"):
         run(chat, line)
     assert "temperature" not in run(chat, "/settings")
@@ -163,6 +166,7 @@ def test_settings_are_saved_without_touching_the_rest(file: Path) -> None:
     assert text.startswith('# mine\ndevice = "cpu"  # always\nseed = 0\n"top-k" = 7\n')
     expected = {"mode": "exact", "temperature": 0.3, "stop": ("x",), "seed": 0, "top_k": 7}
     expected |= {"view": "heads", "model": "oak", "heads": "leaves", "device": "cpu"}
+    expected["system"] = "half a pair ?"
     assert read_settings(file) == expected
     assert "temperature = 0.3" in run(chat, "/settings")
     assert "nothing to save" in run(chat, "/settings save")
