@@ -52,7 +52,7 @@ def squeezed(text: str) -> str:
 def said(terminal: Terminal, *, panel: bool) -> str:
     """The reply on the screen, without white space; the panel stands below a blank row."""
     lines = terminal.text.rstrip().split("\n")
-    first = max(index for index, line in enumerate(lines) if QUESTION in line)
+    first = max((index for index, line in enumerate(lines) if QUESTION in line), default=len(lines))
     rows = lines[first + 1 :]
     if panel:
         rows = rows[: max((index for index, row in enumerate(rows) if not row), default=0)]
@@ -71,8 +71,8 @@ def end_in_a_reply(
 ) -> None:
     """End a chat with the bundled model at a moment of its reply; check what is kept."""
     terminal = start("-m", "medusa_chat.cli", "--view", "heads", *LONG)
-    terminal.see("■ 4 ahead")
     before = termios.tcgetattr(terminal.child.child_fd)
+    terminal.see("■ 4 ahead")
     terminal.say(QUESTION)
     terminal.see(lambda _: bool(said(terminal, panel=True)))
     seen = [(time.monotonic(), "")]
@@ -95,9 +95,7 @@ def end_in_a_reply(
     assert "Traceback" not in terminal.text
 
 
-@pytest.mark.parametrize(
-    ("number", "moment"), [(signal.SIGKILL, 2.6), (signal.SIGTERM, 0.3), (signal.SIGHUP, 0.9)]
-)
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGKILL, 2.6), (signal.SIGHUP, 0.4)])
 def test_a_reply_that_is_ended_is_kept(
     start: Callable[..., Terminal], tmp_path: Path, number: signal.Signals, moment: float
 ) -> None:
@@ -195,7 +193,7 @@ def test_a_full_disk_and_a_path_that_is_no_folder(
         terminal.say("one")
         terminal.replies(1)
         terminal.say("two")
-        assert terminal.replies(2).count("this conversation is not kept: ") == 1
+        assert terminal.replies(2).count("this conversation is not kept:") == 1
         terminal.send(CTRL_D)
         assert terminal.status() == 0
 
@@ -207,7 +205,7 @@ def test_vi_keys(start: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal.see("› bad words")
     terminal.send("\x1b")
     time.sleep(1.2)  # the time in which the key could begin a sequence
-    terminal.send("0cwgood\x1b")
+    terminal.send("0cegood\x1b")
     terminal.see("› good words")
     terminal.send(ENTER)
     terminal.replies(1)

@@ -112,8 +112,8 @@ def test_a_resumed_chat_brings_its_own_settings(
     assert start.resumed.conversation.sampling == Sampling("exact", 0.4)
     assert start.resumed.conversation.system == "T"
     assert "no kept chat 'wolf'" in complaint(capsys, "--resume", "wolf")
-    words = ("--continue", "--transcript", "x.json")
-    assert "leave --resume out" in complaint(capsys, *words)
+    refused = complaint(capsys, "--continue", "--transcript", "x.json")
+    assert "leave --resume out" in refused
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,14 @@ class Keeper:
     def watch(
         self, session: Session, steps: Generator[Step, None, None]
     ) -> Generator[Step, None, None]:
-        """Yield the steps of a reply; write the message at once and the reply as it grows."""
-        growing = session.growing
+        """Write the message now, and the reply as it grows; return its steps."""
+        self._grow(session, session.growing)
+        return self._watched(session, session.growing, steps)
+
+    def _watched(
+        self, session: Session, growing: Growing, steps: Generator[Step, None, None]
+    ) -> Generator[Step, None, None]:
         with closing(steps):
-            self._grow(session, growing)
             due = self._clock() + EVERY
             for step in steps:
                 if self._clock() >= due:

@@ -12,7 +12,7 @@ from rich.text import Text
 from medusa_chat.config import UserError
 from medusa_chat.terminal.chat.command import Chat, Draft, Stream, Switch, find, is_command
 from medusa_chat.terminal.chat.commands import dispatch
-from medusa_chat.terminal.chat.conversation import read_conversation
+from medusa_chat.terminal.chat.conversation import read_conversation, split
 from medusa_chat.terminal.chat.errors import LoadError, error_line
 from medusa_chat.terminal.chat.keyboard import QuietInput, Signals, ending_signals
 from medusa_chat.terminal.chat.loading import DownloadProgress, Loading
@@ -20,7 +20,7 @@ from medusa_chat.terminal.chat.message import meant_to_leave, unquoted
 from medusa_chat.terminal.chat.plain import PlainPrompt
 from medusa_chat.terminal.chat.prompt import Prompt, open_history
 from medusa_chat.terminal.chat.reply import BRING_BACK, show_reply
-from medusa_chat.terminal.chat.resuming import Resumed, resume, split
+from medusa_chat.terminal.chat.resuming import Resumed, resume
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.chat.showing import message_rows
 from medusa_chat.terminal.chat.switching import switch
