@@ -13,6 +13,7 @@ from platformdirs import user_config_path
 
 from medusa_chat.config import ChatOptions, LoadOptions, Sampling, UserError
 from medusa_chat.files import expanded, read_text, write_text
+from medusa_chat.sampling import CHAT_DEFAULTS
 from medusa_chat.settings import help_of, require
 from medusa_chat.text import encodable, reason_of
 
@@ -154,6 +155,8 @@ def write_settings(path: Path, values: Mapping[str, Any]) -> list[str]:
 
 def _default(name: str) -> Any:
     """Return the default of a key; None if it has none."""
+    if name in CHAT_DEFAULTS:
+        return CHAT_DEFAULTS[name]
     for settings in CLASSES:
         for field in fields(settings):
             if field.name == name:

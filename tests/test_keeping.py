@@ -121,7 +121,7 @@ def test_a_message_without_a_reply_comes_back(file: Path) -> None:
     other = open_chat(file)
     result = dispatch(other, "/resume 1")
     assert isinstance(result, Draft)
-    assert (result.text, result.replacing) == ("two", False)
+    assert (result.text, result.replaces) == ("two", False)
     assert [message["content"] for message in other.session.messages] == ["one", REPLY]
     talk(other, "three")
     assert contents(file)[2:] == ["three", REPLY]

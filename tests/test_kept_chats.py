@@ -159,9 +159,9 @@ def test_a_message_without_a_reply_is_in_the_prompt_again(
     terminal.child.kill(signal.SIGKILL)
     terminal.status()
     terminal = start(*fake(tmp_path, "--resume", "1"))
-    terminal.see("your last message had no reply yet: it is in the prompt")
+    terminal.see("your last message has no reply yet")
     terminal.see("■ 4 ahead")
-    terminal.see("› Tell me a story")
+    terminal.see(lambda text: text.count("› Tell me a story") == 2)
     terminal.send(ENTER)
     terminal.replies(1)
     messages = Archive(tmp_path / "chats.db").read(1).conversation.messages

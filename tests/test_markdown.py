@@ -11,11 +11,12 @@ import pytest
 from rich.style import Style
 
 from medusa_chat.terminal.code import highlight
+from medusa_chat.terminal.live import ERASE_BELOW
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.rendering import code_blocks, render
 from medusa_chat.terminal.source import VIEWS, Source, View
 from medusa_chat.terminal.theme import head_style
-from medusa_chat.terminal.view import ERASE_BELOW, ReplyView
+from medusa_chat.terminal.view import ReplyView
 from tests.helpers.fake_engine import pieces, script
 from tests.test_view import Screen, console, two_rows
 
@@ -127,13 +128,12 @@ def test_the_views_differ_in_the_colours_of_the_heads() -> None:
     source.add(text, head_style(1))
     colour = head_style(1).color
     both, markdown = (render(source, 80, view) for view in ("both", "markdown"))
-    for word in ("word", "one more"):
+    for word in ("word", "one more", "def", "pass"):
         assert style_of(both, word).color == colour
-        assert style_of(markdown, word).color is None
+        assert style_of(markdown, word).color != colour
     assert style_of(both, "one more").bold
-    assert style_of(both, "def").underline
-    assert style_of(both, "def").color == style_of(markdown, "def").color != colour
-    assert not style_of(markdown, "def").underline
+    assert style_of(both, "def").bold
+    assert style_of(markdown, "def").color is not None
 
 
 FRAGMENTS = (

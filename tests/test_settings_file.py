@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import pytest
 from medusa_chat.cli import main, make_parser
 from medusa_chat.commands import open_chat as opening
 from medusa_chat.config import ChatOptions, LoadOptions, Message, Sampling, UserError
-from medusa_chat.settings import help_of
+from medusa_chat.settings import help_of, make
 from medusa_chat.settings_file import known_keys, read_settings, write_settings
 from medusa_chat.terminal.chat.archive import Archive
 from medusa_chat.terminal.chat.command import Chat
@@ -47,7 +47,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
         return 0
 
     monkeypatch.setattr(opening, "chat", chat)
-    monkeypatch.setattr("medusa_chat.commands.chat._prompt", lambda _: None)
+    monkeypatch.setattr("medusa_chat.commands.chat.read_prompt", lambda *_: None)
     return starts
 
 
@@ -58,7 +58,7 @@ def test_every_flag_and_setting_is_a_key() -> None:
         named = {field.name for field in fields(settings) if field.name in helps}
         assert named <= {key.field for key in keys.values()}
     options = vars(make_parser().parse_args(["chat"]))
-    apart = {"command", "prompt", "json", "latest", "resume", "words"}
+    apart = {"command", "message", "prompt", "json", "latest", "resume", "words"}
     assert {key.field for key in keys.values()} >= set(options) - apart
 
 
@@ -69,12 +69,14 @@ def test_the_file_is_read_and_flags_win(file: Path, opened: list[Start]) -> None
     )
     main([])
     start = opened.pop()
-    assert start.sampling == Sampling("typical", 1.0, stop=("a", "b"), ignore_eos=True)
+    usual = Sampling("typical", 1.0, stop=("a", "b"), ignore_eos=True, loop_guard="on")
+    assert make(Sampling, start.given) == usual
     expected = ChatOptions(system="Be brief.", marks=True, view="heads", editing="vi")
     assert start.options == expected
     main(["--mode", "exact", "--no-marks", "--view", "both", "--no-ignore-eos", "--seed", "7"])
     start = opened.pop()
-    assert start.sampling == Sampling("exact", 1.0, stop=("a", "b"), seed=7)
+    changed = replace(usual, mode="exact", ignore_eos=False, seed=7)
+    assert make(Sampling, start.given) == changed
     assert start.options == ChatOptions(system="Be brief.", editing="vi")
     assert read_settings(file)["context"] == 99
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,8 @@ from fastchat.conversation import Conversation, SeparatorStyle, get_conv_templat
 from transformers import AutoTokenizer
 
 from medusa_chat.cli import make_parser
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
+from medusa_chat.model.loading import load_model
 from medusa_chat.model.pretrained import tokenizer_settings
 from medusa_chat.model.templates import (
     ChatTemplate,
@@ -19,7 +21,15 @@ from medusa_chat.model.templates import (
     resolve_template,
 )
 from tests.helpers.hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
-from tests.helpers.tiny import decode, make_engine, random_backbone, reply, tokenizer
+from tests.helpers.tiny import (
+    decode,
+    make_engine,
+    random_backbone,
+    random_model,
+    reply,
+    save_model,
+    tokenizer,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +86,35 @@ def test_fastchat_makes_the_same_prompt(name: str, system: str | None, turns: in
 )
 def test_prompts_as_the_models_were_trained(name: str, system: str | None, prompt: str) -> None:
     assert template(name).render(talk("Hi", "Yo", "Bye", system=system)) == prompt
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "assistant: {% if enable_thinking is not defined or enable_thinking %}<think>\n"
+    "{% else %}<think></think>{% endif %}"
+)
+
+
+def test_a_template_of_a_thinking_model_is_switched() -> None:
+    made = ChatTemplate(llama_tokenizer(THINKING), "m")
+    turns = talk("Hi", "<think>Hm.</think>Yo", "Bye")
+    assert made.render(turns) == "user: Hi\nassistant: Yo\nuser: Bye\nassistant: <think>\n"
+    assert made.drops_thoughts
+    assert made.opening(turns) == "<think>"
+    off = made.with_thinking(False)
+    assert off.render(turns).endswith("assistant: <think></think>")
+    assert off.opening(turns) == ""
+    assert made.with_thinking(True).opening(turns) == "<think>"
+
+
+def test_a_template_without_thinking_refuses_to_switch_it() -> None:
+    for made in (ChatTemplate(llama_tokenizer(ZEPHYR), "m"), template()):
+        assert not made.drops_thoughts
+        assert made.opening(talk("Hi")) == ""
+        with pytest.raises(UserError, match="the chat template of m has no switch for thinking"):
+            made.with_thinking(True)
 
 
 def test_which_template_is_taken() -> None:
@@ -154,15 +193,43 @@ def test_a_model_without_a_template_says_how_to_name_one() -> None:
         engine.encode(talk("Hi"))
 
 
+def test_a_model_without_a_template_completes_plain_text(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, random_model(vocabulary=260), chat_template=None)
+    options = LoadOptions(device="cpu", dtype="float32", engine="torch")
+    loaded = load_model(ModelSpec("tiny", str(folder)), options)
+    assert [notice for notice in loaded.notices if "completes plain text (--raw)" in notice]
+    assert loaded.template.name == "none, plain text"
+    whole = [*talk("One", " two", "three", system="S")]
+    assert loaded.template.render(whole) == "One two\nthree"
+    engine = make_engine(loaded.backbone, tokenizer=loaded.tokenizer, template=loaded.template)
+    assert engine.raw
+    assert engine.encode(talk("Hi")) == loaded.tokenizer.encode("Hi")
+    with pytest.raises(UserError, match="tiny has no chat template: name one with"):
+        engine.raw = False
+    asked = load_model(ModelSpec("tiny", str(folder)), replace(options, raw=True))
+    assert asked.template.raw
+    assert asked.notices == ()
+
+
+def test_plain_text_begins_with_bos_and_has_no_stop_strings() -> None:
+    made = template("qwen-7b-chat")
+    assert made.stop_ids or made.stop
+    raw = made.switched(True)
+    assert (raw.stop, raw.render(talk("Hi"))) == ((), "Hi")
+    assert raw.encode(talk("Hi")) == made.tokenizer("Hi")["input_ids"]
+    assert raw.encode(talk("Hi"))[0] == made.tokenizer.bos_token_id
+    assert raw.switched(False) == made
+
+
 def test_the_templates_stop_strings_and_ids_end_a_reply() -> None:
     backbone = random_backbone()
     plain = make_engine(backbone)
     prompt = [1, 2, 3]
-    ids = reply(plain, prompt, mode="vanilla", max_new_tokens=24)
+    ids = reply(plain, prompt, mode="vanilla", temperature=0, max_new_tokens=24)
     text = plain.tokenizer.decode(ids)
     stop = Conversation("s", stop_str=[text[6:9], "never said"], stop_token_ids=[ids[12]])
     made = ChatTemplate(plain.tokenizer, "m", stop)
-    settings: dict[str, Any] = {"mode": "vanilla", "max_new_tokens": 24}
+    settings: dict[str, Any] = {"mode": "vanilla", "temperature": 0, "max_new_tokens": 24}
     by_text = make_engine(backbone, template=made)
     steps = decode(by_text, prompt, **settings)
     assert steps[-1].finish == "stop"

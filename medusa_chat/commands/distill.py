@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `distill`."""
     parser.add_argument(
-        "--model", help="name, folder or hub id of the backbone; not loaded with --server"
+        "--model",
+        help="name, folder, GGUF file or hub id of the backbone; not loaded with --server",
     )
-    add_prompts(parser, required=True)
+    more = "; or self:N, and the model invents the user turns of N conversations"
+    add_prompts(parser, required=True, more=more)
     parser.add_argument(
         "--out",
         type=Path,
@@ -80,6 +82,6 @@ def run(options: argparse.Namespace) -> int:
         )
     line = f"wrote {options.out}: {kept} conversations"
     if kept < total:
-        line += f"; {total - kept} of {total} prompts got no answer that fits the context"
+        line += f"; {total - kept} of {total} prompts got no answer, or none that fits the context"
     say(line)
     return 0

@@ -15,7 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model, user_file
+from medusa_chat.hub.fetch import source_of
+from medusa_chat.hub.model_list import (
+    known_models,
+    packaged_file,
+    read_models,
+    resolve_model,
+    user_file,
+)
 from medusa_chat.machine.devices import (
     choose_device,
     choose_dtype,
@@ -194,6 +201,18 @@ def check_native() -> Iterator[Finding]:
         return
     cores = f"{usable_cores()} threads, one for each core that this process may use (--threads)"
     yield Finding("native step", "cpu", f"{variant()} kernels; {cores}")
+    yield Finding("native step", "packed", _kept_models())
+
+
+def _kept_models() -> str:
+    """Describe the packed models in the cache folder."""
+    from medusa_chat.native import kept
+
+    sizes = [status.st_size for _, status in kept.files()]
+    if not sizes:
+        return f"no packed models are kept in {kept.folder()}"
+    count = "1 packed model" if len(sizes) == 1 else f"{len(sizes)} packed models"
+    return f"{count} in {kept.folder()}, {size_text(sum(sizes))}; they may be deleted"
 
 
 def check_4bit() -> Iterator[Finding]:
@@ -270,6 +289,9 @@ def check_models() -> Iterator[Finding]:
     own = user_file()
     text = f"{len(read_models(own))} in {own}" if own.is_file() else f"none: there is no {own}"
     yield Finding("models", "your own", text)
+    for spec in known_models().values():
+        if spec.mirror:
+            yield Finding("models", spec.name, source_of(spec))
 
 
 def check_settings() -> Iterator[Finding]:

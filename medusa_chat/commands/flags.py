@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from medusa_chat.config import RECIPES, LoadOptions, Recipe
-from medusa_chat.settings import help_of, make, parse_value
+from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
+from medusa_chat.sampling import CHAT_ONLY
+from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def add_fields(
     for field in fields(settings):
         if field.name in helps and (not names or field.name in names):
             _add_field(parser, settings, field, defaults.get(field.name))
+
+
+def add_decoding(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags of Sampling for a command without a conversation."""
+    names = [name for name in help_of(Sampling) if name not in CHAT_ONLY]
+    add_fields(parser, Sampling, *names, **defaults)
 
 
 def _add_field(
@@ -67,7 +74,8 @@ def _add_field(
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {int: "N", int | None: "N", float: "X", Path | None: "FILE"}.get(kind, "TEXT")
+    names = {int: "N", int | None: "N", float: "X", Path | None: "FILE", Duration: "TIME"}
+    return names.get(kind, "TEXT")
 
 
 def _default_note(settings: type, field: Field[Any], default: object) -> str:
@@ -102,7 +110,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a model and its heads."""
     parser.add_argument(
         "--model",
-        help="name (see `medusa-chat models`), folder or hub id; default: the bundled model",
+        help="name (see `medusa-chat models`), folder, GGUF file or hub id; default: the bundled"
+        " model",
     )
     parser.add_argument(
         "--heads",
@@ -115,8 +124,12 @@ def add_prompts(
     *flags: str,
     limit: int | None = None,
     required: bool = False,
+    more: str = "",
 ) -> None:
-    """Add the flags that name files of prompts; their values are `prompts` and `limit`."""
+    """Add the flags that name files of prompts; their values are `prompts` and `limit`.
+
+    `more` is for the help: what the first flag takes besides files.
+    """
     shipped = "" if required else " (default: a few that come with medusa-chat)"
     parser.add_argument(
         *(flags or ("--prompts",)),
@@ -125,7 +138,7 @@ def add_prompts(
         type=Path,
         nargs="+",
         required=required,
-        help=f"MT-Bench, messages or text{shipped}",
+        help=f"MT-Bench, messages or text{more}{shipped}",
     )
     parser.add_argument(
         "--limit", type=count, default=limit, help="prompts to take, in turn from each file"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from platformdirs import user_state_path
 
 from medusa_chat.commands.flags import load_engine
-from medusa_chat.config import ChatOptions, LoadOptions, Sampling, UserError
+from medusa_chat.config import ChatOptions, LoadOptions, UserError
 from medusa_chat.hub.model_list import known_models, resolve_model
 from medusa_chat.terminal.chat.archive import Archive, archive_file
 from medusa_chat.terminal.chat.keeping import Keeper
@@ -29,32 +29,30 @@ if TYPE_CHECKING:
 def open_chat(
     options: argparse.Namespace,
     chosen: ChatOptions,
-    sampling: Sampling,
     load_options: LoadOptions,
     given: Mapping[str, Any],
+    flags: Mapping[str, Any],
 ) -> int:
     """Open the chat; return the exit status.
 
     Args:
         options: of the command line: model, heads, latest and resume are read.
         chosen: options of the chat.
-        sampling: how replies are decoded.
         load_options: how models are loaded.
-        given: settings of the command line by name, which win over those of a kept conversation.
+        given: settings of Sampling by name, of the command line and the settings file.
+        flags: those of the command line alone, which win over those of a kept conversation.
     """
     archive = Archive(archive_file())
-    kept = _resumed(archive, options, given)
+    kept = _resumed(archive, options, flags)
     place = Place(options.model, options.heads)
-    if kept:
-        sampling = kept.conversation.sampling
-        if place == Place():
-            place = kept.place
+    if kept and place == Place():
+        place = kept.place
     spec = resolve_model(place.model, place.heads, models=load_options.models)
     start = Start(
         model=spec.name,
         description=spec.description,
         history=user_state_path("medusa-chat") / "history",
-        sampling=sampling,
+        given=given,
         options=chosen,
         keeper=Keeper(archive, place.whole(), private=chosen.private),
         resumed=kept,
@@ -64,7 +62,7 @@ def open_chat(
 
 
 def _resumed(
-    archive: Archive, options: argparse.Namespace, given: Mapping[str, Any]
+    archive: Archive, options: argparse.Namespace, flags: Mapping[str, Any]
 ) -> Kept | None:
     """Return the kept conversation that the command line names."""
     if not (options.latest or options.resume):
@@ -73,11 +71,11 @@ def _resumed(
         raise UserError("--transcript continues its own conversation: leave --resume out")
     summary = archive.find(options.resume) if options.resume else archive.latest()
     kept = archive.read(summary.number)
-    changes = {name: value for name, value in given.items() if name != "system"}
+    changes = {name: value for name, value in flags.items() if name != "system"}
     conversation = replace(
         kept.conversation,
         sampling=replace(kept.conversation.sampling, **changes),
-        system=given.get("system", kept.conversation.system),
+        system=flags.get("system", kept.conversation.system),
     )
     return kept._replace(conversation=conversation)
 

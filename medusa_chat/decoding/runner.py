@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medusa_chat.decoding import penalties
+from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.eager import EagerStep
@@ -16,7 +18,7 @@ from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.config import Sampling
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
     from medusa_chat.model.backbone import Backbone
@@ -72,6 +74,14 @@ class Runner:
         self._drafts.clear()
 
     @torch.inference_mode()
+    def begin(self, prompt: list[int], sampling: Sampling) -> Rule:
+        """Return the rule of a reply; penalties count the whole prompt from here on."""
+        if not sampling.penalized:
+            return make_rule(sampling)
+        penalties.begin(self.state.counts, prompt)
+        return make_rule(sampling, self.state.counts)
+
+    @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text; returns the token that the rule chooses after them."""
         return (self.fast or self.eager).prefill(tokens, rule)
@@ -88,13 +98,19 @@ class Runner:
             rule: decides which candidates are accepted.
             copied: a chain that competes with the heads' guesses for the tree's places.
         """
-        given = StepInput(root, self.cache.length, rule.numbers, copied)
+        report = self._step(StepInput(root, self.cache.length, rule.numbers, copied), tree, rule)
+        if rule.counts is not None:
+            penalties.extend(rule.counts, report.tokens)
+        return report
+
+    def _step(self, given: StepInput, tree: AnyTree, rule: Rule) -> StepReport:
+        copied = given.copied is not None
         if self.fast is not None:
             try:
-                return self.fast.step(self._draft(tree, copied is not None), given, rule)
+                return self.fast.step(self._draft(tree, copied), given, rule)
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
-        return self.eager.step(self._draft(tree, copied is not None), given, rule)
+        return self.eager.step(self._draft(tree, copied), given, rule)
 
     def _step_eagerly(self, reason: StepUnavailableError) -> None:
         """Drop the fast step for good: where one step fails, others would, and memory is short."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, ModelSpec, UserError
 from medusa_chat.model.rendering import render
+from medusa_chat.text import is_panic, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
     from fastchat.conversation import Conversation
 
 HOW_TO_NAME = "name one with --template NAME (`--template list` lists them)"
+SWITCH = "enable_thinking"  # the variable that templates of thinking models read
+THINK = "<think>"
 TURNS = ("user", "assistant")
+
+
+class NoTemplateError(UserError):
+    """A model has no chat template, and none is known for its name."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +33,21 @@ class ChatTemplate:
     Attributes:
         model: its name, for messages.
         conversation: fastchat's template, without messages; None for the tokenizer's own.
+        raw: True if there is no text around them: the model goes on with what the user wrote.
+        thinking: what the template's `enable_thinking` is set to; None leaves it alone.
     """
 
     tokenizer: Any
     model: str
     conversation: Conversation | None = None
+    raw: bool = False
+    thinking: bool | None = None
 
     @property
     def name(self) -> str:
         """Name of the template."""
+        if self.raw:
+            return "none, plain text"
         return self.conversation.name if self.conversation else "the tokenizer's own"
 
     @property
@@ -43,8 +56,30 @@ class ChatTemplate:
         return self.conversation.system_message if self.conversation else ""
 
     @property
+    def drops_thoughts(self) -> bool:
+        """True if it decides itself what later turns hold of <think> blocks."""
+        source = self._source()
+        return "</think>" in source or "reasoning_content" in source
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        """Return the tag of a block of thoughts that it opens for the reply, or ""."""
+        opens = self.render(messages).rstrip().endswith(THINK)
+        return THINK if opens else ""
+
+    def with_thinking(self, on: bool) -> ChatTemplate:
+        """Switch the model's thinking. Raises UserError if the template cannot."""
+        if SWITCH not in self._source():
+            raise UserError(f"the chat template of {self.model} has no switch for thinking")
+        return replace(self, thinking=on)
+
+    def _source(self) -> str:
+        return "" if self.conversation else str(self.tokenizer.chat_template or "")
+
+    @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end a reply."""
+        if self.raw:
+            return ()
         stop = self.conversation.stop_str if self.conversation else None
         return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
@@ -53,6 +88,12 @@ class ChatTemplate:
         """Tokens that end a reply, besides the model's EOS."""
         ids = self.conversation.stop_token_ids if self.conversation else None
         return frozenset(ids or ())
+
+    def switched(self, raw: bool) -> ChatTemplate:
+        """Return the template with `raw` on or off; raises UserError if there is no template."""
+        if not raw and self.conversation is None and not self.tokenizer.chat_template:
+            raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
+        return replace(self, raw=raw)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation up to where the reply begins, with one BOS if the model has any."""
@@ -65,8 +106,13 @@ class ChatTemplate:
             `input_ids`, and further outputs that `options` ask the tokenizer for, one by token.
         """
         # The tokenizer's template writes its special tokens; most of fastchat's leave BOS out.
-        add = self.conversation is not None
-        found = self.tokenizer(text, add_special_tokens=add, **options)
+        add = self.raw or self.conversation is not None
+        try:
+            found = self.tokenizer(text, add_special_tokens=add, **options)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(f"the tokenizer fails on this text: {reason_of(error)}") from None
         bos = self.tokenizer.bos_token_id
         twice = add and bos is not None and found["input_ids"][:2] == [bos, bos]
         return {name: items[twice:] for name, items in found.items()}
@@ -89,6 +135,8 @@ class ChatTemplate:
 
     def text(self, messages: Sequence[Message], replying: bool = False) -> str:
         """Write a conversation, with the beginning of a reply if `replying`; raises as `render`."""
+        if self.raw:
+            return _plain(messages)
         if self.conversation is None:
             return self._by_tokenizer(messages, replying)
         return self._by_fastchat(self.conversation.copy(), messages, replying)
@@ -118,7 +166,8 @@ class ChatTemplate:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
         kept = [each for each in messages if each["role"] != "system" or each["content"]]
         try:
-            return render(self.tokenizer, kept, replying)
+            switch: dict[str, bool] = {} if self.thinking is None else {SWITCH: self.thinking}
+            return render(self.tokenizer, kept, replying, **switch)
         except UserError as error:
             raise UserError(
                 f"the chat template of {self.model} refuses this conversation: {error}"
@@ -144,6 +193,36 @@ class ChatTemplate:
         return text
 
 
+def _plain(messages: Sequence[Message]) -> str:
+    """Join messages to one text, in which each of the user's but the first begins a line."""
+    text = ""
+    for message in messages:
+        if message["role"] == "user" and text and not text.endswith("\n"):
+            text += "\n"
+        if message["role"] != "system":  # it instructs a model that chats
+            text += message["content"]
+    return text
+
+
+def template_or_plain(
+    tokenizer: Any, spec: ModelSpec, notices: list[str], raw: bool
+) -> ChatTemplate:
+    """Choose a template as `resolve_template` does; plain text if there is none, or if `raw`.
+
+    `notices` gets a line if there is none.
+    """
+    try:
+        template = resolve_template(tokenizer, spec, notices)
+    except NoTemplateError:
+        template = ChatTemplate(tokenizer, spec.name, raw=True)
+        if not raw:
+            notices.append(
+                f"{spec.name} has no chat template: it completes plain text (--raw), unless"
+                " --template NAME gives it one"
+            )
+    return template.switched(True) if raw else template
+
+
 def resolve_template(
     tokenizer: Any, spec: ModelSpec, notices: list[str] | None = None
 ) -> ChatTemplate:
@@ -152,7 +231,7 @@ def resolve_template(
     The last is a guess, of which `notices` gets a line.
 
     Raises:
-        UserError: the named template is unknown, or there is none.
+        UserError: the named template is unknown, or there is none (NoTemplateError).
     """
     if spec.template:
         return ChatTemplate(tokenizer, spec.name, named_template(spec.template))
@@ -166,7 +245,7 @@ def resolve_template(
                     " its name; --template NAME chooses another"
                 )
             return ChatTemplate(tokenizer, spec.name, conversation)
-    raise UserError(
+    raise NoTemplateError(
         f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it:"
         f" {HOW_TO_NAME}"
     )

@@ -6,7 +6,8 @@ schedules.py       learning rates and the weight of the heads' loss over a run
 trainee.py         a backbone with its heads, and the loss of a batch
 optimization.py    transformers' Trainer with two learning rates and a guard against NaN
 trainer.py         `medusa-chat train`: a run from its data to its files
-progress.py        progress, log and Ctrl-C of a run
+progress.py        progress and log of a run
+stopping.py        checkpoints on a signal, and by time
 checkpoints.py     begin, resume and fail
 outputs.py         the files that a run leaves
 evaluate.py        perplexity of a backbone
@@ -14,6 +15,7 @@ memory.py          memory that training and answering need
 distillation.py    `medusa-chat distill`: the model answers prompts
 questions.py       DistillJob, and what its answerers take and give
 conversations.py   conversations of distill, and resuming in their file
+invention.py       user turns that the model invents
 local_model.py     answers of a model on this machine
 server.py          answers of a model behind an HTTP server
 calibration.py     `medusa-chat calibrate`: accuracies of the heads, and the check of a forecast

@@ -10,7 +10,8 @@ between them, and each is recorded once for what its shapes depend on:
 Everything else is a value in a buffer: position, root, copies, temperature, truncation, thresholds,
 seed, a tree's topology, how likely its guesses are. The first step of a number of nodes over a
 span of text records all kinds of rule, and the vanilla step too. From then on another mode,
-temperature, truncation, seed or tree of as many nodes records nothing. A text that outgrows its
+temperature, truncation, seed or tree of as many nodes records nothing. Penalties record their
+rules when they are first used. A text that outgrows its
 span records two forwards. These record layouts of their own: the first step with copies among the
 guesses (and its rules, as copies lie deeper), the first dynamic tree, trees that use more than
 RANKED guesses of a head, supersets of more than ROWS paths.
@@ -167,9 +168,11 @@ class StaticStep:
         self._host_input.numpy()[: len(values)] = values
         self._input.copy_(self._host_input, non_blocking=True)
         span = self._span(draft.size)
-        keys = (_layout_key(draft), _forward_key(draft, span), _acceptance_key(draft, rule.kind))
+        counts = rule.counts
+        accept = _acceptance_key(draft, rule.kind, counts)
+        keys = (_layout_key(draft), _forward_key(draft, span), accept)
         if not all(key in self.programs for key in keys):
-            self._prepare(draft, span)
+            self._prepare(draft, span, counts)
         self.drafts[draft.shape].load(draft)
         self.started = time.perf_counter()
         for key in keys:
@@ -195,8 +198,10 @@ class StaticStep:
         cache = self._state.cache
         return min(next_size(SHORTEST_SPAN, cache.length + max(nodes, ROWS)), cache.capacity)
 
-    def _prepare(self, draft: Draft, span: int) -> None:
+    def _prepare(self, draft: Draft, span: int, counts: Tensor | None) -> None:
         """Record what is missing of the draft's steps and of vanilla ones, for all kinds of rule.
+
+        Rules with penalties, which read `counts`, are recorded only where one is used.
 
         Recording may run a program. So all are recorded before the step, where nothing that they
         write is in use but the last hidden state.
@@ -206,8 +211,8 @@ class StaticStep:
         if not any(known is keys for known in self._token_keys):
             self._token_keys.append(keys)
         try:
-            self._record_all(self._root, span)
-            self._record_all(draft, span)
+            self._record_all(self._root, span, counts)
+            self._record_all(draft, span, counts)
         except Exception as error:  # any operation, kernel library or CUDA itself may refuse
             raise StepUnavailableError(
                 f"steps cannot be recorded as CUDA graphs here ({reason_of(error)}), so that each"
@@ -217,7 +222,7 @@ class StaticStep:
         finally:
             self._state.hidden.copy_(hidden)
 
-    def _record_all(self, draft: Draft, span: int) -> None:
+    def _record_all(self, draft: Draft, span: int, counts: Tensor | None) -> None:
         self._buffers_of(draft.size)  # made here, or they would belong to a recording
         if draft.shape not in self.drafts:
             self.drafts[draft.shape] = SharedDraft(draft)
@@ -225,8 +230,8 @@ class StaticStep:
         self._keep(_layout_key(draft), partial(self._lay_out, shared))
         self._keep(_forward_key(draft, span), partial(self._forward, draft.size, span))
         for kind in KINDS:
-            accept = partial(self._accept, draft.size, draft.deepest, kind)
-            self._keep(_acceptance_key(draft, kind), accept)
+            accept = partial(self._accept, draft.size, draft.deepest, kind, counts)
+            self._keep(_acceptance_key(draft, kind, counts), accept)
 
     def _keep(self, key: Key, program: Program) -> None:
         """Record a program if it is new; then drop the one of its sort unused for longest."""
@@ -268,11 +273,11 @@ class StaticStep:
         buffers.hidden[:nodes].copy_(hidden)
         buffers.logits[:nodes].copy_(backbone.logits(hidden))
 
-    def _accept(self, nodes: int, deepest: int, kind: Kind) -> None:
+    def _accept(self, nodes: int, deepest: int, kind: Kind, counts: Tensor | None) -> None:
         """Apply a rule, and move the accepted rows to the text's end."""
         buffers, given = self._buffers_of(nodes), PackedInput(self._input)
         tree, start = buffers.tree(nodes, deepest), given.position
-        rule = Rule(kind, given.numbers)
+        rule = Rule(kind, given.numbers, counts)
         verdict = rule(buffers.logits[:nodes], buffers.candidates[:nodes], tree, start)
         if nodes > 1:
             self._state.cache.move(start, path_to(verdict.row, tree))
@@ -293,5 +298,5 @@ def _forward_key(draft: Draft, span: int) -> Key:
     return "forward", draft.size, span
 
 
-def _acceptance_key(draft: Draft, kind: Kind) -> Key:
-    return "acceptance", draft.size, draft.deepest, kind
+def _acceptance_key(draft: Draft, kind: Kind, counts: Tensor | None) -> Key:
+    return "acceptance", draft.size, draft.deepest, kind, counts is not None

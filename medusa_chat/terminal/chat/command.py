@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chat:
-    """A session and how it is shown: the object that commands work on."""
+    """A session and how it is shown: the object that commands work on.
+
+    Attributes:
+        explained: settings of which the user has read that the mode does not use them.
+    """
 
     session: Session
     marks: bool = False
     colour: bool = True
     view: View = "both"
     keeper: Keeper = field(default_factory=Keeper)
+    explained: set[str] = field(default_factory=set)
+    open_thoughts: bool = False
 
     def legend(self) -> Text:
         """Explain the colours of this model's heads."""
@@ -52,12 +58,12 @@ class Draft:
     """The result of a command that puts text into the prompt.
 
     Attributes:
-        replacing: it takes the place of the last message.
+        replaces: the message takes the place of the last one.
         note: printed above it.
     """
 
     text: str
-    replacing: bool = True
+    replaces: bool = True
     note: RenderableType = ""
 
 
@@ -68,14 +74,25 @@ class Switch:
     name: str
 
 
-Result = RenderableType | Stream | Draft | Switch | None
+@dataclass(frozen=True)
+class Scene:
+    """The result of a command that draws by itself.
+
+    Attributes:
+        show: takes the console and `plain`, which forbids to redraw.
+    """
+
+    show: Callable[..., None]
+
+
+Result = RenderableType | Stream | Draft | Switch | Scene | None
 Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 GROUPS = {  # with examples
-    "Talk": "/edit · /regen · /copy code · /save talk.json",
+    "Talk": "/edit · /regen · /copy code · /file notes.txt · /save talk.json",
     "Keep": "/chats fox · /resume 3 · /name fox tale · /export tale.html",
-    "Look": "/view heads · /marks on · /stats",
+    "Look": "/view heads · /marks on · /stats · /race Tell me a fairy tale.",
     "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
 }
 

@@ -13,6 +13,8 @@ from medusa_chat.files import read_json, write_text
 if TYPE_CHECKING:
     from pathlib import Path
 
+RETIRED = ("sample",)  # settings of earlier versions, in files that these wrote
+
 
 # Who proposed a text: a head, as in Token.head, and how many characters in a row are its own.
 Runs = tuple[tuple[int, int], ...]
@@ -131,6 +133,7 @@ def _sampling(settings: Any) -> Sampling:
     defaults = asdict(Sampling())
     if not isinstance(settings, dict):
         raise UserError("sampling must be a mapping")
+    settings = {name: value for name, value in settings.items() if name not in RETIRED}
     for name, value in settings.items():
         if name not in defaults:
             raise UserError(f"there is no setting {name!r}")

@@ -13,6 +13,7 @@ from medusa_chat.terminal.chat.conversation import write_conversation
 from medusa_chat.terminal.chat.showing import conversation_rows, settings_line
 from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.theme import LABEL, STRONG
+from medusa_chat.terminal.thoughts import answer_of
 from medusa_chat.text import encodable, one_line
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _markdown(_chat: Chat, conversation: Conversation, title: str) -> str:
         parts.append(f"System prompt: {conversation.system}")
     for message in conversation.messages:
         name = "You" if message["role"] == "user" else conversation.model
-        parts += [f"## {name}", message["content"].strip("\n")]
+        parts += [f"## {name}", answer_of(message["content"]).strip("\n")]
     return "\n\n".join(parts) + "\n"
 
 

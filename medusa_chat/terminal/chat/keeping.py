@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from medusa_chat.events import Step
-    from medusa_chat.terminal.chat.session import Growing, Session
+    from medusa_chat.terminal.chat.growing import Growing
+    from medusa_chat.terminal.chat.session import Session
 
 EVERY = 1.0  # seconds between two writes of a growing reply
+NONE = -1  # no number of a conversation
 NOT_KEPT = "this conversation is not kept; /private off keeps it"
 ELSEWHERE = "another chat goes on with this conversation too: yours is kept"
 FORGOTTEN = "this conversation was forgotten in another chat: it is no longer kept here either"
@@ -51,8 +53,8 @@ class Keeper:
         self._archive = archive
         self._clock = clock
         self._name = ""  # of a conversation that is not written yet
-        self._number = 0  # of the session's conversation
-        self._unkept = 0  # the number of one that was forgotten
+        self._number = NONE  # of the session's conversation
+        self._unkept = NONE  # the number of one that was forgotten
         self._failed = False
 
     @property
@@ -145,7 +147,7 @@ class Keeper:
         self._follow(session)
         self.private = on
         if not on:
-            self._unkept = 0
+            self._unkept = NONE
             self.write(session)
         return self.kept
 

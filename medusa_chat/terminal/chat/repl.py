@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from medusa_chat.config import UserError
-from medusa_chat.terminal.chat.command import Chat, Draft, Stream, Switch, find, is_command
+from medusa_chat.terminal.chat.attachments import with_files
+from medusa_chat.terminal.chat.command import (
+    Chat,
+    Draft,
+    Scene,
+    Stream,
+    Switch,
+    find,
+    is_command,
+)
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import read_conversation, split
 from medusa_chat.terminal.chat.errors import LoadError, error_line
+from medusa_chat.terminal.chat.greeting import begin, greet, open_console
 from medusa_chat.terminal.chat.keyboard import QuietInput, Signals, ending_signals
 from medusa_chat.terminal.chat.loading import DownloadProgress, Loading
 from medusa_chat.terminal.chat.message import meant_to_leave, unquoted
 from medusa_chat.terminal.chat.plain import PlainPrompt
 from medusa_chat.terminal.chat.prompt import Prompt, open_history
 from medusa_chat.terminal.chat.reply import BRING_BACK, show_reply
-from medusa_chat.terminal.chat.resuming import Resumed, resume
-from medusa_chat.terminal.chat.session import Session
+from medusa_chat.terminal.chat.resuming import Resumed
 from medusa_chat.terminal.chat.showing import message_rows
 from medusa_chat.terminal.chat.switching import switch
-from medusa_chat.terminal.output import SafeConsole, warn
+from medusa_chat.terminal.chat.transcript import Transcript
+from medusa_chat.terminal.output import warn
 from medusa_chat.terminal.panel import mode_label
 from medusa_chat.terminal.source import VIEWS
-from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE, STRONG
+from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -35,9 +46,9 @@ if TYPE_CHECKING:
     from medusa_chat.events import Step
     from medusa_chat.terminal.chat.engine import ChatEngine
     from medusa_chat.terminal.chat.kept import Kept
+    from medusa_chat.terminal.chat.session import Session
     from medusa_chat.terminal.chat.start import Start
 
-TRY = "try: Tell me a fairy tale. · /typical samples · /view switches Markdown · /help lists all"
 LEAVE = "/exit leaves, Ctrl+D too; type {} once more to send it as a message"
 
 
@@ -53,21 +64,14 @@ def chat(load: Callable[[DownloadProgress], ChatEngine], start: Start) -> int:
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError("chat needs a terminal; use --prompt TEXT or pipe text to it")
-    transcript = start.options.transcript
-    saved = read_conversation(transcript) if transcript and transcript.exists() else None
+    path = start.options.transcript
     plain = start.options.plain or os.environ.get("TERM") == "dumb"
-    loading = Loading(load, start.model)
-    status = 0
-    try:
-        with ending_signals():
-            Repl(
-                loading, replace(start, saved=saved, options=replace(start.options, plain=plain))
-            ).run()
-    except SystemExit as ending:
-        status = int(ending.code or 0)
-    except LoadError as error:
-        warn(f"error: {error_line(error.reason)}")
-        status = 2
+    start = replace(start, options=replace(start.options, plain=plain))
+    kept = Transcript(path) if path else None
+    with kept or nullcontext():
+        saved = read_conversation(path) if path and path.exists() else None
+        loading = Loading(load, start.model)
+        status = _run(loading, replace(start, saved=saved, transcript=kept))
     if not loading.done:
         # The interpreter may crash if it shuts down while the thread imports torch.
         sys.stdout.flush()
@@ -75,11 +79,17 @@ def chat(load: Callable[[DownloadProgress], ChatEngine], start: Start) -> int:
     return status
 
 
-def open_console() -> SafeConsole:
-    """Open the terminal; its real size counts, not COLUMNS and LINES of the environment."""
-    stale = ("COLUMNS", "LINES")
-    environment = {name: value for name, value in os.environ.items() if name not in stale}
-    return SafeConsole(highlight=False, _environ=environment)
+def _run(loading: Loading, start: Start) -> int:
+    """Run the chat's loop; return the exit status."""
+    try:
+        with ending_signals():
+            Repl(loading, start).run()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    except LoadError as error:
+        warn(f"error: {error_line(error.reason)}")
+        return 2
+    return 0
 
 
 class Repl:
@@ -88,27 +98,24 @@ class Repl:
     def __init__(self, loading: Loading, start: Start) -> None:
         self._loading = loading
         self._start = start
-        self._transcript = start.options.transcript
+        self._transcript = start.transcript
         self._chat: Chat | None = None
-        self._draft = Draft("")  # the last message while it is edited
+        self._draft = Draft("")  # text that the next message begins with
         self._asked = ""  # a word that may have been meant as a command
         self._console = open_console()
         keeper = start.keeper
         opened, notice = open_history(start.history, lambda: keeper.private)
         self._prompt: Prompt | PlainPrompt = PlainPrompt()
         if not start.options.plain:
-            self._prompt = Prompt(
-                opened, self._session, self._status, self._switch_view, start.options.editing
-            )
+            keys = (self._switch_view, self._press)
+            self._prompt = Prompt(opened, self._session, self._status, *keys, start.options.editing)
         if notice:
             self._console.print(Text(notice, NOTICE))
 
     def run(self) -> None:
         """Read and answer until the user leaves. Raises LoadError."""
         start = self._start
-        hint = " · ".join(["", start.model, *filter(None, [start.description])])
-        self._console.print(Text.assemble(("medusa-chat", STRONG), (hint, LABEL)))
-        self._console.print(Text(TRY, LABEL))
+        greet(self._console, start)
         if start.resumed:
             self._take(self._resumed(start.resumed))
         while True:
@@ -127,7 +134,7 @@ class Repl:
             self._greet()
         draft = self._draft
         self._draft = Draft("")
-        line = self._prompt.read(self._loading, self._greet, draft.text)
+        line = self._read(draft)
         if not line.strip():
             return
         self._echo(line)
@@ -136,15 +143,27 @@ class Repl:
             raise EOFError
         if meant_to_leave(line) and line != self._asked:
             self._asked = line
-            self._console.print(Text(LEAVE.format(line.strip()), NOTICE))
-            self._console.print()
+            self._console.print(Text(LEAVE.format(line.strip()) + "\n", NOTICE))
             return
         chat = self._ready()
         if is_command(line):
             self._run_command(chat, line)
         else:
-            replacing = draft.replacing and bool(draft.text) and not self._prompt.cleared
-            self._answer(chat, chat.session.ask(unquoted(line), replacing=replacing))
+            replacing = bool(draft.text) and draft.replaces and not self._prompt.cleared
+            self._send(chat, unquoted(line), replacing)
+
+    def _read(self, draft: Draft) -> str:
+        """Read a line that begins with a draft; plain mode can only put a file before it."""
+        before = not draft.replaces and self._start.options.plain
+        line = self._prompt.read(self._loading, self._greet, "" if before else draft.text)
+        return draft.text + line if before and not is_command(line) else line
+
+    def _send(self, chat: Chat, message: str, replacing: bool) -> None:
+        """Answer a message, with the files that it names. Raises UserError."""
+        sent = with_files(message, chat.session.engine)
+        for note in sent.notes:
+            self._console.print(Text(note, LABEL))
+        self._answer(chat, chat.session.ask(sent.text, replacing=replacing, typed=message))
 
     def _echo(self, line: str) -> None:
         """Print a message as it was typed; fold one of many lines."""
@@ -157,15 +176,22 @@ class Repl:
         steps = chat.keeper.watch(chat.session, steps)
         try:
             show_reply(self._console, chat, steps, plain=self._start.options.plain)
-        finally:  # a signal that ends the program loses nothing either
-            self._after_reply(chat)
+        except BaseException:  # a signal that ends the program loses nothing either
+            chat.keeper.write(chat.session)
+            if self._transcript is not None:
+                self._transcript.keep(chat.session, lambda _: False)
+            raise
+        self._after_change(chat)
 
     def _switch_view(self) -> str:
-        """Switch to the next view; return a hint."""
         if self._chat is None:
             return "the model is still loading"
         self._chat.view = VIEWS[(VIEWS.index(self._chat.view) + 1) % len(VIEWS)]
         return f"view: {self._chat.view}"
+
+    def _press(self, line: str) -> None:
+        if self._chat is not None:
+            self._run_command(self._chat, line)
 
     def _ready(self) -> Chat:
         """Return the chat; wait for the model if need be."""
@@ -187,33 +213,17 @@ class Repl:
         """Start the session once the model is loaded: print the legend and the notices."""
         if self._chat is not None:
             return
-        start = self._start
-        session = Session(self._loading.result(), start.sampling, start.options.system)
-        colour = not self._console.no_color
-        keeper = start.keeper
-        self._chat = Chat(
-            session, start.options.marks, colour=colour, view=start.options.view, keeper=keeper
-        )
-        session.names["chats"] = keeper.names
-        session.names["model"] = start.models.names if start.models else list
-        if start.saved:
-            session.load(start.saved)
-            session.sampling = start.sampling  # the command line's settings, not the saved ones
-            session.system = (
-                start.saved.system if start.options.system is None else start.options.system
-            )
-            count = len(session.messages)
-            note = f"continuing with {count} messages from {self._transcript}"
-            self._console.print(Text(note, LABEL))
-        if start.resumed:
-            resume(self._chat, start.resumed)
-        self._console.print(self._chat.legend())
-        self._notices(session)
+        transcript = self._transcript
+        self._chat = begin(self._console, self._start, self._loading.result(), transcript)
+        self._notices(self._chat.session)
         self._console.print()
 
     def _run_command(self, chat: Chat, line: str) -> None:
         try:
             result = dispatch(chat, line)
+            if isinstance(result, Scene):
+                result.show(self._console, plain=self._start.options.plain)
+                result = None
             if isinstance(result, Switch):
                 result = switch(chat, self._start.models, result.name, self._wait)
         except LoadError:  # neither the other model nor the present one can be loaded
@@ -230,37 +240,41 @@ class Repl:
         elif result is not None:
             self._console.print(result)
             self._console.print()
-        self._after_command(chat)
+        self._after_change(chat)
 
     def _take(self, draft: Draft) -> None:
         """Put a draft into the next prompt."""
+        plain = self._start.options.plain
+        if plain and isinstance(draft.note, Resumed):  # plain mode has no prompt to edit
+            draft = replace(draft, text="")
         self._draft = draft
         if draft.note:
-            self._console.print(draft.note, soft_wrap=True)  # rows of code stay whole
+            note = Text(draft.note, LABEL) if isinstance(draft.note, str) else draft.note
+            self._console.print(note, soft_wrap=True)  # rows of code stay whole
             self._console.print()
 
     def _resumed(self, kept: Kept) -> Draft:
         """Return what is shown of a kept conversation at the start."""
         start = self._start
         note = Resumed(kept, start.options.view, start.options.marks, start.model)
-        return Draft(split(kept.conversation)[1], replacing=False, note=note)
+        return Draft(split(kept.conversation)[1], replaces=False, note=note)
 
-    def _after_command(self, chat: Chat) -> None:
-        """Keep what has changed, and print notices."""
-        chat.keeper.write(chat.session)
-        self._notices(chat.session)
-
-    def _after_reply(self, chat: Chat) -> None:
-        """Keep the conversation, print notices, write the transcript if that can be written."""
+    def _after_change(self, chat: Chat) -> None:
+        """Keep what has changed, write the transcript, and print notices."""
         session = chat.session
-        self._after_command(chat)
-        if self._transcript is None:
-            return
+        chat.keeper.write(session)
+        if self._transcript is not None:
+            line = self._transcript.keep(session, self._confirm)
+            if line:
+                self._console.print(Text(f"{line}\n", NOTICE))
+        self._notices(session)
+
+    def _confirm(self, question: str) -> bool:
+        """Ask a question; yes is y."""
         try:
-            session.save(self._transcript)
-        except UserError as error:
-            self._transcript = None
-            self._complain(error)
+            return self._console.input(Text(question, NOTICE)).strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            return False
 
     def _session(self) -> Session | None:
         return self._chat.session if self._chat else None

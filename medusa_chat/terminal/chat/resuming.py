@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.terminal.chat.conversation import Conversation, split
-from medusa_chat.terminal.chat.showing import SHOWN_TURNS, conversation_rows, settings_line
+from medusa_chat.terminal.chat.showing import (
+    SHOWN_TURNS,
+    conversation_rows,
+    message_rows,
+    settings_line,
+)
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import escape_controls
 from medusa_chat.text import one_line
@@ -56,7 +61,8 @@ class Resumed:
         )
         yield Text(self._settings(answered), LABEL)
         if unanswered:
-            yield Text("your last message had no reply yet: it is in the prompt", LABEL)
+            yield from message_rows(unanswered)
+            yield Text("your last message has no reply yet: send it again", LABEL)
 
     def _settings(self, conversation: Conversation) -> str:
         name = f" ({escape_controls(self.kept.name)})" if self.kept.name else ""

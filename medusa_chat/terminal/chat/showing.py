@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import Sampling
+from medusa_chat.sampling import CHAT_DEFAULTS
 from medusa_chat.terminal.chat.message import PROMPT, folded
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.reports.tables import shown
 from medusa_chat.terminal.theme import LABEL, STRONG, head_mark, head_style
+from medusa_chat.terminal.thoughts import answer_of
 from medusa_chat.terminal.wrapping import Flow
 from medusa_chat.text import sanitize
 
@@ -36,8 +38,9 @@ def reply_rows(text: str, runs: Runs, view: View, width: int, marks: bool) -> li
     """Return a reply as the chat shows it, coloured by who proposed it."""
     flow = Flow() if view == "heads" else MarkdownFlow(view)
     start = 0
+    skipped = len(text) - len(answer_of(text))  # thoughts
     for head, length in runs or ((0, len(text)),):
-        piece = text[start : start + length]
+        piece = text[max(start, skipped) : start + length]
         flow.feed(piece, head_style(head), head_mark(head) if marks else "")
         start += length
     return flow.rest(width)
@@ -82,7 +85,7 @@ def first_message(conversation: Conversation, turns: int | None) -> int:
 
 def settings_line(conversation: Conversation) -> str:
     """Name the settings of a conversation that are not the defaults, in one line."""
-    sampling, defaults = conversation.sampling, Sampling()
+    sampling, defaults = conversation.sampling, Sampling(**CHAT_DEFAULTS)
     parts = [f"mode {sampling.mode}"]
     for each in fields(Sampling):
         value = getattr(sampling, each.name)

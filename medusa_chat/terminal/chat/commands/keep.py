@@ -99,7 +99,7 @@ def _resume(chat: Chat, argument: str) -> Result:
     kept = chat.keeper.archive.read(summary.number)
     unanswered = resume(chat, kept)
     note = Resumed(kept, chat.view, chat.marks, chat.session.engine.name)
-    return Draft(unanswered, replacing=False, note=note)
+    return Draft(unanswered, replaces=False, note=note)
 
 
 @command("forget", "NUMBER|NAME", values=_kept_names, destroys=True)
