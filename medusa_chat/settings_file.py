@@ -118,13 +118,16 @@ def _check_ranges(path: Path, values: Mapping[str, Any]) -> None:
             raise UserError(f"{path}: {error}") from None
 
 
-def write_settings(path: Path, values: Mapping[str, Any]) -> list[str]:
+def write_settings(
+    path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
     """Write settings by key into a file. Its other keys, its order and its comments stay.
 
     Args:
         path: of the file, which may not exist yet.
         values: by key; the default of a setting is written only over another value, and None
             removes a key.
+        defaults: those of the model, by name, where they are not the usual ones.
 
     Returns:
         the keys that were changed.
@@ -137,10 +140,9 @@ def write_settings(path: Path, values: Mapping[str, Any]) -> list[str]:
     before = _document(path)
     spelt = {name.replace("-", "_"): name for name in before}
     plain = {spelt.get(name, name): _plain(value) for name, value in values.items()}
-    defaults = {spelt.get(name, name): _default(name) for name in values}
-    changes = {
-        name: value for name, value in plain.items() if before.get(name, defaults[name]) != value
-    }
+    usual = {name: _default(name) for name in values} | dict(defaults or {})
+    effective = {spelt.get(name, name): value for name, value in usual.items()} | before
+    changes = {name: value for name, value in plain.items() if effective[name] != value}
     try:
         document = tomlkit.parse(read_text(path, MOST_BYTES) if before else "")
         for name, value in changes.items():

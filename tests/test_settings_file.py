@@ -180,6 +180,14 @@ def test_settings_are_saved_without_touching_the_rest(file: Path) -> None:
         run(chat, "/settings load")
 
 
+def test_defaults_of_the_model_are_not_saved(file: Path) -> None:
+    engine = FakeEngine()
+    engine.defaults = {"mode": "exact", "temperature": 0.6}
+    chat = Chat(Session(engine, Sampling("exact", 0.7)))
+    assert "saved temperature (" in run(chat, "/settings save").replace("\n", " ")
+    assert read_settings(file) == {"temperature": 0.7}
+
+
 def test_a_file_that_cannot_be_written_or_read_stays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write_settings(Path("/proc/nowhere/settings.toml"), {"seed": 1})

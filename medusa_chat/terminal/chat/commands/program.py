@@ -28,7 +28,7 @@ def _settings(chat: Chat, argument: str) -> Result:
     if argument not in ("", "save"):
         raise UsageError
     if argument:
-        changed = write_settings(path, dict(_present(chat)))
+        changed = write_settings(path, dict(_present(chat)), chat.session.engine.defaults)
         words = f"saved {', '.join(changed)}" if changed else "nothing to save: no setting differs"
         return Text(f"{words} ({path})", LABEL)
     stored = read_settings(path)
