@@ -111,13 +111,15 @@ class Runner:
         return self._drafts[key]
 
     def _new_draft(self, tree: AnyTree, copied: bool) -> Draft:
+        shared = self.fast is not None and self.fast.shared_buffers
+        heads = self.state.head_count
         if isinstance(tree, Tree) and not copied:
-            return FixedDraft(tree, self.state.head_count, self.backbone)
+            return FixedDraft(tree, heads, self.backbone, shared_buffers=shared)
         return DynamicDraft(
             tree,
             copied=copied,
-            heads=self.state.head_count,
+            heads=heads,
             accuracy=self.accuracy,
             backbone=self.backbone,
-            shared_buffers=self.fast is not None and self.fast.shared_buffers,
+            shared_buffers=shared,
         )

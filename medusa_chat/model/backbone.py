@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from medusa_chat.config import UserError
+from medusa_chat.config import UserError, out_of_memory
 from medusa_chat.model.attention import tree_attention as attention
 from medusa_chat.model.attention.choice import FasterAttention
 from medusa_chat.model.cache import KVCache
@@ -60,6 +60,7 @@ class Backbone:
         check_rewindable(type(model), config)
         self.model = model.eval().requires_grad_(False)
         self.config = config
+        _fix_positions(model)
         self.attend: attention.Attend = attention.torch_attention
         if self.device.type == "cuda":
             self.attend = FasterAttention()
@@ -241,6 +242,8 @@ class Backbone:
             self.model.set_attn_implementation(attention.register())
             logits = self._logits_of_tree()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise UserError(f"{kind} models do not take tree attention: {error!r}") from None
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
         if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
@@ -253,3 +256,16 @@ class Backbone:
         mask = attention.additive(ancestors.bool().to(self.device), self.dtype)
         logits = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))
         return logits[torch.tensor([0, 1, 3], device=self.device)].float()
+
+
+def _fix_positions(model: Any) -> None:
+    """Keep longrope and dynamic RoPE from looking at the positions in each forward.
+
+    They change their frequencies for texts that are longer than `Backbone.context` allows.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):  # one for each type of layer
+            module.rope_type = dict.fromkeys(kinds, "default")
+        elif isinstance(kinds, str):
+            module.rope_type = "default"
