@@ -88,6 +88,7 @@ def examine() -> list[Finding]:
     checks = {
         "versions": check_versions,
         "devices": check_devices,
+        "GPU": check_gpus,
         "native step": check_native,
         "4 bit": check_4bit,
         "hub": check_hub,
@@ -158,6 +159,19 @@ def check_devices() -> Iterator[Finding]:
         found = f"torch {torch.__version__}, built {built}, sees no GPU"
         text = f"an NVIDIA driver is installed, but {found}"
         yield Finding("devices", "cuda", text, fault=True)
+
+
+def check_gpus() -> Iterator[Finding]:
+    """Report how steps run on each CUDA GPU."""
+    import torch
+
+    from medusa_chat.commands.gpu_findings import gpu_facts
+
+    for name in device_names():
+        if name.startswith("cuda"):
+            dtype = choose_dtype(torch.device(name))
+            for subject, text, fault in gpu_facts(name, dtype):
+                yield Finding("GPU", f"{name} {subject}", text, fault=fault)
 
 
 def describe_device(name: str) -> str:

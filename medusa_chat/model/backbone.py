@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medusa_chat.config import UserError, out_of_memory
 from medusa_chat.model.attention import tree_attention as attention
-from medusa_chat.model.attention.choice import FasterAttention
+from medusa_chat.model.attention.rule import Choice, Shape, choose_attention
 from medusa_chat.model.cache import KVCache
 from medusa_chat.model.weight_files import damage
 
@@ -39,7 +39,7 @@ class Backbone:
     Attributes:
         model: the transformers model, in eval mode, with tree attention.
         config: the config of its text part.
-        attend: the implementation of attention over a fixed span, for `hidden_at`.
+        attention: the implementation of attention over a fixed span, for `hidden_at`.
         native: the weights as the native step reads them. Then the model has none of its own but
             embeddings and norms, and only that step runs it; None otherwise.
     """
@@ -61,14 +61,12 @@ class Backbone:
         self.model = model.eval().requires_grad_(False)
         self.config = config
         _fix_positions(model)
-        self.attend: attention.Attend = attention.torch_attention
-        if self.device.type == "cuda":
-            self.attend = FasterAttention()
         kinds = set(getattr(config, "layer_types", None) or ())
         self._mixed = len(kinds) > 1
         sliding = not kinds or SLIDING in kinds
         self._window = getattr(config, "sliding_window", None) if sliding else None
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.attention: Choice = choose_attention(self.device, self.attention_shape)
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
@@ -97,7 +95,7 @@ class Backbone:
     def step_name(self) -> str:
         """The way in which steps are computed, for people to read."""
         if self.device.type != "cpu":
-            return "torch"
+            return f"torch, {self.attention.name} attention"
         name = f"native ({self.native.variant})" if self.native else "torch"
         return f"{name}, {self.threads} threads"
 
@@ -130,12 +128,23 @@ class Backbone:
 
     def new_cache(self, capacity: int) -> KVCache:
         """Make an empty cache of `capacity` positions."""
+        shape = self.attention_shape
+        layers = self.config.num_hidden_layers
+        return KVCache(layers, shape.kv_heads, shape.head_dim, capacity, self.dtype, self.device)
+
+    @property
+    def attention_shape(self) -> Shape:
+        """Sizes of a layer's attention."""
         config = self.config
         heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layers = config.num_hidden_layers
-        return KVCache(layers, kv_heads, head_dim, capacity, self.dtype, self.device)
+        return Shape(
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            self.dtype,
+            getattr(config, "attn_logit_softcapping", None),
+            self._window,
+        )
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, ancestors: Tensor | None, cache: KVCache
@@ -176,7 +185,9 @@ class Backbone:
         Returns:
             [n, hidden]
         """
-        mask = attention.TreeMask.of(ancestors, positions, start, span, self.dtype, self.attend)
+        mask = attention.TreeMask.of(
+            ancestors, positions, start, span, self.dtype, self.attention.attend
+        )
         near = mask if self._window is None else mask.with_window(self._window)
         places = start + torch.arange(len(tokens), device=tokens.device)
         with cache.at(places, span):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory, plans
-from medusa_chat.machine.devices import choose_device, frugal_heap
+from medusa_chat.machine.devices import choose_device, frugal_heap, prepare_allocator
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, ReadHeads, find_heads, read_heads
@@ -57,6 +57,7 @@ def load_model(
         UserError: a file, the device or the memory does not allow it.
     """
     device = choose_device(options.device)
+    prepare_allocator(device)
     files = files or hub.fetch(spec)
     heads = str(files.heads) if files.heads else None
     local = replace(spec, backbone=str(files.backbone), heads=heads)

@@ -74,9 +74,11 @@ def load_pretrained(
         if not own and (made := quantization_config(quant, number)):
             settings["quantization_config"] = made
         quantized = own is not None or as_quant(quant) != "none"
+        moved = not quantized and device.type != "cpu"
         loaded = load_weights(
             folder,
-            dtype=dtype or "auto",
+            # What goes to a GPU changes its format there: the host holds no copy of it.
+            dtype="auto" if moved else dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             device_map={"": device} if quantized else None,  # quantized where it will be used
@@ -85,13 +87,24 @@ def load_pretrained(
     model, report = loaded
     if quantized:
         prepare_4bit(model, device, model.dtype)
-    else:
-        model.to(device)
+    elif moved:
+        move(model, device, dtype)
     _check_weights(spec.backbone, report)
     check_tables(model, spec.backbone)
     if notices is not None:
         notices += _unused_weights(spec.backbone, report)
     return model, tokenizer
+
+
+def move(model: Any, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Bring a model to a device one weight at a time, in another number format if one is given.
+
+    Buffers keep theirs: RoPE's frequencies are float32.
+    """
+    for weight in model.parameters():
+        number = dtype if weight.is_floating_point() else None
+        weight.data = weight.data.to(device).to(number or weight.dtype)
+    model.to(device)
 
 
 def load_config(folder: Path) -> Any:

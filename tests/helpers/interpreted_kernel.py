@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.graphs import static_step
-from medusa_chat.model.attention.kernel import Launch, attend
+from medusa_chat.model.attention.kernel import attend
+from medusa_chat.model.attention.rule import Choice
 from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 from tests.helpers.tiny import (
     WINDOW,
@@ -50,11 +51,11 @@ def random_mask(seed: int, nodes: int, length: int, span: int, window: int | Non
     )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     kv_heads=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 2, 5]),
-    size=st.sampled_from([8, 16, 64, 80, 96, 128, 256]),
+    size=st.sampled_from([8, 64, 80, 128]),
     nodes=st.integers(1, 24),
     length=st.integers(0, 330),
     window=st.one_of(st.none(), st.integers(1, 200)),
@@ -93,7 +94,7 @@ def test_the_kernel_equals_the_reference(
     key, value = cache[:, :, :, :span]
     expected = torch_attention(query.float(), key.float(), value.float(), mask, size**-0.5, softcap)
     cache[:, :, :, length + rows :] = torch.nan
-    ours = attend(query, key, value, mask, size**-0.5, softcap, launch=Launch(programs))
+    ours = attend(query, key, value, mask, size**-0.5, softcap, programs=programs)
     assert ours.dtype == number
     torch.testing.assert_close(
         ours.float(), expected, rtol=TOLERANCE[number], atol=TOLERANCE[number]
@@ -108,7 +109,7 @@ def test_the_text_has_the_length_on_the_device() -> None:
     for length in (0, 5, 120, 256 - len(depths)):
         mask.start.fill_(length)
         mask.positions.copy_(depths + length)
-        expected = torch_attention(query, key, value, mask.at_length(length), 0.2)
+        expected = torch_attention(query, key, value, random_mask(0, 12, length, 256, 100), 0.2)
         torch.testing.assert_close(
             attend(query, key, value, mask, 0.2), expected, rtol=1e-5, atol=1e-5
         )
@@ -127,7 +128,7 @@ def test_text_is_that_of_the_eager_step(kind: str, monkeypatch: pytest.MonkeyPat
         return attend(*arguments)
 
     backbone = random_backbone(kind)
-    backbone.attend = counted
+    backbone.attention = Choice("counted", counted)
     heads, tree = random_heads(backbone), random_tree(3, 12, 4, 4, spine=4)
     eager, fixed = (make_engine(backbone, heads, tree=tree, eager=eager) for eager in (True, False))
     assert reply(eager, prompt_ids(20), max_new_tokens=30) == reply(
