@@ -31,6 +31,7 @@ def gpu_facts(name: str, dtype: torch.dtype) -> Iterator[tuple[str, str, bool]]:
     from medusa_chat.decoding.draft.base import BUCKETS
     from medusa_chat.decoding.graphs.static_step import SHORTEST_SPAN
     from medusa_chat.model.attention.rule import Shape, choose_attention
+    from medusa_chat.model.fused.rule import choose_operations
 
     device = torch.device(name)
     model = SHAPES["vicuna-7b"]
@@ -38,6 +39,9 @@ def gpu_facts(name: str, dtype: torch.dtype) -> Iterator[tuple[str, str, bool]]:
     choice = choose_attention(device, shape)
     why = f" ({choice.reason})" if choice.reason else ""
     yield "attention", f"{choice.name} in recorded steps{why}; that of cuDNN is off", False
+    operations, reason = choose_operations(device, dtype)
+    layers = "norms, gates and rotary positions in a kernel each"
+    yield "layers", layers if operations else f"transformers' own ({reason})", False
     compiler = c_compiler()
     missing = "none, which Triton needs: install gcc, or set CC"
     yield "C compiler", compiler or missing, compiler is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from medusa_chat.config import UserError, out_of_memory
 from medusa_chat.model.attention import tree_attention as attention
 from medusa_chat.model.attention.rule import Choice, Shape, choose_attention
 from medusa_chat.model.cache import KVCache
+from medusa_chat.model.fused.layers import fuse_layers, restore
+from medusa_chat.model.fused.rule import choose_operations
 from medusa_chat.model.weight_files import damage
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ class Backbone:
         model: the transformers model, in eval mode, with tree attention.
         config: the config of its text part.
         attention: the implementation of attention over a fixed span, for `hidden_at`.
+        operations: the kernels of its norms, gates and rotary positions; None where transformers'
+            own layers run.
+        operations_reason: why they run on a GPU.
         native: the weights as the native step reads them. Then the model has none of its own but
             embeddings and norms, and only that step runs it; None otherwise.
     """
@@ -70,6 +76,7 @@ class Backbone:
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.operations, self.operations_reason = choose_operations(self.device, self.dtype)
         self.native: Packed | None = None
         if not own_attention:
             self._use_tree_attention(self._own_logits())
@@ -246,19 +253,34 @@ class Backbone:
         """Switch to tree attention, and refuse a model that would then give wrong text.
 
         The text (0, 1, 1) is run as a tree with another 0 next to the second token. Its logits
-        have to be those of the model's own attention over the text.
+        have to be those of the model's own attention over the text. Fused layers that change them
+        give way to the model's own.
         """
-        kind = self.config.model_type
+        if self.operations is not None:
+            replaced = fuse_layers(self.model, self.operations)
+            with suppress(UserError):
+                if self._follows(expected):
+                    return
+            restore(replaced)
+            self.operations = None
+            self.operations_reason = "they change the logits of this model"
+        if not self._follows(expected):
+            kind = self.config.model_type
+            raise UserError(f"{kind} models attend or make logits in a way that is not supported")
+
+    def _follows(self, expected: Tensor) -> bool:
+        """Tell if the tree's logits are the expected ones; raise UserError if there are none."""
         try:
             self.model.set_attn_implementation(attention.register())
             logits = self._logits_of_tree()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if out_of_memory(error):
                 raise
+            kind = self.config.model_type
             raise UserError(f"{kind} models do not take tree attention: {error!r}") from None
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
-        if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
-            raise UserError(f"{kind} models attend or make logits in a way that is not supported")
+        worst = (logits - expected).abs().max()
+        return bool(worst <= tolerance * expected.abs().max())
 
     def _logits_of_tree(self) -> Tensor:
         """Logits of the tree's nodes that spell the text (0, 1, 1): [3, V]."""

@@ -19,6 +19,7 @@ from medusa_chat.decoding.graphs import static_step
 from medusa_chat.model.attention.kernel import attend
 from medusa_chat.model.attention.rule import Choice
 from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
+from medusa_chat.model.fused import kernels, plain
 from tests.helpers.tiny import (
     WINDOW,
     make_engine,
@@ -99,6 +100,44 @@ def test_the_kernel_equals_the_reference(
     torch.testing.assert_close(
         ours.float(), expected, rtol=TOLERANCE[number], atol=TOLERANCE[number]
     )
+
+
+@pytest.mark.parametrize("number", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("size", "turned"), [(8, 8), (24, 16), (128, 128)])
+def test_the_operations_of_a_layer_are_their_twins(
+    number: torch.dtype, size: int, turned: int
+) -> None:
+    """Rows are views of wider ones, as q, k, v and gate, up of one product are."""
+    generator = torch.Generator().manual_seed(size)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(number)
+
+    def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        assert ours.shape == theirs.shape
+        tolerance = TOLERANCE[number]
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+    rows, weight = numbers(1, 3, 9 * size), numbers(9 * size)
+    heads = numbers(1, 3, 4, size)
+    for kind in ("llama", "gemma"):
+        same(kernels.norm(rows, weight, 1e-5, kind), plain.norm(rows, weight, 1e-5, kind))
+        small = weight[:size]
+        same(kernels.norm(heads, small, 1e-5, kind), plain.norm(heads, small, 1e-5, kind))
+    gates, others = numbers(1, 3, 140 * size).chunk(2, -1)
+    for active in ("silu", "gelu_tanh"):
+        same(kernels.gate(gates, others, active), plain.gate(gates, others, active))
+    product = numbers(1, 3, 8 * size).view(1, 3, 8, size).transpose(1, 2)
+    query, key, value = product.split([4, 2, 2], 1)
+    turn = numbers(1, 3, turned), numbers(1, 3, turned)
+    places = torch.tensor([5, 6, 2])
+    caches = [torch.zeros(2, 1, 2, 9, size, dtype=number) for _ in range(2)]
+    turned_queries = [
+        way.rotate(query, (key, value), turn, (*cache, places))
+        for way, cache in zip((kernels, plain), caches, strict=True)
+    ]
+    same(*turned_queries)
+    same(*caches)
 
 
 def test_the_text_has_the_length_on_the_device() -> None:

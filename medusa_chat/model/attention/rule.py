@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from medusa_chat.model.attention.tree_attention import Attend, TreeMask, torch_attention
 from medusa_chat.text import reason_of
 
+SWITCH = "MEDUSA_CHAT_ATTENTION"  # torch: leave the kernel out
 TORCH, TRITON = "torch", "Triton"
 LEAST_CAPABILITY = (8, 0)  # before Ampere, Triton has no matrix products in hardware
 TOLERANCE = {torch.float32: 1e-4}  # between two implementations, relative to the largest number
@@ -53,6 +55,8 @@ def choose_attention(device: torch.device, shape: Shape) -> Choice:
         return Choice(TORCH, torch_attention)
     # A mask rules flash out; cuDNN plans for each number of keys, and that is new at every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if os.environ.get(SWITCH) == "torch":
+        return Choice(TORCH, torch_attention, f"{SWITCH}=torch")
     try:
         attend = kernel_for(device)
         check(attend, shape, device)
