@@ -9,11 +9,15 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from medusa_chat.config import Sampling
@@ -26,6 +30,7 @@ from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
+from medusa_chat.model.attention.tree_attention import chain_mask
 from tests.helpers.recording import Recorder
 from tests.helpers.tiny import (
     decode,
@@ -392,3 +397,59 @@ def test_rope_looks_at_no_position_in_a_step(rope: dict[str, Any]) -> None:
     eager, fixed = (make_engine(backbone, heads, eager=how, context=90) for how in (True, False))
     assert reply(fixed, PROMPT, max_new_tokens=30) == reply(eager, PROMPT, max_new_tokens=30)
     assert not fixed.notices
+
+
+# ---- steps that run while the one before is shown ----
+
+
+class Launches(Recorder):
+    """Counts the forwards that were replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = 0
+
+    def __call__(self, key: Key, program: Program) -> Program:
+        replay = super().__call__(key, program)
+
+        def counted() -> None:
+            self.forwards += key[0] == "forward"
+            replay()
+
+        return counted
+
+
+def test_the_next_step_runs_before_this_one_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Launches()
+    monkeypatch.setattr(fast, "not_recorded", recorder)
+    engine = pair("llama", tree=TREES["tree"])[1]
+    shown = 0
+    for shown, step in enumerate(engine.generate(PROMPT, Sampling(max_new_tokens=12)), 1):
+        assert recorder.forwards == shown + (not step.finish)
+    assert recorder.forwards == shown > 3
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_reply_ends_anywhere_and_the_cache_is_right(data: st.DataObject) -> None:
+    """Closed after any step, or by a stop string or a limit, with the next step on its way."""
+    backbone = random_backbone("llama")
+    heads, tree = random_heads(backbone), TREES["tree"]
+    engine = make_engine(backbone, heads, tree=tree, eager=False, copies=True)
+    for _ in range(3):
+        how = data.draw(st.sampled_from(list(SAMPLINGS.values())))
+        stop = data.draw(st.sampled_from([(), ("a",), ("#", "7")]))
+        how = replace(how, max_new_tokens=data.draw(st.integers(1, 14)), stop=stop)
+        with closing(engine.generate(PROMPT, how)) as steps:
+            list(islice(steps, data.draw(st.integers(0, 5))))
+        length = engine.runner.cache.length
+        assert engine.text[:length] == engine.text
+        fresh = backbone.new_cache(length + 1)
+        ids = torch.tensor(engine.text)
+        mask = chain_mask(len(ids), torch.float32, CPU)
+        with torch.inference_mode():
+            backbone.hidden(ids, torch.arange(len(ids)), mask, fresh)
+        kept = engine.runner.cache.buffer[:, :, :, :length]
+        torch.testing.assert_close(kept, fresh.buffer[:, :, :, : len(ids)], rtol=1e-4, atol=1e-4)
+    expected = reply(make_engine(backbone, heads, tree=tree, eager=True), PROMPT, max_new_tokens=9)
+    assert reply(engine, PROMPT, max_new_tokens=9) == expected

@@ -68,7 +68,7 @@ def fused_rows(index: int, dtype: torch.dtype) -> str:
     """Say up to how many rows bitsandbytes multiplies 4-bit weights of a 7B model in one kernel."""
     try:
         from bitsandbytes.backends.cuda.ops import _gemm_4bit_use_custom_cuda as fuses
-    except ImportError:
+    except (ImportError, AttributeError):
         return "unknown: this bitsandbytes has other kernels than 0.50"
     model = SHAPES["vicuna-7b"]
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim

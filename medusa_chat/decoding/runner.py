@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +11,15 @@ from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.eager import EagerStep
 from medusa_chat.decoding.fast import fast_step
+from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.decoding.report import StepInput, StepReport
 from medusa_chat.decoding.state import State, StepProgram, StepUnavailableError
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
@@ -95,6 +99,33 @@ class Runner:
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
         return self.eager.step(self._draft(tree, copied is not None), given, rule)
+
+    @torch.inference_mode()
+    def launch(
+        self, root: int, tree: AnyTree, rule: Rule, copied: Copied | None = None
+    ) -> Callable[[], StepReport]:
+        """Begin a step as `step` takes it.
+
+        Returns:
+            A function that ends it. Where steps do not overlap with the host, it takes the step.
+        """
+        if isinstance(self.fast, StaticStep):
+            given = StepInput(root, self.cache.length, rule.numbers, copied)
+            try:
+                return self.fast.launch(self._draft(tree, copied is not None), given, rule)
+            except StepUnavailableError as reason:
+                self._step_eagerly(reason)
+        return partial(self.step, root, tree, rule, copied)
+
+    @property
+    def overlaps(self) -> bool:
+        """True if a launched step runs while the host does other things."""
+        return isinstance(self.fast, StaticStep)
+
+    @property
+    def device_seconds(self) -> float:
+        """Time that the last step took on a GPU, 0.0 if nobody measures that."""
+        return self.fast.device_seconds if isinstance(self.fast, StaticStep) else 0.0
 
     def _step_eagerly(self, reason: StepUnavailableError) -> None:
         """Drop the fast step for good: where one step fails, others would, and memory is short."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -101,9 +102,14 @@ def move(model: Any, device: torch.device, dtype: torch.dtype | None) -> None:
 
     Buffers keep theirs: RoPE's frequencies are float32.
     """
-    for weight in model.parameters():
-        number = dtype if weight.is_floating_point() else None
-        weight.data = weight.data.to(device).to(number or weight.dtype)
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # tied weights are one on the device too
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in moved:
+                number = dtype if dtype and weight.is_floating_point() else weight.dtype
+                there = weight.detach().to(device).to(number)
+                moved[weight] = nn.Parameter(there, requires_grad=weight.requires_grad)
+            setattr(module, name, moved[weight])
     model.to(device)
 
 

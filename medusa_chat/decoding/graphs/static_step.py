@@ -26,6 +26,7 @@ from medusa_chat.decoding.draft.base import ROWS, next_size
 from medusa_chat.decoding.eager import EagerStep
 from medusa_chat.decoding.graphs.capture import uncollected
 from medusa_chat.decoding.graphs.programs import Buffers, Programs, SharedDraft, host_tensor
+from medusa_chat.decoding.graphs.timer import Timer
 from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.report import INPUT_SIZE, PackedInput
 from medusa_chat.decoding.state import StepUnavailableError
@@ -57,7 +58,8 @@ class StaticStep:
         record: makes programs that are replayed.
         recorded: those programs.
         started: time.perf_counter() when the last step's programs were started.
-        finished: the same when its report was there. From then on the device waits for the host.
+        finished: the same when a report was there. From then on the device waits for the host.
+        device_seconds: time that the last step took on a GPU; 0.0 elsewhere.
     """
 
     shared_buffers = True
@@ -65,7 +67,7 @@ class StaticStep:
     def __init__(self, state: State, record: Record) -> None:
         self.record = record
         self.recorded: dict[Key, Program] = {}
-        self.started = self.finished = 0.0
+        self.started = self.finished = self.device_seconds = 0.0
         self._state = state
         self._programs: dict[int, Programs] = {}  # by rows
         self._drafts: dict[Hashable, SharedDraft] = {}  # by shape
@@ -73,6 +75,7 @@ class StaticStep:
         self._host_input = host_tensor(self._input)
         # Recorded, so none may be freed when its cache lets go of it.
         self._token_keys: list[Tensor] = []
+        self._timer = Timer(state.backbone.device)
         self.prefill = EagerStep(state).prefill
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
@@ -81,32 +84,44 @@ class StaticStep:
         Raises:
             StepUnavailableError: the step could not be recorded; nothing was done.
         """
+        return self.launch(draft, given, rule)()
+
+    def launch(self, draft: Draft, given: StepInput, rule: Rule) -> Callable[[], StepReport]:
+        """Start a step, which a GPU takes while the host does other things.
+
+        Returns:
+            A function that waits for the report and commits the path. If nobody calls it, the step
+            leaves nothing but a last hidden state, which each prefill writes anew.
+
+        Raises:
+            StepUnavailableError: the step could not be recorded; nothing was done.
+        """
+        self._timer.wait()  # a step that nobody waited for may still read the input
         self._send(given)
         wanted = self._wanted(draft, rule)
         if not all(key in self.recorded for key in wanted):
             self._prepare(wanted)
+        buffers, size = self._programs[draft.rows].buffers, draft.layout.size
         self.started = time.perf_counter()
+        self._timer.begin()
         for key in wanted:
             self.recorded[key]()
-        report = self._receive(draft)
-        # The acceptance program has moved the accepted rows into their order already.
-        self._state.cache.commit(tuple(range(len(report.rows))))
-        return report
+        buffers.host_report[:size].copy_(buffers.report[:size], non_blocking=True)
+        self._timer.end()
+        return partial(self._finish, draft, buffers.host_report[:size])
 
     def _send(self, given: StepInput) -> None:
         values = given.pack()
         self._host_input.numpy()[: len(values)] = values
         self._input.copy_(self._host_input, non_blocking=True)
 
-    def _receive(self, draft: Draft) -> StepReport:
-        buffers = self._programs[draft.rows].buffers
-        on_device = buffers.report[: draft.layout.size]
-        on_host = buffers.host_report[: draft.layout.size]
-        on_host.copy_(on_device, non_blocking=True)
-        if on_device.is_cuda:
-            torch.cuda.current_stream(on_device.device).synchronize()
+    def _finish(self, draft: Draft, on_host: Tensor) -> StepReport:
+        self.device_seconds = self._timer.wait()
         self.finished = time.perf_counter()
-        return draft.layout.unpack(on_host.tolist())
+        report = draft.layout.unpack(on_host.tolist())
+        # The acceptance program has moved the accepted rows into their order already.
+        self._state.cache.commit(tuple(range(len(report.rows))))
+        return report
 
     def _wanted(self, draft: Draft, rule: Rule) -> dict[Key, Program]:
         """Name the programs of a step in their order, each as it runs without a recording."""
