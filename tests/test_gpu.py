@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.decoding.graphs.static_step import Key
+    from medusa_chat.decoding.graphs.capture import Key
 
 pytestmark = [
     pytest.mark.gpu,

@@ -45,7 +45,7 @@ from tests.helpers.tiny import (
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.decoding.graphs.static_step import Key, Program
+    from medusa_chat.decoding.graphs.capture import Key, Program
     from medusa_chat.model.backbone import Backbone
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Hashable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,13 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from medusa_chat.decoding.graphs.static_step import Key, Program
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
+
+Program = Callable[[], None]
+Key = tuple[Hashable, ...]
+# Makes of a program one that does the same at every call. It may run the program first.
+Record = Callable[[Key, Program], Program]
 
 
 def capturable(backbone: Backbone, heads: Heads | None) -> bool:

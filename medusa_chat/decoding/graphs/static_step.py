@@ -16,7 +16,6 @@ outgrows its span records one forward for each number of rows in use.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ import torch
 
 from medusa_chat.decoding.draft.base import ROWS, next_size
 from medusa_chat.decoding.eager import EagerStep
-from medusa_chat.decoding.graphs.capture import uncollected
+from medusa_chat.decoding.graphs.capture import Key, Program, Record, uncollected
 from medusa_chat.decoding.graphs.programs import Buffers, Programs, SharedDraft, host_tensor
 from medusa_chat.decoding.graphs.timer import Timer
 from medusa_chat.decoding.noise import token_keys
@@ -33,6 +32,8 @@ from medusa_chat.decoding.state import StepUnavailableError
 from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     from torch import Tensor
 
     from medusa_chat.decoding.acceptance import Rule
@@ -41,11 +42,6 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.state import State
 
 SHORTEST_SPAN = 256  # cached positions that a forward reads at least; spans double from here on
-
-Program = Callable[[], None]
-Key = tuple[Hashable, ...]
-# Makes of a program one that does the same at every call. It may run the program first.
-Record = Callable[[Key, Program], Program]
 
 
 class StaticStep:

@@ -31,6 +31,7 @@ ATTENTIONS = {
     f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
 }
 
+SOFTCAPPED = "Gemma2Attention"  # Gemma 3 has the setting, and does without
 
 Replaced = list[tuple[nn.Module, str, nn.Module]]  # parent, name, and the child of that name
 
@@ -146,6 +147,9 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.own = attention
         self._operations = operations
+        self._softcap: float | None = None
+        if type(attention).__name__ == SOFTCAPPED:
+            self._softcap = attention.attn_logit_softcapping
 
     def forward(self, hidden_states: Tensor, **named: Any) -> tuple[Tensor, Any]:
         """Attend from rows [1, n, hidden]; without our cache, as the module itself does."""
@@ -164,7 +168,7 @@ class FusedAttention(nn.Module):
             values[:, :, :stop],
             call.mask,
             scaling=own.scaling,
-            softcap=getattr(own, "attn_logit_softcapping", None),
+            softcap=self._softcap,
         )
         return own.o_proj(mixed.flatten(2)), None
 
