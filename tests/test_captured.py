@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from medusa_chat.decoding.graphs import capture
 from medusa_chat.decoding.graphs.capture import CudaGraphs
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Notes:
     settings = ("graph_pool_handle", "get_sync_debug_mode", "set_sync_debug_mode")
     for name in (*names, *settings):
         monkeypatch.setattr(torch.cuda, name, getattr(notes, name))
+    monkeypatch.setattr(capture, "take_up_error", lambda _device: notes.seen.append("error taken"))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", notes.end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", notes.release, raising=False)
     return notes
@@ -148,6 +150,7 @@ def test_a_recording_that_fails_leaves_the_usual_stream_and_a_sound_allocator(
     assert cuda.usual.waited == [graphs.stream]
     assert graphs.first is None
     assert not cuda.open
+    assert ("error taken" in cuda.seen) is (fails_at == 2)
     assert cuda.released == ([] if ended or fails_at < 2 else cuda.pools)
     graphs(("layout",), cuda.program)()
     assert fails_at < 2 or cuda.pools[0] is not cuda.pools[1]

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import medusa_chat
 from medusa_chat.commands.gpu_findings import gpu_facts
 from medusa_chat.config import ModelSpec, Sampling, UserError
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, make_rule
@@ -133,6 +134,14 @@ def test_weights_on_their_way_to_a_gpu_are_not_copied_on_the_host(
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.base_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("gemma2", True), ("llama", False)])
+def test_gemma_in_float16_is_warned_of(kind: str, warned: bool, tmp_path: Path) -> None:
+    """A GPU before Ampere computes in it by default."""
+    save_model(tmp_path, random_model(kind, 320))
+    engine = medusa_chat.load(str(tmp_path), device="cpu", dtype="float16", engine="torch")
+    assert any("overflow in float16" in notice for notice in engine.notices) is warned
 
 
 # ---- what doctor and the memory plan say ----

@@ -42,12 +42,36 @@ class CompileOnly:
         )
 
 
+def compiling(
+    module: Any,
+    names: tuple[str, ...],
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> dict[str, CompileOnly]:
+    """Make a module's kernels compile for a GPU that is not here, and not run."""
+    triton = pytest.importorskip("triton", reason="Triton is not there on this platform")
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    device = 1000 + capability  # kernels are kept by its number
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: device,
+        get_current_stream=lambda _device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    kernels = {name: CompileOnly(getattr(module, name)) for name in names}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(module, name, kernel)
+    return kernels
+
+
+NOT_COMPILED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a program may take
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
-)
+@pytest.mark.skipif(NOT_COMPILED, reason="nothing is compiled in the interpreter")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
     ("capability", "number", "size", "rows", "window", "softcap"),
@@ -71,22 +95,10 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
     tmp_path: Path,
 ) -> None:
     """With the arguments of a real call."""
-    triton = pytest.importorskip("triton", reason="Triton is not there on this platform")
-    from triton.backends.compiler import GPUTarget
-
+    pytest.importorskip("triton", reason="Triton is not there on this platform")
     from medusa_chat.model.attention import kernel as tree_kernel
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    device = 1000 + capability  # kernels are kept by its number
-    driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: device,
-        get_current_stream=lambda _device: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    kernels = {name: CompileOnly(getattr(tree_kernel, name)) for name in ("_attend_part", "_join")}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(tree_kernel, name, kernel)
+    kernels = compiling(tree_kernel, ("_attend_part", "_join"), capability, monkeypatch, tmp_path)
     mask = TreeMask.of(
         torch.eye(rows, dtype=torch.bool),
         torch.arange(rows),
@@ -101,6 +113,31 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
     (kernel,), (_,) = (kernel.compiled for kernel in kernels.values())
     assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert ("mma" in kernel.asm["ptx"]) is (number != torch.float32)  # the fast units, or every bit
+
+
+@pytest.mark.skipif(NOT_COMPILED, reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize(
+    ("capability", "number"), [(75, torch.float16), (90, torch.bfloat16)], ids=str
+)
+def test_the_operations_of_a_layer_compile_for_gpus_that_are_not_here(
+    capability: int, number: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not there on this platform")
+    from medusa_chat.model.fused import kernels as operations
+
+    names = ("_norm", "_gate", "_rotate")
+    kernels = compiling(operations, names, capability, monkeypatch, tmp_path)
+    product = torch.zeros(1, 16, 48, 128, dtype=number).transpose(1, 2)
+    query, key, value = product.split([32, 8, 8], 1)
+    turn = torch.zeros(2, 1, 16, 128, dtype=number)
+    cache = torch.zeros(2, 1, 8, 64, 128, dtype=number)
+    rows = torch.zeros(1, 16, 8192, dtype=number)
+    operations.norm(rows, rows[0, 0], 1e-5, "llama")
+    operations.gate(*rows.chunk(2, -1), "silu")
+    operations.rotate(
+        query, (key, value), (turn[0], turn[1]), (cache[0], cache[1], torch.arange(16))
+    )
+    assert all(kernel.compiled for kernel in kernels.values())
 
 
 SHAPE = Shape(4, 2, 8, torch.float32, window=9)

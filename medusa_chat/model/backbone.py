@@ -16,13 +16,13 @@ from medusa_chat.model.attention.rule import Choice, Shape, choose_attention
 from medusa_chat.model.cache import KVCache
 from medusa_chat.model.fused.layers import fuse_layers, restore
 from medusa_chat.model.fused.rule import choose_operations
+from medusa_chat.model.positions import context_of, fix_positions
 from medusa_chat.model.weight_files import damage
 
 if TYPE_CHECKING:
     from medusa_chat.native.packed import Packed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers that can be rewound
-UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
 
 
 def check_rewindable(model_class: Any, config: Any) -> None:
@@ -66,7 +66,7 @@ class Backbone:
         check_rewindable(type(model), config)
         self.model = model.eval().requires_grad_(False)
         self.config = config
-        _fix_positions(model)
+        fix_positions(model)
         kinds = set(getattr(config, "layer_types", None) or ())
         self._mixed = len(kinds) > 1
         sliding = not kinds or SLIDING in kinds
@@ -123,15 +123,8 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """Positions that the model was made for, with one encoding of them.
-
-        Longrope switches to another encoding where its first part ends.
-        """
-        positions = int(getattr(self.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
-        scaling = getattr(self.config, "rope_parameters", None) or {}
-        if scaling.get("rope_type") == "longrope":
-            return min(positions, int(scaling["original_max_position_embeddings"]))
-        return positions
+        """Positions that the model was made for, with one encoding of them."""
+        return context_of(self.config)
 
     def new_cache(self, capacity: int) -> KVCache:
         """Make an empty cache of `capacity` positions."""
@@ -289,16 +282,3 @@ class Backbone:
         mask = attention.additive(ancestors.bool().to(self.device), self.dtype)
         logits = self.logits(self.hidden(tokens, positions, mask, self.new_cache(4)))
         return logits[torch.tensor([0, 1, 3], device=self.device)].float()
-
-
-def _fix_positions(model: Any) -> None:
-    """Keep longrope and dynamic RoPE from looking at the positions in each forward.
-
-    They change their frequencies for texts that are longer than `Backbone.context` allows.
-    """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, dict):  # one for each type of layer
-            module.rope_type = dict.fromkeys(kinds, "default")
-        elif isinstance(kinds, str):
-            module.rope_type = "default"

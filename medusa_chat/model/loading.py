@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory, plans
@@ -21,8 +23,6 @@ from medusa_chat.model.templates import ChatTemplate, resolve_template
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def _load(
     """
     notices = [*choice.notices]
     model, tokenizer = load_pretrained(local, choice.dtype, choice.quant, device, notices)
+    if choice.dtype == torch.float16 and model.config.model_type.startswith("gemma"):
+        notices.append("Gemma models overflow in float16: --dtype float32 does not")
     template = resolve_template(tokenizer, spec, notices)
     if options.fuse and not choice.native and join_linears(model):
         prepare_4bit(model, device, choice.dtype)  # joined layers are new ones

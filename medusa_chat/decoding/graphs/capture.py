@@ -78,6 +78,7 @@ class CudaGraphs:
             # torch leaves its own stream in place if the recording does not end well.
             torch.cuda.set_stream(current)
             self._abandon_pool()
+            take_up_error(self.stream.device)
             raise
         self.first = self.first or graph
         return graph.replay
@@ -105,6 +106,12 @@ class CudaGraphs:
             torch._C._cuda_releasePool(device, self.pool)
         self.pool = torch.cuda.graph_pool_handle()
         self.first = None
+
+
+def take_up_error(device: torch.device) -> None:
+    """Clear an error that CUDA still holds: bitsandbytes would end the process over it."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)  # each launch of torch asks for the last error
 
 
 @contextmanager
