@@ -37,7 +37,7 @@ step machine 30 nvidia-smi
 step compiler 5 sh -c 'command -v "${CC:-gcc}" || command -v clang'
 step doctor 60 "$python" -m medusa_chat.cli doctor
 step attention 60 "$python" benchmarks/gpu_facts.py attention
-tests kernel 90 -x -k "kernel_is_its_twin and bfloat16-128 or rule_takes"
+tests kernel 90 -x -k "(kernel_is_its_twin and 128-torch.bfloat16) or rule_takes"
 tests layers 60 -x -k "operations_of_layers"
 tests captured 60 -x -k "captured_steps_say and chain"
 tests recorded 60 -k "after_one_reply or (with_the_kernel and llama)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -118,7 +119,9 @@ def take_up_error(device: torch.device) -> None:
 def waits_refused() -> Iterator[None]:
     """Make operations that wait for the device raise RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -20,12 +20,12 @@ class Timer:
 
     def begin(self) -> None:
         """Mark a step's beginning."""
-        self.running = True
         if self._events:
             self._events[0].record()
 
     def end(self) -> None:
         """Mark the end of all that was started since."""
+        self.running = True
         if self._events:
             self._events[1].record()
 

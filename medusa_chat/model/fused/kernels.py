@@ -17,31 +17,41 @@ WIDE_ROW = 2048  # numbers of a row that takes eight warps
 
 def norm(rows: Tensor, weight: Tensor, eps: float, kind: NormKind) -> Tensor:
     """Compute `plain.norm`, a row in each program."""
-    size = rows.shape[-1]
-    flat = rows.reshape(-1, size)
-    made = torch.empty_like(flat)
-    block = triton.next_power_of_2(size)
+    inner, size = rows.shape[-2:]
+    groups = rows.reshape(-1, inner, size)  # heads of rows are views into a wider product
+    made = rows.new_empty(rows.shape)
     with torch.cuda.device_of(rows):
-        _norm[len(flat),](
-            (flat, flat.stride(0)),
+        _norm[len(groups) * inner,](
+            (groups, groups.stride(0), groups.stride(1)),
             weight,
             made,
             eps,
+            inner,
             SIZE=size,
-            BLOCK=block,
+            BLOCK=triton.next_power_of_2(size),
             GEMMA=kind == "gemma",
             num_warps=8 if size > WIDE_ROW else 4,
         )
-    return made.view(rows.shape)
+    return made
 
 
-@triton.jit(do_not_specialize=["eps"])
-def _norm(rows, weight, made, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, GEMMA: tl.constexpr):
+@triton.jit(do_not_specialize=["eps", "inner"])
+def _norm(
+    rows,
+    weight,
+    made,
+    eps,
+    inner,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GEMMA: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
+    source = rows[0] + row // inner * rows[1] + row % inner * rows[2]
     at = tl.arange(0, BLOCK)
     held = at < SIZE
     number = made.dtype.element_ty
-    exact = tl.load(rows[0] + row * rows[1] + at, mask=held, other=0.0).to(tl.float32)
+    exact = tl.load(source + at, mask=held, other=0.0).to(tl.float32)
     exact = exact * tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + eps)
     scale = tl.load(weight + at, mask=held, other=0.0).to(tl.float32)
     if GEMMA:
