@@ -118,8 +118,8 @@ def test_the_text_is_that_of_the_eager_step(kind: str, tree: Any, tape: Recorder
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-        expected = reply(eager, PROMPT * 2, max_new_tokens=30, **settings)
-        assert reply(fixed, PROMPT * 2, max_new_tokens=30, **settings) == expected
+        expected = reply(eager, PROMPT * 2, max_new_tokens=24, **settings)
+        assert reply(fixed, PROMPT * 2, max_new_tokens=24, **settings) == expected
     assert any(key[0] == "layout" and CHAIN in key[1] for key in tape.made)  # type: ignore[operator]
     assert set(tape.made.values()) == {1}
 
@@ -207,11 +207,14 @@ def test_after_the_first_use_of_each_kind_nothing_is_recorded_in_200_replies(
         if number % 20 == 0:
             for runner in both:
                 runner.trust(replace(PUBLISHED, calibration=((1.2 - number / 400, 0.1),) * 4))
-        for runner in both:
+        compared = both if number % 5 == 0 else both[1:]
+        for runner in compared:
             runner.cache.rewind(0)
-        (root,) = {runner.prefill(PROMPT, rule) for runner in both}
-        root = same_step(both, root, tree, rule, copied)
-        same_step(both, root, Tree(), rule)
+        (root,) = {runner.prefill(PROMPT, rule) for runner in compared}
+        for verified, copies in ((tree, copied), (Tree(), None)):
+            report, *others = (runner.step(root, verified, rule, copies) for runner in compared)
+            assert all(report == other for other in others)
+            root = report.next
     assert tape.made.total() == known
     assert set(tape.made.values()) == {1}
     # Vanilla steps, then steps of 16 rows: fixed and dynamic ones, each with copies and without.
@@ -429,7 +432,7 @@ def test_the_next_step_runs_before_this_one_is_shown(monkeypatch: pytest.MonkeyP
     assert recorder.forwards == shown > 3
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_reply_ends_anywhere_and_the_cache_is_right(data: st.DataObject) -> None:
     """Closed after any step, or by a stop string or a limit, with the next step on its way."""
@@ -441,7 +444,7 @@ def test_a_reply_ends_anywhere_and_the_cache_is_right(data: st.DataObject) -> No
         stop = data.draw(st.sampled_from([(), ("a",), ("#", "7")]))
         how = replace(how, max_new_tokens=data.draw(st.integers(1, 14)), stop=stop)
         with closing(engine.generate(PROMPT, how)) as steps:
-            list(islice(steps, data.draw(st.integers(0, 5))))
+            list(islice(steps, data.draw(st.integers(1, 5))))
         length = engine.runner.cache.length
         assert engine.text[:length] == engine.text
         fresh = backbone.new_cache(length + 1)
