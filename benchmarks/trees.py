@@ -35,8 +35,7 @@ from torch.nn import functional
 
 import medusa_chat
 from medusa_chat.config import SHIPPED_PROMPTS, Sampling
-from medusa_chat.decoding import engine as engine_module
-from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy
+from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy, make_rule
 from medusa_chat.machine.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
@@ -161,16 +160,28 @@ def edited(text: str) -> str:
     return " ".join(words)
 
 
-def following(text: list[int]) -> Rule:
-    """Make a rule that accepts the given text, whatever the backbone computes."""
-    known = torch.tensor(text + [0] * 64)
+@dataclass(frozen=True)
+class Following(Rule):
+    """A rule that accepts the given text, whatever the backbone computes."""
 
-    def rule(logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int) -> Verdict:
+    text: tuple[int, ...] = ()
+
+    def first(self, _logits: Tensor, position: int) -> int:
+        """Return the token behind the prompt."""
+        return self.text[position + 1]
+
+    def __call__(
+        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
+    ) -> Verdict:
+        """Accept candidates that are the text's."""
+        known = torch.tensor([*self.text, *[0] * 64], device=logits.device)
         places = (tree.depths + position + 1).clamp(max=len(known) - 1)
-        wanted = functional.one_hot(known.to(logits.device)[places], logits.shape[-1])
-        return greedy(wanted, candidates, tree, position)
+        return greedy(functional.one_hot(known[places], logits.shape[-1]), candidates, tree)
 
-    return rule
+
+def following(text: list[int]) -> Rule:
+    """Make a rule that accepts the given text; no step decides for itself what is greedy."""
+    return Following("exact", make_rule(Sampling()).numbers, text=tuple(text))
 
 
 def answered(engine: Engine, task: Task, mode: str, max_new_tokens: int) -> Stats:
@@ -181,7 +192,7 @@ def answered(engine: Engine, task: Task, mode: str, max_new_tokens: int) -> Stat
         return Stats.of(engine.generate(task.prompt, sampling))
     sampling = Sampling(max_new_tokens=len(task.reply), ignore_eos=True).with_value("mode", mode)
     rule = following(task.prompt + task.reply)
-    with patch.object(engine_module, "make_rule", lambda _: rule):
+    with patch.object(engine.runner, "begin", lambda _prompt, _sampling: rule):
         return Stats.of(engine.generate(task.prompt, sampling))
 
 

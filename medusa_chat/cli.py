@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
 from medusa_chat.config import UserError, out_of_memory
+from medusa_chat.machine.openmp import let_threads_sleep
 from medusa_chat.terminal.output import open_streams, warn
 from medusa_chat.version import __version__
 
@@ -23,11 +25,13 @@ NEEDS_LESS = "a smaller model, --quant nf4, --quant-heads nf4 or a shorter --max
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit status: 2 after a mistake of the user."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
-        words.insert(0, "chat")
     open_streams()
+    let_threads_sleep()
     try:
-        options = make_parser().parse_args(words, argparse.Namespace(words=words))
+        if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+            _check_command(words)
+            words.insert(0, "chat")
+        options = _parsed(words)
         _check_home()
         status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
@@ -48,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
 
 
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """Parse the command line. Raises SystemExit after --help, and OSError if that has no place."""
+    try:
+        return make_parser().parse_args(words, argparse.Namespace(words=words))
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of all sub-commands; `command` holds the name of the one that is given."""
     parser = _Parser(
@@ -60,6 +73,15 @@ def make_parser() -> argparse.ArgumentParser:
         text = (command.__doc__ or "").splitlines()[0].removesuffix(".")
         command.add_flags(commands.add_parser(name, help=text, description=text))
     return parser
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """Raise UserError for a single word that looks like a misspelt sub-command."""
+    alone = all(word.startswith("-") for word in words[1:2])
+    close = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.8) if words else []
+    if alone and close:
+        asks = f"--prompt {words[0]} asks the model"
+        raise UserError(f"unknown command {words[0]}: did you mean {close[0]}? {asks}")
 
 
 def _check_home() -> None:
@@ -87,7 +109,8 @@ def _drop_output() -> None:
 
 
 def _fail(message: str) -> int:
-    warn(f"error: {message}")
+    with suppress(OSError):  # the terminal may be gone
+        warn(f"error: {message}")
     return 2
 
 

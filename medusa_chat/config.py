@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args, get_type_hints
+from typing import Any, Literal, TypedDict
 
+from medusa_chat.sampling import MAX_SEED
+from medusa_chat.sampling import Sampling as Sampling  # the whole package imports it from here
 from medusa_chat.settings import (
-    UserError as UserError,  # the name that the whole package imports from here
-)
-from medusa_chat.settings import (
+    Duration,
     check_choices,
-    check_names,
     make,
-    parse_value,
     require,
     require_above,
     require_at_least,
     require_between,
     setting,
 )
+from medusa_chat.settings import UserError as UserError  # likewise
 
-Mode = Literal["greedy", "typical", "exact", "vanilla"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
 QuantChoice = Literal["auto", Quant]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Layouts of heads' files: the official ones by version, the others by the program that reads them.
 LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
 
-MAX_SEED = 2**32 - 1
 MAX_CONTEXT = 8192  # unless more is asked for: a longer cache could fill the memory
 MAX_NODES = 256  # of a candidate tree; the cache has rows for them after the context
 MAX_THREADS = 256
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
-COLD = 1e-5  # a temperature below this counts as 0: logits divided by it could overflow
 OWN_SHARE = 0.12  # of the backbone's parameters: the most that `auto` gives to own LM heads
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -53,54 +48,6 @@ class Message(TypedDict):
 
     role: str
     content: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of one reply. Each field is also a `--flag` and a name for `/set`.
-
-    Epsilon and delta are the paper's (section 2.3.1); the released code has delta = sqrt(epsilon).
-    """
-
-    mode: Mode = setting("greedy", "greedy, typical, exact or vanilla")
-    temperature: float = setting(0.7, "higher is more varied; 0 is greedy")
-    top_p: float = setting(
-        1.0, "draw from the likeliest tokens that add up to this probability; 1 is off"
-    )
-    top_k: int = setting(0, "draw from this many likeliest tokens; 0 is off")
-    min_p: float = setting(
-        0.0, "leave out tokens below this share of the likeliest one's probability; 0 is off"
-    )
-    epsilon: float = setting(0.09, "typical acceptance: the hard threshold")
-    delta: float = setting(0.3, "typical acceptance: the entropy factor")
-    sample: bool = setting(
-        False, "vanilla mode draws from the distribution instead of taking the likeliest token"
-    )
-    seed: int = setting(0, "the same seed gives the same reply")
-    max_new_tokens: int = setting(512, "longest reply")
-    stop: tuple[str, ...] = setting((), "end a reply before this text; \\n is a newline")
-    ignore_eos: bool = setting(False, "continue after the model ends its reply")
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        require_at_least(self, 0, "temperature", "top_k")
-        require_at_least(self, 1, "max_new_tokens")
-        require_above(self, 0, "top_p", "epsilon", "delta")
-        require_between(self, 0, 1, "top_p", "min_p", "epsilon")
-        require_between(self, 0, MAX_SEED, "seed")
-        require(all(self.stop), "a stop string may not be empty")
-
-    @property
-    def greedy(self) -> bool:
-        """True if the reply is the argmax path, in any mode."""
-        if self.mode == "vanilla" and not self.sample:
-            return True
-        return self.mode == "greedy" or self.temperature < COLD
-
-    def with_value(self, name: str, text: str) -> Sampling:
-        """Return a copy with field `name` read from `text`, as `/set` gives it."""
-        check_names(Sampling, [name])
-        return replace(self, **{name: parse_value(name, get_type_hints(Sampling)[name], text)})
 
 
 @dataclass(frozen=True)
@@ -240,6 +187,9 @@ class Recipe:
     lora_dropout: float = setting(0.05, "dropout in the adapter")
     gradient_checkpointing: bool = setting(False, "less memory for more time")
     save_steps: int = setting(500, "steps between checkpoints")
+    save_every: Duration = setting(
+        Duration(600), "time between checkpoints too, such as 90s, 10m or 2h; 0 counts steps alone"
+    )
     logging_steps: int = setting(10, "steps between lines of the log")
 
     def __post_init__(self) -> None:
@@ -251,6 +201,7 @@ class Recipe:
         )
         require_above(self, 0, "logging_steps", "decay", "learning_rate", "lora_alpha")
         require_at_least(self, 0, "warmup_steps", "backbone_learning_rate", "lambda_0", "lora_rank")
+        require_at_least(self, 0, "save_every")
         for name in ("heads_first", "lora_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must be from 0 to below 1, not {value:g}")

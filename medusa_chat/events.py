@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 COPIED = -1  # in Token.head and in a path of head ranks: copied from earlier text
 
-Finish = Literal["eos", "length", "stop", "context"]
+Finish = Literal["eos", "length", "stop", "context", "loop"]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -23,8 +24,7 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
     With `private` only the user can read it, from the first byte on (mode 0600).
     If the block raises, `file` stays as it was and the temporary file is removed.
     """
-    # Another process may write the same file.
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary = _temporary(file)
     try:
         if private:
             temporary.unlink(missing_ok=True)  # one left by a killed program may be readable
@@ -36,6 +36,32 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
         raise
 
 
+def _temporary(file: Path) -> Path:
+    # Another process may write the same file.
+    return file.with_suffix(f".{os.getpid()}.tmp")
+
+
+def check_writable(file: Path) -> None:
+    """Raise OSError if `file` could not be written, before the work that it is to hold."""
+    if file.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    folder = next(folder for folder in file.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    if folder == file.absolute().parent:
+        temporary = _temporary(file)
+        temporary.touch()  # tells a full disk too, and a name that is too long
+        temporary.unlink()
+
+
+def digest(file: Path) -> str | None:
+    """Return the SHA-256 of a file; None for a pipe or device, which can be read only once."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def expanded(place: str) -> Path:
     """Return a path with its `~` replaced, if that names a home; the path as it is if not."""
     return Path(os.path.expanduser(place))
@@ -45,10 +71,13 @@ def read_text(file: Path, most: int = MOST_BYTES) -> str:
     """Read a text in UTF-8, with or without a byte order mark; lines end in a newline.
 
     Raises:
-        OSError: the file cannot be read, or has more than `most` bytes.
+        OSError: the file cannot be read, or has more than `most` bytes; a device or pipe, more
+            than MOST_BYTES.
         ValueError: it is not UTF-8; names the line.
     """
     content = bytearray()
+    if not file.is_file():
+        most = min(most, MOST_BYTES)
     with file.open("rb") as opened:
         while piece := opened.read(PIECE):
             content += piece

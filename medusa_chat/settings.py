@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import field, fields
 from math import inf, isfinite
 from pathlib import Path
@@ -22,9 +23,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
 
 class UserError(Exception):
     """A mistake that the user can correct. Its message is one line; the exit status is 2."""
+
+
+class Duration(float):
+    """Seconds, written as 90s, 10m or 2h."""
+
+    def __str__(self) -> str:
+        for letter, length in reversed(UNITS.items()):
+            if self and self % length == 0:
+                return f"{self / length:.0f}{letter}"
+        return f"{self:g}s"
+
+    @classmethod
+    def read(cls, name: str, text: str) -> Duration:
+        """Read a duration, in seconds without a unit. Raises UserError that names the field."""
+        length = UNITS.get(text[-1:])
+        with suppress(ValueError):
+            seconds = float(text[:-1] if length else text) * (length or 1)
+            if 0 <= seconds < inf:
+                return cls(seconds)
+        raise UserError(f"{name} must be a time such as 90s, 10m or 2h, not {text!r}")
 
 
 def setting(default: T, help: str, *, flag: str = "") -> T:
@@ -70,6 +93,8 @@ def parse_value(name: str, kind: Any, text: str) -> Any:
         return text.lower() in ("on", "true", "yes")
     if get_origin(kind) is tuple:
         return (text.replace("\\n", "\n").replace("\\t", "\t"),) if text else ()
+    if kind is Duration:
+        return Duration.read(name, text)
     if kind in (int, float):
         return _parse_number(name, kind, text)
     return Path(text) if kind is Path else text

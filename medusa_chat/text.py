@@ -60,6 +60,11 @@ def one_line(text: str, most: int = LONGEST_LINE) -> str:
     return f"{line[: most - end - 1]}…{line[-end:]}"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Tell if an error is a panic of a library in Rust, such as tokenizers: it is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def reason_of(error: BaseException, causes: int = CAUSES) -> str:
     """Say in one line why an error was raised, with the causes that it was raised from.
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from medusa_chat.native import build
+from tests.helpers.native_library import no_compiler
+
 if TYPE_CHECKING:
     from medusa_chat.model.backbone import Backbone
 
@@ -23,6 +26,13 @@ os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # ignores the models.yaml of the
 # A shell starts a job with `&` so that it ignores Ctrl-C, and its children would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_library() -> None:
+    """Build the native library if its sources changed: no test runs on a missing or stale one."""
+    if no_compiler() is None:
+        build.build(build.LIBRARY_FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -38,4 +48,6 @@ def greedy_text(backbone: Backbone) -> list[int]:
     """The tests' prompt and its vanilla greedy continuation."""
     from tests.helpers.tiny import NEW, PROMPT, make_engine, reply
 
-    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
+    return PROMPT + reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )

@@ -19,11 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from medusa_chat.config import Mode, Sampling
 from medusa_chat.decoding.acceptance import (
     KINDS,
     Kind,
-    Numbers,
     Rule,
     TreeTensors,
     make_rule,
@@ -33,7 +31,9 @@ from medusa_chat.decoding.acceptance import (
     typical,
 )
 from medusa_chat.decoding.noise import gumbel, token_keys
+from medusa_chat.decoding.numbers import Numbers
 from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.sampling import Mode, Sampling
 from tests.helpers.tiny import random_tree
 
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def test_the_kind_of_a_rule_says_if_it_truncates() -> None:
         assert make_rule(replace(exact, mode="typical", **change)).kind == "typical-truncated"
     assert make_rule(exact).kind == "exact"
     assert make_rule(replace(exact, temperature=0)).kind == "greedy"
-    assert make_rule(replace(exact, mode="vanilla", sample=True)).kind == "exact"
+    assert make_rule(replace(exact, mode="vanilla")).kind == "exact"
 
 
 @given(seed=st.integers(0, 10**6), nodes=st.integers(1, 40))
@@ -332,7 +332,7 @@ def test_a_decision_reads_nothing_on_the_host(kind: Kind) -> None:
         tensors = TreeTensors(parents, depths, ancestors, tree.depth)
         candidates = torch.zeros(len(tree), dtype=torch.long)
         logits = torch.zeros(len(tree), 50)
-        rule = Rule(kind, Numbers(*torch.zeros(7).double().unbind()))
+        rule = Rule(kind, Numbers(*torch.zeros(len(Numbers._fields)).double().unbind()))
         verdict = rule(logits, candidates, tensors, torch.zeros((), dtype=torch.long))
         assert verdict.row.shape == verdict.next.shape == ()
         assert path_to(verdict.row, tensors).shape == (tree.depth + 1,)

@@ -27,12 +27,12 @@ from medusa_chat.config import SHIPPED_PROMPTS, Sampling, UserError
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
-from medusa_chat.native.library import available
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.reports import bench as bench_report
 from medusa_chat.terminal.reports import bench_charts
 from tests.helpers.complaints import complaint
+from tests.helpers.native_library import need_library
 from tests.helpers.quiet import silent
 from tests.helpers.tiny import save_with_heads
 
@@ -67,8 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["native", "torch"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    if request.param == "native" and available():
-        pytest.skip(available() or "")
+    if request.param == "native":
+        need_library()
     return loaded(folder, request.param)
 
 
@@ -187,7 +187,7 @@ def test_a_reply_without_a_step_has_no_figures_but_is_counted() -> None:
 def test_peers_are_compared_with_prefill_on_both_sides() -> None:
     conversations = {"transformers": [conversation("a", [step(0, 0.1)], 0.1)]} | {
         "greedy": [conversation("a", [step(2, 0.1)], 0.1)],
-        "vanilla": [conversation("a", [step(1, 0.1)], 0.1)],
+        "baseline": [conversation("a", [step(1, 0.1)], 0.1)],
     }
     found = peer_figures([conversations], BenchJob([], ["greedy"], Sampling()))
     assert set(found) == {"transformers"}
@@ -198,7 +198,7 @@ def test_peers_are_compared_with_prefill_on_both_sides() -> None:
 def test_each_baseline_samples_like_its_mode(engine: Engine) -> None:
     job = BenchJob(
         PROMPTS,
-        ["greedy", "exact"],
+        ["greedy", "exact", "vanilla"],
         Sampling(max_new_tokens=8, temperature=1.0),
         peers=("transformers",),
     )
@@ -207,7 +207,8 @@ def test_each_baseline_samples_like_its_mode(engine: Engine) -> None:
         "greedy",
         "exact",
         "vanilla",
-        "vanilla-sampled",
+        "baseline",
+        "baseline-sampled",
         "transformers",
         "transformers-lookup",
     }
@@ -215,12 +216,12 @@ def test_each_baseline_samples_like_its_mode(engine: Engine) -> None:
         name: [turn.text for turn in converse(engine, PROMPTS[1], 3, way).turns]
         for name, way in ways.items()
     }
-    assert texts["greedy"] == texts["vanilla"]
+    assert texts["greedy"] == texts["baseline"]
     assert texts["transformers"] == texts["transformers-lookup"]
     assert texts["transformers"][0].startswith(
         texts["greedy"][0]
     )  # a character cut short shows there alone
-    assert texts["exact"] == texts["vanilla-sampled"] != texts["greedy"]
+    assert texts["exact"] == texts["vanilla"] == texts["baseline-sampled"] != texts["greedy"]
     assert len(texts["greedy"]) == 3
 
 

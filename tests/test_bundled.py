@@ -97,7 +97,9 @@ def test_greedy_is_vanilla_in_every_tree(engine: Engine, tree: str) -> None:
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]
         engine.trees.use(named_tree(tree))
-        plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=60))))
+        plain = ids_of(
+            list(engine.generate(asked, Sampling(mode="vanilla", temperature=0, max_new_tokens=60)))
+        )
         steps = list(engine.generate(asked, Sampling(max_new_tokens=60)))
         assert ids_of(steps) == plain
         assert Stats.of(steps).acceptance_length > 1  # type: ignore[operator]
@@ -107,7 +109,9 @@ def test_vanilla_is_transformers_generate(engine: Engine) -> None:
     peer = TransformersPeer(engine)
     for prompt in PROMPTS:
         ids = engine.encode([Message(role="user", content=prompt)])
-        ours = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
+        ours = ids_of(
+            list(engine.generate(ids, Sampling(mode="vanilla", temperature=0, max_new_tokens=60)))
+        )
         assert ours == peer.generate(ids, 60)
 
 
@@ -120,7 +124,7 @@ def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: fl
         drawn = Sampling(
             mode="exact", temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=40
         )
-        plain = ids_of(list(engine.generate(asked, replace(drawn, mode="vanilla", sample=True))))
+        plain = ids_of(list(engine.generate(asked, replace(drawn, mode="vanilla"))))
         assert ids_of(list(engine.generate(asked, drawn))) == plain
 
 
@@ -155,7 +159,9 @@ def test_greedy_is_vanilla_if_id_0_is_frequent(
     zeros = 0
     for prompt in PROMPTS:
         ids = engine.encode([Message(role="user", content=prompt)])
-        plain = ids_of(list(engine.generate(ids, Sampling(mode="vanilla", max_new_tokens=60))))
+        plain = ids_of(
+            list(engine.generate(ids, Sampling(mode="vanilla", temperature=0, max_new_tokens=60)))
+        )
         found = ids_of(
             list(shuffled.generate([new_id(i) for i in ids], Sampling(max_new_tokens=60)))
         )
@@ -177,7 +183,9 @@ def test_random_heads_change_nothing(engine: Engine) -> None:
     )
     for prompt in PROMPTS[:4]:
         asked: list[Message] = [{"role": "user", "content": prompt}]
-        plain = ids_of(list(engine.generate(asked, Sampling(mode="vanilla", max_new_tokens=40))))
+        plain = ids_of(
+            list(engine.generate(asked, Sampling(mode="vanilla", temperature=0, max_new_tokens=40)))
+        )
         assert ids_of(list(wild.generate(asked, Sampling(max_new_tokens=40)))) == plain
 
 

@@ -42,7 +42,9 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 @pytest.fixture(scope="module")
 def text(backbone: Any) -> list[int]:
     """The prompt and its greedy continuation, longer than any reply below."""
-    return PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=100)
+    return PROMPT + reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=100
+    )
 
 
 def oracle_engine(
@@ -64,9 +66,12 @@ def assert_as_fresh(engine: Engine, kept: list[int]) -> None:
 
 
 def assert_next_reply_as_fresh(engine: Engine, prompt: list[int]) -> None:
-    expected = reply(make_engine(engine.backbone), prompt, mode="vanilla", max_new_tokens=12)
+    expected = reply(
+        make_engine(engine.backbone), prompt, mode="vanilla", temperature=0, max_new_tokens=12
+    )
     for mode in ("greedy", "vanilla"):
-        assert reply(engine, prompt, mode=mode, max_new_tokens=12, ignore_eos=True) == expected
+        plain = {"mode": mode, "temperature": 0, "ignore_eos": True}
+        assert reply(engine, prompt, **plain, max_new_tokens=12) == expected
 
 
 # ---- the buffer itself ----
@@ -104,7 +109,9 @@ def test_a_further_turn_prefills_only_what_is_new(backbone: Any, text: Any) -> N
     assert engine.prefilled == len(PROMPT)
     assert_as_fresh(engine, (PROMPT + first)[:-1])  # the last token needed no forward of its own
     second_prompt = PROMPT + first + prompt_ids(9, seed=7)
-    expected = reply(make_engine(backbone), second_prompt, mode="vanilla", max_new_tokens=NEW)
+    expected = reply(
+        make_engine(backbone), second_prompt, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )
     assert reply(engine, second_prompt, max_new_tokens=NEW) == expected
     assert engine.prefilled == 9 + 1
     assert_as_fresh(engine, (second_prompt + expected)[:-1])
@@ -117,7 +124,9 @@ def test_an_edit_rewinds_to_where_the_texts_part(backbone: Any, text: Any) -> No
     for at in (0, 5, len(PROMPT), len(history) - 3):
         reply(engine, PROMPT, max_new_tokens=NEW)
         edited = [*history[:at], (history[at] + 1) % 64, *history[at + 1 :]]
-        expected = reply(make_engine(backbone), edited, mode="vanilla", max_new_tokens=NEW)
+        expected = reply(
+            make_engine(backbone), edited, mode="vanilla", temperature=0, max_new_tokens=NEW
+        )
         assert reply(engine, edited, max_new_tokens=NEW) == expected
         assert engine.prefilled == len(edited) - at
 
@@ -231,7 +240,7 @@ def test_the_context_limit_is_a_finish_reason_and_its_last_position_is_used(
 ) -> None:
     engine = oracle_engine(backbone, text, ranks, context=context)
     for mode in ("greedy", "vanilla"):
-        steps = decode(engine, PROMPT, mode=mode, max_new_tokens=NEW)
+        steps = decode(engine, PROMPT, mode=mode, temperature=0, max_new_tokens=NEW)
         assert PROMPT + ids_of(steps) == text[:context]
         assert steps[-1].finish == "context"
     assert_as_fresh(engine, text[: engine.tokens_in_context])
@@ -247,7 +256,9 @@ def test_a_context_that_ends_where_the_positions_of_the_backbone_end() -> None:
     """Guesses beyond the last position must not reach the encoding: 'dynamic' changes there."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
     backbone = random_backbone(max_position_embeddings=40, rope_parameters=rope)
-    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=99)
+    expected = reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=99
+    )
     assert len(PROMPT) + len(expected) == 40
     assert reply(oracle_engine(backbone, PROMPT + expected), PROMPT, max_new_tokens=99) == expected
 
@@ -266,7 +277,9 @@ def test_longrope_uses_its_first_encoding_only() -> None:
         rope_parameters=factors | {"original_max_position_embeddings": 50},
     )
     assert backbone.context == 50
-    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=99)
+    expected = reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=99
+    )
     engine = oracle_engine(backbone, PROMPT + expected)
     assert reply(engine, PROMPT, max_new_tokens=99) == expected
     assert_as_fresh(engine, (PROMPT + expected)[: engine.tokens_in_context])

@@ -112,7 +112,9 @@ def test_mistakes_are_one_line_and_write_nothing(
     )
     blocked = folder / f"head_accuracy.{os.getpid()}.tmp"
     blocked.mkdir()
-    assert blocked.name in complaint(capsys, *words(folder, "--no-check"))
+    with monkeypatch.context() as patch:  # before anything is loaded
+        patch.setattr("medusa_chat.load", None)
+        assert blocked.name in complaint(capsys, *words(folder, "--no-check"))
     blocked.rmdir()
     assert file.read_text() == '{"accuracy": [[0.5]]}'
 
@@ -173,7 +175,7 @@ def test_models_shows_how_good_the_heads_are(
     }
     entries["apart"] = {
         "backbone": "nobody/nothing",
-        "heads": str(folder / "medusa_lm_head.safetensors"),
+        "heads": str(folder / "medusa_heads" / "medusa_lm_head.safetensors"),
     }
     models.write_text(json.dumps({"models": entries}))
     monkeypatch.setattr("medusa_chat.hub.model_list.packaged_file", lambda: models)

@@ -96,7 +96,9 @@ def test_poor_heads_still_get_a_tree(
     )
     assert len(engine.trees.current) >= 2
     prompt = prompt_ids(9)
-    expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=20)
+    expected = reply(
+        make_engine(backbone), prompt, mode="vanilla", temperature=0, max_new_tokens=20
+    )
     assert reply(engine, prompt, max_new_tokens=20) == expected
 
 
@@ -106,7 +108,9 @@ def test_switching_to_auto_in_a_conversation_keeps_replies_right(
     monkeypatch.setattr(costs, "REPEATS", 1)
     backbone = random_backbone()
     prompt = prompt_ids(9)
-    expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=40)
+    expected = reply(
+        make_engine(backbone), prompt, mode="vanilla", temperature=0, max_new_tokens=40
+    )
     engine = make_engine(
         backbone, OracleHeads(4, 64, prompt + expected), "chain-2", accuracy=PUBLISHED
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import pytest
 
 from medusa_chat.cli import main
 from medusa_chat.commands import COMMANDS
-from medusa_chat.model.layouts import HEADS_FILE
+from medusa_chat.model.layouts import OWN_HEADS
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny import save_with_heads
 
@@ -105,11 +107,34 @@ def test_piped_text_follows_the_prompt(folder: Path, capsys: pytest.CaptureFixtu
     assert summary(both.stdout) == summary(capsys.readouterr().out)
 
 
+def test_a_prompt_is_an_argument_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replies = []
+    for words in (("--prompt", "Hi there"), ("Hi there",), ("Hi", "there")):
+        assert main([*answer(folder, "--json"), *words]) == 0
+        replies.append(json.loads(capsys.readouterr().out.splitlines()[-1])["ids"])
+    assert replies[0] == replies[1] == replies[2]
+    twice = complaint(capsys, "Hi", "--prompt", "Hello")
+    assert "the prompt is given twice" in twice
+    assert "did you mean models? --prompt modls asks" in complaint(capsys, "modls")
+
+
+def test_a_race_prints_both_replies(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "race.cast"
+    assert main(["race", *answer(folder, "--record", str(record)), "Tell me"]) == 0
+    shown = capsys.readouterr().out
+    assert "without heads" in shown
+    assert "the same text" in " ".join(shown.split())
+    assert json.loads(record.read_text().splitlines()[0])["version"] == 2
+    assert "recorded to FILE.svg or" in complaint(capsys, "race", "hi", "--record", "a.png")
+
+
 def test_prompts_that_are_not_utf8_are_refused_before_the_load() -> None:
     model = ("--model", "nobody/nothing")
     command = [sys.executable, "-m", "medusa_chat.cli", *model]
     for words, piped, expected in (
-        ([b"--prompt", b"caf\xe9"], b"", b"--prompt is not UTF-8 text"),
+        ([b"--prompt", b"caf\xe9"], b"", b"the prompt is not UTF-8 text"),
         ([b"--prompt", b"a", b"--system", b"\xff"], b"", b"--system is not UTF-8 text"),
         ([], b"one\ncaf\xe9", b"standard input, line 2: not UTF-8"),
         ([], b"x" * (17 << 20), b"standard input holds more than"),
@@ -217,16 +242,14 @@ def test_damaged_files_are_one_line(
     )
     missing = str(tmp_path / "no.json")
     assert "unknown tree" in complaint(capsys, *answer(folder, "--prompt", "hi", "--tree", missing))
-    heads = tmp_path / HEADS_FILE
-    heads.write_bytes((folder / HEADS_FILE).read_bytes()[:-100])
+    heads = tmp_path / "heads.safetensors"
+    heads.write_bytes((folder / OWN_HEADS).read_bytes()[:-100])
     assert "damaged" in complaint(capsys, *answer(folder, "--prompt", "hi", "--heads", str(heads)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    for file in folder.iterdir():
-        content = file.read_bytes()
-        (damaged / file.name).write_bytes(
-            content[: len(content) // 2] if file.name == "model.safetensors" else content
-        )
+    shutil.copytree(folder, damaged, dirs_exist_ok=True)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     assert "cannot load the model" in complaint(capsys, *answer(damaged, "--prompt", "hi"))
     long = complaint(capsys, *answer(folder, "--prompt", "word " * 200))
     assert "the prompt has" in long
@@ -262,3 +285,12 @@ def test_help_and_the_model_list_need_no_torch() -> None:
     help_text = run("--help").stdout
     for command in COMMANDS:
         assert command in help_text
+
+
+def test_a_pipe_of_too_much_is_refused_before_the_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("medusa_chat.commands.chat.MOST_PIPED", 1000)
+    monkeypatch.setattr("medusa_chat.load", None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 1001)))
+    assert "standard input holds more than the 1,000 bytes" in complaint(capsys, "chat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from base64 import b64decode
 from dataclasses import fields
@@ -13,8 +14,9 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
-from medusa_chat.config import MODES, Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.events import COPIED, Candidates, Step, Token
+from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.settings import help_of
 from medusa_chat.stats import Stats
 from medusa_chat.terminal import tree_view
@@ -157,6 +159,10 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     for field in fields(Sampling):
         assert row(shown, field.name)[0] == tables.shown(field.default)
     assert set(help_of(Sampling)) == {field.name for field in fields(Sampling)}
+    first = run(chat, "/set temperature 0.3").strip()
+    assert (
+        first == "temperature 0.3 · greedy mode does not use temperature; exact and typical mode do"
+    )
     assert run(chat, "/set temperature 0.3").strip() == "temperature 0.3"
     assert run(chat, r"/set stop \n\nUser: x").strip() == r"stop '\n\nUser: x'"
     run(chat, "/set ignore_eos on")
@@ -171,7 +177,7 @@ def test_set_shows_and_changes_every_setting(chat: Chat) -> None:
     [
         ("seed", "seed is 0; change it with /set seed NUMBER"),
         ("temperature", "temperature is 0.7; change it with /set temperature NUMBER"),
-        ("sample", "sample is off; change it with /set sample on|off"),
+        ("ignore_eos", "ignore_eos is off; change it with /set ignore_eos on|off"),
         ("mode", "mode is greedy; change it with /set mode greedy|typical|exact|vanilla"),
     ],
 )
@@ -436,7 +442,7 @@ def test_completion(chat: Chat, tmp_path: Path) -> None:
     assert completions("/mode e", None) == ["/mode exact"]
     assert completions("/set mode v", session) == ["/set mode vanilla"]
     assert completions("/set top", None) == ["/set top_p", "/set top_k"]
-    assert completions("/set sample o", None) == ["/set sample on", "/set sample off"]
+    assert completions("/set loop_guard o", None) == ["/set loop_guard on", "/set loop_guard off"]
     assert completions("/set seed 1", None) == []
     assert completions("/marks of", None) == ["/marks off"]
     assert completions("/tree c", session) == ["/tree chain"]
@@ -445,3 +451,13 @@ def test_completion(chat: Chat, tmp_path: Path) -> None:
     assert completions(f"/load {tmp_path}/ta", session) == [f"/load {tmp_path}/talk.json"]
     for nothing in ("hello", "//s", "/nothing x", "hello /s", "/s\n/s"):
         assert completions(nothing, session) == []
+
+
+def test_names_of_files_that_are_not_utf8(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    list(chat.session.ask("hello"))
+    assert "saved 2 messages to" in run(chat, "/save talk\udcff.json")
+    assert "loaded 2 messages" in run(chat, "/load talk\udcff.json")
+    assert os.listdir(b".") == [b"talk\xff.json"]

@@ -112,7 +112,7 @@ def loop_text() -> tuple[Backbone, list[int]]:
     backbone = random_backbone(initializer_range=0.02, tie_word_embeddings=True)
     prompt = prompt_ids(12)
     return backbone, prompt + reply(
-        make_engine(backbone), prompt, mode="vanilla", max_new_tokens=NEW
+        make_engine(backbone), prompt, mode="vanilla", temperature=0, max_new_tokens=NEW
     )
 
 
@@ -128,7 +128,7 @@ def test_a_model_without_heads_gains_from_copies_alone(
     assert (Stats.of(steps).acceptance_length or 0) > 3
     assert "copied text only" in engine.trees.describe()
     sampling = {"mode": "exact", "temperature": 0.8, "seed": 3, "max_new_tokens": NEW}
-    drawn = reply(make_engine(backbone), prompt, **(sampling | {"mode": "vanilla"}), sample=True)
+    drawn = reply(make_engine(backbone), prompt, **(sampling | {"mode": "vanilla"}))
     assert reply(engine, prompt, **sampling) == drawn
     engine.trees.use_copies(False)
     with pytest.raises(UserError, match="no Medusa heads"):
@@ -189,7 +189,9 @@ def test_a_reply_that_is_cut_and_regenerated_copies_from_what_stayed(loop_text: 
     ours, theirs = (each.runner.cache.buffer[:, :, :, : len(kept)] for each in (engine, fresh))
     assert ours.allclose(theirs, atol=1e-4)
     other = [*text[:8], *LOOP, *LOOP]
-    expected = reply(make_engine(backbone), other, mode="vanilla", max_new_tokens=NEW)
+    expected = reply(
+        make_engine(backbone), other, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )
     assert reply(engine, other, max_new_tokens=NEW) == expected
     grown = [*other, *expected]
     copies = engine.trees.policy.copies

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -18,9 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from medusa_chat.cli import main
 from medusa_chat.config import UserError
+from medusa_chat.locks import only_writer
 from medusa_chat.training import server as module
 from medusa_chat.training.distillation import distill
 from medusa_chat.training.questions import DistillJob
+from tests.helpers.complaints import refusal
 from tests.helpers.full_disk import full_disk
 from tests.helpers.tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
@@ -429,10 +434,18 @@ def test_a_cut_reply_ends_its_conversation(fake: FakeServer, prompts: Path, tmp_
                 "type": "v",
             },
         ),
+        (400, {"error": {"message": "filtered", "code": "content_filter"}}),
         said(""),
         said(" \n", "length"),
+        said(None),
+        said(None, "tool_calls"),
+        said("withh", "content_filter"),
+        (200, {"choices": [{"message": {"tool_calls": []}, "finish_reason": "tool_calls"}]}),
     ],
-    ids=["vllm", "llama.cpp", "openai", "tgi", "empty", "blank"],
+    ids=[
+        *("vllm", "llama.cpp", "openai", "tgi", "azure", "empty", "blank"),
+        *("null", "tool call", "filtered", "no content"),
+    ],
 )
 def test_a_full_context_or_an_empty_reply_ends_the_conversation_alone(
     fake: FakeServer, prompts: Path, tmp_path: Path, end: tuple[int, Any]
@@ -457,6 +470,61 @@ def test_a_full_context_or_an_empty_reply_ends_the_conversation_alone(
     ]
     assert lines[4]["messages"][-1] == {"role": "assistant", "content": "ok"}
     cut_at_every_place(tmp_path / "o.jsonl", lambda again: run(prompts, again, server=fake.url), 3)
+
+
+def test_a_second_run_into_the_same_file(fake: FakeServer, prompts: Path, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "o.jsonl", "another run"):
+        line = refusal(run, prompts, tmp_path / "o.jsonl", server=fake.url)
+    assert line.startswith("another run is writing to ")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_a_server_that_hangs_is_left_in_time(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """It answers nothing, or a byte now and then, without an end."""
+    monkeypatch.setattr(module, "LONGEST", 0.5)
+    with hanging(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n" if after else b"") as url:
+        line = refusal(run, prompts, tmp_path / "o.jsonl", server=url, server_model="m")
+    assert "gave no answer in" in line
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_a_server(prompts: Path, tmp_path: Path) -> None:
+    with hanging(b"") as url:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run(prompts, tmp_path / "o.jsonl", server=url, server_model="m")
+    assert time.monotonic() - started < 20
+
+
+def test_an_endless_answer_is_cut(
+    fake: FakeServer, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 1000)
+    fake.respond = lambda _: (200, b" " * 5000)
+    line = refusal(run, prompts, tmp_path / "o.jsonl", server=fake.url)
+    assert "answered with more than 1.0 kB" in line
+
+
+@contextmanager
+def hanging(answer: bytes) -> Iterator[str]:
+    """A server that takes requests, begins the same answer to each and never ends it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        opened = []
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection = listener.accept()[0]
+                    opened.append(connection)
+                    connection.sendall(answer)
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for connection in opened:
+            connection.close()
 
 
 FLEETING: dict[str, tuple[int, Any] | None] = {
@@ -511,7 +579,7 @@ FATAL: dict[str, tuple[tuple[int, Any] | None, int, str]] = {
     "a list": ((200, []), 1, "without 'choices'"),
     "no choices": ((200, {"choices": []}), 1, "without 'choices'"),
     "no message": ((200, {"choices": [{"message": None}]}), 1, "without 'choices'"),
-    "content null": (said(None, "tool_calls"), 1, "without text (finish_reason 'tool_calls')"),
+    "nested": ((200, b"[" * 100_000), 1, "something that is not JSON"),
 }
 
 

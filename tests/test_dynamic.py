@@ -290,7 +290,7 @@ def test_greedy_equals_vanilla_with_any_superset_and_calibration(
 @pytest.mark.parametrize("law", [{"temperature": 0.7}, {"temperature": 1.2, "top_p": 0.8}])
 def test_exact_gives_the_text_of_vanilla_sampling(backbone: Any, tree: Any, law: Any) -> None:
     settings = {"seed": 3, "max_new_tokens": NEW, **law}
-    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", sample=True, **settings)
+    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", **settings)
     heads = OracleHeads(4, 64, PROMPT + expected, (0, 0, 1, -1))
     steps = decode(
         make_engine(backbone, heads, tree, copies=True), PROMPT, mode="exact", **settings
@@ -309,7 +309,7 @@ def test_typical_settles_a_token_each_step_and_repeats_itself_for_a_seed(backbon
     assert all(step.tokens[0].head == 0 for step in first)
     engines[0].forget()
     assert reply(engines[0], PROMPT, **(settings | {"temperature": 0})) == reply(
-        make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=NEW
     )
 
 
@@ -375,7 +375,7 @@ def test_trees_by_name(backbone: Any) -> None:
     for name in ("dynamic-1", "static-0", "dynamic-257", "static-99999999999"):
         with pytest.raises(UserError, match="2 to 256 nodes"):
             shaped_tree(name, accuracy)
-    for name in ("dynamic-", "dynamic", "static-x"):
+    for name in ("dynamic-", "dynamic", "static-x", "chain-²"):
         with pytest.raises(UserError, match="unknown tree"):
             shaped_tree(name, accuracy)
     engine = make_engine(backbone, random_heads(backbone, 1), "dynamic-64")

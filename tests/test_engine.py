@@ -106,7 +106,9 @@ def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats() -> 
     from medusa_chat.model.heads import MedusaHeads
 
     backbone = random_backbone(initializer_range=0.02, tie_word_embeddings=True)
-    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=NEW)
+    expected = reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )
     steps = decode(
         make_engine(backbone, MedusaHeads(4, 1, 32), "chain-4"), PROMPT, max_new_tokens=NEW
     )
@@ -118,7 +120,9 @@ def test_heads_that_repeat_the_lm_head_are_accepted_where_the_text_repeats() -> 
 def test_greedy_equals_vanilla_where_token_0_is_frequent(tied: Any) -> None:
     """The official code fails here: its padded paths read token 0."""
     model = random_model(seed=3, tie_word_embeddings=tied)
-    plain = reply(make_engine(Backbone(model)), PROMPT, mode="vanilla", max_new_tokens=NEW)
+    plain = reply(
+        make_engine(Backbone(model)), PROMPT, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )
     frequent = Counter(plain).most_common(1)[0][0]
     swap = list(range(64))
     swap[0], swap[frequent] = frequent, 0
@@ -127,7 +131,9 @@ def test_greedy_equals_vanilla_where_token_0_is_frequent(tied: Any) -> None:
             weight.copy_(weight[swap].clone())
     backbone = Backbone(model)
     prompt = [swap[token] for token in PROMPT]
-    expected = reply(make_engine(backbone), prompt, mode="vanilla", max_new_tokens=NEW)
+    expected = reply(
+        make_engine(backbone), prompt, mode="vanilla", temperature=0, max_new_tokens=NEW
+    )
     assert expected == [swap[token] for token in plain]
     assert expected.count(0) >= 4
     for seed, ranks in enumerate([(0,), (0, 1, -1), (-1,), (0, 3, 7)]):
@@ -145,9 +151,7 @@ def test_greedy_equals_vanilla_where_token_0_is_frequent(tied: Any) -> None:
 def test_temperature_0_is_greedy_in_every_mode(backbone: Any, greedy_text: Any) -> None:
     for mode in ("typical", "exact", "vanilla"):
         engine = make_engine(backbone, oracle(backbone, greedy_text), "mc_sim_7b_63")
-        new = reply(
-            engine, PROMPT, mode=mode, temperature=0, sample=True, seed=5, max_new_tokens=NEW
-        )
+        new = reply(engine, PROMPT, mode=mode, temperature=0, seed=5, max_new_tokens=NEW)
         assert PROMPT + new == greedy_text
 
 
@@ -173,7 +177,6 @@ def test_exact_gives_the_text_of_vanilla_sampling(backbone: Any, law: Any) -> No
             make_engine(backbone),
             PROMPT,
             mode="vanilla",
-            sample=True,
             seed=seed,
             max_new_tokens=NEW,
             **law,
@@ -344,9 +347,12 @@ def test_probes_are_counted_over_replies(backbone: Any) -> None:
 
 def test_a_new_reply_ends_the_one_before(backbone: Any, greedy_text: Any) -> None:
     engine = make_engine(backbone)
-    older = engine.generate(PROMPT, Sampling(mode="vanilla", max_new_tokens=NEW))
+    older = engine.generate(PROMPT, Sampling(mode="vanilla", temperature=0, max_new_tokens=NEW))
     next(older)
-    assert PROMPT + reply(engine, PROMPT, mode="vanilla", max_new_tokens=NEW) == greedy_text
+    assert (
+        PROMPT + reply(engine, PROMPT, mode="vanilla", temperature=0, max_new_tokens=NEW)
+        == greedy_text
+    )
     assert list(older) == []
 
 
@@ -354,7 +360,7 @@ def test_ids_outside_the_vocabulary_and_trees_without_heads_are_refused(backbone
     engine = make_engine(backbone)
     for ids in ([1, -1], [1, backbone.vocabulary]):
         with pytest.raises(UserError, match="not among"):
-            engine.generate(ids, Sampling(mode="vanilla"))
+            engine.generate(ids, Sampling(mode="vanilla", temperature=0))
     with pytest.raises(UserError, match="no Medusa heads"):
         engine.trees.use("chain-2")
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 import medusa_chat
-from medusa_chat.config import MODES, Message, Mode, Sampling
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.graphs.capture import CudaGraphs
 from medusa_chat.decoding.graphs.static_step import StaticStep
@@ -20,6 +19,7 @@ from medusa_chat.model.attention.rule import TRITON, Choice, Shape, choose_atten
 from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 from medusa_chat.model.fused.rule import choose_operations
 from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.sampling import MODES, Mode, Sampling
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED
 from tests.helpers.tiny import random_model, random_tree, save_model
@@ -28,6 +28,7 @@ from tests.helpers.tiny_runs import backbone_folder, do, tiny_run
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from medusa_chat.config import Message
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.graphs.capture import Key
 
@@ -64,10 +65,10 @@ TURNS = [
     Sampling(),
     Sampling(mode="typical", seed=1),
     Sampling(mode="exact", seed=2),
-    Sampling(mode="vanilla"),
+    Sampling(mode="vanilla", temperature=0),
     Sampling(mode="exact", seed=3, top_p=0.9, temperature=1.2),
     Sampling(mode="typical", seed=4, top_k=20),
-    Sampling(mode="vanilla", sample=True, seed=5, min_p=0.02),
+    Sampling(mode="vanilla", seed=5, min_p=0.02),
     Sampling(),
 ]
 
@@ -144,7 +145,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(monkeypatch: pytest.Mon
 def save_with_heads(folder: Path, kind: str) -> None:
     """A random model and two heads of one block."""
     save_model(folder, random_model(kind, 320, hidden_size=64, intermediate_size=128, head_dim=16))
-    heads = folder / "medusa_lm_head.safetensors"
+    heads = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     save_file(
         {
             f"{k}.0.linear.{name}": torch.randn(shape) * 0.1

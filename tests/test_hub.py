@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -405,3 +407,33 @@ def test_places_of_measured_accuracies(tmp_path: Path, monkeypatch: pytest.Monke
         tmp_path,
         tmp_path,
     ]
+
+
+def test_heads_in_a_folder_of_their_own(client: Client) -> None:
+    """As medusa-chat writes them; from the cache too."""
+    own = "medusa_heads/medusa_lm_head.safetensors"
+    files = {"config.json": b"{}", own: HEADS, "model.safetensors": WEIGHTS}
+    client.server.add("owner/both", files)
+    for offline in ("0", "1"):
+        found = client.fetch("owner/both", "owner/both", HF_HUB_OFFLINE=offline)
+        assert names(found["heads"]) == names(found["backbone"]) == set(files)
+
+
+def test_a_hub_that_answers_with_a_page(client: Client) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Please log in to this network</html>")
+
+        do_HEAD = do_GET  # noqa: N815
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    line = client.fetch(HF_ENDPOINT=f"http://127.0.0.1:{http.server_port}")["error"]
+    http.shutdown()
+    assert line.startswith("cannot ask http://127.0.0.1")
+    assert "check HF_ENDPOINT" in line

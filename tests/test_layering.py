@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "medusa_chat"
-BASE = {"config", "settings", "version", "text", "files", "events", "shapes"}
+BASE = {"config", "sampling", "settings", "version", "text", "files", "events", "shapes"}
 ENGINE = BASE | {"stats", "records", "prompts", "hub", "machine", "model", "native", "decoding"}
 # What each part may import besides itself. `cli`, `commands` and the package's own front door
 # join the parts and may import everything.
 ALLOWED = {
-    "config": {"settings"},
+    "config": {"settings", "sampling"},
+    "sampling": {"settings"},
     "settings": set[str](),
     "version": set[str](),
     "text": set[str](),
     "files": set[str](),
     "shapes": set[str](),
+    "locks": {"config"},
     "events": {"config", "text"},
     "stats": BASE,
     "records": BASE,
@@ -31,18 +33,20 @@ ALLOWED = {
     "native": BASE | {"machine"},
     "model": BASE | {"hub", "machine", "native"},
     "decoding": BASE | {"stats", "hub", "machine", "model", "native"},
-    "training": ENGINE,
+    "training": ENGINE | {"locks"},
     "bench": ENGINE,
     "export": ENGINE,
-    "terminal": BASE | {"stats", "prompts", "records"},
+    "terminal": BASE | {"stats", "prompts", "records", "locks"},
 }
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
     "config",
+    "sampling",
     "settings",
     "version",
     "text",
     "files",
+    "locks",
     "shapes",
     "events",
     "stats",
@@ -51,6 +55,7 @@ NO_TORCH = (
     "hub",
     "machine/contents",
     "machine/memory",
+    "machine/openmp",
     "terminal",
     "decoding/reply",
     "decoding/trees/tree",

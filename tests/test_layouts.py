@@ -36,7 +36,7 @@ def file(backbone: Backbone, tmp_path: Path) -> Path:
 def test_round_trip(backbone: Backbone, tmp_path: Path, heads: int, layers: int, own: bool) -> None:
     made = random_heads(backbone, heads, layers, own).to(torch.bfloat16)  # as files hold them
     file = write_heads(made, tmp_path / "new" / "folder")
-    assert file.name == "medusa_lm_head.safetensors"
+    assert file == tmp_path / "new" / "folder" / "medusa_heads" / "medusa_lm_head.safetensors"
     read = read_heads(file, HIDDEN, VOCABULARY).heads
     assert (read.heads, read.layers, read.lm_heads is not None) == (heads, layers, own)
     hidden = torch.randn(5, HIDDEN)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 import medusa_chat
-from medusa_chat.config import LoadOptions, ModelSpec
+from medusa_chat.config import LoadOptions, Message, ModelSpec, UserError
 from medusa_chat.machine.devices import choose_device, choose_dtype
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.loading import load_model
@@ -20,7 +22,6 @@ from tests.helpers.tiny import random_backbone, random_heads, random_model, repl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    for file in whole.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+    return Path(shutil.copytree(whole, tmp_path, dirs_exist_ok=True))
 
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
@@ -57,7 +56,7 @@ def test_a_folder_becomes_an_engine(whole: Path, monkeypatch: pytest.MonkeyPatch
     assert (engine.name, engine.heads, engine.notices, engine.context) == (whole.name, 3, [], 512)
     assert engine.trees.current.origin == "auto"
     prompt = [{"role": "user", "content": "hi"}]
-    vanilla = reply(engine, prompt, mode="vanilla", max_new_tokens=12)
+    vanilla = reply(engine, prompt, mode="vanilla", temperature=0, max_new_tokens=12)
     assert reply(engine, prompt, max_new_tokens=12) == vanilla
     chosen = medusa_chat.load(
         str(whole), str(whole), device="cpu", dtype="float32", tree="chain-2", context=100
@@ -66,12 +65,17 @@ def test_a_folder_becomes_an_engine(whole: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_heads_named_by_file_folder_and_not_at_all(folder: Path) -> None:
-    heads = folder / "medusa_lm_head.safetensors"
+    heads = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     for named in (str(heads), str(folder), None):
         found = load_model(ModelSpec("tiny", str(folder), heads=named), FLOAT32).heads
         assert found is not None
         assert found.heads == 3
-    heads.unlink()
+    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    old = heads.rename(folder / heads.name)  # as folders had them before
+    found = load_model(ModelSpec("tiny", str(folder)), FLOAT32).heads
+    assert found is not None
+    assert found.heads == 3
+    old.unlink()
     loaded = load_model(ModelSpec("tiny", str(folder)), FLOAT32)
     assert (loaded.heads, loaded.accuracy) == (None, None)
     assert "there are no Medusa heads in" in load(folder, heads=str(folder))
@@ -193,7 +197,7 @@ def test_a_weight_of_another_shape(folder: Path) -> None:
 
 
 def test_damaged_heads(folder: Path) -> None:
-    file = folder / "medusa_lm_head.safetensors"
+    file = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert "cannot read" in load(folder)
 
@@ -246,3 +250,22 @@ def test_devices_and_number_formats() -> None:
 def test_bfloat16_runs_too(whole: Path) -> None:
     engine = medusa_chat.load(str(whole), device="cpu", dtype="bfloat16", tree="chain-3")
     assert len(reply(engine, [1, 2, 3], max_new_tokens=8)) == 8
+
+
+class PanicException(BaseException):
+    """Raised by libraries in Rust; it is no Exception."""
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = medusa_chat.load(str(folder), device="cpu", dtype="float32", probing=False)
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(type(engine.tokenizer), "__call__", panic)
+    with pytest.raises(UserError, match="the tokenizer fails on this text: index out of bounds"):
+        engine.encode([Message(role="user", content="Hi")])
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    assert "cannot load the model" in load(folder)

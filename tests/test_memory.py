@@ -22,10 +22,10 @@ from medusa_chat.machine import devices, memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.memory import remedies, shortage
 from medusa_chat.machine.plans import Load, host_plan, load_of, plan
-from medusa_chat.model.layouts import HEADS_FILE, write_heads
-from medusa_chat.native.library import available
+from medusa_chat.model.layouts import OWN_HEADS, write_heads
 from medusa_chat.shapes import SHAPES
 from tests.helpers.complaints import refusal
+from tests.helpers.native_library import need_library
 from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 GB = 10**9
@@ -85,7 +85,7 @@ def test_every_weight_of_a_folder_is_counted(kind: str, own: bool, tmp_path: Pat
     assert contents.layers == sum(weight.numel() for weight in matrices)
     assert contents.largest == max(weight.numel() for weight in matrices)
     assert contents.heads == sum(weight.numel() for weight in heads.parameters())
-    file = contents_of(ModelSpec("tiny", str(tmp_path), heads=str(tmp_path / HEADS_FILE)))
+    file = contents_of(ModelSpec("tiny", str(tmp_path), heads=str(tmp_path / OWN_HEADS)))
     assert file == contents
 
 
@@ -342,8 +342,8 @@ def test_a_load_checks_memory_unless_it_is_ignored(free: dict[str, int]) -> None
 
 @pytest.mark.parametrize("step", ["native", "torch"])
 def test_the_asked_context_counts(step: str, free: dict[str, int]) -> None:
-    if step == "native" and available():
-        pytest.skip(available() or "")
+    if step == "native":
+        need_library()
     spec = resolve_model(None)
     contents = contents_of(spec)
     assert contents is not None

@@ -288,3 +288,10 @@ def test_a_revision_apart_from_its_id() -> None:
     assert split_revision("owner/name") == ("owner/name", None)
     assert split_revision("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
     assert split_revision("owner/name@") == ("owner/name", None)
+
+
+def test_aliases_that_would_fill_the_memory(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    (tmp_path / "models.yaml").write_text("\n".join(lines))
+    assert "it has more than 20 aliases" in refusal(read_models, tmp_path / "models.yaml")

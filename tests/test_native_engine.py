@@ -20,10 +20,19 @@ from medusa_chat.decoding.runner import Runner
 from medusa_chat.machine import devices
 from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.model.loading import load_model
+from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.native import library
 from medusa_chat.native.weights import Store, all_rows, pack
-from tests.helpers.native_tiny import need_library
-from tests.helpers.tiny import decode, ids_of, prompt_ids, random_model, reply, save_model
+from tests.helpers.native_library import need_library
+from tests.helpers.tiny import (
+    decode,
+    ids_of,
+    prompt_ids,
+    random_model,
+    reply,
+    save_model,
+    save_with_heads,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +69,7 @@ def test_a_model_on_a_cpu_takes_the_native_step(engine: Engine) -> None:
 @pytest.mark.parametrize("copies", [False, True])
 def test_greedy_is_vanilla_in_every_tree(engine: Engine, copies: bool) -> None:
     for asked in ASKED:
-        plain = reply(engine, asked, mode="vanilla", max_new_tokens=40)
+        plain = reply(engine, asked, mode="vanilla", temperature=0, max_new_tokens=40)
         for tree in TREES:
             engine.trees.use(tree)
             engine.trees.use_copies(copies)
@@ -73,7 +82,7 @@ def test_exact_is_vanilla_sampling(engine: Engine, temperature: float, top_p: fl
     drawn = Sampling(mode="exact", temperature=temperature, top_p=top_p, max_new_tokens=30)
     for seed, asked in enumerate(ASKED):
         drawn = replace(drawn, seed=seed)
-        vanilla = replace(drawn, mode="vanilla", sample=True)
+        vanilla = replace(drawn, mode="vanilla")
         plain = ids_of(list(engine.generate(asked, vanilla)))
         for tree, copies in (("mc_sim_7b_63", False), ("dynamic-16", True)):
             engine.trees.use(tree)
@@ -92,10 +101,12 @@ def test_a_reply_closed_at_any_step_leaves_a_sound_cache(engine: Engine) -> None
             stream.close()
             assert len(engine.text) == engine.runner.cache.length
             kept = list(engine.text) or engine.encode(ASKED[1])
-            ours = reply(engine, [*kept, 5], mode="vanilla", max_new_tokens=12)
+            ours = reply(engine, [*kept, 5], mode="vanilla", temperature=0, max_new_tokens=12)
             buffer = engine.runner.cache.buffer[..., : len(kept), :].clone()
             engine.forget()
-            assert reply(engine, [*kept, 5], mode="vanilla", max_new_tokens=12) == ours
+            assert (
+                reply(engine, [*kept, 5], mode="vanilla", temperature=0, max_new_tokens=12) == ours
+            )
             assert torch.equal(engine.runner.cache.buffer[..., : len(kept), :], buffer)
 
 
@@ -140,6 +151,10 @@ def test_the_native_step_writes_what_torch_writes_in_float32() -> None:
 
 
 # ---- choosing a step ----
+
+
+def test_the_library_that_was_built_can_be_used() -> None:
+    assert library.available() is None
 
 
 @pytest.fixture
@@ -188,7 +203,7 @@ def test_heads_are_not_needed(tmp_path: Path) -> None:
     folder = save_model(tmp_path, random_model("qwen2", 320))
     engine = medusa_chat.load(str(folder), device="cpu", probing=False)
     assert engine.backbone.native is not None
-    plain = reply(engine, prompt_ids(9), mode="vanilla", max_new_tokens=40)
+    plain = reply(engine, prompt_ids(9), mode="vanilla", temperature=0, max_new_tokens=40)
     assert reply(engine, prompt_ids(9), max_new_tokens=40) == plain  # with copies
 
 
@@ -217,6 +232,37 @@ def test_a_weight_that_is_no_number_is_named_before_it_is_packed(
         load_model(
             ModelSpec("tiny", str(folder), quant=quant), LoadOptions(device="cpu", engine="native")
         )
+
+
+@pytest.mark.parametrize(("quant", "scale"), [("int8", "SCB"), ("nf4", "weight.absmax")])
+def test_a_scale_of_bitsandbytes_that_is_no_number_is_named(
+    quant: str, scale: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    plain = save_model(tmp_path / "plain", random_model("llama", 320, **sizes))
+    model, words = load_pretrained(ModelSpec("tiny", str(plain)), torch.bfloat16, quant)
+    folder = tmp_path / "own"
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.1.mlp.up_proj.{scale}"
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"weight {name} holds NaN or infinity"):
+        load_model(ModelSpec("own", str(folder)), LoadOptions(device="cpu", engine="native"))
+
+
+def test_heads_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    folder = save_with_heads(tmp_path)
+    file = folder / "medusa_lm_head.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(-1)[3] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"tensor {name} holds NaN or infinity"):
+        load_model(ModelSpec("own", str(folder)), LoadOptions(device="cpu", engine="native"))
 
 
 def test_nf4_has_the_values_of_bitsandbytes() -> None:

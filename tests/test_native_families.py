@@ -13,7 +13,8 @@ from medusa_chat.model.linear.joined import join_linears
 from medusa_chat.native.families import unsupported
 from medusa_chat.native.library import UnavailableError
 from medusa_chat.native.model import NativeModel
-from tests.helpers.native_tiny import Native, need_library, path_to, random_parents, shape
+from tests.helpers.native_library import need_library
+from tests.helpers.native_tiny import Native, path_to, random_parents, shape
 from tests.helpers.tiny import ARCHITECTURES, SMALL, prompt_ids, random_backbone
 
 need_library()

@@ -103,7 +103,7 @@ def test_bench_shows_tokens_a_second_before_ratios(
     job = BenchJob(prompts, ["greedy"], Sampling(max_new_tokens=8), rounds=1, peers=peers)
     engine = tiny(320)
     (round_,) = measure_replies(engine, job, quiet)
-    assert set(round_) == {"greedy", "vanilla", "llama.cpp small.gguf"}
+    assert set(round_) == {"greedy", "baseline", "llama.cpp small.gguf"}
     result = bench(engine, job, lambda _: _Silent()) | {"load_seconds": 1.0, "device": "here"}
     figures = result["peers"]["llama.cpp small.gguf"]
     assert figures["tokens_per_second"] > 0

@@ -146,7 +146,9 @@ def recorded(engine: Engine) -> list[tuple[int, list[list[int]]]]:
 def test_a_conversation_is_counted_as_its_text_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies that end, one that is interrupted, and one that is partly kept and regenerated."""
     backbone = random_backbone()
-    text = PROMPT + reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=120)
+    text = PROMPT + reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=120
+    )
     heads = OracleHeads(3, 64, text, (0, 1, 4, -1))
     engine = make_engine(backbone, heads, "mc_sim_7b_63", probing=True)
     counted: list[Sequence[int]] = []
@@ -236,7 +238,9 @@ def test_the_tree_follows_the_conversation_at_the_same_node_count() -> None:
         patch.setattr(costs, "measure", lambda *_, **__: cost)
         patch.setattr(policy, "RESHAPE", 16)
         patch.setattr(tracker, "ACCURACY_PRIOR", 20)
-        expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=300)
+        expected = reply(
+            make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=300
+        )
         engine = make_engine(backbone, OracleHeads(4, 64, PROMPT + expected, (2,)), "auto")
         before = engine.trees.current
         assert isinstance(before, Tree)
@@ -396,7 +400,7 @@ def test_another_way_of_decoding_gets_another_chance() -> None:
     assert used.next([], 1).pause
     used.begin(Sampling())
     assert used.next([], 1).pause
-    used.begin(Sampling(mode="vanilla"))
+    used.begin(Sampling(mode="vanilla", temperature=0))
     assert used.next([], 1) == Choice(VANILLA)  # the user's own choice
     used.begin(Sampling())
     assert used.next([], 1).pause
@@ -437,7 +441,9 @@ def test_the_engine_pauses_useless_heads_and_uses_them_again(
 ) -> None:
     """Greedy text stays that of vanilla decoding; the shown speedup is that of the heads in use."""
     backbone = random_backbone()
-    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=400)
+    expected = reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=400
+    )
     monkeypatch.setattr(costs, "measure", lambda *_, **__: FLAT)
     monkeypatch.setattr(pause, "FIRST_PAUSE", 48)
     oracle = OracleHeads(4, 64, PROMPT + expected, (-1,))
@@ -473,7 +479,9 @@ def test_the_engine_pauses_useless_heads_and_uses_them_again(
 def test_without_probes_useless_heads_are_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     """So bench measures the heads even where they make decoding slower."""
     backbone = random_backbone()
-    expected = reply(make_engine(backbone), PROMPT, mode="vanilla", max_new_tokens=200)
+    expected = reply(
+        make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=200
+    )
     monkeypatch.setattr(costs, "measure", lambda *_, **__: FLAT)
     heads = OracleHeads(4, 64, PROMPT + expected, (-1,))
     engine = make_engine(backbone, heads, "auto", probing=False)

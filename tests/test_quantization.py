@@ -125,7 +125,7 @@ def test_float32_computes_in_float32() -> None:
     wanted = x @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
     assert reply(engine, PROMPT, max_new_tokens=12) == reply(
-        engine, PROMPT, mode="vanilla", max_new_tokens=12
+        engine, PROMPT, mode="vanilla", temperature=0, max_new_tokens=12
     )
 
 
@@ -302,13 +302,15 @@ def test_the_peer_is_quantized_alike() -> None:
         peer = TransformersPeer(engine)
         assert quant_of(peer.model.config) == quant
         ids = engine.encode(PROMPT)
-        assert peer.generate(ids, 12) == reply(engine, ids, mode="vanilla", max_new_tokens=12)
+        assert peer.generate(ids, 12) == reply(
+            engine, ids, mode="vanilla", temperature=0, max_new_tokens=12
+        )
 
 
 def test_a_wrong_token_of_a_quantized_model_is_a_fault() -> None:
     engine = bundled("nf4")
     ids = engine.encode(PROMPT)
-    right = reply(engine, ids, mode="vanilla", max_new_tokens=4)
+    right = reply(engine, ids, mode="vanilla", temperature=0, max_new_tokens=4)
     for how in (Sampling(), Sampling(mode="exact", temperature=0.7, top_p=0.9)):
         comparison = Comparison("wrong")
         comparison.add(engine, ids, right, [right[0], (right[1] + 1) % 4096], how)

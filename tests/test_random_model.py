@@ -118,7 +118,7 @@ def test_the_command_refuses_mistakes(
         "sys.argv", ["random_model", "tiny", str(tmp_path / "model"), "--heads", "0"]
     )
     assert main() == 0
-    assert not (tmp_path / "model" / "medusa_lm_head.safetensors").exists()
+    assert not (tmp_path / "model" / "medusa_heads" / "medusa_lm_head.safetensors").exists()
 
 
 def test_a_random_model_decodes_with_random_heads() -> None:
@@ -128,5 +128,5 @@ def test_a_random_model_decodes_with_random_heads() -> None:
         tokenizer(),
         LoadOptions(tree="chain-3", probing=False),
     )
-    vanilla = reply(engine, [5, 6, 7], mode="vanilla", max_new_tokens=12)
+    vanilla = reply(engine, [5, 6, 7], mode="vanilla", temperature=0, max_new_tokens=12)
     assert reply(engine, [5, 6, 7], max_new_tokens=12) == vanilla

@@ -19,7 +19,7 @@ from medusa_chat.cli import main
 from medusa_chat.config import UserError
 from medusa_chat.terminal.reports import training as training_view
 from medusa_chat.training import outputs, trainer
-from medusa_chat.training.checkpoints import whole_checkpoints
+from medusa_chat.training.checkpoints import checkpoints_of, is_complete
 from medusa_chat.training.trainer import train
 from tests.helpers.full_disk import full_disk
 from tests.helpers.tiny_runs import do, log_of, products, tiny_run
@@ -43,6 +43,11 @@ class PowerCutError(Exception):
     """The power fails."""
 
 
+def complete(run: Path) -> list[str]:
+    """Names of the complete checkpoints of a run, newest first."""
+    return [path.name for path in checkpoints_of(run) if is_complete(path)]
+
+
 def stop_at(last: int) -> Any:
     def progress(step: TrainStep) -> None:
         if step.step >= last:
@@ -59,9 +64,10 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(kind: str, tmp_path:
     with pytest.raises(PowerCutError):  # two steps behind the checkpoint of step 15
         train(tiny_run(tmp_path, "cut", name, **settings), stop_at(18), lambda _: None)
     run = tmp_path / "cut" / "checkpoints"
-    assert [path.name for path in whole_checkpoints(run)] == ["checkpoint-10", "checkpoint-15"]
+    assert complete(run) == ["checkpoint-15", "checkpoint-10"]
     half = run / "checkpoint-20"  # as if the power had failed while one was written
     shutil.copytree(run / "checkpoint-15", half)
+    (half / "checksums.json").unlink()
     (half / "trainer_state.json").write_text("{")
     assert not (products(tmp_path / "cut"))
     seen: list[tuple[int, bool]] = []
@@ -200,7 +206,7 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
         train(tiny_run(tmp_path, "out", "medusa2"), interrupt, said.append)
     assert said[-1] == "stopping after this step; Ctrl-C again stops at once"
     assert signal.getsignal(signal.SIGINT) is handler
-    assert whole_checkpoints(tmp_path / "out" / "checkpoints")[-1].name == "checkpoint-7"
+    assert complete(tmp_path / "out" / "checkpoints")[0] == "checkpoint-7"
     do(tiny_run(tmp_path, "out", "medusa2", resume=True))
     do(tiny_run(tmp_path, "whole", "medusa2"))
     assert products(tmp_path / "out") == products(tmp_path / "whole")
@@ -243,9 +249,7 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
     )
     assert last, lines[-3:]
     assert all(line.startswith(("step ", "stopping after")) for line in lines[1:-1])
-    assert [p.name for p in whole_checkpoints(tmp_path / "out" / "checkpoints")] == [
-        f"checkpoint-{last[1]}"
-    ]
+    assert complete(tmp_path / "out" / "checkpoints") == [f"checkpoint-{last[1]}"]
     assert products(tmp_path / "out") == {}
 
 

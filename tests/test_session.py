@@ -211,6 +211,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    Session(FakeEngine(), Sampling(seed=4)).save(path)
+    document = json.loads(path.read_text())
+    document["sampling"] |= {"sample": False}
+    del document["sampling"]["loop_guard"]
+    path.write_text(json.dumps(document))
+    assert read_conversation(path).sampling == Sampling(seed=4)
+
+
 def test_save_overwrites_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "thesis.txt"
     path.write_text("years of work")

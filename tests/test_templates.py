@@ -78,6 +78,35 @@ def test_prompts_as_the_models_were_trained(name: str, system: str | None, promp
     assert template(name).render(talk("Hi", "Yo", "Bye", system=system)) == prompt
 
 
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: "
+    "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    "assistant: {% if enable_thinking is not defined or enable_thinking %}<think>\n"
+    "{% else %}<think></think>{% endif %}"
+)
+
+
+def test_a_template_of_a_thinking_model_is_switched() -> None:
+    made = ChatTemplate(llama_tokenizer(THINKING), "m")
+    turns = talk("Hi", "<think>Hm.</think>Yo", "Bye")
+    assert made.render(turns) == "user: Hi\nassistant: Yo\nuser: Bye\nassistant: <think>\n"
+    assert made.drops_thoughts
+    assert made.opening(turns) == "<think>"
+    off = made.with_thinking(False)
+    assert off.render(turns).endswith("assistant: <think></think>")
+    assert off.opening(turns) == ""
+    assert made.with_thinking(True).opening(turns) == "<think>"
+
+
+def test_a_template_without_thinking_refuses_to_switch_it() -> None:
+    for made in (ChatTemplate(llama_tokenizer(ZEPHYR), "m"), template()):
+        assert not made.drops_thoughts
+        assert made.opening(talk("Hi")) == ""
+        with pytest.raises(UserError, match="the chat template of m has no switch for thinking"):
+            made.with_thinking(True)
+
+
 def test_which_template_is_taken() -> None:
     own, bare = llama_tokenizer(ZEPHYR), llama_tokenizer()
     assert resolve_template(own, ModelSpec("zephyr-7b", "z")).conversation is None
@@ -158,11 +187,11 @@ def test_the_templates_stop_strings_and_ids_end_a_reply() -> None:
     backbone = random_backbone()
     plain = make_engine(backbone)
     prompt = [1, 2, 3]
-    ids = reply(plain, prompt, mode="vanilla", max_new_tokens=24)
+    ids = reply(plain, prompt, mode="vanilla", temperature=0, max_new_tokens=24)
     text = plain.tokenizer.decode(ids)
     stop = Conversation("s", stop_str=[text[6:9], "never said"], stop_token_ids=[ids[12]])
     made = ChatTemplate(plain.tokenizer, "m", stop)
-    settings: dict[str, Any] = {"mode": "vanilla", "max_new_tokens": 24}
+    settings: dict[str, Any] = {"mode": "vanilla", "temperature": 0, "max_new_tokens": 24}
     by_text = make_engine(backbone, template=made)
     steps = decode(by_text, prompt, **settings)
     assert steps[-1].finish == "stop"

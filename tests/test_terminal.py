@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
 from tests.helpers.fake_engine import REPLY, script
@@ -226,6 +226,28 @@ def test_a_full_context_says_what_to_do(start: Callable[..., Terminal]) -> None:
     terminal.see("the context is full: /undo takes the last turn back, /reset starts")
 
 
+def test_the_models_defaults_and_a_reply_that_repeats_itself(
+    start: Callable[..., Terminal],
+) -> None:
+    defaults = '{"mode": "exact", "temperature": 0.6, "top_p": 0.95}'
+    terminal = start("--finish", "loop", "--defaults", defaults, columns=100)
+    terminal.see("defaults of the model: mode exact, temperature 0.6, top-p 0.95")
+    terminal.say("hello")
+    assert " · repeats itself" in terminal.replies(1)
+    terminal.see("the reply repeated itself, so it was stopped: /continue goes on")
+    terminal.say("/continue")
+    terminal.replies(2)
+    terminal.say("/set loop-guard off")
+    terminal.see("loop_guard off")
+    terminal.say("/set temperature 0.4")
+    terminal.say("/greedy")
+    terminal.say("/set temperature 0.3")
+    text = terminal.see("temperature 0.3 · greedy mode does not use temperature; exact and typical")
+    terminal.say("/set temperature 0.2")
+    text = terminal.see(lambda shown: shown.rstrip().endswith("temperature 0.2"))
+    assert text.count("greedy mode does not use") == 1
+
+
 def test_engine_failures_end_the_reply_only(start: Callable[..., Terminal]) -> None:
     terminal = start("--fails-after", "3")
     terminal.say("hello")
@@ -246,6 +268,9 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal = start("--transcript", str(transcript))
     terminal.say("one")
     terminal.replies(1)
+    second = start("--transcript", str(transcript))
+    second.see("another chat is writing to ")
+    assert second.status() != 0
     terminal.send(CTRL_D)
     assert terminal.status() == 0
     terminal = start("--transcript", str(transcript))
@@ -253,6 +278,15 @@ def test_a_transcript_is_kept_and_continued(start: Callable[..., Terminal], tmp_
     terminal.say("two")
     terminal.replies(1)
     assert transcript.read_text().count('"user"') == 2
+    terminal.say("/reset")
+    terminal.see("new conversation")
+    terminal.say("three")
+    terminal.see("replace it? (y/n)")
+    terminal.send("n" + ENTER)
+    terminal.see("this conversation goes to")
+    terminal.see(lambda _: terminal.at_prompt)
+    assert transcript.read_text().count('"user"') == 2
+    assert (tmp_path / "talk-2.json").read_text().count('"user"') == 1
 
 
 def test_a_message_is_edited_and_answered_anew(
@@ -287,6 +321,79 @@ def test_a_stopped_reply_goes_on(start: Callable[..., Terminal], tmp_path: Path)
     terminal.say(f"/save {tmp_path / 'talk.json'}")
     terminal.see("saved 2 messages")
     assert (tmp_path / "talk.json").read_text().count("Once upon a time") == 2
+
+
+def test_a_race_and_one_that_is_stopped(start: Callable[..., Terminal]) -> None:
+    terminal = start("--delay", "0.05")
+    before = termios.tcgetattr(terminal.child.child_fd)
+    terminal.say("Tell me a story")
+    terminal.replies(1)
+    terminal.say("/race")
+    terminal.see("runs first, alone")
+    terminal.see("│ with heads · greedy")
+    terminal.see("the same text")
+    terminal.see(lambda _: terminal.at_prompt)
+    terminal.say("/race And you?")
+    terminal.see(lambda text: text.count("│ with heads · greedy") == 2)
+    terminal.send(CTRL_C)
+    text = terminal.see("race stopped; the conversation is as it was")
+    terminal.see(lambda _: terminal.at_prompt)
+    assert text.count("│ with heads · greedy") == 1
+    terminal.say("/stats")
+    text = terminal.see("prefill time")
+    assert f"{STATS.new_tokens:>3}" in next(row for row in text.splitlines() if "new tokens" in row)
+    terminal.send(CTRL_D)
+    assert terminal.status() == 0
+    assert terminal.settings[3] == before[3]
+
+
+def test_files_go_with_a_message(start: Callable[..., Terminal], tmp_path: Path) -> None:
+    notes = tmp_path / "n.txt"
+    notes.write_text("The fox is red.\n")
+    terminal = start(columns=120)
+    terminal.say(f"Sum up @{notes}")
+    text = terminal.replies(1)
+    assert f"› Sum up @{notes}\n{notes} · 4 tokens\n" in text
+    terminal.say("/edit")
+    terminal.see(lambda text: text.count(f"› Sum up @{notes}") == 2)
+    terminal.send("?" + ENTER)
+    terminal.replies(2)
+    terminal.say(f"/file {notes}")
+    terminal.see(lambda text: text.count(" · 4 tokens") == 3)
+    terminal.see(f"› @{notes}\n")
+    terminal.send("again" + ENTER)
+    terminal.replies(3)
+    terminal.say("and @/dev/zero")
+    terminal.see("/dev/zero is a device or a pipe, not a file of text")
+    terminal.send(UP)
+    terminal.see(lambda text: text.count("› and @/dev/zero") == 2)
+    terminal.send(CTRL_C)
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 4 messages")
+    assert (tmp_path / "talk.json").read_text().count("The fox is red.") == 2
+
+
+def test_thoughts_are_folded_and_ctrl_t_shows_them(
+    start: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    reply = "<think>They want a story about a fox.</think>\n\nThe fox was **red**."
+    terminal = start("--reply", reply, "--delay", "0.1")
+    terminal.say("Tell me")
+    terminal.see("thinking… ")
+    text = terminal.replies(1)
+    assert "thought for 7 tokens · Ctrl+T shows\n\nThe fox was red.\n" in text
+    assert "about a fox" not in text
+    terminal.send("half\x14")
+    text = terminal.see("They want a story about a fox.")
+    assert text.index("They want") < text.index("› half")
+    terminal.send(" a message" + ENTER)
+    text = terminal.replies(2)
+    assert "› half a message\nThey want a story about a fox.\nthought for 7 tokens\n" in text
+    terminal.say(f"/save {tmp_path / 'talk.json'}")
+    terminal.see("saved 4 messages")
+    assert (tmp_path / "talk.json").read_text().count("about a fox.</think>") == 2
+    terminal.say("/think off")
+    terminal.see("thinking: off")
 
 
 def test_exit_alone_asks_what_was_meant(start: Callable[..., Terminal]) -> None:
@@ -360,6 +467,15 @@ def test_plain_mode_redraws_nothing(start: Callable[..., Terminal], setting: str
     shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.raw)
     assert not re.search(r"[\x1b\x08]|\r[^\n]", shown)
     assert "Once upon a time a small fox" in shown
+
+
+def test_plain_mode_folds_thoughts(start: Callable[..., Terminal]) -> None:
+    terminal = start("--plain", "--reply", "<think>It is a fox.</think>The fox.")
+    terminal.send("Who?\r")
+    text = terminal.see("tokens per step")
+    assert "thought for 4 tokens · /thoughts shows\n\nThe fox.\n" in text
+    terminal.send("/thoughts\r")
+    terminal.see("It is a fox.")
 
 
 def test_ctrl_c_while_a_message_waits_for_the_model(start: Callable[..., Terminal]) -> None:
@@ -459,7 +575,7 @@ def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.Monke
         chat(
             lambda _: pytest.fail("loaded"),
             model="m",
-            sampling=Sampling(),
+            given={},
             history=tmp_path / "h",
         )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medusa_chat.config import UserError
-from medusa_chat.model.layouts import HEADS_FILE, read_heads
+from medusa_chat.model.layouts import OWN_HEADS, read_heads
 from medusa_chat.training import trainer as module
 from medusa_chat.training.optimization import MedusaTrainer
 from medusa_chat.training.trainee import Trainee
@@ -88,8 +88,8 @@ def test_medusa1_learns_and_leaves_the_backbone_alone(
     assert weights_hash(trainee.backbone) == untouched
     assert not trainee.backbone.training
     assert all(p.grad is None and not p.requires_grad for p in trainee.backbone.parameters())
-    assert products(tmp_path / "out").keys() == {HEADS_FILE}
-    heads = read_heads(tmp_path / "out" / HEADS_FILE, shape.get("hidden_size", 32), 320).heads
+    assert products(tmp_path / "out").keys() == {OWN_HEADS}
+    heads = read_heads(tmp_path / "out" / OWN_HEADS, shape.get("hidden_size", 32), 320).heads
     assert (heads.heads, heads.layers, heads.lm_heads) == (2, 2, None)
     assert all(heads.weight[layer, head].abs().max() > 0 for layer in range(2) for head in range(2))
     torch.testing.assert_close(heads.weight, trainee.heads.weight.to(torch.bfloat16))
@@ -231,7 +231,7 @@ def test_a_run_begins_with_the_heads_that_it_is_given(tmp_path: Path, trainees: 
             tmp_path, "second", "medusa2", heads_from=str(tmp_path / "first"), learning_rate=1e-9
         )
     )
-    heads = read_heads(tmp_path / "first" / HEADS_FILE, 32, 320).heads
+    heads = read_heads(tmp_path / "first" / OWN_HEADS, 32, 320).heads
     torch.testing.assert_close(
         trainees[-1][0].heads.weight, heads.weight.float(), atol=1e-6, rtol=0
     )

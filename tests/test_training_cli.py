@@ -12,7 +12,7 @@ import pytest
 
 from medusa_chat.cli import main
 from medusa_chat.config import ACCURACY_FILE
-from medusa_chat.model.layouts import HEADS_FILE
+from medusa_chat.model.layouts import OWN_HEADS
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny_runs import backbone_folder, do, log_of, products, tiny_run, write_talks
 
@@ -46,7 +46,7 @@ def test_mistakes_are_one_line(
     assert "would overwrite" in complaint(
         capsys, *asked, "--recipe", "medusa2", "--out", tmp_path / "backbone"
     )
-    assert not (tmp_path / "out" / HEADS_FILE).exists()
+    assert not (tmp_path / "out" / OWN_HEADS).exists()
 
 
 def test_damaged_data_are_reported_before_anything_is_written(

@@ -12,10 +12,10 @@ import medusa_chat
 from medusa_chat.bench.verification import Comparison, verify
 from medusa_chat.config import Sampling
 from medusa_chat.decoding.runner import Runner
-from medusa_chat.native.library import available
 from medusa_chat.prompts import Prompt
 from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.complaints import refusal
+from tests.helpers.native_library import need_library
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
@@ -30,8 +30,8 @@ PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Ag
 
 @pytest.fixture(params=["torch", "native"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    if request.param == "native" and available():
-        pytest.skip(available() or "")
+    if request.param == "native":
+        need_library()
     return loaded(save_with_heads(tmp_path_factory.mktemp("model")), request.param)
 
 
@@ -55,6 +55,7 @@ def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
         "greedy, dynamic-16, copies",
     } <= names
     assert {"exact, auto, T=0.7, top-p=0.9", "exact, dynamic-16, copies, T=0.7, top-p=0.9"} <= names
+    assert {"vanilla, generate(), penalties", "exact, dynamic-64, copies, penalties"} <= names
     assert any(name.startswith("greedy, random") for name in names)
     assert all(check.replies == check.equal == 2 for check in checks)
     show_checks([vars(check) for check in checks])
@@ -97,8 +98,7 @@ def test_a_near_tie_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_no_difference_is_a_near_tie_of_the_native_step(tmp_path: Path) -> None:
-    if reason := available():
-        pytest.skip(reason)
+    need_library()
     check = Comparison("tie")
     check.add(loaded(save_with_heads(tmp_path), "native"), [1, 2, 3], [5], [6], Sampling())
     assert (check.faults, check.near_ties) == (1, 0)

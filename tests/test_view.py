@@ -18,9 +18,10 @@ from rich.text import Text
 from medusa_chat.config import Sampling
 from medusa_chat.events import COPIED, Step, Token
 from medusa_chat.stats import Stats
+from medusa_chat.terminal.live import ERASE_BELOW, REFRESH_SECONDS
 from medusa_chat.terminal.panel import faster, footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
-from medusa_chat.terminal.view import ERASE_BELOW, REFRESH_SECONDS, ReplyView
+from medusa_chat.terminal.view import ReplyView
 from medusa_chat.terminal.wrapping import Flow, breaks, cells
 from medusa_chat.text import sanitize
 from tests.helpers.fake_engine import REPLY, coloured, script
@@ -497,3 +498,19 @@ def test_heads_beyond_the_palette_differ_too() -> None:
     assert len(set(styles)) == len(styles)
     assert [style.color.name for style in styles if style.color] == [*HEAD_COLOURS, *HEAD_COLOURS]
     assert head_style(0) == Style.null()
+
+
+def test_the_view_of_heads_never_wraps_code() -> None:
+    line = "value = compute(first, second, third)  # a long line of code"
+    text = f"Look at this long line:\n```python\n{line}\n```\nAnd prose that is wrapped again."
+    flow = Flow()
+    rows: list[Text] = []
+    for char in text:
+        flow.feed(char, Style())
+        rows += flow.take(20, room=3)
+        assert len(flow.live) <= 3
+        assert all(row.cell_len <= 20 for row in flow.live)  # the panel stays in its place
+    rows += flow.rest(20)
+    shown = [row.plain for row in rows]
+    assert shown[:5] == ["Look at this long", "line:", "```python", line, "```"]
+    assert shown[5:] == ["And prose that is", "wrapped again."]

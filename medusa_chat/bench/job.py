@@ -11,8 +11,8 @@ from medusa_chat.decoding.trees.costs import TIMED_LENGTH
 from medusa_chat.events import Step
 
 if TYPE_CHECKING:
-    from medusa_chat.config import Mode, Sampling
     from medusa_chat.prompts import Prompt
+    from medusa_chat.sampling import Mode, Sampling
 
 Consume = Callable[[Iterable[Step]], object]
 Tick = Callable[[int, int], None]  # (done, total)

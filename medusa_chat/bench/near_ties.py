@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import Numbers, temper, truncate
+from medusa_chat.decoding import penalties
+from medusa_chat.decoding.acceptance import temper, truncate
 from medusa_chat.decoding.noise import gumbel
+from medusa_chat.decoding.numbers import Numbers
 from medusa_chat.model.attention.tree_attention import chain_mask
 from medusa_chat.model.linear.quantization import quant_of
 
@@ -23,32 +25,46 @@ REPLAYED_TOKENS = 32  # tokens that are run row by row to measure that noise
 
 
 @torch.inference_mode()
-def peer_gap(model: Any, text: list[int], a: int, b: int) -> tuple[float, float]:
-    """Measure the gap between two tokens as transformers' `model` scores them after `text`.
+def peer_gap(
+    model: Any, prompt: list[int], reply: list[int], a: int, b: int, sampling: Sampling
+) -> tuple[float, float]:
+    """Measure the gap between two tokens as transformers' `model` scores them after a text.
+
+    Args:
+        model: of transformers.
+        prompt: the text's beginning.
+        reply: its end, which was generated.
+        a: one token.
+        b: the other one.
+        sampling: its penalties count.
 
     Returns:
         The gap of their logits, and the largest gap that rounding explains.
     """
-    logits = model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0]
-    last = logits[-1].float()
-    limit = ULPS * torch.finfo(model.dtype).eps * float(last.abs().max())
+    ids = torch.tensor([prompt + reply], device=model.device)
+    last = model(input_ids=ids, use_cache=False).logits[0, -1:].float()
+    limit = ULPS * torch.finfo(model.dtype).eps * float(last.abs().max()) * _factor(sampling)
+    last = _penalized(last, prompt, reply, sampling)[0]
     return abs(float(last[a] - last[b])), limit
 
 
 @torch.inference_mode()
 def score_gap(
-    engine: Engine, text: list[int], a: int, b: int, sampling: Sampling
+    engine: Engine, prompt: list[int], reply: list[int], a: int, b: int, sampling: Sampling
 ) -> tuple[float, float]:
-    """Measure the gap between the scores of tokens `a` and `b` as the continuation of `text`.
+    """Measure the gap between the scores of tokens `a` and `b` after a prompt and a reply to it.
 
     Returns:
         The gap, and the largest gap that rounding explains.
     """
     backbone = engine.backbone
+    text = prompt + reply
     hidden = backbone.hidden_of_text(torch.tensor(text, device=backbone.device))
     logits = backbone.logits(hidden[-1:]).float()  # [1, V]
     noise = row_noise(backbone, text)
-    limit = explained_gap(backbone, noise, float(logits.abs().max()))
+    limit = explained_gap(backbone, noise, float(logits.abs().max())) * _factor(sampling)
+    noise *= _factor(sampling)
+    logits = _penalized(logits, prompt, reply, sampling)
     if sampling.greedy:
         return abs(float(logits[0, a] - logits[0, b])), limit
     limit /= sampling.temperature
@@ -58,6 +74,21 @@ def score_gap(
     position = torch.tensor([len(text)], device=scores.device)
     scores = scores + gumbel(sampling.seed, position, scores.shape[-1])
     return abs(float(scores[0, a] - scores[0, b])), limit
+
+
+def _penalized(logits: Tensor, prompt: list[int], reply: list[int], sampling: Sampling) -> Tensor:
+    """Apply a sampling's penalties to the logits [1, V] after a prompt and a reply."""
+    if not sampling.penalized:
+        return logits
+    counts = penalties.new_counts(logits.shape[-1], logits.device)
+    penalties.begin(counts, prompt)
+    penalties.extend(counts, reply)
+    return penalties.penalize(logits, counts, Numbers.of(sampling))
+
+
+def _factor(sampling: Sampling) -> float:
+    """Tell how many times larger a sampling's repetition penalty can make an error of a logit."""
+    return max(sampling.repetition_penalty, 1 / sampling.repetition_penalty)
 
 
 def explained_gap(backbone: Backbone, noise: float, largest: float) -> float:

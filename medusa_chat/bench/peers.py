@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import ModelSpec, Sampling, UserError
 from medusa_chat.decoding.reply import eos_ids
 from medusa_chat.model.linear.packed import pack_linears
 from medusa_chat.model.linear.quantization import quant_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 TRANSFORMERS = "transformers"
 LLAMA_CPP = "llama.cpp"
+PLAIN = Sampling()
 LOOKUP = 10  # tokens that transformers copies at once (prompt_lookup_num_tokens)
 
 
@@ -104,19 +106,48 @@ class TransformersPeer:
         return PeerReply(text, len(ids), clock.first - started, seconds)
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], max_new_tokens: int, streamer: Any = None) -> list[int]:
-        """Return the ids of the reply, EOS included."""
+    def generate(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: Sampling = PLAIN,
+        streamer: Any = None,
+    ) -> list[int]:
+        """Return the ids of the greedy reply, EOS included.
+
+        Args:
+            prompt: ids.
+            max_new_tokens: of the reply.
+            sampling: its penalties count, and those of the model's own generation config do not.
+            streamer: of transformers.
+        """
         ids = torch.tensor([prompt], device=self.model.device)
         output = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            logits_processor=[_ReplyPenalties(len(prompt), sampling)],
             prompt_lookup_num_tokens=self._lookup or None,
             streamer=streamer,
         )
         reply: list[int] = output[0, len(prompt) :].tolist()
         return reply
+
+
+@dataclass(frozen=True)
+class _ReplyPenalties:
+    """A logits processor with the penalties that transformers does not have."""
+
+    prompt: int
+    sampling: Sampling
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Penalize the reply's tokens. ids: [1, text]; scores: [1, V]."""
+        counts = torch.bincount(ids[0, self.prompt :], minlength=scores.shape[-1])
+        presence, frequency = self.sampling.presence_penalty, self.sampling.frequency_penalty
+        return scores - frequency * counts - presence * (counts > 0)
 
 
 class _FirstToken:

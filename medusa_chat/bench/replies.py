@@ -52,7 +52,7 @@ Round = dict[str, list[Transcript]]  # by way of decoding: one conversation for 
 
 def baseline_name(sampling: Sampling) -> str:
     """The baseline of a mode: vanilla decoding that samples as the mode does."""
-    return "vanilla" if sampling.greedy else "vanilla-sampled"
+    return "baseline" if sampling.greedy else "baseline-sampled"
 
 
 def ways_of(engine: Engine, job: BenchJob) -> dict[str, Answer]:
@@ -60,7 +60,8 @@ def ways_of(engine: Engine, job: BenchJob) -> dict[str, Answer]:
     ways: dict[str, Answer] = {}
     for mode in job.modes:
         sampling = replace(job.sampling, mode=mode)
-        baseline = replace(sampling, mode="vanilla", sample=not sampling.greedy)
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        baseline = replace(sampling, mode="vanilla", temperature=temperature)
         ways.setdefault(baseline_name(sampling), _engine_answer(engine, baseline))
         ways[mode] = _engine_answer(engine, sampling)
     if job.view:
@@ -111,6 +112,8 @@ def converse(engine: Engine, prompt: Prompt, turns: int, answer: Answer) -> Tran
         if len(ids) >= engine.context:
             break
         answered.append(answer(ids))
+        if not answered[-1].text.strip():  # templates refuse an empty reply
+            break
         messages.append({"role": "assistant", "content": answered[-1].text})
     return Transcript(prompt.category, answered)
 

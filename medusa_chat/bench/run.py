@@ -18,7 +18,7 @@ from medusa_chat.bench.parts import step_parts
 from medusa_chat.bench.replies import Round, baseline_name, fitting, measure_replies
 from medusa_chat.bench.steps import bandwidth_of, check_contexts, measure_steps
 from medusa_chat.bench.twin import compare_with_eager
-from medusa_chat.config import Mode, Sampling, UserError
+from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.machine.devices import device_name, peak_memory, versions
 
@@ -157,9 +157,8 @@ def _parts(
 
 
 def _short_samplings(engine: Engine, job: BenchJob) -> list[Sampling]:
-    """Vanilla and the job's modes, each once, with short replies."""
-    modes: list[Mode] = ["vanilla"]
-    if engine.heads:
-        modes += [mode for mode in job.modes if mode != "vanilla"]
+    """Vanilla greedy decoding and the job's modes, each once, with short replies."""
     short = replace(job.sampling, max_new_tokens=PARTS_TOKENS)
-    return [replace(short, mode=mode) for mode in modes]
+    modes = [mode for mode in job.modes if mode != "vanilla"] if engine.heads else []
+    vanilla = replace(short, mode="vanilla", temperature=0.0)
+    return [vanilla, *(replace(short, mode=mode) for mode in modes)]

@@ -7,8 +7,9 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.config import MAX_NODES, MODES, Sampling
+from medusa_chat.config import MAX_NODES
 from medusa_chat.decoding.runner import Runner
+from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:

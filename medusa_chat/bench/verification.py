@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.bench.near_ties import peer_gap, score_gap
 from medusa_chat.bench.peers import TransformersPeer
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 # Temperature and top-p of the exact mode.
 SAMPLINGS = ((0.3, 1.0), (0.3, 0.9), (0.7, 1.0), (0.7, 0.9), (1.0, 1.0), (1.0, 0.9))
+# Checked in some ways, unless the user gives penalties, which then hold in all.
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.2,
+}
 # Trees that greedy mode is also checked in with copies.
 WITH_COPIES = ("auto", "mc_sim_7b_63", "random-12", "dynamic-16", "dynamic-64")
 
@@ -75,12 +81,12 @@ class Comparison:
         gap = float("inf")
         limit = 0.0
         if place < min(len(reference), len(found)):
-            text = prompt + reference[:place]
+            same = reference[:place]
             pair = reference[place], found[place]
             if engine.backbone.native is None:
-                gap, limit = score_gap(engine, text, *pair, sampling)
+                gap, limit = score_gap(engine, prompt, same, *pair, sampling)
             elif peer is not None:
-                gap, limit = peer_gap(peer.model, text, *pair)
+                gap, limit = peer_gap(peer.model, prompt, same, *pair, sampling)
         self.largest_gap = max(self.largest_gap, gap)
         if gap <= limit:
             self.near_ties += 1
@@ -102,7 +108,7 @@ def verify(
     """Check that fast modes give the text of vanilla decoding, and vanilla that of transformers.
 
     Greedy mode must equal vanilla in every tree, and exact mode vanilla sampling with the same
-    seed for every entry of SAMPLINGS.
+    seed for every entry of SAMPLINGS. Penalties are checked in a few of these ways.
 
     Args:
         engine: the model.
@@ -119,6 +125,8 @@ def verify(
         for ids in _histories(engine, prompt, turns):
             check.greedy(ids)
             check.exact(ids, seed=done)
+            if not sampling.penalized:
+                check.penalized(ids, seed=done)
         progress(done, len(prompts))
     if not check.comparisons:
         raise UserError(
@@ -146,13 +154,8 @@ class _Check:
     def greedy(self, ids: list[int]) -> None:
         """Compare vanilla with transformers' generate(), and greedy with vanilla in every tree."""
         plain = replace(self.sampling, mode="greedy")
-        vanilla = self._vanilla(ids, self.sampling, sample=False)
-        if self.peer is not None:
-            # The engine ends a reply where its context ends.
-            longest = min(self.sampling.max_new_tokens, self.engine.context - len(ids))
-            expected = self.peer.generate(ids, longest)
-            name = "vanilla, generate()"
-            self._compare(name, ids, expected, vanilla, plain, self.peer)
+        vanilla = self._vanilla(ids, plain)
+        self._generated(ids, vanilla, plain)
         for name, tree in self.trees.items():
             found = self._reply(ids, plain, tree)
             self._compare(f"greedy, {name}", ids, vanilla, found, plain)
@@ -166,12 +169,38 @@ class _Check:
             drawn = replace(
                 self.sampling, mode="exact", temperature=temperature, top_p=top_p, seed=seed
             )
-            vanilla = self._vanilla(ids, drawn, sample=True)
+            vanilla = self._vanilla(ids, drawn)
             settings = f"T={temperature}, top-p={top_p}"
             found = self._reply(ids, drawn, self.trees["auto"])
             self._compare(f"exact, auto, {settings}", ids, vanilla, found, drawn)
             found = self._reply(ids, drawn, self.trees["dynamic-16"], copies=True)
             self._compare(f"exact, dynamic-16, copies, {settings}", ids, vanilla, found, drawn)
+
+    def penalized(self, ids: list[int], seed: int) -> None:
+        """Check that penalties hold per node along its own path, in greedy and exact mode."""
+        greedy = replace(self.sampling, mode="greedy", **PENALTIES)
+        vanilla = self._vanilla(ids, greedy)
+        self._generated(ids, vanilla, greedy, ", penalties")
+        found = self._reply(ids, greedy, self.trees["auto"])
+        self._compare("greedy, auto, penalties", ids, vanilla, found, greedy)
+        tree = self.trees["dynamic-64"]
+        found = self._reply(ids, greedy, tree, copies=True)
+        self._compare("greedy, dynamic-64, copies, penalties", ids, vanilla, found, greedy)
+        drawn = replace(greedy, mode="exact", temperature=0.7, seed=seed)
+        vanilla = self._vanilla(ids, drawn)
+        found = self._reply(ids, drawn, tree, copies=True)
+        self._compare("exact, dynamic-64, copies, penalties", ids, vanilla, found, drawn)
+
+    def _generated(
+        self, ids: list[int], vanilla: list[int], sampling: Sampling, note: str = ""
+    ) -> None:
+        """Compare a vanilla reply with transformers' generate()."""
+        if self.peer is None:
+            return
+        # The engine ends a reply where its context ends.
+        longest = min(sampling.max_new_tokens, self.engine.context - len(ids))
+        expected = self.peer.generate(ids, longest, sampling)
+        self._compare(f"vanilla, generate(){note}", ids, expected, vanilla, sampling, self.peer)
 
     def _compare(
         self,
@@ -185,8 +214,10 @@ class _Check:
         comparison = self.comparisons.setdefault(name, Comparison(name))
         comparison.add(self.engine, ids, reference, found, sampling, peer)
 
-    def _vanilla(self, prompt: list[int], sampling: Sampling, *, sample: bool) -> list[int]:
-        vanilla = replace(sampling, mode="vanilla", sample=sample)
+    def _vanilla(self, prompt: list[int], sampling: Sampling) -> list[int]:
+        """Return the reply of vanilla decoding, which samples if the given mode does."""
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        vanilla = replace(sampling, mode="vanilla", temperature=temperature)
         return self._reply(prompt, vanilla, self.engine.trees.current)
 
     def _reply(

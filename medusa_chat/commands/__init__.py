@@ -1,6 +1,8 @@
 """The sub-commands of `medusa-chat`: one module each, with `add_flags` and `run`.
 
 chat.py       talk to a model, or answer one prompt
+race.py       with heads against without, side by side
+prompt.py     the prompt of a command that answers once
 bench.py      measure speed              verify.py     compare replies of two ways to decode
 train.py      train heads                distill.py    let the model answer prompts
 calibrate.py  measure heads' accuracies  export.py     write heads for other programs
@@ -23,6 +25,7 @@ from medusa_chat.commands import (
     doctor,
     export,
     models,
+    race,
     train,
     verify,
 )
@@ -45,6 +48,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "chat": chat,
+    "race": race,
     "bench": bench,
     "verify": verify,
     "train": train,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.commands.flags import (
+    add_decoding,
     add_fields,
     add_model,
     add_prompts,
@@ -33,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `bench`."""
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling, max_new_tokens=128)
+    add_decoding(parser, max_new_tokens=128)
     add_prompts(parser, limit=50)
     parser.add_argument(
         "--modes", default="greedy,typical", help="modes to measure, separated by commas"

@@ -15,6 +15,7 @@ from medusa_chat.commands.flags import (
     read_fields,
 )
 from medusa_chat.config import LoadOptions
+from medusa_chat.files import check_writable
 from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
         charts.check_plot(options.plot)
     prompts = read_prompts(options.prompts, options.limit)
     file = accuracy_file(resolve_model(options.model, options.heads, models=options.models))
+    for written in filter(None, (file, options.plot)):
+        check_writable(written)  # before the work of minutes that it is to hold
     engine = load_engine(options.model, options.heads, _settings(options))
     counted, aside = (prompts, []) if options.no_check else held_aside(prompts)
     with progress_bar("calibrating") as progress:

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.commands.flags import add_fields, add_model, load_engine, read_fields
-from medusa_chat.config import LoadOptions, Message, Sampling, UserError
-from medusa_chat.files import decoded
+from medusa_chat.commands.flags import (
+    add_fields,
+    add_model,
+    given_fields,
+    load_engine,
+    read_fields,
+)
+from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
+from medusa_chat.config import LoadOptions, Sampling, UserError
+from medusa_chat.sampling import describe_defaults
+from medusa_chat.settings import make
 from medusa_chat.terminal.output import print_json, say, warn
-from medusa_chat.text import encodable
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from medusa_chat.config import Mode
     from medusa_chat.events import Step
-
-
-MOST_PIPED = 16 << 20  # bytes of standard input: far more than any context holds
+    from medusa_chat.sampling import Mode
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `chat`."""
+    parser.add_argument(
+        "message", metavar="PROMPT", nargs="*", help="answer this once and exit, as --prompt does"
+    )
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling)
+    add_fields(parser, Sampling, loop_guard="on")
     parser.add_argument(
         "--prompt",
         help="answer this once and exit; text piped to standard input does the same,"
-        " and follows --prompt if both are given",
+        " and follows the prompt if both are given",
     )
     parser.add_argument(
         "--json", action="store_true", help="with --prompt: print one JSON object per step"
@@ -62,12 +66,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
-    sampling = read_fields(options, Sampling)
+    given = given_fields(options, Sampling)
+    sampling = make(Sampling, given)
     load = partial(load_engine, options.model, options.heads, read_fields(options, LoadOptions))
-    prompt = _prompt(options.prompt)
-    _check_text("--system", options.system or "")
+    prompt = read_prompt(options.message, options.prompt)
+    check_text("--system", options.system or "")
     for stop in sampling.stop:
-        _check_text("--stop", stop)
+        check_text("--stop", stop)
     if prompt is None and options.json:
         raise UserError("--json needs --prompt TEXT, or text piped to standard input")
     if prompt is None:
@@ -81,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
             load,
             model=spec.name,
             description=spec.description,
-            sampling=sampling,
+            given=given,
             system=options.system,
             marks=options.marks,
             history=user_state_path("medusa-chat") / "history",
@@ -90,7 +95,11 @@ def run(options: argparse.Namespace) -> int:
             plain=options.plain,
         )
     engine = load()
-    messages = _messages(prompt, options.system, engine.system)
+    sampling = make(Sampling, {**engine.defaults, **given})
+    for line in (describe_defaults(engine.defaults, given), sampling.unused(given)):
+        if line:
+            warn(line)
+    messages = messages_of(prompt, options.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:
             _print_json(steps, sampling.mode)
@@ -101,64 +110,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(argument: str | None) -> str | None:
-    """Return --prompt, piped text, or both joined by a blank line; None in a terminal.
-
-    Raises:
-        UserError: there is no text, or it is not UTF-8 or too long.
-    """
-    piped = _piped() if argument is None or _is_piped() else None
-    if argument is None and piped is None:
-        return None
-    _check_text("--prompt", argument or "")
-    text = "\n\n".join(part for part in (argument, piped) if part)
-    if not text.strip():
-        raise UserError("the prompt is empty")
-    return text
-
-
-def _piped() -> str | None:
-    """Return the text of standard input; None if that is a terminal."""
-    if sys.stdin.isatty():
-        return None
-    binary = getattr(sys.stdin, "buffer", None)
-    content = binary.read(MOST_PIPED + 1) if binary else sys.stdin.read(MOST_PIPED + 1).encode()
-    if len(content) > MOST_PIPED:
-        raise UserError(f"standard input holds more than the {MOST_PIPED:,} bytes of a prompt")
-    try:
-        return decoded(content).strip()
-    except ValueError as error:
-        raise UserError(f"standard input, {error}") from None
-
-
-def _is_piped() -> bool:
-    """Tell if standard input is a pipe or a file, which end; other input may never come."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _check_text(flag: str, text: str) -> None:
-    """Raise UserError for an argument that is not UTF-8, which Python keeps as surrogates."""
-    if encodable(text) != text:
-        raise UserError(f"{flag} is not UTF-8 text")
-
-
-def _messages(prompt: str, system: str | None, default: str) -> list[Message]:
-    """Return the conversation; an empty `system` replaces the model's default one."""
-    messages: list[Message] = [{"role": "user", "content": prompt}]
-    wanted = default if system is None else system
-    if wanted or default:
-        messages.insert(0, {"role": "system", "content": wanted})
-    return messages
-
-
 def _print_text(steps: Iterable[Step]) -> None:
+    finish = None
     for step in steps:
         say(step.text, end="")
+        finish = step.finish
     say("")
+    if finish == "loop":
+        warn("the reply repeated itself, so it was stopped; --loop-guard off lets it go on")
 
 
 def _print_json(steps: Iterable[Step], mode: Mode) -> None:

@@ -80,6 +80,6 @@ def run(options: argparse.Namespace) -> int:
         )
     line = f"wrote {options.out}: {kept} conversations"
     if kept < total:
-        line += f"; {total - kept} of {total} prompts got no answer that fits the context"
+        line += f"; {total - kept} of {total} prompts got no answer, or none that fits the context"
     say(line)
     return 0

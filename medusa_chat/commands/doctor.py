@@ -205,6 +205,18 @@ def check_native() -> Iterator[Finding]:
         return
     cores = f"{usable_cores()} threads, one for each core that this process may use (--threads)"
     yield Finding("native step", "cpu", f"{variant()} kernels; {cores}")
+    yield Finding("native step", "packed", _kept_models())
+
+
+def _kept_models() -> str:
+    """Describe the packed models in the cache folder."""
+    from medusa_chat.native import kept
+
+    sizes = [status.st_size for _, status in kept.files()]
+    if not sizes:
+        return f"no packed models are kept in {kept.folder()}"
+    count = "1 packed model" if len(sizes) == 1 else f"{len(sizes)} packed models"
+    return f"{count} in {kept.folder()}, {size_text(sum(sizes))}; they may be deleted"
 
 
 def check_4bit() -> Iterator[Finding]:

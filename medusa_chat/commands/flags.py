@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from medusa_chat.config import RECIPES, LoadOptions, Recipe
-from medusa_chat.settings import help_of, make, parse_value
+from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
+from medusa_chat.sampling import CHAT_ONLY
+from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def add_fields(
     for field in fields(settings):
         if field.name in helps and (not names or field.name in names):
             _add_field(parser, settings, field, defaults.get(field.name))
+
+
+def add_decoding(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add the flags of Sampling for a command without a conversation."""
+    names = [name for name in help_of(Sampling) if name not in CHAT_ONLY]
+    add_fields(parser, Sampling, *names, **defaults)
 
 
 def _add_field(
@@ -69,7 +76,8 @@ def _add_field(
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {int: "N", int | None: "N", float: "X", Path | None: "FILE"}.get(kind, "TEXT")
+    names = {int: "N", int | None: "N", float: "X", Path | None: "FILE", Duration: "TIME"}
+    return names.get(kind, "TEXT")
 
 
 def _default_note(settings: type, field: Field[Any], default: object) -> str:

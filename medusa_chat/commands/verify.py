@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import (
+    add_decoding,
     add_fields,
     add_model,
     add_prompts,
@@ -22,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `verify`."""
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling, max_new_tokens=64)
+    add_decoding(parser, max_new_tokens=64)
     add_prompts(parser, limit=20)
     parser.add_argument(
         "--turns", type=count, default=1, help="replies to check in each conversation"

@@ -9,39 +9,23 @@ Shapes: n nodes, V tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from medusa_chat.decoding.noise import gumbel
+from medusa_chat.decoding.numbers import Number, Numbers, single
+from medusa_chat.decoding.penalties import penalize, penalize_paths
+from medusa_chat.decoding.trees.tree import Tree
 
 if TYPE_CHECKING:
     from medusa_chat.config import Sampling
-    from medusa_chat.decoding.trees.tree import Tree
 
-Number = float | Tensor
 # The rules differ in their operations. Truncation is apart because it sorts the scores.
 Kind = Literal["greedy", "typical", "exact", "typical-truncated", "exact-truncated"]
 KINDS: tuple[Kind, ...] = ("greedy", "typical", "exact", "typical-truncated", "exact-truncated")
 NOTHING = float("-inf")  # the score of a token that may not follow
-
-
-class Numbers(NamedTuple):
-    """The numbers of a sampling, as floats or as tensors [] of the device."""
-
-    temperature: Number
-    top_k: Number
-    top_p: Number
-    min_p: Number
-    epsilon: Number
-    delta: Number
-    seed: Number
-
-    @classmethod
-    def of(cls, sampling: Sampling) -> Numbers:
-        """Return the numbers of a sampling, as floats."""
-        return cls(*(float(getattr(sampling, name)) for name in cls._fields))
 
 
 @dataclass(frozen=True)
@@ -91,10 +75,33 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of acceptance and its numbers."""
+    """A rule of acceptance and its numbers.
+
+    Attributes:
+        counts: of the text so far, as `penalties` keeps them; None without penalties.
+    """
 
     kind: Kind
     numbers: Numbers
+    counts: Tensor | None = None
+
+    @property
+    def plain_greedy(self) -> bool:
+        """True if the argmax of the logits as they are decides."""
+        return self.kind == "greedy" and self.counts is None
+
+    def first(self, logits: Tensor, position: int) -> int:
+        """Choose the token that follows a prompt.
+
+        Args:
+            logits: [1, V], of the backbone at the prompt's last token.
+            position: of that token.
+        """
+        scores = logits.float()
+        if self.counts is not None:
+            scores = penalize(scores, self.counts, self.numbers)
+        root = TreeTensors.of(Tree(), logits.device)
+        return int(self._decide(scores, torch.zeros_like(root.depths), root, position).next)
 
     def __call__(
         self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
@@ -107,6 +114,14 @@ class Rule:
             tree: the topology of the nodes.
             position: of the root in the text.
         """
+        scores = logits.float()  # the CPU's argmax over 16 bits is five times as slow
+        if self.counts is not None:
+            scores = penalize_paths(scores, self.counts, self.numbers, candidates, tree.ancestors)
+        return self._decide(scores, candidates, tree, position)
+
+    def _decide(
+        self, logits: Tensor, candidates: Tensor, tree: TreeTensors, position: int | Tensor
+    ) -> Verdict:
         if self.kind == "greedy":
             return greedy(logits, candidates, tree)
         scores = temper(logits, self.numbers.temperature)
@@ -117,21 +132,26 @@ class Rule:
         return exact(scores, candidates, tree, position, self.numbers.seed)
 
 
-def make_rule(sampling: Sampling) -> Rule:
-    """Return the rule of a mode; at temperature 0 each is greedy."""
-    numbers = Numbers.of(sampling)
+def make_rule(sampling: Sampling, counts: Tensor | None = None) -> Rule:
+    """Return the rule of a mode; at temperature 0 each is greedy.
+
+    `counts` are those of the text that penalties read, if the sampling has any.
+    """
+    return Rule(_kind_of(sampling), Numbers.of(sampling), counts)
+
+
+def _kind_of(sampling: Sampling) -> Kind:
     if sampling.greedy:
-        return Rule("greedy", numbers)
+        return "greedy"
     truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     if sampling.mode == "typical":
-        return Rule("typical-truncated" if truncated else "typical", numbers)
-    return Rule("exact-truncated" if truncated else "exact", numbers)
+        return "typical-truncated" if truncated else "typical"
+    return "exact-truncated" if truncated else "exact"
 
 
 def greedy(logits: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:
     """Keep a candidate while it is the argmax after its parent: greedy decoding's text."""
-    # As float32 because the CPU's argmax over 16 bits is five times as slow.
-    return _matching(logits.float().argmax(-1), candidates, tree)
+    return _matching(logits.argmax(-1), candidates, tree)
 
 
 def exact(
@@ -164,8 +184,8 @@ def typical(
     p = log_p.exp()
     # The clamp makes 0 * log 0 nothing; no sum notices it otherwise.
     entropy = -torch.linalg.vecdot(p, log_p.clamp(min=-1e4))
-    threshold = _single(numbers.delta) * torch.exp(-entropy)
-    threshold = threshold.clamp(max=_single(numbers.epsilon))  # [n]
+    threshold = single(numbers.delta) * torch.exp(-entropy)
+    threshold = threshold.clamp(max=single(numbers.epsilon))  # [n]
     candidate_log_p = log_p[tree.parents, candidates]
     kept = candidate_log_p.exp() > threshold[tree.parents]
     row = _deepest(kept, tree, candidate_log_p)
@@ -180,7 +200,7 @@ def typical(
 
 def temper(logits: Tensor, temperature: Number) -> Tensor:
     """Divide logits [n, V] by the temperature; returns float32 scores [n, V]."""
-    return logits.float() / _single(temperature)
+    return logits.float() / single(temperature)
 
 
 def truncate(scores: Tensor, top_k: Number, top_p: Number, min_p: Number) -> Tensor:
@@ -202,7 +222,7 @@ def truncate(scores: Tensor, top_k: Number, top_p: Number, min_p: Number) -> Ten
         scores = scores.masked_fill(off.scatter(-1, order, off), NOTHING)
     if isinstance(min_p, Tensor) or min_p:
         p = scores.softmax(-1)
-        scores = scores.masked_fill(p < _single(min_p) * p.amax(-1, keepdim=True), NOTHING)
+        scores = scores.masked_fill(p < single(min_p) * p.amax(-1, keepdim=True), NOTHING)
     return scores
 
 
@@ -219,10 +239,6 @@ def _truncate_sorted(scores: Tensor, top_k: Tensor, top_p: Number) -> Tensor:
     off |= (p <= 1 - top_p) & (top_p < 1)
     off[:, -1].zero_()  # the likeliest stays
     return scores.masked_fill(off.scatter(-1, order, off), NOTHING)
-
-
-def _single(number: Number) -> Number:
-    return number.float() if isinstance(number, Tensor) else number
 
 
 def _integer(number: Number) -> int | Tensor:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from medusa_chat.config import PREFILL_ROWS
-from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.report import PackedInput, StepInput, StepReport, pack_verdict
-from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.model.attention import tree_attention as attention
 
 if TYPE_CHECKING:
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.acceptance import Rule, TreeTensors
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.state import State
 
@@ -34,7 +32,6 @@ class EagerStep:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._root = TreeTensors.of(Tree(), state.backbone.device)
         self.mark: Callable[[str], None] = _ignore
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
@@ -45,9 +42,7 @@ class EagerStep:
             hidden = state.backbone.hidden(*self._chain(chunk), state.cache)
             state.cache.commit(tuple(range(len(chunk))))
         state.hidden.copy_(hidden[-1:])
-        last = torch.tensor(tokens[-1:], device=state.backbone.device)
-        logits = state.backbone.logits(state.hidden)
-        return int(rule(logits, last, self._root, state.cache.length - 1).next)
+        return rule.first(state.backbone.logits(state.hidden), state.cache.length - 1)
 
     def _chain(self, tokens: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens, positions and mask of rows that follow one another."""

@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
-from medusa_chat.decoding.acceptance import Rule, make_rule
-from medusa_chat.decoding.reply import Reply, eos_ids
+from medusa_chat.decoding.reply import Reply, eos_ids, generation_settings
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.control import TreeControl
 from medusa_chat.decoding.trees.policy import VANILLA, Choice
 from medusa_chat.events import Candidates, Step, Token
 from medusa_chat.model.templates import ChatTemplate
+from medusa_chat.sampling import defaults_of
 from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
+    from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.report import StepReport
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
@@ -60,6 +61,7 @@ class Engine:
         notices: messages for the user, a line each; drained by the reader.
         prefilled: prompt tokens that the last reply had to prefill.
         prefill_seconds: time that this took.
+        defaults: settings of Sampling that the model's generation config names.
     """
 
     def __init__(
@@ -108,9 +110,11 @@ class Engine:
         self._eos = eos
         self._reply: Generator[Step] | None = None
         self._last: StepReport | None = None  # of a tree step
+        self.defaults, complaints = defaults_of(generation_settings(backbone.model))
         capacity = self.context + MAX_NODES
         self.runner = Runner(backbone, heads, capacity, accuracy or PUBLISHED, options.eager)
         self.notices = self.runner.notices
+        self.notices += complaints
         self.trees = TreeControl(self.runner, name, accuracy, options, costs, self.notices)
 
     def _context(self, wanted: int | None) -> int:
@@ -137,6 +141,14 @@ class Engine:
         if all(isinstance(part, int) for part in prompt):
             return list(cast("Sequence[int]", prompt))
         return self.template.encode(cast("Sequence[Message]", prompt))
+
+    def think(self, on: bool) -> None:
+        """Switch the model's thinking. Raises UserError if its template cannot."""
+        self.template = self.template.with_thinking(on)
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text, without a template."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def generate(
         self, prompt: Sequence[int] | Sequence[Message], sampling: Sampling
@@ -172,7 +184,7 @@ class Engine:
             raise UserError(f"the prompt has ids that are not among the {vocabulary} of {name}")
 
     def _decode(self, ids: list[int], sampling: Sampling, before: list[int]) -> Generator[Step]:
-        rule = make_rule(sampling)
+        rule = self.runner.begin(ids, sampling)
         if not sampling.ignore_eos:
             sampling = replace(sampling, stop=(*sampling.stop, *self.template.stop))
         reply = Reply(self.tokenizer, sampling, self._eos, self.context - len(ids), before)

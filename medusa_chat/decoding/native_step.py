@@ -8,26 +8,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
-from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.native_weights import plain_format
 from medusa_chat.native.model import NativeHeads
+from medusa_chat.native.rules import NativeRules
 from medusa_chat.native.step import FixedRows, NativeStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.acceptance import Rule, TreeTensors
     from medusa_chat.decoding.draft.base import Draft, Nodes
     from medusa_chat.decoding.state import State
     from medusa_chat.native.packed import Packed
     from medusa_chat.native.step import Settled
-
-CPU = torch.device("cpu")
 
 
 class NativeProgram:
@@ -47,14 +45,12 @@ class NativeProgram:
         self._state = state
         self._step = NativeStep(packed.model, _packed_heads(state), packed.team, state.cache)
         state.hidden = self._step.last
-        self._root = TreeTensors.of(Tree(), CPU)
+        self._rules = NativeRules(token_keys(state.backbone.vocabulary, state.backbone.device))
         self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
-        logits = self._step.prefill(tokens)
-        last = torch.tensor(tokens[-1:])
-        return int(rule(logits, last, self._root, self._state.cache.length - 1).next)
+        return rule.first(self._step.prefill(tokens), self._state.cache.length - 1)
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""
@@ -74,9 +70,10 @@ class NativeProgram:
         if draft not in self._rows:
             places = draft.places.tolist()
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
-        settled = self._step.fixed(given.root, self._rows[draft], rule.kind == "greedy")
+        settled = self._step.fixed(given.root, self._rows[draft], rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
-        row, following = self._verdict(settled, draft.tensors, given, rule)
+        tensors, parents = draft.tensors, draft.tree.parents
+        row, following = self._verdict(settled, tensors, parents, given, rule)
         tree, layout = draft.tree, draft.layout
         guesses = _shown(settled.guesses, draft.ranked, layout.heads)
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
@@ -87,9 +84,9 @@ class NativeProgram:
         guesses, nodes = self._nodes(draft, given)
         heads_seconds = time.perf_counter() - started
         tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
-        settled = self._step.chosen(tokens, parents, rule.kind == "greedy")
+        settled = self._step.chosen(tokens, parents, rule.plain_greedy)
         self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
-        row, following = self._verdict(settled, nodes.tensors, given, rule)
+        row, following = self._verdict(settled, nodes.tensors, parents, given, rule)
         selection = [number for part in nodes.selection for number in part.tolist()]
         shown = _shown(guesses, draft.ranked, draft.layout.heads)
         flat = [token for likeliest in shown for token in likeliest]
@@ -105,17 +102,30 @@ class NativeProgram:
         return guesses, draft.nodes(packed, table, log_p if draft.uses_confidence else None)
 
     def _verdict(
-        self, settled: Settled, tree: TreeTensors, given: StepInput, rule: Rule
+        self,
+        settled: Settled,
+        tree: TreeTensors,
+        parents: Sequence[int],
+        given: StepInput,
+        rule: Rule,
     ) -> tuple[int, int]:
-        """Return the accepted row and the token behind it, which greedy steps have found."""
+        """Return the accepted row and the token behind it.
+
+        Greedy steps have found them. Otherwise the library decides where it can be certain to
+        decide as the rule does.
+        """
         if settled.accepted >= 0:
             return settled.accepted, settled.next
         started = time.perf_counter()
         logits = self._step.logits(len(settled.tokens))
-        verdict = rule(logits, torch.tensor(settled.tokens), tree, given.position)
-        row = int(verdict.row)
+        decided = self._rules.decide(
+            rule.kind, rule.numbers, rule.counts, logits, settled.tokens, parents, given.position
+        )
+        if decided is None:
+            verdict = rule(logits, torch.tensor(settled.tokens), tree, given.position)
+            decided = int(verdict.row), int(verdict.next)
+        row, following = decided
         self._state.hidden.copy_(self._step.hidden[row : row + 1])
-        following = int(verdict.next)
         self._parts["acceptance"] = time.perf_counter() - started
         return row, following
 

@@ -1,4 +1,4 @@
-"""A reply in the making: ids to text, stop strings, EOS, limits. No torch here."""
+"""A reply in the making: ids to text, stop strings, EOS, limits, loops. No torch here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 
+from medusa_chat.decoding.loop import LoopGuard
 from medusa_chat.events import Finish, Token
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Reply:
 
         Args:
             tokenizer: of transformers.
-            sampling: its limit, stop strings and `ignore_eos` are read.
+            sampling: its limit, stop strings, `ignore_eos` and `loop_guard` are read.
             eos: ids that end a reply.
             left: tokens that the context still holds.
             before: tokens of the text that the reply goes on with: a first word keeps its space.
@@ -51,6 +52,7 @@ class Reply:
         self._held: Marked = []  # text that may yet turn out to begin a stop string
         added = self._tokenizer.get_added_tokens_decoder().items() if sampling.stop else ()
         self._special = {token: entry.content for token, entry in added if entry.special}
+        self._guard = LoopGuard() if sampling.loop_guard == "on" else None
         self._count = 0
 
     def ends_at(self, token: int) -> bool:
@@ -72,6 +74,8 @@ class Reply:
             self.finish = "eos"
         elif self._count >= self._limit:
             self.finish = self._full
+        elif self._guard and self._guard.loops(token):
+            self.finish = "loop"
         if token in self._eos:
             return self._released([])
         # A stop string may name special tokens, which are searched and not shown.
@@ -118,3 +122,9 @@ def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def generation_settings(model: Any) -> dict[str, Any]:
+    """Return a transformers model's generation config by name, as its file has it."""
+    configured = getattr(model, "generation_config", None)
+    return dict(configured.to_dict()) if configured else {}

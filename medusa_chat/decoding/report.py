@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.acceptance import Numbers
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
+from medusa_chat.decoding.numbers import Numbers
 from medusa_chat.events import proposer
 
 if TYPE_CHECKING:

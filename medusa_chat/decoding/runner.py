@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medusa_chat.decoding import penalties
+from medusa_chat.decoding.acceptance import Rule, make_rule
 from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.eager import EagerStep
@@ -20,7 +22,7 @@ from medusa_chat.decoding.trees.tree import AnyTree, Tree
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.config import Sampling
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
     from medusa_chat.model.backbone import Backbone
@@ -76,6 +78,14 @@ class Runner:
         self._drafts.clear()
 
     @torch.inference_mode()
+    def begin(self, prompt: list[int], sampling: Sampling) -> Rule:
+        """Return the rule of a reply; penalties count the whole prompt from here on."""
+        if not sampling.penalized:
+            return make_rule(sampling)
+        penalties.begin(self.state.counts, prompt)
+        return make_rule(sampling, self.state.counts)
+
+    @torch.inference_mode()
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text; returns the token that the rule chooses after them."""
         return (self.fast or self.eager).prefill(tokens, rule)
@@ -93,12 +103,16 @@ class Runner:
             copied: a chain that competes with the heads' guesses for the tree's places.
         """
         given = StepInput(root, self.cache.length, rule.numbers, copied)
+        return self._finish(partial(self._step, given, tree, rule), rule)
+
+    def _step(self, given: StepInput, tree: AnyTree, rule: Rule) -> StepReport:
+        copied = given.copied is not None
         if self.fast is not None:
             try:
-                return self.fast.step(self._draft(tree, copied is not None), given, rule)
+                return self.fast.step(self._draft(tree, copied), given, rule)
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
-        return self.eager.step(self._draft(tree, copied is not None), given, rule)
+        return self.eager.step(self._draft(tree, copied), given, rule)
 
     @torch.inference_mode()
     def launch(
@@ -112,10 +126,19 @@ class Runner:
         if isinstance(self.fast, StaticStep):
             given = StepInput(root, self.cache.length, rule.numbers, copied)
             try:
-                return self.fast.launch(self._draft(tree, copied is not None), given, rule)
+                finish = self.fast.launch(self._draft(tree, copied is not None), given, rule)
+                return partial(self._finish, finish, rule)
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
         return partial(self.step, root, tree, rule, copied)
+
+    @torch.inference_mode()
+    def _finish(self, finish: Callable[[], StepReport], rule: Rule) -> StepReport:
+        """End a step, and count the tokens of its path if the rule has penalties."""
+        report = finish()
+        if rule.counts is not None:
+            penalties.extend(rule.counts, report.tokens)
+        return report
 
     @property
     def overlaps(self) -> bool:

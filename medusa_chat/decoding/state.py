@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from medusa_chat.decoding.penalties import new_counts
 from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class State:
         cache: keys and values of the text.
         hidden: [1, hidden], the backbone's last hidden state of the text's last token. Steps write
             to this tensor; only a StepProgram that is made replaces it.
+        counts: of the text's tokens, as `penalties` keeps them for a rule that reads them.
     """
 
     def __init__(self, backbone: Backbone, heads: Heads | None, capacity: int) -> None:
@@ -39,6 +41,7 @@ class State:
         self.hidden = torch.zeros(
             1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
         )
+        self.counts = new_counts(backbone.vocabulary, backbone.device)
 
     def guesses(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
         """Let the heads guess the tokens after the root.

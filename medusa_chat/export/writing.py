@@ -21,6 +21,7 @@ from medusa_chat.export.folder import RECORD_FILE, check_folder, replaced_folder
 from medusa_chat.export.targets import TARGETS, Facts, Target
 from medusa_chat.files import write_json, write_text
 from medusa_chat.hub import fetch as hub
+from medusa_chat.hub.file_names import model_folder
 from medusa_chat.hub.model_list import split_revision
 from medusa_chat.machine.devices import choose_dtype
 from medusa_chat.model.layouts import find_heads, read_heads
@@ -72,7 +73,7 @@ class Source:
     """A model to export, but for its heads.
 
     Attributes:
-        folder: of the file of its heads.
+        folder: of its heads.
         lm_head: [V, hidden], the backbone's; None if the heads have LM heads of their own.
     """
 
@@ -126,7 +127,7 @@ def _read(spec: ModelSpec, job: Export) -> tuple[Source, MedusaHeads]:
     file = heads_file(spec)
     if file is None:
         raise UserError(f"{spec.name} has no Medusa heads to export")
-    check_folder(job.out, {files.folder, file.parent}, job.overwrite)
+    check_folder(job.out, {files.folder, model_folder(file)}, job.overwrite)
     dtype = choose_dtype(torch.device("cpu"), job.dtype) if job.dtype else None
     read = read_heads(file, files.hidden, files.vocabulary, dtype=dtype)
     heads = read.heads
@@ -141,7 +142,7 @@ def _read(spec: ModelSpec, job: Export) -> tuple[Source, MedusaHeads]:
         width=heads.weight.element_size(),
         model_type=str(files.config.get("model_type", "")),
     )
-    return Source(spec, files, file.parent, facts, lm_head, read.notices), heads
+    return Source(spec, files, model_folder(file), facts, lm_head, read.notices), heads
 
 
 def _base(spec: ModelSpec, files: BackboneFiles) -> str:

@@ -24,7 +24,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.files import expanded, read_json
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
 from medusa_chat.hub.errors import SettingsError, disk_errors, explain
-from medusa_chat.hub.file_names import HEAD_FILES, WEIGHTS
+from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE, OWN_HEADS, WEIGHTS, model_folder
 from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_revision
 from medusa_chat.text import reason_of, size_text
 
@@ -112,7 +112,7 @@ def accuracy_file(spec: ModelSpec) -> Path:
     source = spec.heads or spec.backbone
     place = expanded(source)
     if place.exists() or not is_hub_id(source):
-        folder = place.parent if place.is_file() else place
+        folder = model_folder(place) if place.is_file() else place
         return folder / ACCURACY_FILE
     return user_data_path("medusa-chat") / "accuracy" / source.replace("/", "--") / ACCURACY_FILE
 
@@ -151,7 +151,7 @@ class _Repository:
             raise UserError(f"{self._name} lacks {absent}, which its index names")
         texts = [name for name in self._files if _TEXT.fullmatch(name)]
         self._download([*texts, *(name for name in shards if name not in texts)], progress)
-        return self._path(weights[0]).parent
+        return model_folder(self._path(weights[0]), weights[0])
 
     def _download(self, names: Sequence[str], progress: Progress | None) -> None:
         files = [self._files[name] for name in names if not self._is_cached(name)]
@@ -225,7 +225,10 @@ def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:
     folder = _snapshot(name, revision)
     if folder is None or not folder.is_dir():
         return None
-    weights = weight_files({file.name for file in folder.iterdir() if file.exists()}, kind)
+    names = {file.name for file in folder.iterdir() if file.exists()}
+    if (folder / OWN_HEADS).exists():
+        names.add(OWN_HEADS)
+    weights = weight_files(names, kind)
     for file in weights:
         if file.endswith(".index.json"):
             shards = _shards(folder / file)
@@ -239,7 +242,7 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
     for file in ("config.json", *HEAD_FILES):
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
-            return Path(found).parent
+            return model_folder(Path(found), file)
     return None
 
 
@@ -258,7 +261,7 @@ def _check_disk(name: str, files: Sequence[RemoteFile]) -> None:
 
 def _needed(kind: Kind) -> str:
     if kind == "heads":
-        return f"{HEAD_FILES[0]} or other Medusa heads"
+        return f"{HEADS_FILE} or other Medusa heads"
     forms = "model.safetensors or pytorch_model.bin, whole or in shards"
     return f"weights that can be read ({forms})"
 

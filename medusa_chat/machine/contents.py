@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from medusa_chat.config import BUNDLED, ModelSpec
 from medusa_chat.files import read_json
+from medusa_chat.hub.file_names import OWN_HEADS
 from medusa_chat.shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def contents_of(spec: ModelSpec) -> Contents | None:
     shape = _shape(folder) or SHAPES.get(spec.shape)
     if shape is None:
         return None
-    tensors = list(_tensors(folder.glob("*.safetensors"))) if folder.is_dir() else []
+    tensors = list(_tensors(_weight_files(folder)))
     backbone = [tensor for tensor in tensors if tensor.part != "heads"]
     if any(tensor.part == "layers" for tensor in backbone):
         contents = _counted(shape, backbone)
@@ -101,6 +102,12 @@ def _shape(folder: Path) -> Shape | None:
         return None  # loading it will say what is wrong
     sizes = [value for value in astuple(shape) if not isinstance(value, bool)]
     return shape if all(isinstance(size, int) and size > 0 for size in sizes) else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return a folder's safetensors files, with that of heads in a folder of their own."""
+    heads = folder / OWN_HEADS
+    return [*sorted(folder.glob("*.safetensors")), *([heads] if heads.is_file() else [])]
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[_Tensor]:
@@ -140,7 +147,7 @@ def _width(name: str) -> int:
 
 def _heads_in(place: Path) -> list[int]:
     """Count the weights of the heads in a file or folder of their own, tensor by tensor."""
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    files = [place] if place.is_file() else _weight_files(place)
     tensors = list(_tensors(files))
     # A model's folder names the heads among other weights; a file of heads may name them freely.
     heads = [tensor for tensor in tensors if tensor.part == "heads"] or tensors

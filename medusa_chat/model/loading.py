@@ -9,6 +9,7 @@ import torch
 
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
+from medusa_chat.hub.file_names import model_folder
 from medusa_chat.machine import memory, plans
 from medusa_chat.machine.devices import choose_device, frugal_heap, prepare_allocator
 from medusa_chat.model.backbone import Backbone
@@ -132,7 +133,7 @@ def _lay_out(
 def _accuracy_file(spec: ModelSpec, heads: Path) -> Path:
     """Return the accuracies that were measured here, else those published with the heads."""
     own = hub.accuracy_file(spec)
-    published = heads.parent / ACCURACY_FILE
+    published = model_folder(heads) / ACCURACY_FILE
     return published if published.exists() and not own.exists() else own
 
 

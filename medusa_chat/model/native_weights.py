@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,13 @@ from medusa_chat.machine.devices import choose_dtype, usable_cores
 from medusa_chat.model.linear.packed import detach_from_files
 from medusa_chat.model.linear.quantization import as_quant, check_quantization, quant_of
 from medusa_chat.model.pretrained import load_config, loading_errors
-from medusa_chat.model.weight_files import damage
-from medusa_chat.native import families, library
+from medusa_chat.model.weight_files import damage, weight_paths
+from medusa_chat.native import families, kept, library
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.packed import Packed
 from medusa_chat.native.step import Team
-from medusa_chat.native.weights import NF4_BLOCK
+from medusa_chat.native.weights import NF4_BLOCK, Store
+from medusa_chat.version import __version__
 
 if TYPE_CHECKING:
     from medusa_chat.config import ModelSpec
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 # Formats of the layers and of the LM head, which is most of a small model and loses nothing in
 # int8 that a reply would show.
 FORMATS = {"int8": ("int8", "int8"), "nf4": ("nf4", "int8"), "nf4-double": ("nf4", "int8")}
+SLOW = 2.0  # seconds of packing from which on the result is kept
 
 
 @dataclass(frozen=True)
@@ -132,17 +136,48 @@ def pack_native(
     if own:
         lm_head = plain_format(backbone.dtype)  # as its files have it
     context = options.context or MAX_CONTEXT
-    try:
-        model = NativeModel(backbone, layers, lm_head, positions=context, release=True)
-    except library.NotFiniteError:
-        folder = Path(backbone.model.name_or_path)
-        raise UserError(damage(folder, backbone.dtype)) from None
+    model = _packed_once(backbone, layers, lm_head, context)
     packed = None
     if heads is not None:
         own_heads, own_lm_heads = formats_of(as_quant(quant_heads), backbone.dtype)
         packed = NativeHeads(heads, own_heads, own_lm_heads)
     backbone.native = Packed(model, Team(options.threads or usable_cores()), layers)
     return packed
+
+
+def _packed_once(backbone: Backbone, layers: str, lm_head: str, positions: int) -> NativeModel:
+    """Pack a backbone, or map what an earlier load of the same files packed.
+
+    Only what takes a while to pack is kept.
+    """
+    folder = Path(backbone.model.name_or_path)
+    key = _identity(folder) if backbone.model.name_or_path else None
+    names = f"{folder.resolve()} {layers} {lm_head} {backbone.dtype}"
+    file = kept.folder() / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}{kept.SUFFIX}"
+    started = time.perf_counter()
+    store = Store(kept.KeptMatrices(file, key) if key else None)
+    try:
+        model = NativeModel(
+            backbone, layers, lm_head, positions=positions, release=True, store=store
+        )
+    except library.NotFiniteError:
+        raise UserError(damage(folder, backbone.dtype)) from None
+    if key and not store.all_read and time.perf_counter() - started > SLOW:
+        kept.write(file, key, store.packed)
+    store.packed.clear()
+    return model
+
+
+def _identity(folder: Path) -> list[Any] | None:
+    """Return all that packed weights depend on but formats; None for a model without files."""
+    weights = weight_paths(folder)
+    if not weights:
+        return None
+    found: list[Any] = [__version__, library.digest()]
+    for path in (folder / "config.json", *weights):
+        status = path.stat()
+        found.append([path.name, status.st_size, status.st_mtime_ns])
+    return found
 
 
 def formats_of(quant: str, dtype: torch.dtype) -> tuple[str, str]:

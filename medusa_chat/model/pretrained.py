@@ -32,7 +32,7 @@ from medusa_chat.model.linear.quantization import (
     quantization_config,
 )
 from medusa_chat.model.weight_files import check_weight_files
-from medusa_chat.text import reason_of
+from medusa_chat.text import is_panic, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,7 +210,9 @@ def loading_errors(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:  # transformers raises many kinds over files that it does not expect
+    except BaseException as error:  # transformers raises many kinds over unexpected files
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"cannot load the model {name}: it needs code from its own files, which"

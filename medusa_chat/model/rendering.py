@@ -24,7 +24,8 @@ SECONDS = 10.0  # for one text; an ordinary template takes a thousandth of one
 BYTES = 1 << 30  # of memory beyond what the program holds
 LONGEST = 64 << 20  # characters of a text
 
-Request = tuple[Any, list[Message], bool]  # template, messages, whether a reply begins
+# template, messages, whether a reply begins, variables of the template
+Request = tuple[Any, list[Message], bool, dict[str, Any]]
 
 
 class Worker:
@@ -73,13 +74,13 @@ class Worker:
 _WORKERS: weakref.WeakKeyDictionary[Any, Worker] = weakref.WeakKeyDictionary()
 
 
-def render(tokenizer: Any, messages: Sequence[Message], replying: bool) -> str:
-    """Render messages with a tokenizer's own chat template.
+def render(tokenizer: Any, messages: Sequence[Message], replying: bool, **variables: object) -> str:
+    """Render messages with a tokenizer's own chat template, which may read `variables`.
 
     Raises:
         UserError: the template refuses the messages, fails, or exceeds a limit.
     """
-    request = (tokenizer.chat_template, list(messages), replying)
+    request = (tokenizer.chat_template, list(messages), replying, variables)
     if not sys.platform.startswith("linux"):
         fault, text = _rendered(tokenizer, request)
         if fault:
@@ -100,7 +101,10 @@ def _serve(tokenizer: Any, theirs: Connection, ours: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)  # the user's own, as by ulimit -v
+    if most != resource.RLIM_INFINITY:
+        limit = min(limit, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     while True:
         try:
             request = theirs.recv()
@@ -111,10 +115,14 @@ def _serve(tokenizer: Any, theirs: Connection, ours: Connection) -> None:
 
 def _rendered(tokenizer: Any, request: Request) -> tuple[str, str]:
     """Return why a template failed, or "", and the text."""
-    template, messages, replying = request
+    template, messages, replying, variables = request
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=replying
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=replying,
+            **variables,
         )
     except Exception as error:  # a template is a program: it may raise anything
         return reason_of(error), ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, ModelSpec, UserError
 from medusa_chat.model.rendering import render
+from medusa_chat.text import is_panic, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from fastchat.conversation import Conversation
 
 HOW_TO_NAME = "name one with --template NAME (`--template list` lists them)"
+SWITCH = "enable_thinking"  # the variable that templates of thinking models read
+THINK = "<think>"
 TURNS = ("user", "assistant")
 
 
@@ -26,11 +29,13 @@ class ChatTemplate:
     Attributes:
         model: its name, for messages.
         conversation: fastchat's template, without messages; None for the tokenizer's own.
+        thinking: what the template's `enable_thinking` is set to; None leaves it alone.
     """
 
     tokenizer: Any
     model: str
     conversation: Conversation | None = None
+    thinking: bool | None = None
 
     @property
     def name(self) -> str:
@@ -41,6 +46,26 @@ class ChatTemplate:
     def system(self) -> str:
         """The default system message; "" for the tokenizer's template, which does not show it."""
         return self.conversation.system_message if self.conversation else ""
+
+    @property
+    def drops_thoughts(self) -> bool:
+        """True if it decides itself what later turns hold of <think> blocks."""
+        source = self._source()
+        return "</think>" in source or "reasoning_content" in source
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        """Return the tag of a block of thoughts that it opens for the reply, or ""."""
+        opens = self.render(messages).rstrip().endswith(THINK)
+        return THINK if opens else ""
+
+    def with_thinking(self, on: bool) -> ChatTemplate:
+        """Switch the model's thinking. Raises UserError if the template cannot."""
+        if SWITCH not in self._source():
+            raise UserError(f"the chat template of {self.model} has no switch for thinking")
+        return replace(self, thinking=on)
+
+    def _source(self) -> str:
+        return "" if self.conversation else str(self.tokenizer.chat_template or "")
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -66,7 +91,12 @@ class ChatTemplate:
         """
         # The tokenizer's template writes its special tokens; most of fastchat's leave BOS out.
         add = self.conversation is not None
-        found = self.tokenizer(text, add_special_tokens=add, **options)
+        try:
+            found = self.tokenizer(text, add_special_tokens=add, **options)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise UserError(f"the tokenizer fails on this text: {reason_of(error)}") from None
         bos = self.tokenizer.bos_token_id
         twice = add and bos is not None and found["input_ids"][:2] == [bos, bos]
         return {name: items[twice:] for name, items in found.items()}
@@ -118,7 +148,8 @@ class ChatTemplate:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
         kept = [each for each in messages if each["role"] != "system" or each["content"]]
         try:
-            return render(self.tokenizer, kept, replying)
+            switch = {} if self.thinking is None else {SWITCH: self.thinking}
+            return render(self.tokenizer, kept, replying, **switch)
         except UserError as error:
             raise UserError(
                 f"the chat template of {self.model} refuses this conversation: {error}"

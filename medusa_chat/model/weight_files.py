@@ -46,6 +46,17 @@ def _check_formats(file: Path, quantized: bool) -> None:
         )
 
 
+def weight_paths(folder: Path) -> list[Path]:
+    """List a backbone's index, if it has one, and the files of its weights; none if unreadable."""
+    path = _weights(folder)
+    if path is None:
+        return []
+    try:
+        return sorted({path, *TensorFiles(path).files.values()})
+    except UserError:
+        return []
+
+
 def damage(folder: Path, dtype: torch.dtype) -> str:
     """Say why a model gives logits that are NaN or infinite: which weight of its files is."""
     path = _weights(folder)

@@ -8,7 +8,7 @@ from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.native.build import FAILURE_FILE, LIBRARY_FOLDER, library_name
+from medusa_chat.native.build import DIGEST_FILE, FAILURE_FILE, LIBRARY_FOLDER, library_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,6 +115,8 @@ class Step(ctypes.Structure):
         ("root", c_int32),
         ("ranked", c_int32),
         ("parents", c_void_p),
+        ("texts", c_void_p),
+        ("places", c_void_p),
         ("last", c_void_p),
         ("guesses", c_void_p),
         ("log_p", c_void_p),
@@ -133,6 +135,36 @@ class Step(ctypes.Structure):
 
 STRUCTURES = (Matrix, Layer, Model, HeadsOf, CacheOf, Step)
 
+
+class Rule(ctypes.Structure):
+    """mc_rule of rules.h."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("tokens", c_void_p),
+        ("parents", c_void_p),
+        ("token_keys", c_void_p),
+        ("counts", c_void_p),
+        ("scores", c_void_p),
+        ("position", c_int64),
+        ("seed", c_int64),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("epsilon", c_double),
+        ("delta", c_double),
+        ("temperature", c_float),
+        ("repetition", c_float),
+        ("presence", c_float),
+        ("frequency", c_float),
+        ("top_k", c_int32),
+        ("kind", c_int32),
+        ("rows", c_int32),
+        ("vocabulary", c_int32),
+        ("row", c_int32),
+        ("next", c_int32),
+    )
+
+
 # Result and arguments of each function.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "mc_structure_sizes": (None, c_void_p),
@@ -149,8 +181,16 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "mc_engine_new": (c_void_p, POINTER(Model), POINTER(HeadsOf), c_void_p, c_int),
     "mc_engine_free": (None, c_void_p),
     "mc_engine_step": (c_int, c_void_p, POINTER(CacheOf), POINTER(Step)),
+    "mc_rule_size": (c_int32,),
+    "mc_decide": (c_int, POINTER(Rule)),
     "mc_cache_keep": (None, POINTER(CacheOf), c_int, c_int, c_int, c_int, c_void_p, c_int),
 }
+
+
+def digest() -> str:
+    """Return what identifies the library's sources, for files that depend on them."""
+    file = LIBRARY_FOLDER / DIGEST_FILE
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
 
 class UnavailableError(Exception):
@@ -158,7 +198,7 @@ class UnavailableError(Exception):
 
 
 class NotFiniteError(Exception):
-    """A weight to pack is NaN or infinite."""
+    """A weight to pack, or its scale, is NaN or infinite."""
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +220,8 @@ def load() -> Any:
         raise UnavailableError(f"the native library cannot be loaded: {error}") from None
     sizes = (c_int32 * len(STRUCTURES))()
     library.mc_structure_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(structure) for structure in STRUCTURES]:
+    expected = [ctypes.sizeof(structure) for structure in STRUCTURES]
+    if list(sizes) != expected or library.mc_rule_size() != ctypes.sizeof(Rule):
         raise UnavailableError(
             f"{file.name} was built from other sources: install medusa-chat again"
         )

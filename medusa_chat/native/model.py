@@ -15,7 +15,6 @@ from medusa_chat.native.library import (
     Layer,
     Matrix,
     Model,
-    NotFiniteError,
     UnavailableError,
 )
 from medusa_chat.native.weights import Rows, Store, all_rows, pack
@@ -41,6 +40,7 @@ class NativeModel:
         *,
         positions: int | None = None,
         release: bool = False,
+        store: Store | None = None,
     ) -> None:
         """Pack a backbone, layer by layer.
 
@@ -51,15 +51,16 @@ class NativeModel:
             positions: of the rotary tables, by default as many as the backbone was made for.
             release: let go of each layer's own weights once they are packed; the backbone's torch
                 step can't run any more.
+            store: where to put the packed weights; one that reads them from a file packs none.
 
         Raises:
             UnavailableError: for backbones and formats that the native step does not have.
-            NotFiniteError: a plain weight is NaN or infinite.
+            NotFiniteError: a weight or a scale is NaN or infinite.
         """
         reason = families.unsupported(backbone)
         if reason:
             raise UnavailableError(reason)
-        self.backbone, self.store = backbone, Store()
+        self.backbone, self.store = backbone, store or Store()
         self.looked_up = 0
         self._weights, self._release = weights, release
         self._family = families.family_of(backbone)
@@ -150,8 +151,6 @@ class NativeModel:
         return self.store.floats(module.weight.detach().float() + self._family.norm_offset)
 
     def _matrix(self, parts: list[Rows], weights: str, last_use: bool = False) -> Matrix:
-        for part in parts:
-            _check_finite(part.linear.weight)
         matrix = pack(parts, weights, self.store)
         whole = last_use or sum(part.count for part in parts) == parts[0].linear.out_features
         if self._release and (whole or len(parts) > 1):
@@ -231,12 +230,6 @@ def _rotary(module: Any, positions: int, kind: str) -> tuple[Tensor, Tensor]:
         if not torch.equal(table[..., :half], table[..., half:]):
             raise UnavailableError("the native step does not know this model's rotary positions")
     return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
-
-
-def _check_finite(weight: Tensor) -> None:
-    """Refuse NaN and infinity, which packed integers would hide."""
-    if weight.is_floating_point() and not all(bool(end.isfinite()) for end in weight.aminmax()):
-        raise NotFiniteError
 
 
 def _let_go(linear: Any, kept: Tensor) -> None:

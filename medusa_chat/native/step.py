@@ -197,6 +197,29 @@ class NativeStep:
             self._want_logits(count, 0)
         return self._settle(count, 0, greedy)
 
+    def texts(
+        self, tokens: Sequence[int], firsts: Sequence[int], places: Sequence[int], logits_from: int
+    ) -> None:
+        """Run rows of many texts, each written to its own text's slots. The cache's text is none.
+
+        Args:
+            tokens: [n].
+            firsts: [n], the first slot of the text that each row belongs to.
+            places: [n], the position of each row in its text. Those before it are there, from
+                earlier steps or in this one.
+            logits_from: the first row whose logits are wanted, see `logits`; n for none.
+        """
+        step, count = self._step, len(tokens)
+        self._tokens[:count] = list(tokens)
+        own_firsts, own_places = (c_int32 * count)(*firsts), (c_int32 * count)(*places)
+        step.tokens, step.table, step.parents = _address(self._tokens), None, None
+        step.texts, step.places = _address(own_firsts), _address(own_places)
+        try:
+            self._want_logits(count, logits_from)
+            self._settle(count, 0, False)
+        finally:
+            step.texts, step.places = None, None
+
     def guess(self, ranked: int) -> tuple[list[int], Tensor]:
         """The heads' likeliest tokens [heads * ranked], and their log p [heads, ranked]."""
         step = self._step

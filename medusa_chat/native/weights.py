@@ -17,12 +17,15 @@ from medusa_chat.native.library import (
     INT8,
     NF4,
     Matrix,
+    NotFiniteError,
     UnavailableError,
     load,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from medusa_chat.native.kept import KeptMatrices
 
 NF4_BLOCK = 64
 CHUNK = 256  # outputs that a thread packs at a time
@@ -44,10 +47,19 @@ class Rows:
 
 
 class Store:
-    """Owns the tensors that the library points to."""
+    """Owns the tensors that the library points to.
 
-    def __init__(self) -> None:
+    Attributes:
+        packed: matrices that were packed anew or read from a file, in order.
+        all_read: none had to be packed.
+    """
+
+    def __init__(self, read: KeptMatrices | None = None) -> None:
+        """`read`: matrices that a file keeps, in the order in which they will be asked for."""
         self._kept: list[Any] = []
+        self._read = read
+        self.packed: list[Tensor] = []
+        self.all_read = read is not None
 
     def keep(self, tensor: Tensor) -> int:
         """Keep a tensor and return its address."""
@@ -58,6 +70,13 @@ class Store:
     def floats(self, tensor: Tensor) -> int:
         """Keep a tensor in float32 and return its address."""
         return self.keep(tensor.detach().float())
+
+    def read(self, size: int) -> Tensor | None:
+        """Return the next matrix of the file; None if it has to be packed."""
+        matrix = self._read.take(size) if self._read else None
+        if matrix is None:
+            self._read, self.all_read = None, False
+        return matrix
 
     @property
     def bytes(self) -> int:
@@ -79,15 +98,25 @@ def pack(parts: Sequence[Rows], weights: str, store: Store) -> Matrix:
     size = library.mc_packed_bytes(number, outputs, inputs)
     if any(_own_format(part.linear) != known for part in parts) or not size:
         raise UnavailableError(f"the native step can't pack a matrix [{outputs}, {inputs}] so")
-    packed = torch.zeros(size, dtype=torch.uint8)
-    first = 0
-    for part in parts:
-        _PACKERS[known](part, number, outputs, first, packed.data_ptr())
-        first += part.count
+    packed = store.read(size)
+    if packed is None:
+        packed = torch.zeros(size, dtype=torch.uint8)
+        first = 0
+        for part in parts:
+            check_finite(part.linear.weight)
+            _PACKERS[known](part, number, outputs, first, packed.data_ptr())
+            first += part.count
+    store.packed.append(packed)
     bias = None
     if parts[0].bias is not None:
         bias = store.floats(torch.cat([part.bias for part in parts if part.bias is not None]))
     return Matrix(number, outputs, inputs, store.keep(packed), bias)
+
+
+def check_finite(weight: Tensor) -> None:
+    """Refuse NaN and infinity, which packed integers would hide."""
+    if weight.is_floating_point() and not all(bool(end.isfinite()) for end in weight.aminmax()):
+        raise NotFiniteError
 
 
 def _format_for(weights: str, inputs: int) -> int:
@@ -131,6 +160,7 @@ def _pack_int8(part: Rows, _number: int, outputs: int, first: int, packed: int) 
         layer.weight.data[rows].contiguous(),
         (used.SCB[rows] / 127).float().contiguous(),
     )
+    check_finite(scales)
     addresses = codes.data_ptr(), scales.data_ptr()
     load().mc_pack_int8(outputs, layer.in_features, first, part.count, *addresses, packed)
 
@@ -153,6 +183,7 @@ def _pack_nf4(part: Rows, _number: int, outputs: int, first: int, packed: int) -
     codes = layer.weight.data.view(torch.uint8).view(-1, layer.in_features // 2)
     codes = codes[part.first : part.first + part.count].contiguous()
     wide = wide.contiguous()
+    check_finite(wide)
     addresses = codes.data_ptr(), wide.data_ptr()
     load().mc_pack_nf4(outputs, layer.in_features, first, part.count, *addresses, packed)
 

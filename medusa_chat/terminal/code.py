@@ -1,4 +1,7 @@
-"""Code coloured by Pygments. The colours are readable on dark and light screens."""
+"""Code coloured by Pygments. The colours are readable on dark and light screens.
+
+The view of heads and Markdown takes the weights alone: its colours are those of the heads.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ PURPLE, GREEN, ORANGE, BLUE, BROWN = "#b95796", "#1a9e68", "#e37814", "#2c64ed",
 GREY = "#808080"
 STYLES = {
     "Comment": Style(color=GREY, italic=True),
-    "Keyword": Style(color=PURPLE),
-    "Operator.Word": Style(color=PURPLE),
+    "Keyword": Style(color=PURPLE, bold=True),
+    "Operator.Word": Style(color=PURPLE, bold=True),
     "Literal.String": Style(color=GREEN),
     "Literal.Number": Style(color=ORANGE),
     "Name.Builtin": Style(color=BROWN),

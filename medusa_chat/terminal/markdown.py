@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.text import Text
 
-from medusa_chat.terminal.rendering import fence_closed, parse, render, wrapped
+from medusa_chat.terminal.rendering import fence_closed, parse, render
 from medusa_chat.terminal.source import GUARD, PLAIN_INK, Source, View
 from medusa_chat.terminal.theme import LABEL
-from medusa_chat.terminal.wrapping import breaks
+from medusa_chat.terminal.wrapping import breaks, wrapped
 from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:

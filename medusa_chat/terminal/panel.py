@@ -20,7 +20,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "–"
 BASELINE = "the baseline of every speedup"
 PER_STEP = " tokens per step"
-FINISHES = {"length": "length limit", "context": "context is full", "stop": "stop string"}
+FINISHES = {
+    "length": "length limit",
+    "context": "context is full",
+    "stop": "stop string",
+    "loop": "repeats itself",
+}
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -39,7 +44,7 @@ def panel(stats: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
     """Draw the live panel: at most two rows of at most `width` cells."""
     if not stats.steps:
         reading = [Text(mode_label(sampling)), Text("reading the prompt…", LABEL)]
-        return [_fit([reading], width)]
+        return [fit([reading], width)]
     return [
         _headline(stats, sampling, width),
         _second_row(stats, conversation, sampling, width),
@@ -52,7 +57,7 @@ def footer(last: Stats, conversation: Stats, sampling: Sampling, width: int) -> 
     variants = [[*items, *finish] for items in _footer_rows(last, conversation, sampling)]
     if finish:
         variants.append(finish)
-    row = _fit(variants, width)
+    row = fit(variants, width)
     row.stylize(LABEL)
     return row
 
@@ -83,7 +88,7 @@ def gauge(rate: float, length: int, head: int) -> Text:
     return Text.assemble(("━" * filled, head_style(head)), ("╌" * (length - filled), LABEL))
 
 
-def _fit(variants: Iterable[Sequence[Text]], width: int) -> Text:
+def fit(variants: Iterable[Sequence[Text]], width: int) -> Text:
     """Join the first variant that fits in `width`; cut the last one if none does."""
     separator = Text.assemble((SEPARATOR, LABEL))
     for items in variants:
@@ -105,7 +110,7 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
     long_speed = _item("", speed, " tokens/s")
     short_speed = _item("", speed, " tok/s")
     if sampling.mode == "vanilla" or stats.paused:
-        return _fit([[mode, tokens, long_speed], [short_speed]], width)
+        return fit([[mode, tokens, long_speed], [short_speed]], width)
     length = number(stats.acceptance_length, 1)
     long_length = _item("", length, PER_STEP)
     short_length = _item("", length, "/step")
@@ -116,16 +121,16 @@ def _headline(stats: Stats, sampling: Sampling, width: int) -> Text:
         [short_speed, short_length],
         [short_speed],
     ]
-    return _fit(variants, width)
+    return fit(variants, width)
 
 
 def _second_row(stats: Stats, conversation: Stats, sampling: Sampling, width: int) -> Text:
     if sampling.mode == "vanilla":
         long = Text(f"vanilla decoding is {BASELINE}", LABEL)
-        return _fit([[long], [Text("baseline")]], width)
+        return fit([[long], [Text("baseline")]], width)
     if stats.paused:
-        return _fit(_pause_rows(stats.paused), width)
-    return _fit(_measured_rows(stats, conversation), width)
+        return fit(_pause_rows(stats.paused), width)
+    return fit(_measured_rows(stats, conversation), width)
 
 
 def _pause_rows(pause: Pause) -> list[list[Text]]:

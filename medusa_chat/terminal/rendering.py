@@ -16,7 +16,7 @@ from medusa_chat.terminal.code import highlight
 from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.source import PLAIN, Source, View
 from medusa_chat.terminal.theme import LABEL
-from medusa_chat.terminal.wrapping import breaks
+from medusa_chat.terminal.wrapping import wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +33,7 @@ INLINE = {
     "link": Style(underline=True),
     "image": Style(underline=True),
 }
-INLINE_CODE = Style(color="#87651a")
+INLINE_CODE = Style(color="#87651a", bold=True)
 HEADINGS = {"h1": Style(bold=True, underline=True)}
 HEADING = Style(bold=True)
 
@@ -201,16 +201,6 @@ def _letters(text: str) -> int:
 
 def _heading(node: SyntaxTreeNode) -> Style:
     return HEADING if node.type == "heading" else PLAIN
-
-
-def wrapped(text: Text, width: int) -> list[Text]:
-    """Wrap text into rows; an end of a line stays one."""
-    rows: list[Text] = []
-    for line in text.split("\n", allow_blank=True):
-        rows += line.divide(breaks(line.plain, width))
-    for row in rows:
-        row.rstrip()
-    return rows
 
 
 def _prefixed(rows: Iterable[Text], first: Text, others: Text) -> list[Text]:

@@ -15,7 +15,6 @@ VIEWS: tuple[View, ...] = get_args(View)
 # Stands before text that goes on in the middle of a paragraph, so that it begins no list.
 GUARD = "\N{WORD JOINER}"
 PLAIN = Style.null()
-THIN = Style(underline=True)
 
 Ink = tuple[Style, str]  # of a character: the style of its head, and the mark after it
 PLAIN_INK: Ink = (PLAIN, "")
@@ -51,7 +50,7 @@ class Source:
     def styled(self, start: int, end: int, extra: Style, view: View) -> Text:
         """Return a part in the style of its element, and in those of the heads if they are shown.
 
-        An element with a colour of its own keeps it; guessed tokens are underlined there.
+        Colours are those of the heads where these are shown: a colour has one meaning in a view.
         """
         text = Text()
         pairs = zip(self.text[start:end], self.inks[start:end], strict=True)
@@ -65,6 +64,4 @@ class Source:
 def _mixed(ink: Style, extra: Style, view: View) -> Style:
     if view == "markdown":
         return extra
-    if extra.color is None:
-        return ink + extra
-    return extra + THIN if ink.color else extra
+    return ink + extra.without_color

@@ -8,20 +8,28 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from medusa_chat.terminal.live import (
+    ERASE_BELOW,
+    HIDE_CURSOR,
+    REFRESH_SECONDS,
+    SHOW_CURSOR,
+    rendered,
+    update,
+)
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.theme import LABEL, head_mark, head_style
+from medusa_chat.terminal.thoughts import COMMAND, ThoughtRows, Thoughts
 from medusa_chat.terminal.wrapping import Flow
 from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
 
-    from medusa_chat.events import Step
+    from medusa_chat.events import Step, Token
     from medusa_chat.terminal.source import View
 
-REFRESH_SECONDS = 0.05
-HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-ERASE_BELOW = "\r\x1b[J"
 STOPPED = "[stopped]"
 
 Panel = Callable[[int], list[Text]]  # width -> rows
@@ -30,12 +38,9 @@ Panel = Callable[[int], list[Text]]  # width -> rows
 class ReplyView:
     """Context manager that draws one reply and leaves only its text on the screen.
 
-    Between two refreshes the cursor waits at the start of the growing row. A terminal keeps it
-    there when it is resized, so erasing from the cursor down is always exact. (rich's Live waits
-    below its last row: a narrower terminal then leaves remains on the screen.)
-
-    `panel` is called at each refresh, and `marks` adds each token's head in a small digit. `view`
-    tells if Markdown is rendered, block by block as each one ends.
+    `panel` is called at each refresh, `thoughts` returns what tells thoughts from the answer, and
+    `marks` adds each token's head in a small digit. `view` tells if Markdown is rendered, block by
+    block as each one ends.
     Two refreshes are at least REFRESH_SECONDS of `clock` apart.
     """
 
@@ -46,10 +51,13 @@ class ReplyView:
         *,
         marks: bool = False,
         view: View = "heads",
+        thoughts: Callable[[], Thoughts] = Thoughts,
+        open_thoughts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._panel = panel
+        self._thoughts = ThoughtRows(thoughts, shown=open_thoughts)
         self._marks = marks
         self._clock = clock
         self._flow = Flow() if view == "heads" else MarkdownFlow(view)
@@ -71,13 +79,17 @@ class ReplyView:
 
     def add(self, step: Step) -> None:
         """Add the tokens of a step; redraw if the last refresh is long enough ago."""
-        for token in step.tokens:
+        self._feed(self._thoughts.answer(step.tokens))
+        if self._clock() - self._drawn_at >= REFRESH_SECONDS:
+            self._draw()
+
+    def _feed(self, tokens: Iterable[Token]) -> None:
+        for token in tokens:
             if token.text:
                 mark = head_mark(token.head) if self._marks else ""
                 self._flow.feed(token.text, head_style(token.head), mark)
                 self.empty = self.empty and not token.text.strip()
-        if self._clock() - self._drawn_at >= REFRESH_SECONDS:
-            self._draw()
+        self.empty = self.empty and not self._thoughts.begun
 
     def suspend(self) -> None:
         """Leave the screen to the shell."""
@@ -93,24 +105,21 @@ class ReplyView:
         panel = self._panel(width)
         # A terminal that is made much narrower still holds all rows that are redrawn.
         room = max(1, height // 4)
-        rows = self._flow.take(width, room)
-        live = [*self._flow.live, Text(), *panel]
+        rows = [*self._thoughts.take(width), *self._flow.take(width, room)]
+        growing = self._thoughts.live or self._flow.live
+        live = [*growing, Text(), *panel]
         if len(live) >= height:  # on a screen of a few rows the text matters most
-            live = self._flow.live
-        up = f"\x1b[{len(live) - 1}A" if len(live) > 1 else ""
-        self._write(ERASE_BELOW + self._rendered([*rows, *live]).removesuffix("\n") + "\r" + up)
+            live = growing
+        finished = rendered(self._console, rows)
+        self._write(update(finished, rendered(self._console, live), len(live)))
         self._drawn_at = self._clock()
 
     def _finish(self) -> None:
+        self._feed(self._thoughts.rest())
         note = STOPPED if self._stopped and not self.empty else ""
-        rows = self._flow.rest(self._console.width, note)
-        self._write(ERASE_BELOW + self._rendered(rows))
-
-    def _rendered(self, rows: list[Text]) -> str:
-        with self._console.capture() as capture:
-            for row in rows:
-                self._console.print(row, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        return capture.get()
+        width = self._console.width
+        rows = [*self._thoughts.take(width, final=True), *self._flow.rest(width, note)]
+        self._write(ERASE_BELOW + rendered(self._console, rows))
 
     def _write(self, codes: str) -> None:
         """Write a refresh in one piece, so that nothing flickers."""
@@ -125,9 +134,17 @@ class PlainView:
     when something follows it.
     """
 
-    def __init__(self, console: Console, *, marks: bool = False) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        marks: bool = False,
+        thoughts: Callable[[], Thoughts] = Thoughts,
+        open_thoughts: bool = False,
+    ) -> None:
         self._console = console
         self._marks = marks
+        self._thoughts = ThoughtRows(thoughts, shown=open_thoughts, opener=COMMAND)
         self._held = ""
         self.empty = True
 
@@ -135,6 +152,8 @@ class PlainView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._feed(self._thoughts.rest())
+        self._print_thoughts(final=True)
         if self.empty:
             return
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
@@ -142,7 +161,16 @@ class PlainView:
 
     def add(self, step: Step) -> None:
         """Print the tokens of a step."""
-        for token in step.tokens:
+        tokens = [*self._thoughts.answer(step.tokens)]
+        self._print_thoughts()
+        self._feed(tokens)
+
+    def _print_thoughts(self, *, final: bool = False) -> None:
+        for row in self._thoughts.take(self._console.width, final=final):
+            self._print(Text("\n").join([row, Text()]))
+
+    def _feed(self, tokens: Iterable[Token]) -> None:
+        for token in tokens:
             text = self._held + sanitize(token.text)
             visible = text.rstrip()
             self._held = text[len(visible) :]

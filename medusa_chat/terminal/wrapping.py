@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.cells import get_character_cell_size
 from rich.text import Text
 
+from medusa_chat.terminal.fences import Fences
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.text import sanitize
 
@@ -70,12 +71,18 @@ def _fold(line: str, start: int, end: int, width: int, cuts: list[int]) -> int:
 
 
 class Flow:
-    """A growing reply as rows: those that are finished, and the one that still grows."""
+    """A growing reply as rows: those that are finished, and the one that still grows.
+
+    A line of code is one row, however long: only the terminal wraps it.
+    """
 
     def __init__(self) -> None:
         self._tail = Text()  # from the start of the growing row on
         self._held = ""  # trailing white space, printed only when something follows it
         self._begun = False
+        self._fences = Fences()
+        self._fresh = True  # the growing row begins a line
+        self._live = [Text()]
 
     def feed(self, text: str, style: Style, mark: str = "") -> None:
         """Add a piece of the reply; `mark` follows its last visible character."""
@@ -91,15 +98,30 @@ class Flow:
         self._tail.append(visible, style).append(mark, style)
         self._held = safe[start + len(visible) :]
 
-    def take(self, width: int, _room: int = 1) -> list[Text]:
-        """Return the rows that were finished since the last call."""
+    def take(self, width: int, room: int = 1) -> list[Text]:
+        """Return the rows that were finished since the last call.
+
+        Args:
+            width: of the screen.
+            room: rows that a growing line of code may take.
+        """
+        *finished, growing = self._tail.split("\n", allow_blank=True)
         rows: list[Text] = []
-        for line in self._tail.split("\n", allow_blank=True):
-            rows += line.divide(breaks(line.plain, width))
-        self._tail = rows.pop()
+        for line in finished:
+            rows += self._rows(line, width)
+            if self._fresh:
+                self._fences.add(line.plain)
+            self._fresh = True
+        *complete, self._tail = self._rows(growing, width)
+        self._fresh = self._fresh and not complete
+        self._live = wrapped(self._tail, width)[-room:] if self._fences.open else [self._tail]
+        rows += complete
         for row in rows:
             row.rstrip()
         return rows
+
+    def _rows(self, line: Text, width: int) -> list[Text]:
+        return [line] if self._fences.open else [*line.divide(breaks(line.plain, width))]
 
     @property
     def growing(self) -> Text:
@@ -109,7 +131,7 @@ class Flow:
     @property
     def live(self) -> list[Text]:
         """The rows that still grow; call `take` first."""
-        return [self._tail]
+        return self._live
 
     def rest(self, width: int, note: str = "") -> list[Text]:
         """Return what is left of a reply that has ended, and a note about its end."""
@@ -117,3 +139,13 @@ class Flow:
             self.feed(f" {note}", LABEL)
         rows = self.take(width)
         return [*rows, self._tail] if self._tail.plain.strip() else rows
+
+
+def wrapped(text: Text, width: int) -> list[Text]:
+    """Wrap text into rows; an end of a line stays one."""
+    rows: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        rows += line.divide(breaks(line.plain, width))
+    for row in rows:
+        row.rstrip()
+    return rows

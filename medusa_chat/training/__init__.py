@@ -6,7 +6,8 @@ schedules.py       learning rates and the weight of the heads' loss over a run
 trainee.py         a backbone with its heads, and the loss of a batch
 optimization.py    transformers' Trainer with two learning rates and a guard against NaN
 trainer.py         `medusa-chat train`: a run from its data to its files
-progress.py        progress, log and Ctrl-C of a run
+progress.py        progress and log of a run
+stopping.py        checkpoints on a signal, and by time
 checkpoints.py     begin, resume and fail
 outputs.py         the files that a run leaves
 evaluate.py        perplexity of a backbone

@@ -110,7 +110,10 @@ def answers(
             return
         steps = list(engine.generate(ids, sampling))
         yield ids, steps
-        messages.append({"role": "assistant", "content": "".join(step.text for step in steps)})
+        text = "".join(step.text for step in steps)
+        if not text.strip():  # templates refuse an empty reply
+            return
+        messages.append({"role": "assistant", "content": text})
 
 
 def rank_reply(engine: Engine, prompt: list[int], reply: list[int]) -> Tensor:

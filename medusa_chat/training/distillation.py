@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import UserError
 from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.locks import only_writer
 from medusa_chat.prompts import read_prompts
 from medusa_chat.training.conversations import Conversation, resume
 from medusa_chat.training.questions import Answerer, DistillJob, Question
@@ -82,6 +83,18 @@ def _run(
     progress: Callable[[int, int], None],
 ) -> tuple[int, int]:
     settings = {"model": answerer.name, **settings}
+    with only_writer(out, "another run"):
+        return _go_on(answerer, conversations, out, job, settings, progress)
+
+
+def _go_on(
+    answerer: Answerer,
+    conversations: list[Conversation],
+    out: Path,
+    job: DistillJob,
+    settings: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> tuple[int, int]:
     total = len(conversations)
     done, kept = resume(out, conversations, job.batch, settings)
     progress(done, total)
@@ -97,7 +110,7 @@ def _run(
     if not kept:
         raise UserError(
             f"none of the {total} prompts got an answer: no reply fits the context, or all replies"
-            " are empty; try a smaller --max-new-tokens"
+            " are empty or withheld; try a smaller --max-new-tokens"
         )
     return kept, total
 

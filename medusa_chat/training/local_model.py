@@ -1,16 +1,23 @@
-"""Answers of a model on this machine, through transformers' generate()."""
+"""Answers of a model on this machine: the native step's, or those of transformers' generate()."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from medusa_chat.config import COLD, Message, ModelSpec, UserError
+from medusa_chat.config import LoadOptions, Message, ModelSpec, UserError
+from medusa_chat.decoding.native_texts import continue_texts
 from medusa_chat.decoding.reply import eos_ids
+from medusa_chat.hub import fetch as hub
 from medusa_chat.machine.devices import choose_device
-from medusa_chat.model.pretrained import load_pretrained
+from medusa_chat.model.backbone import Backbone
+from medusa_chat.model.native_weights import choose_step, pack_native
+from medusa_chat.model.pretrained import load_config, load_pretrained, loading_errors
 from medusa_chat.model.templates import named_template, resolve_template
+from medusa_chat.sampling import COLD
 from medusa_chat.training.memory import check_answers
 from medusa_chat.training.questions import Answer, DistillJob, Question
 
@@ -70,20 +77,39 @@ class LocalModel:
         device = choose_device(self._device)
         if not self._ignore_memory:
             check_answers(self._spec, str(device), self._job.batch, self._job.max_new_tokens)
-        backbone, self._tokenizer = load_pretrained(self._spec, None)
+        native = self._native_dtype(device)
+        model, self._tokenizer = load_pretrained(self._spec, native)
         self._template = resolve_template(self._tokenizer, self._spec)
-        config = backbone.config.get_text_config()
+        config = model.config.get_text_config()
         self._context: int | None = getattr(config, "max_position_embeddings", None)
         if self._context is not None and self._context <= self._job.max_new_tokens:
             raise UserError(
                 f"--max-new-tokens must be below the {self._context} of the context of {self.name}"
             )
-        self._ends = sorted(eos_ids(backbone, self._tokenizer) | self._template.stop_ids)
-        self._backbone = backbone.to(device).eval()
+        self._ends = sorted(eos_ids(model, self._tokenizer) | self._template.stop_ids)
+        if native is None:
+            self._backbone = model.to(device).eval()
+            return
+        self._backbone = Backbone(model, own_attention=True)
+        pack_native(self._backbone, None, "auto", "auto", LoadOptions(context=self._context))
+
+    def _native_dtype(self, device: torch.device) -> torch.dtype | None:
+        """Return the dtype in which the native step runs the model; None if torch's has to."""
+        place = str(hub.local(self._spec.backbone))
+        with loading_errors(place):
+            config = load_config(Path(place)).get_text_config()
+        dtype: Any = "float32" if config.dtype == torch.float32 else "auto"
+        spec = replace(self._spec, backbone=place, quant="auto")
+        choice = choose_step(spec, device, LoadOptions(dtype=dtype))
+        return choice.dtype if choice.native else None
 
     def _generate(self, rows: list[list[int]]) -> list[Answer]:
         if not rows:
             return []
+        if isinstance(self._backbone, Backbone):
+            longest, temperature = self._job.max_new_tokens, self._job.temperature
+            found = continue_texts(self._backbone, rows, self._ends, longest, temperature)
+            return [self._read(ids) for ids in found]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medusa_chat.config import Recipe, UserError
 from medusa_chat.training import schedules
+from medusa_chat.training.checkpoints import seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -68,6 +70,14 @@ class MedusaTrainer(Trainer):
                 " the last checkpoint; look at these documents, or lower --learning-rate"
             )
         return loss
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """Save a checkpoint, and seal it once all processes have written their parts."""
+        super()._save_checkpoint(*arguments, **named)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            seal(Path(str(self.args.output_dir)) / name)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None

@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, Quant, Recipe
+from medusa_chat.files import digest
 from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.model.layouts import write_heads
+from medusa_chat.model.layouts import OWN_HEADS, write_heads
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.training.evaluate import perplexity
 from medusa_chat.training.trainee import adapt
@@ -26,12 +27,18 @@ State = dict[str, Any]  # a trainee's trained weights by name
 
 
 def save_heads(state: State, like: MedusaHeads, out: Path) -> Path:
-    """Write the heads of a trainee's state in the sizes of `like`; returns the file."""
-    (out / ACCURACY_FILE).unlink(missing_ok=True)  # accuracies of the heads before
+    """Write the heads of a trainee's state in the sizes of `like`; returns the file.
+
+    Accuracies that were measured with other heads are removed.
+    """
+    before = digest(out / OWN_HEADS)
     vocabulary = None if like.lm_heads is None else like.lm_heads.shape[1]
     heads = MedusaHeads(like.heads, like.layers, like.weight.shape[-1], vocabulary)
     heads.load_state_dict(_part(state, "heads."))
-    return write_heads(heads, out)
+    file = write_heads(heads, out)
+    if digest(file) != before:
+        (out / ACCURACY_FILE).unlink(missing_ok=True)
+    return file
 
 
 def save_backbone(state: State, spec: ModelSpec, recipe: Recipe, out: Path) -> None:

@@ -1,14 +1,12 @@
-"""Trainer callbacks: progress as TrainSteps and JSON lines, and a stop that keeps the result."""
+"""Trainer's callback for the progress of a run: TrainSteps, and a log of JSON lines."""
 
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainerCallback
 
 from medusa_chat.events import TrainStep
@@ -19,7 +17,6 @@ from medusa_chat.training.schedules import heads_weight
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from types import TracebackType
 
     from medusa_chat.training.trainee import Trainee
 
@@ -73,7 +70,8 @@ class ProgressLog(TrainerCallback):
         if state.is_world_process_zero:
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(step.as_json()) + "\n")
-            self.progress(step)
+            with suppress(OSError):  # a terminal that was closed does not end the run
+                self.progress(step)
 
     def _step(self, state: Any, loss: float, optimizer: Any) -> TrainStep:
         means = self.trainee.meter.read()
@@ -101,50 +99,12 @@ class ProgressLog(TrainerCallback):
 
 def _cut_log(log: Path, step: int) -> None:
     """Keep the lines up to `step`: a resumed run writes the later ones again."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     kept = []
     for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line that was cut off
     write_text(log, "".join(kept))
-
-
-class Stopper(TrainerCallback):
-    """Ends the run after its step, with a checkpoint, on Ctrl-C. A second Ctrl-C ends it at once.
-
-    Args:
-        say: called with a line for the user.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.asked = False
-        self._say = say
-        self._before: Any = None
-
-    def __enter__(self) -> Stopper:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, _number: int, _frame: Any) -> None:
-        self.asked = True
-        self._say("stopping after this step; Ctrl-C again stops at once")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Ask Trainer to save and stop if any process got the signal."""
-        asked = torch.tensor(self.asked, dtype=torch.int32, device=args.device)
-        if args.world_size > 1:  # the signal may reach one process a step later than another
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        if asked:
-            control.should_save = True
-            control.should_training_stop = True

@@ -67,4 +67,4 @@ class Answerer(Protocol):
     name: str
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | None]:
-        """Answer questions of one turn; None for one that the context has no space for."""
+        """Answer questions of one turn; None for one that gets no text."""

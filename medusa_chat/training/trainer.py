@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_chat.config import ModelSpec, Recipe, UserError
-from medusa_chat.files import write_json
+from medusa_chat.files import digest, write_json
 from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.locks import only_writer
 from medusa_chat.machine.devices import choose_dtype
 from medusa_chat.model.layouts import read_heads
 from medusa_chat.model.loading import heads_file
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
-from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, reported_failures
+from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, is_last, reported_failures
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
 from medusa_chat.training.memory import check_training
 from medusa_chat.training.optimization import MedusaTrainer, trained_weights, training_arguments
 from medusa_chat.training.outputs import perplexity_of, save_backbone, save_heads
-from medusa_chat.training.progress import LOG_FILE, ProgressLog, Stopper
+from medusa_chat.training.progress import LOG_FILE, ProgressLog
+from medusa_chat.training.stopping import Stopper
 from medusa_chat.training.trainee import (
     Trainee,
     adapt,
@@ -71,6 +77,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with the one before."""
         recipe = asdict(self.recipe)
+        del recipe["save_every"]
+        read = [*self.data, *(self.held_out if self.recipe.joint else ())]
         return {
             "model": self.model,
             "heads_from": self.heads,
@@ -79,6 +87,7 @@ class Run:
             "template": self.template or None,
             "recipe": recipe.pop("name"),
             **recipe,
+            "digests": {str(path): digest(path) for path in read},
         }
 
 
@@ -95,9 +104,23 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
         UserError: the model, the data or `out` cannot be used, the loss is not a number, disk or
             memory do not suffice, or the user stopped the run.
     """
-    recipe = replace(run.recipe, heads_first=0.0) if run.heads else run.recipe
     spec = _checked_spec(run)
-    documents, held_out = split_documents(run)  # before the model, which may take long to load
+    texts = split_documents(run)  # before the model, which may take long to load
+    first = os.environ.get("RANK", "0") == "0"
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(run.out, "another run") if first else nullcontext():
+        return _train(run, spec, texts, progress, say)
+
+
+def _train(
+    run: Run,
+    spec: ModelSpec,
+    texts: tuple[list[Document], list[Document]],
+    progress: Callable[[TrainStep], None],
+    say: Callable[[str], None],
+) -> bool:
+    documents, held_out = texts
+    recipe = replace(run.recipe, heads_first=0.0) if run.heads else run.recipe
     dtype = choose_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
     arguments = training_arguments(run.out / "checkpoints", recipe, dtype)
     device = arguments.device
@@ -107,7 +130,7 @@ def train(run: Run, progress: Callable[[TrainStep], None], say: Callable[[str], 
     if not first:
         say = _ignore
     with arguments.main_process_first(local=False):
-        checkpoint = begin(run.out, run.settings(), run.resume, writes=first)
+        checkpoint = begin(run.out, run.settings(), run.resume, first, say)
         if not run.ignore_memory:
             check_training(spec, recipe, str(device), dtype.itemsize, bool(run.heads))
     torch.manual_seed(recipe.seed)
@@ -148,17 +171,16 @@ def fit(
 ) -> None:
     """Train the log's trainee and write the result beside the log."""
     trainee = log.trainee
-    with Stopper(say) as stopper:
+    with Stopper(say, recipe.save_every) as stopper:
         trainer = MedusaTrainer(
             recipe, model=trainee, args=arguments, train_dataset=rows, callbacks=[log, stopper]
         )
         trainer.pop_callback(PrinterCallback)  # `progress` shows the same
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        done = trainer.state.global_step
-        if done < trainer.state.max_steps:
-            raise UserError(
-                f"stopped at step {done} of {trainer.state.max_steps}; --resume goes on from there"
-            )
+        if checkpoint and is_last(checkpoint) and (checkpoint / SAFE_WEIGHTS_NAME).exists():
+            # Trainer would take one more step.
+            trainee.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
+        else:
+            _run_steps(trainer, checkpoint)
         state: Any = trained_weights(trainee)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -167,6 +189,16 @@ def fit(
             save_heads(state, trainee.heads, out)
             if recipe.joint:
                 save_backbone(state, spec, recipe, out)
+
+
+def _run_steps(trainer: MedusaTrainer, checkpoint: Path | None) -> None:
+    """Take the steps that are left. Raises UserError if the user stops the run."""
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = trainer.state.global_step
+    if done < trainer.state.max_steps:
+        raise UserError(
+            f"stopped at step {done} of {trainer.state.max_steps}; --resume goes on from there"
+        )
 
 
 def make_trainee(

@@ -6,12 +6,14 @@ Run as a program it opens a chat: `python -m tests.helpers.fake_engine [--delay 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.events import Candidates, Finish, Pause, Step, Token
@@ -85,6 +87,10 @@ def script(
         )
 
 
+def _lengths(message: Message) -> list[int]:
+    return [len(word) for word in message["content"].split()]
+
+
 class FakeTrees:
     """Implements ChatTrees."""
 
@@ -107,6 +113,19 @@ class FakeTrees:
         return ["auto", "chain", "vicuna-7b"]
 
 
+class FakeTemplate:
+    """Implements Template."""
+
+    def __init__(self) -> None:
+        self.thinking: bool | None = None
+        self.opens = ""
+        self.drops_thoughts = False
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        assert messages
+        return self.opens
+
+
 class FakeEngine:
     """Implements ChatEngine. `replies` come in turn; an exception among them is raised."""
 
@@ -125,14 +144,16 @@ class FakeEngine:
         self.heads = heads
         self.system = "You are a helpful assistant."
         self.trees = FakeTrees()
+        self.template = FakeTemplate()
         self.notices: list[str] = []
+        self.defaults: dict[str, Any] = {}
         self.prefilled = 0
         self.prefill_seconds = 0.0
         self.prompts: list[list[Message]] = []
         self.ids: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.closed = 0
-        self._replies = cycle(replies)
+        self.replies = cycle(replies)
         self._delay = delay
         self._prefill = prefill
         self._finish = finish
@@ -140,16 +161,28 @@ class FakeEngine:
         self._tokens = 0
 
     def encode(self, prompt: list[int] | list[Message]) -> list[int]:
-        return [part if isinstance(part, int) else len(part["content"]) for part in prompt]
+        parts = [[part] if isinstance(part, int) else _lengths(part) for part in prompt]
+        return [number for part in parts for number in part]
+
+    def think(self, on: bool) -> None:
+        if self.template.opens:
+            raise UserError("the chat template of fake has no switch for thinking")
+        self.template.thinking = on
+
+    def count(self, text: str) -> int:
+        return len(text.split())
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         self.prompts.append([message for message in prompt if not isinstance(message, int)])
         self.ids.append([part for part in prompt if isinstance(part, int)])
         self.samplings.append(sampling)
-        reply = next(self._replies)
+        reply = next(self.replies)
         self._tokens = sum(len(message["content"].split()) for message in self.prompts[-1])
         self.prefilled = self._tokens
         self.prefill_seconds = 0.25
+        left = self.context - len(self.encode(prompt))
+        if left <= 0:
+            raise UserError(f"the prompt has {self.context - left} tokens; the context of fake …")
         try:
             time.sleep(self._prefill)
             if isinstance(reply, BaseException):
@@ -160,6 +193,10 @@ class FakeEngine:
                     raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
                 time.sleep(self._delay)
                 self._tokens += len(step.tokens)
+                left -= len(step.tokens)
+                if left <= 0:
+                    yield replace(step, finish="context")
+                    return
                 yield step
         finally:
             self.closed += 1
@@ -191,6 +228,8 @@ def main() -> int:
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
     parser.add_argument("--reply", action="append")
+    parser.add_argument("--defaults", type=json.loads, default={})
+    parser.add_argument("--context", type=int, default=1024)
     arguments = parser.parse_args()
     from medusa_chat.terminal.chat.repl import chat
 
@@ -208,13 +247,15 @@ def main() -> int:
             fails_after=arguments.fails_after,
             finish=arguments.finish,
         )
+        engine.defaults = arguments.defaults
+        engine.context = arguments.context
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine
 
     return chat(
         load,
         model="fake",
-        sampling=Sampling(),
+        given={},
         marks=arguments.marks,
         history=arguments.history,
         transcript=arguments.transcript,

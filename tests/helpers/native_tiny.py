@@ -5,9 +5,6 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
-from medusa_chat.native import build
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.step import NativeStep, Team
 
@@ -17,14 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa_chat.model.backbone import Backbone
-
-
-def need_library() -> None:
-    """Build the library, or skip the module where there is no compiler."""
-    try:
-        build.build(build.LIBRARY_FOLDER)
-    except build.BuildError as error:
-        pytest.skip(str(error), allow_module_level=True)
 
 
 class Native:

@@ -86,7 +86,7 @@ class Terminal:
     def say(self, line: str) -> None:
         """Type a line, see it on the screen, press Enter."""
         self.send(line)
-        self.see(f"› {line.splitlines()[0]}")
+        self.see(f"› {line.splitlines()[0]}"[: self.screen.columns // 2])  # a long one wraps
         self.send(ENTER)
 
     def replies(self, count: int) -> str:

@@ -73,12 +73,12 @@ def do(run: Run) -> tuple[list[TrainStep], list[str]]:
 
 def products(folder: Path) -> dict[str, str]:
     """Hashes of a run's results, without its checkpoints and its log, which contains times."""
-    files = [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and not file.name.startswith("training.")
-    ]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in sorted(files.items())
+        if not name.startswith(("training.", "checkpoints/"))
+    }
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

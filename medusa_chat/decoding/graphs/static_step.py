@@ -5,7 +5,8 @@ recorded at its first use, once for what its shapes depend on:
 
 - layout, for a shape of drafts: rows, and how the nodes are found;
 - forward, for a number of rows and a span of the cache;
-- acceptance, for a number of rows, how deep nodes may lie, and a kind of rule.
+- acceptance, for a number of rows, how deep nodes may lie, and a kind of rule, with penalties or
+  without.
 
 Rows come in BUCKETS: what a tree leaves free is filled up. Everything else is a value in a buffer:
 position, root, copies, sampling numbers, a tree's topology, how likely its guesses are. So another
@@ -123,10 +124,11 @@ class StaticStep:
         """Name the programs of a step in their order, each as it runs without a recording."""
         programs, span = self._programs_of(draft.rows), self._span(draft.rows)
         shared = self._shared(draft)
+        kind = rule.kind, rule.counts is not None  # with penalties or without
         return {
             ("layout", draft.shape): partial(programs.lay_out, shared),
             ("forward", draft.rows, span): partial(programs.forward, span),
-            ("acceptance", draft.rows, draft.deepest, rule.kind): partial(
+            ("acceptance", draft.rows, draft.deepest, *kind): partial(
                 programs.accept, draft.deepest, rule
             ),
         }

@@ -13,7 +13,7 @@ config.py    configs, and where one contradicts the tensors
 write.py     heads and tensors, written in one move
 """
 
-from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE
+from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE, OWN_HEADS
 from medusa_chat.model.layouts.find import find_heads
 from medusa_chat.model.layouts.names import is_heads_tensor
 from medusa_chat.model.layouts.read import ReadHeads, read_heads
@@ -22,6 +22,7 @@ from medusa_chat.model.layouts.write import write_heads
 __all__ = [
     "HEADS_FILE",
     "HEAD_FILES",
+    "OWN_HEADS",
     "ReadHeads",
     "find_heads",
     "is_heads_tensor",

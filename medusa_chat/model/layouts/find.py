@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
-from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE, PICKLE_FILE
+from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE, OWN_HEADS, PICKLE_FILE
 from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.layouts.names import is_heads_tensor, naming_of
 from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
@@ -13,7 +13,7 @@ from medusa_chat.model.layouts.tensors import TensorFiles, is_mappable
 if TYPE_CHECKING:
     from pathlib import Path
 
-OWN_FILES = (HEADS_FILE, PICKLE_FILE)  # they hold heads and nothing else
+OWN_FILES = (OWN_HEADS, HEADS_FILE, PICKLE_FILE)  # they hold heads and nothing else
 SECOND_RANK = "rank1.safetensors"
 
 

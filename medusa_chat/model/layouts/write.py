@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medusa_chat.config import UserError
 from medusa_chat.files import replacing
-from medusa_chat.hub.file_names import HEADS_FILE
+from medusa_chat.hub.file_names import OWN_HEADS
 from medusa_chat.model.layouts.names import NAMINGS
 from medusa_chat.text import reason_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def write_heads(heads: MedusaHeads, folder: Path) -> Path:
-    """Write heads in the official layout as bfloat16 safetensors.
+    """Write heads in the official layout as bfloat16 safetensors, in a sub-folder of `folder`.
 
     Returns:
         The file.
@@ -32,8 +32,8 @@ def write_heads(heads: MedusaHeads, folder: Path) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / HEADS_FILE
+    file = folder / OWN_HEADS
+    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = named_tensors(heads, "official")
     write_tensors({name: tensor.to(torch.bfloat16) for name, tensor in tensors}, file)
     return file

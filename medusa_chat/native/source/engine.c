@@ -39,7 +39,7 @@ static size_t scratch_floats(const mc_engine *engine) {
     /* One query over everything, or as many as forward.c lets share a unit. */
     size_t many = operations->attend_scratch(MC_QUERIES, 0, engine->model->head_dim);
     size_t one = operations->attend_scratch(1, engine->capacity, engine->model->head_dim);
-    size_t shared = many + (size_t)(1 << 17) + MC_QUERIES * 16;
+    size_t shared = many + (size_t)MC_SHARED_SCORES + MC_QUERIES * 16;
     return larger(one, shared);
 }
 

@@ -107,15 +107,13 @@ static void last_row(mc_worker *worker, int index, int row) {
         prepare(worker, &model->lm_head, met, row - step->first_logits, normed);
 }
 
-static size_t slot(const mc_engine *engine, int layer, int head, int row) {
-    const mc_cache *cache = engine->cache;
-    return (size_t)layer * (size_t)cache->layer_stride + (size_t)head * (size_t)cache->head_stride +
-           (size_t)row * (size_t)engine->model->head_dim;
+static int position_of(const mc_engine *engine, int row) {
+    const mc_step *step = engine->step;
+    return step->texts ? step->places[row] : step->start + engine->depth[row];
 }
 
-static void *at(const mc_engine *engine, void *base, size_t place) {
-    size_t bytes = engine->cache->format == MC_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
-    return (char *)base + place * bytes;
+static int slot_of(const mc_step *step, int row) {
+    return step->texts ? step->texts[row] + step->places[row] : step->start + row;
 }
 
 /* Norms and turns one head of a row; keys and values go to the cache. */
@@ -123,8 +121,8 @@ static void settle_head(mc_engine *engine, int index, int head, int row) {
     const mc_model *model = engine->model;
     const mc_layer *layer = &model->layer[index];
     const mc_operations *operations = engine->operations;
-    int size = model->head_dim, kv = head - model->heads, slots = engine->step->start + row;
-    int position = engine->step->start + engine->depth[row];
+    int size = model->head_dim, kv = head - model->heads, slots = slot_of(engine->step, row);
+    int position = position_of(engine, row);
     if (position >= model->positions) position = model->positions - 1;
     float *x = engine->qkv + (size_t)row * (size_t)layer->qkv.outputs + (size_t)head * (size_t)size;
     const float *norm = kv < 0 ? layer->query_norm : layer->key_norm;
@@ -136,8 +134,8 @@ static void settle_head(mc_engine *engine, int index, int head, int row) {
     }
     if (kv < 0) return;
     void *base = kv < model->kv_heads ? engine->cache->keys : engine->cache->values;
-    size_t place = slot(engine, index, kv % model->kv_heads, slots);
-    operations->store(x, size, (mc_format)engine->cache->format, at(engine, base, place));
+    size_t place = mc_slot(engine, index, kv % model->kv_heads, slots);
+    operations->store(x, size, (mc_format)engine->cache->format, mc_at(engine, base, place));
 }
 
 static int common_multiple(int a, int b) {
@@ -163,58 +161,6 @@ static void project(mc_worker *worker, int index) {
         mc_matmul(qkv, worker->prepared, rows, first, last, engine->qkv, (size_t)outputs);
         for (int head = first / model->head_dim; head < last / model->head_dim; head++)
             for (int row = 0; row < rows; row++) settle_head(engine, index, head, row);
-    }
-    mc_team_barrier(engine->team);
-}
-
-static mc_attention attention_of(mc_engine *engine, int index, int head) {
-    const mc_model *model = engine->model;
-    const mc_layer *layer = &model->layer[index];
-    int group = model->heads / model->kv_heads;
-    size_t first = (size_t)head * (size_t)(group * model->head_dim);
-    size_t place = slot(engine, index, head, 0);
-    mc_attention attention = {
-        .queries = engine->qkv + first,
-        .mixed = engine->mixed + first,
-        .query_stride = (size_t)layer->qkv.outputs,
-        .mixed_stride = (size_t)layer->output.inputs,
-        .keys = at(engine, engine->cache->keys, place),
-        .values = at(engine, engine->cache->values, place),
-        .format = (mc_format)engine->cache->format,
-        .head_dim = model->head_dim,
-        .group = group,
-        .start = engine->step->start,
-        .window = layer->window,
-        .scale = model->attention_scale,
-        .cap = model->attention_cap,
-        .depth = engine->depth,
-        .path = engine->step->parents ? engine->path : NULL,
-    };
-    return attention;
-}
-
-/* Queries of a unit: many share each tile of keys, few leave work for every thread. */
-static int queries_of_unit(const mc_engine *engine) {
-    const mc_model *model = engine->model;
-    int queries = engine->step->rows * (model->heads / model->kv_heads);
-    int room = (1 << 17) / (engine->step->start + engine->step->rows);
-    int most = room < MC_QUERIES ? room : MC_QUERIES;
-    int fair = (queries * model->kv_heads + 4 * engine->threads - 1) / (4 * engine->threads);
-    most = fair < most ? fair : most;
-    return most > 1 ? most : 1;
-}
-
-static void attend(mc_worker *worker, int index) {
-    mc_engine *engine = worker->engine;
-    const mc_model *model = engine->model;
-    int queries = engine->step->rows * (model->heads / model->kv_heads);
-    int size = queries_of_unit(engine), blocks = (queries + size - 1) / size;
-    int units = blocks * model->kv_heads;
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
-        mc_attention attention = attention_of(engine, index, unit / blocks);
-        int first = unit % blocks * size;
-        int last = first + size < queries ? first + size : queries;
-        engine->operations->attend(&attention, first, last, worker->scratch);
     }
     mc_team_barrier(engine->team);
 }
@@ -245,7 +191,7 @@ static void run_layer(mc_worker *worker, int index) {
     int rows = engine->step->rows;
     size_t stride = (size_t)model->hidden;
     project(worker, index);
-    attend(worker, index);
+    mc_attend(worker, index);
     each_row(worker, mixed_row, index);
     mc_multiply(worker, &layer->output, worker->prepared, rows, engine->product, stride);
     each_row(worker, attended_row, index);

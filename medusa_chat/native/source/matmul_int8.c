@@ -3,6 +3,7 @@
  * Weights are stored as code + 128, because the dot products of x86 take unsigned and signed
  * bytes. A row therefore starts each block from -128 times the sum of its own activations. The
  * sums of a block are exact integers. */
+#include "rounding.h"
 #include "tiles.h"
 
 #define MC_LEVELS (MC_ACTIVATION_BITS == 16 ? 32512 : 127)
@@ -20,24 +21,6 @@ static size_t input_bytes(int inputs) {
 static size_t row_bytes(int inputs) {
     size_t blocks = (size_t)mc_steps(inputs, MC_INT8_BLOCK);
     return mc_row_stride(input_bytes(inputs) + blocks * sizeof(block_of_row));
-}
-
-/* The largest magnitude; not a number if one of them is not. */
-MC_INLINE float magnitude(const float *x, int count) {
-    int32_t most = 0;
-    for (int input = 0; input < count; input++) {
-        union { float real; int32_t bits; } word = {x[input]};
-        int32_t bits = word.bits & 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    union { int32_t bits; float real; } word = {most};
-    return word.real;
-}
-
-/* Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits. */
-MC_INLINE int32_t nearest(float value) {
-    union { float real; int32_t bits; } word = {value + 12582912.0f};
-    return word.bits - 0x4b400000;
 }
 
 MC_INLINE int32_t round_block(const float *restrict x, int count, float inverse,
@@ -64,11 +47,10 @@ static void reorder(mc_int8_input *codes) { (void)codes; }
 #endif
 
 static block_of_row prepare_block(const float *x, int count, mc_int8_input *to) {
-    const float negligible = 1e-30f;
     mc_int8_input codes[MC_INT8_BLOCK] = {0};
     float most = magnitude(x, count);
     block_of_row result = {0, 0};
-    if (!(most < negligible)) {
+    if (!(most < MC_NEGLIGIBLE)) {
         int full = count == MC_INT8_BLOCK;
         float inverse = MC_LEVELS / most;
         int32_t sum = full ? round_block(x, MC_INT8_BLOCK, inverse, codes)

@@ -1,7 +1,6 @@
 /* The packed forms of weights, written in plain C: packing happens once. */
 #include "kernels.h"
 
-#include <math.h>
 #include <string.h>
 
 const float mc_nf4_values[16] = {
@@ -30,16 +29,50 @@ static float *scale_of(int outputs, int inputs, int output, void *packed) {
     return (float *)scales + output;
 }
 
-static float weight_at(const void *weights, mc_format source, size_t index) {
-    if (source == MC_BFLOAT16) {
-        return mc_from_bfloat16(((const uint16_t *)weights)[index]);
+enum { PIECE = 256 }; /* inputs of a row that are converted at a time; whole blocks of nf4 */
+
+/* The weights of a row from `first` on, up to PIECE of them; returns how many. */
+static int widen(int inputs, const void *row, mc_format source, int first, float *to) {
+    int count = inputs - first < PIECE ? inputs - first : PIECE;
+    if (source == MC_FLOAT32) {
+        memcpy(to, (const float *)row + first, (size_t)count * sizeof *to);
+        return count;
     }
-    return ((const float *)weights)[index];
+    const uint16_t *from = (const uint16_t *)row + first;
+    for (int index = 0; index < count; index++) {
+        to[index] = mc_from_bfloat16(from[index]);
+    }
+    return count;
+}
+
+static float largest(const float *weights, int count) {
+    int32_t most = 0;
+    for (int index = 0; index < count; index++) {
+        union { float real; int32_t bits; } word = {weights[index]};
+        int32_t bits = word.bits & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    union { int32_t bits; float real; } word = {most};
+    return word.real;
+}
+
+static float largest_of_row(int inputs, const void *row, mc_format source) {
+    float most = 0;
+    float weights[PIECE];
+    for (int first = 0; first < inputs; first += PIECE) {
+        float here = largest(weights, widen(inputs, row, source, first, weights));
+        most = here > most ? here : most;
+    }
+    return most;
 }
 
 static void put_float32(int inputs, const void *row, mc_format source, float *lane) {
-    for (int input = 0; input < inputs; input++) {
-        lane[(size_t)input * MC_GROUP] = weight_at(row, source, input);
+    float weights[PIECE];
+    for (int first = 0; first < inputs; first += PIECE) {
+        int count = widen(inputs, row, source, first, weights);
+        for (int index = 0; index < count; index++) {
+            lane[(size_t)(first + index) * MC_GROUP] = weights[index];
+        }
     }
 }
 
@@ -54,64 +87,76 @@ static void put_bfloat16(int inputs, const void *row, mc_format source, uint16_t
     }
 }
 
-static float largest(int inputs, const void *row, mc_format source, int first) {
-    float most = 0;
-    for (int input = first; input < inputs; input++) {
-        most = fmaxf(most, fabsf(weight_at(row, source, input)));
+/* Codes of inputs `first` and up, in fours; those that pad the last four stand for 0. */
+static void put_int8_codes(uint8_t *codes, int first, int count, uint8_t *lane) {
+    for (int index = count; index % 4; index++) {
+        codes[index] = 128;
     }
-    return most;
+    for (int index = 0; index < count; index += 4) {
+        memcpy(lane + (size_t)((first + index) / 4) * MC_GROUP * 4, codes + index, 4);
+    }
 }
 
-static uint8_t *code_at(uint8_t *lane, int input) {
-    return lane + (size_t)(input / 4) * MC_GROUP * 4 + input % 4;
-}
-
-static void pad_int8(int inputs, uint8_t *lane) {
-    for (int input = inputs; input % 4; input++) {
-        *code_at(lane, input) = 128;
-    }
+/* Adding 1.5 * 2^23 rounds to the nearest integer, as rintf does, which is a slow call. */
+static uint8_t int8_code(float value) {
+    float bounded = value < -127 ? -127 : value > 127 ? 127 : value;
+    union { float real; int32_t bits; } word = {bounded + 12582912.0f};
+    return (uint8_t)(word.bits - 0x4b400000 + 128);
 }
 
 static float put_int8(int inputs, const void *row, mc_format source, uint8_t *lane) {
-    float scale = largest(inputs, row, source, 0) / 127;
-    for (int input = 0; input < inputs; input++) {
-        float value = scale > 0 ? weight_at(row, source, input) / scale : 0;
-        *code_at(lane, input) = (uint8_t)(128 + (int)fminf(127, fmaxf(-127, rintf(value))));
+    float scale = largest_of_row(inputs, row, source) / 127;
+    float weights[PIECE];
+    uint8_t codes[PIECE];
+    for (int first = 0; first < inputs; first += PIECE) {
+        int count = widen(inputs, row, source, first, weights);
+        for (int index = 0; index < count; index++) {
+            codes[index] = int8_code(scale > 0 ? weights[index] / scale : 0);
+        }
+        put_int8_codes(codes, first, count, lane);
     }
-    pad_int8(inputs, lane);
     return scale;
 }
 
-/* Inputs 8c to 8c + 7 of a group share chunk c: input 8c + 2v + p of an output sits in the word
+/* Inputs 8c to 8c + 7 of a group share chunk c: input 8c + 2v + p of an output is in the word
  * [output][p], at bits 4v and up, so that one shift gives the indices of a pair of inputs. */
-static void put_nf4_code(uint8_t *group, int lane, int input, unsigned code) {
-    uint8_t *block = group + (size_t)(input / MC_NF4_BLOCK) * MC_NF4_BLOCK_BYTES;
-    uint8_t *chunk = block + MC_GROUP * sizeof(float) + input % MC_NF4_BLOCK / 8 * MC_NF4_CHUNK;
-    uint16_t *word = (uint16_t *)chunk + lane * 2 + input % 2;
-    int shift = input % 8 / 2 * 4;
-    *word = (uint16_t)((*word & ~(15u << shift)) | code << shift);
-}
-
-static void put_nf4_absmax(uint8_t *group, int lane, int block, float absmax) {
-    ((float *)(group + (size_t)block * MC_NF4_BLOCK_BYTES))[lane] = absmax;
+static void put_nf4_block(uint8_t *group, int lane, int block, float absmax, const uint8_t *codes) {
+    uint8_t *start = group + (size_t)block * MC_NF4_BLOCK_BYTES;
+    ((float *)start)[lane] = absmax;
+    uint16_t *words = (uint16_t *)(start + MC_GROUP * sizeof(float)) + lane * 2;
+    for (int input = 0; input < MC_NF4_BLOCK; input += 8) {
+        for (int odd = 0; odd < 2; odd++) {
+            const uint8_t *pair = codes + input + odd;
+            words[odd] = (uint16_t)(pair[0] | pair[2] << 4 | pair[4] << 8 | pair[6] << 12);
+        }
+        words += MC_NF4_CHUNK / sizeof *words;
+    }
 }
 
 /* bitsandbytes compares with the middles between its values. */
-static unsigned nearest_nf4(float value) {
-    unsigned code = 0;
-    while (code < 15 && value > (mc_nf4_values[code] + mc_nf4_values[code + 1]) / 2) {
-        code++;
+static void nf4_codes(const float *weights, float absmax, uint8_t *codes) {
+    float inverse = absmax > 0 ? 1 / absmax : 0;
+    int32_t above[MC_NF4_BLOCK] = {0};
+    for (int code = 0; code < 15; code++) {
+        float middle = (mc_nf4_values[code] + mc_nf4_values[code + 1]) / 2;
+        for (int input = 0; input < MC_NF4_BLOCK; input++) {
+            above[input] += weights[input] * inverse > middle;
+        }
     }
-    return code;
+    for (int input = 0; input < MC_NF4_BLOCK; input++) {
+        codes[input] = (uint8_t)above[input];
+    }
 }
 
 static void put_nf4(int inputs, const void *row, mc_format source, uint8_t *group, int lane) {
-    for (int first = 0; first < inputs; first += MC_NF4_BLOCK) {
-        float absmax = largest(first + MC_NF4_BLOCK, row, source, first);
-        put_nf4_absmax(group, lane, first / MC_NF4_BLOCK, absmax);
-        for (int input = first; input < first + MC_NF4_BLOCK; input++) {
-            float value = absmax > 0 ? weight_at(row, source, input) * (1 / absmax) : 0;
-            put_nf4_code(group, lane, input, nearest_nf4(value));
+    float weights[PIECE];
+    uint8_t codes[MC_NF4_BLOCK];
+    for (int first = 0; first < inputs; first += PIECE) {
+        int count = widen(inputs, row, source, first, weights);
+        for (int index = 0; index < count; index += MC_NF4_BLOCK) {
+            float absmax = largest(weights + index, MC_NF4_BLOCK);
+            nf4_codes(weights + index, absmax, codes);
+            put_nf4_block(group, lane, (first + index) / MC_NF4_BLOCK, absmax, codes);
         }
     }
 }
@@ -162,10 +207,15 @@ void mc_pack_int8(int outputs, int inputs, int first_output, int count, const in
     for (int index = 0; index < count; index++) {
         int output = first_output + index;
         uint8_t *lane = group_of(MC_INT8, inputs, output, packed) + output % MC_GROUP * 4;
-        for (int input = 0; input < inputs; input++) {
-            *code_at(lane, input) = (uint8_t)(codes[(size_t)index * inputs + input] + 128);
+        const int8_t *row = codes + (size_t)index * inputs;
+        for (int first = 0; first < inputs; first += PIECE) {
+            uint8_t piece[PIECE];
+            int many = inputs - first < PIECE ? inputs - first : PIECE;
+            for (int input = 0; input < many; input++) {
+                piece[input] = (uint8_t)(row[first + input] + 128);
+            }
+            put_int8_codes(piece, first, many, lane);
         }
-        pad_int8(inputs, lane);
         *scale_of(outputs, inputs, output, packed) = scales[index];
     }
     finish(MC_INT8, outputs, inputs, first_output + count, packed);
@@ -179,11 +229,14 @@ void mc_pack_nf4(int outputs, int inputs, int first_output, int count, const uin
         int lane = output % MC_GROUP;
         uint8_t *group = group_of(MC_NF4, inputs, output, packed);
         for (int block = 0; block < blocks; block++) {
-            put_nf4_absmax(group, lane, block, absmax[(size_t)index * blocks + block]);
-        }
-        for (int input = 0; input < inputs; input++) {
-            unsigned both = codes[((size_t)index * inputs + input) / 2];
-            put_nf4_code(group, lane, input, input % 2 ? both & 15 : both >> 4);
+            uint8_t nibbles[MC_NF4_BLOCK];
+            size_t first = (size_t)index * inputs + (size_t)block * MC_NF4_BLOCK;
+            for (int input = 0; input < MC_NF4_BLOCK; input += 2) {
+                unsigned both = codes[(first + input) / 2];
+                nibbles[input] = (uint8_t)(both >> 4);
+                nibbles[input + 1] = both & 15;
+            }
+            put_nf4_block(group, lane, block, absmax[(size_t)index * blocks + block], nibbles);
         }
     }
     finish(MC_NF4, outputs, inputs, first_output + count, packed);

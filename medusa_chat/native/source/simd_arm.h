@@ -107,31 +107,45 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return sum;
 }
 
+/* Four words of even and four of odd inputs a quarter. */
+typedef struct { int16x4_t even[4], odd[4]; } words;
+typedef struct { int16x4_t even, odd; } words2;
+
+MC_INLINE words2 words2_load(const int16_t *from) {
+    words2 result = {vdup_n_s16(from[0]), vdup_n_s16(from[1])};
+    return result;
+}
+
+MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
+    MC_QUARTERS { sum.quarter[i] = vmlal_s16(sum.quarter[i], weights.even[i], x.even); }
+    MC_QUARTERS { sum.quarter[i] = vmlal_s16(sum.quarter[i], weights.odd[i], x.odd); }
+    return sum;
+}
+
 /* The low and the high bytes of nf4's values. */
 typedef struct { uint8x16_t low, high; } nf4_table;
 
-MC_INLINE nf4_table nf4_table_of(const uint16_t *values) {
+MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
     uint8x16x2_t bytes = vld2q_u8((const uint8_t *)values);
     nf4_table result = {bytes.val[0], bytes.val[1]};
     return result;
 }
 
-/* indices: codes of one pair in the low and of another in the high byte of each word. */
-MC_INLINE void mc_look_up(nf4_table table, uint8x16_t indices, int quarter, pairs *first,
-                          pairs *second) {
-    uint8x16_t low = vqtbl1q_u8(table.low, indices);
-    uint8x16_t high = vqtbl1q_u8(table.high, indices);
-    uint32x4_t low_words = vreinterpretq_u32_u8(vtrn1q_u8(low, high));
-    uint32x4_t high_words = vreinterpretq_u32_u8(vtrn2q_u8(low, high));
-    mc_widen(low_words, &first->even.quarter[quarter], &first->odd.quarter[quarter]);
-    mc_widen(high_words, &second->even.quarter[quarter], &second->odd.quarter[quarter]);
+/* Splits four outputs' pairs of words into even and odd inputs. */
+MC_INLINE void mc_split(uint8x16_t pairs_of_words, int quarter, words *to) {
+    int16x8_t all = vreinterpretq_s16_u8(pairs_of_words);
+    to->even[quarter] = vget_low_s16(vuzp1q_s16(all, all));
+    to->odd[quarter] = vget_low_s16(vuzp2q_s16(all, all));
 }
 
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, pairs unpacked[4]) {
+/* Pairs 0 and 2 of a chunk, or 1 and 3. */
+MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
     MC_QUARTERS {
         uint8x16_t both = vld1q_u8(chunk + i * 16);
-        uint8x16_t lower = vandq_u8(both, vdupq_n_u8(15));
-        mc_look_up(table, lower, i, &unpacked[0], &unpacked[2]);
-        mc_look_up(table, vshrq_n_u8(both, 4), i, &unpacked[1], &unpacked[3]);
+        uint8x16_t indices = odd ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
+        uint8x16_t low = vqtbl1q_u8(table.low, indices);
+        uint8x16_t high = vqtbl1q_u8(table.high, indices);
+        mc_split(vtrn1q_u8(low, high), i, &unpacked[0]);
+        mc_split(vtrn2q_u8(low, high), i, &unpacked[1]);
     }
 }

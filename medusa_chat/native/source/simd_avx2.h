@@ -53,6 +53,12 @@ MC_INLINE floats floats_of_ints(ints value) {
 
 MC_INLINE __m256i mc_load256(const void *from) { return _mm256_loadu_si256(from); }
 
+#ifdef __AVXVNNI__
+#define MC_MADD(sum, a, b) _mm256_dpwssd_avx_epi32(sum, a, b)
+#else
+#define MC_MADD(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+#endif
+
 #if defined(__AVXVNNI__) && MC_ACTIVATION_BITS == 8
 typedef struct { __m256i low, high; } codes;
 typedef __m256i inputs4;
@@ -95,12 +101,6 @@ MC_INLINE inputs4 inputs4_load(const void *from) {
     return result;
 }
 
-#ifdef __AVXVNNI__
-#define MC_MADD(sum, a, b) _mm256_dpwssd_avx_epi32(sum, a, b)
-#else
-#define MC_MADD(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
-#endif
-
 MC_INLINE ints ints_dot(ints sum, codes weights, inputs4 x) {
     sum.low = MC_MADD(MC_MADD(sum.low, weights.low_even, x.even), weights.low_odd, x.odd);
     sum.high = MC_MADD(MC_MADD(sum.high, weights.high_even, x.even), weights.high_odd, x.odd);
@@ -141,15 +141,30 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return sum;
 }
 
+typedef struct { __m256i low, high; } words;
+typedef __m256i words2;
+
+MC_INLINE words2 words2_load(const int16_t *from) {
+    int32_t both;
+    memcpy(&both, from, sizeof both);
+    return _mm256_set1_epi32(both);
+}
+
+MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
+    sum.low = MC_MADD(sum.low, weights.low, x);
+    sum.high = MC_MADD(sum.high, weights.high, x);
+    return sum;
+}
+
 /* The low and the high bytes of nf4's values, each twice for the halves of a register. */
 typedef struct { __m256i low, high; } nf4_table;
 
-MC_INLINE nf4_table nf4_table_of(const uint16_t *values) {
+MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
     uint8_t low[16];
     uint8_t high[16];
     for (int code = 0; code < 16; code++) {
         low[code] = (uint8_t)values[code];
-        high[code] = (uint8_t)(values[code] >> 8);
+        high[code] = (uint8_t)((uint16_t)values[code] >> 8);
     }
     nf4_table result = {_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)low)),
                         _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)high))};
@@ -165,16 +180,11 @@ MC_INLINE void mc_look_up(nf4_table table, __m256i indices, __m256i *first, __m2
     *second = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(bytes, high));
 }
 
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, pairs unpacked[4]) {
+/* Pairs 0 and 2 of a chunk, or 1 and 3. */
+MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
     __m256i nibbles = _mm256_set1_epi8(15);
-    __m256i words[4][2];
-    for (int half = 0; half < 2; half++) {
-        __m256i both = mc_load256(chunk + half * 32);
-        __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibbles);
-        mc_look_up(table, _mm256_and_si256(both, nibbles), &words[0][half], &words[2][half]);
-        mc_look_up(table, upper, &words[1][half], &words[3][half]);
-    }
-    for (int pair = 0; pair < 4; pair++) {
-        unpacked[pair] = mc_pairs_of(words[pair][0], words[pair][1]);
-    }
+    __m256i low = _mm256_srli_epi16(mc_load256(chunk), 4 * odd);
+    __m256i high = _mm256_srli_epi16(mc_load256(chunk + 32), 4 * odd);
+    mc_look_up(table, _mm256_and_si256(low, nibbles), &unpacked[0].low, &unpacked[1].low);
+    mc_look_up(table, _mm256_and_si256(high, nibbles), &unpacked[0].high, &unpacked[1].high);
 }

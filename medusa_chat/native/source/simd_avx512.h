@@ -73,17 +73,29 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
 }
 
+typedef __m512i words;
+typedef __m512i words2;
+
+MC_INLINE words2 words2_load(const int16_t *from) {
+    int32_t both;
+    memcpy(&both, from, sizeof both);
+    return _mm512_set1_epi32(both);
+}
+
+MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
+    return _mm512_dpwssd_epi32(sum, weights, x);
+}
+
 typedef __m512i nf4_table;
 
-/* vpermw reads five bits of an index: the table stands twice, so the fifth may be anything. */
-MC_INLINE nf4_table nf4_table_of(const uint16_t *values) {
+/* vpermw reads five bits of an index: the table is there twice, so the fifth may be anything. */
+MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)values));
 }
 
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, pairs unpacked[4]) {
-    __m512i words = _mm512_loadu_si512(chunk);
-    unpacked[0] = _mm512_permutexvar_epi16(words, table);
-    unpacked[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-    unpacked[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-    unpacked[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+/* Pairs 0 and 2 of a chunk, or 1 and 3. */
+MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
+    __m512i packed = _mm512_loadu_si512(chunk);
+    unpacked[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * odd), table);
+    unpacked[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8 + 4 * odd), table);
 }

@@ -123,24 +123,38 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return sum;
 }
 
-typedef struct { float value[16]; } nf4_table;
+typedef struct { int16_t even[16], odd[16]; } words;
+typedef struct { int16_t even, odd; } words2;
 
-/* values: nf4's 16 values, rounded to bfloat16. */
-MC_INLINE nf4_table nf4_table_of(const uint16_t *values) {
-    nf4_table result;
-    for (int code = 0; code < 16; code++) {
-        result.value[code] = mc_widen((uint32_t)values[code] << 16);
-    }
+MC_INLINE words2 words2_load(const int16_t *from) {
+    words2 result = {from[0], from[1]};
     return result;
 }
 
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, pairs unpacked[4]) {
-    uint16_t words[32];
-    memcpy(words, chunk, sizeof words);
-    for (int pair = 0; pair < 4; pair++) {
+MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
+    for (int lane = 0; lane < 16; lane++) {
+        sum.lane[lane] += weights.even[lane] * x.even + weights.odd[lane] * x.odd;
+    }
+    return sum;
+}
+
+typedef struct { int16_t value[16]; } nf4_table;
+
+MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
+    nf4_table result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+
+/* Pairs 0 and 2 of a chunk, or 1 and 3. */
+MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
+    uint16_t packed[32];
+    memcpy(packed, chunk, sizeof packed);
+    for (int pair = 0; pair < 2; pair++) {
+        int shift = 8 * pair + 4 * odd;
         for (int lane = 0; lane < 16; lane++) {
-            unpacked[pair].even[lane] = table.value[words[lane * 2] >> pair * 4 & 15];
-            unpacked[pair].odd[lane] = table.value[words[lane * 2 + 1] >> pair * 4 & 15];
+            unpacked[pair].even[lane] = table.value[packed[lane * 2] >> shift & 15];
+            unpacked[pair].odd[lane] = table.value[packed[lane * 2 + 1] >> shift & 15];
         }
     }
 }

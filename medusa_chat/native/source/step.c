@@ -33,6 +33,16 @@ static int tokens_in_range(const mc_engine *engine, const mc_step *step) {
     return 1;
 }
 
+static int texts_in_range(const mc_cache *cache, const mc_step *step) {
+    if (step->parents || step->accept || !step->places) return 0;
+    for (int row = 0; row < step->rows; row++) {
+        int32_t text = step->texts[row], place = step->places[row];
+        if (text < 0 || place < 0 || text >= cache->capacity) return 0;
+        if (place >= cache->capacity - text) return 0;
+    }
+    return 1;
+}
+
 static int in_range(const mc_engine *engine, const mc_cache *cache, const mc_step *step) {
     int rows = step->rows, ranked = step->ranked;
     if (rows < 0 || rows > MC_MOST_ROWS || ranked < 0 || ranked > MC_MOST_GUESSES) return 0;
@@ -42,6 +52,7 @@ static int in_range(const mc_engine *engine, const mc_cache *cache, const mc_ste
     if (cache->capacity > engine->capacity || step->start < 0) return 0;
     if (rows > cache->capacity - step->start || !(step->tokens || step->table)) return 0;
     if (step->first_logits < 0 || step->first_logits > rows) return 0;
+    if (step->texts) return texts_in_range(cache, step) && tokens_in_range(engine, step);
     if (step->accept && (step->first_logits || !step->argmax || !step->last)) return 0;
     for (int row = 1; step->parents && row < rows; row++)
         if (step->parents[row] < 0 || step->parents[row] >= row) return 0;

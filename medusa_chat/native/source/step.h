@@ -83,6 +83,11 @@ typedef struct {
     int32_t root;
     int32_t ranked;         /* guesses of each head; 0: the heads do not run */
     const int32_t *parents; /* [rows], each below its row, the root's any; NULL for a chain */
+    /* [rows] both, or NULL: each row is of a text of its own choice, which lies in the slots from
+     * `texts` on, and stands at position `places` there. `start` and `parents` do not count then.
+     * Rows of one text may be in any order. */
+    const int32_t *texts;
+    const int32_t *places;
     float *last;            /* [hidden]: what the heads read, and acceptance replaces */
 
     int32_t *guesses;     /* [heads, ranked], likeliest first, the lower id first of equals */

@@ -54,7 +54,22 @@ struct mc_worker {
  * stride, so that output o of row r stands at r * MC_PIECE + o: units follow one another there. */
 enum { MC_PIECE = 64 };
 
+/* Scores that queries have together at most when several share a unit of attention. */
+enum { MC_SHARED_SCORES = 1 << 17 };
+
 void *mc_allocate(size_t bytes); /* 64-byte aligned; NULL without memory */
+
+/* Where a row of the cache starts, in numbers; and its address. */
+static inline size_t mc_slot(const mc_engine *engine, int layer, int head, int row) {
+    const mc_cache *cache = engine->cache;
+    return (size_t)layer * (size_t)cache->layer_stride + (size_t)head * (size_t)cache->head_stride +
+           (size_t)row * (size_t)engine->model->head_dim;
+}
+
+static inline void *mc_at(const mc_engine *engine, void *base, size_t place) {
+    size_t bytes = engine->cache->format == MC_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    return (char *)base + place * bytes;
+}
 
 /* Multiply all rows with a matrix, together with the other threads; then wait for them. */
 void mc_multiply(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows,
@@ -63,8 +78,9 @@ void mc_multiply(mc_worker *worker, const mc_matrix *matrix, const void *prepare
 /* Outputs of a unit when `threads` share `outputs`. */
 int mc_piece(int outputs, int threads);
 
-void mc_guess(mc_worker *worker);   /* heads.c */
-void mc_forward(mc_worker *worker); /* forward.c */
+void mc_guess(mc_worker *worker);             /* heads.c */
+void mc_forward(mc_worker *worker);           /* forward.c */
+void mc_attend(mc_worker *worker, int index); /* attend.c */
 void mc_logits(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows);
 int32_t mc_token_of(const mc_step *step, int row);
 

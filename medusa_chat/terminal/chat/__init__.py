@@ -9,6 +9,8 @@ conversation.py  the file of a saved conversation
 command.py       the registry of slash-commands
 commands/        the slash-commands themselves
 message.py       a typed line as a message: quotes, words meant as commands
+attachments.py   files that a message names
+overflow.py      a conversation that outgrows the context
 clipboard.py     text for the clipboard
 plain.py         the prompt of plain mode
 completion.py    completion of slash-commands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chat:
-    """A session and how it is shown: the object that commands work on."""
+    """A session and how it is shown: the object that commands work on.
+
+    Attributes:
+        explained: settings of which the user has read that the mode does not use them.
+    """
 
     session: Session
     marks: bool = False
     colour: bool = True
     view: View = "both"
+    explained: set[str] = field(default_factory=set)
+    open_thoughts: bool = False
 
     def legend(self) -> Text:
         """Explain the colours of this model's heads."""
@@ -47,18 +53,36 @@ class Stream:
 
 @dataclass(frozen=True)
 class Draft:
-    """The result of a command that puts text into the prompt, to replace the last message."""
+    """The result of a command that puts text into the prompt.
+
+    Attributes:
+        replaces: the message takes the place of the last one.
+        note: a line to print.
+    """
 
     text: str
+    replaces: bool = True
+    note: str = ""
 
 
-Result = RenderableType | Stream | Draft | None
+@dataclass(frozen=True)
+class Scene:
+    """The result of a command that draws by itself.
+
+    Attributes:
+        show: takes the console and `plain`, which forbids to redraw.
+    """
+
+    show: Callable[..., None]
+
+
+Result = RenderableType | Stream | Draft | Scene | None
 Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 GROUPS = {  # with examples
-    "Talk": "/edit · /regen · /copy code · /save talk.json",
-    "Look": "/view heads · /marks on · /stats",
+    "Talk": "/edit · /regen · /copy code · /file notes.txt · /save talk.json",
+    "Look": "/view heads · /marks on · /stats · /race Tell me a fairy tale.",
     "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
 }
 

@@ -12,6 +12,8 @@ from medusa_chat.files import read_json, write_text
 if TYPE_CHECKING:
     from pathlib import Path
 
+RETIRED = ("sample",)  # settings of earlier versions, in files that these wrote
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -76,6 +78,7 @@ def _sampling(settings: Any) -> Sampling:
     defaults = asdict(Sampling())
     if not isinstance(settings, dict):
         raise UserError("sampling must be a mapping")
+    settings = {name: value for name, value in settings.items() if name not in RETIRED}
     for name, value in settings.items():
         if name not in defaults:
             raise UserError(f"there is no setting {name!r}")

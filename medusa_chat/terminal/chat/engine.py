@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from medusa_chat.config import Message, Sampling
     from medusa_chat.events import Candidates, Step
@@ -31,6 +31,21 @@ class ChatTrees(Protocol):
         """List the names that `use` takes."""
 
 
+class Template(Protocol):
+    """The text around messages; `ChatTemplate` is the real one."""
+
+    @property
+    def thinking(self) -> bool | None:
+        """True or False if the model's thinking was switched, else None."""
+
+    @property
+    def drops_thoughts(self) -> bool:
+        """True if it decides itself what later turns hold of <think> blocks."""
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        """Return the tag of a block of thoughts that it opens for the reply, or ""."""
+
+
 class ChatEngine(Protocol):
     """A model to chat with; `medusa_chat.decoding.engine.Engine` is the real one."""
 
@@ -39,6 +54,7 @@ class ChatEngine(Protocol):
     prefill_seconds: float  # time of that prefill
     context: int  # tokens that prompt and reply may hold together
     system: str  # the model's default system prompt, may be empty
+    defaults: dict[str, Any]  # settings of Sampling that the model itself names
     notices: list[str]  # to be shown once, such as "the tree was pruned"; the reader removes them
 
     @property
@@ -53,8 +69,18 @@ class ChatEngine(Protocol):
     def trees(self) -> ChatTrees:
         """The choice of the candidate tree."""
 
+    @property
+    def template(self) -> Template:
+        """The text around messages."""
+
+    def think(self, on: bool) -> None:
+        """Switch the model's thinking. Raises UserError if its template cannot."""
+
     def encode(self, prompt: list[int] | list[Message]) -> list[int]:
         """Return the ids of a prompt."""
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text, without a template."""
 
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         """Decode a reply; may be closed early. Raises UserError if the prompt does not fit."""

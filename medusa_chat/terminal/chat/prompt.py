@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import redirect_stderr
+import os
+from contextlib import redirect_stderr, suppress
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
@@ -20,7 +21,7 @@ from medusa_chat.terminal.chat.loading import FRAME_SECONDS, Loading
 from medusa_chat.terminal.chat.message import goes_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -38,8 +39,8 @@ STYLE = Style.from_dict(
 class Prompt:
     """Reads messages and erases them: the chat echoes them as it likes.
 
-    `status` returns the left side of the toolbar at each redraw, and `switch_view` a hint about
-    the next view.
+    `status` returns the left side of the toolbar at each redraw, `switch_view` a hint about the
+    next view, and `run` runs a command whose key is pressed.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Prompt:
         session: Callable[[], Session | None],
         status: Callable[[], str],
         switch_view: Callable[[], str],
+        run: Callable[[str], None],
     ) -> None:
         self.cleared = False  # by Ctrl-C, since `read` was called
         self._status = status
         self._switch_view = switch_view
+        self._run = run
         self._hint = ""
         self._prompt: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
@@ -129,6 +132,10 @@ class Prompt:
         def switch_view(_event: KeyPressEvent) -> None:
             self._set_hint(self._switch_view())
 
+        @keys.add("c-t", filter=typing)
+        def show_thoughts(_event: KeyPressEvent) -> None:
+            run_in_terminal(lambda: self._run("/thoughts"))
+
         return keys
 
     def _toolbar(self) -> StyleAndTextTuples:
@@ -150,13 +157,28 @@ async def _watch(app: Application[str], loading: Loading, when_loaded: Callable[
         app.exit(exception=failure)
 
 
+class KeptHistory(FileHistory):
+    """A history in a file. Once that cannot be written, messages stay in memory without a word."""
+
+    def store_string(self, string: str) -> None:
+        """Append a message to the file, in a folder that may have been removed."""
+        with suppress(OSError):
+            os.makedirs(os.path.dirname(self.filename), exist_ok=True)
+            super().store_string(string)
+
+    def load_history_strings(self) -> Iterable[str]:
+        """Yield earlier messages, the latest first; none if the file cannot be read."""
+        with suppress(OSError):
+            yield from super().load_history_strings()
+
+
 def open_history(path: Path) -> tuple[History, str]:
     """Open the history in a file; if that cannot be written, one in memory, with a notice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         with path.open("ab"):
-            return FileHistory(str(path)), ""
+            return KeptHistory(str(path)), ""
     except OSError as error:
         notice = f"the prompt history is not saved: {path}: {error.strerror or error}"
         return InMemoryHistory(), notice

@@ -25,6 +25,11 @@ BRING_BACK = "press Up to get your message back"
 CONTEXT_FULL = (
     "the context is full: /undo takes the last turn back, /reset starts a new conversation"
 )
+LOOP = (
+    "the reply repeated itself, so it was stopped:"
+    " /continue goes on, /set loop-guard off lets replies repeat themselves"
+)
+DROP = ", /set overflow drop leaves out the oldest turns"
 WAYS_OUT = "/undo takes the last turn back, /reset starts anew, /set changes a setting"
 
 
@@ -34,13 +39,20 @@ def show_reply(
     """Stream one reply and sum it up. An error ends the reply, never the chat."""
     session = chat.session
     if plain:
-        view: ReplyView | PlainView = PlainView(console, marks=chat.marks)
+        view: ReplyView | PlainView = PlainView(
+            console,
+            marks=chat.marks,
+            thoughts=lambda: session.thoughts,
+            open_thoughts=chat.open_thoughts,
+        )
     else:
         view = ReplyView(
             console,
             lambda width: panel(session.last, session.conversation, session.sampling, width),
             marks=chat.marks,
             view=chat.view,
+            thoughts=lambda: session.thoughts,
+            open_thoughts=chat.open_thoughts,
         )
     remark = _stream(view, steps)
     if not view.empty:
@@ -48,7 +60,10 @@ def show_reply(
     if remark:
         console.print(remark)
     if session.last.finish == "context":
-        console.print(Text(CONTEXT_FULL, NOTICE))
+        stopped = session.sampling.overflow == "stop"
+        console.print(Text(CONTEXT_FULL + DROP * stopped, NOTICE))
+    if session.last.finish == "loop":
+        console.print(Text(LOOP, NOTICE))
     console.print()
 
 

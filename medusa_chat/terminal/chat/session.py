@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, cast
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import Conversation, write_conversation
+from medusa_chat.terminal.chat.overflow import Window
+from medusa_chat.terminal.thoughts import OPEN, Thoughts, answer_of, without_thoughts
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Sequence
     from pathlib import Path
 
     from medusa_chat.events import Step
@@ -26,7 +28,7 @@ class Answer:
 
     Attributes:
         ids: its tokens, all that the engine decoded.
-        cut: it can go on: it ended by the length limit, the context, or an interrupt.
+        cut: it can go on: it ended by a limit, the context, the loop guard, or an interrupt.
     """
 
     text: str
@@ -42,6 +44,8 @@ class Session:
         conversation: measurements of all replies.
         answers: the replies to the last message, in the order in which they came.
         answer: the one of them that the conversation goes on with.
+        number: counts the conversations that were begun or loaded.
+        thoughts: of the last reply, which the view feeds.
     """
 
     def __init__(self, engine: ChatEngine, sampling: Sampling, system: str | None = None) -> None:
@@ -49,15 +53,21 @@ class Session:
         self.sampling = sampling
         self.system = engine.system if system is None else system
         self.messages: list[Message] = []
+        self.number = 0
         self.last = Stats()
         self.conversation = Stats()
+        self._window = Window()
+        self.thoughts = Thoughts()
+        self._typed: dict[str, str] = {}  # messages by their text as the model reads it
         self._forget_answers()
 
     def _forget_answers(self) -> None:
         self.answers: list[Answer] = []
         self.answer: Answer | None = None
 
-    def ask(self, text: str, *, replacing: bool = False) -> Generator[Step, None, None]:
+    def ask(
+        self, text: str, *, replacing: bool = False, typed: str = ""
+    ) -> Generator[Step, None, None]:
         """Stream the reply to `text`. Raises whatever the engine raises.
 
         However the stream ends, its text stays in the conversation. Without any text the whole
@@ -66,7 +76,9 @@ class Session:
         Args:
             text: the user's message.
             replacing: it takes the place of the last message and its reply.
+            typed: the message as the user typed it, if `text` holds more.
         """
+        self._typed[text] = typed or text
         turns = self.messages
         if replacing:
             turns = turns[: self._last_user_turn("there is no message to replace yet")]
@@ -102,15 +114,28 @@ class Session:
         turns = self.messages[: self._last_user_turn("there is no reply yet") + 1]
         self.messages = [*turns, {"role": "assistant", "content": self.answer.text}]
 
+    def question(self, text: str = "") -> list[Message]:
+        """Return the prompt up to the last message, or that of `text` alone. Raises UserError."""
+        turns: list[Message] = [{"role": "user", "content": text}]
+        if not text:
+            turns = self.messages[
+                : self._last_user_turn("there is no message yet: write one after the command") + 1
+            ]
+        if not text:
+            return self._prompt(turns)
+        return [*self._system_message(), *turns]
+
     def last_message(self) -> str:
-        """Return the user's last message. Raises UserError."""
-        return self.messages[self._last_user_turn("there is no message to edit yet")]["content"]
+        """Return the user's last message as it was typed. Raises UserError."""
+        index = self._last_user_turn("there is no message to edit yet")
+        content = self.messages[index]["content"]
+        return self._typed.get(content, content)
 
     def last_reply(self) -> str:
         """Return the last reply. Raises UserError."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise UserError("there is no reply to copy yet")
-        return self.messages[-1]["content"]
+        return answer_of(self.messages[-1]["content"])
 
     def _reply(
         self, turns: list[Message], *, earlier: Iterable[Answer] = (), begun: Answer | None = None
@@ -123,14 +148,12 @@ class Session:
     ) -> Generator[Step, None, None]:
         before = self.messages
         self.messages = turns
-        text = begun.text
         ids = [*begun.ids]
-        prompt: list[Message] | list[int] = [*self._system_message(), *turns]
+        text = begun.text
         try:
-            if ids:
-                prompt = [*self.engine.encode(prompt), *ids]
-            steps = cast("Generator[Step, None, None]", self.engine.generate(prompt, self.sampling))
-            with closing(steps):
+            text = text or self.engine.template.opening(self._prompt(turns))
+            self.thoughts = Thoughts(text)
+            with closing(self._decoded(turns, ids)) as steps:
                 for step in steps:
                     text += step.text
                     ids += [token.id for token in step.tokens]
@@ -138,13 +161,40 @@ class Session:
                     self.conversation.add(step)
                     yield step
         finally:
-            if text.strip():
+            if text.removeprefix(OPEN).strip():
                 self.messages = [*turns, {"role": "assistant", "content": text}]
-                cut = self.last.finish in (None, "length", "context")
+                cut = self.last.finish in (None, "length", "context", "loop")
                 self.answer = Answer(text, tuple(ids), cut)
                 self.answers = [*earlier, self.answer]
             else:
                 self.messages = before
+
+    def _decoded(self, turns: list[Message], begun: Sequence[int]) -> Generator[Step, None, None]:
+        """Decode a reply; where the context is full, go on without the oldest turns."""
+        ids = list(begun)
+        sampling = self.sampling
+        while True:
+            full = False
+            prompt: list[Message] | list[int] = self._prompt(turns, len(ids))
+            if ids:
+                prompt = [*self.engine.encode(prompt), *ids]
+            generated = self.engine.generate(prompt, sampling)
+            with closing(cast("Generator[Step, None, None]", generated)) as steps:
+                for step in steps:
+                    ids += [token.id for token in step.tokens]
+                    more = self._window.narrows(sampling, turns)
+                    full = step.finish == "context" and more
+                    yield replace(step, finish=None) if full else step
+            if not full:
+                return
+            left = self.sampling.max_new_tokens - (len(ids) - len(begun))
+            sampling = replace(sampling, max_new_tokens=max(left, 1))
+
+    def _prompt(self, turns: list[Message], begun: int = 0) -> list[Message]:
+        if not self.engine.template.drops_thoughts:
+            turns = without_thoughts(turns)
+        system = self._system_message()
+        return self._window.prompt(self.engine, self.sampling, system, turns, begun)
 
     def _system_message(self) -> list[Message]:
         # An empty one replaces the model's own.
@@ -157,6 +207,7 @@ class Session:
         index = self._last_user_turn("there is nothing to take back")
         text = self.messages[index]["content"]
         self.messages = self.messages[:index]
+        self._window.widen()
         self._forget_answers()
         return text
 
@@ -169,7 +220,10 @@ class Session:
     def reset(self) -> None:
         """Forget all turns and measurements; keep the system prompt and the settings."""
         self._forget_answers()
+        self._typed = {}
+        self._window.forget()
         self.messages = []
+        self.number += 1
         self.last = Stats()
         self.conversation = Stats()
 

@@ -3,6 +3,7 @@
 talk.py      the conversation: take back, renew, go on, copy, keep
 looks.py     figures, and how replies look
 decoding.py  how replies are decoded
+race.py      with heads against without
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from medusa_chat.terminal.chat.command import Chat, Result, find
 
 # Importing them fills the registry.
-from medusa_chat.terminal.chat.commands import decoding, looks, talk  # noqa: F401
+from medusa_chat.terminal.chat.commands import decoding, looks, race, talk  # noqa: F401
 
 
 def dispatch(chat: Chat, line: str) -> Result:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from rich.console import Group
 from rich.text import Text
 
-from medusa_chat.config import MODES, Sampling
+from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.terminal import tree_view
 from medusa_chat.terminal.chat.command import Chat, Result, in_group, one_of, switch
 from medusa_chat.terminal.chat.errors import UsageError
@@ -103,13 +103,34 @@ def _set(chat: Chat, argument: str) -> Result:
     if not argument:
         return tables.settings_table(chat.session.sampling)
     name, _, value = argument.replace("\t", " ").partition(" ")
+    name = name.replace("-", "_")
     kinds = get_type_hints(Sampling)
     if not value and name in kinds and name != "stop":  # /set stop removes the stop strings
         current = tables.shown(getattr(chat.session.sampling, name))
         values = "|".join(_choices(kinds[name])) or "NUMBER"
         return Text(f"{name} is {current}; change it with /set {name} {values}", LABEL)
     chat.session.sampling = chat.session.sampling.with_value(name, value.strip())
-    return Text(f"{name} {tables.shown(getattr(chat.session.sampling, name))}", LABEL)
+    changed = f"{name} {tables.shown(getattr(chat.session.sampling, name))}"
+    return Text(" · ".join(filter(None, [changed, _once_unused(chat, name)])), LABEL)
+
+
+def _once_unused(chat: Chat, name: str) -> str:
+    """Say that the mode does not use a setting, unless that was said; maybe empty."""
+    remark = chat.session.sampling.unused([name])
+    if name in chat.explained:
+        return ""
+    chat.explained |= {name} if remark else set()
+    return remark
+
+
+@command("think", "[on|off]", values=one_of("on", "off"))
+def _think(chat: Chat, argument: str) -> Result:
+    """Let a model that can think do so before it answers, or not: on or off."""
+    engine = chat.session.engine
+    if argument:
+        engine.think(switch(argument, current=True))
+    states = {None: "as the model's template has it", True: "on", False: "off"}
+    return Text(f"thinking: {states[engine.template.thinking]}", LABEL)
 
 
 @command("tree", "[auto|retune|dynamic-N|NAME|FILE]", values=_tree_values, takes_path=True)

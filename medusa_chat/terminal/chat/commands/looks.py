@@ -20,6 +20,7 @@ from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.reports import tables
 from medusa_chat.terminal.source import VIEWS
 from medusa_chat.terminal.theme import LABEL, STRONG
+from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
 command = in_group("Look")
 KEYS = (
     "Enter sends · Alt+Enter or Ctrl+J adds a line · Ctrl+R searches · Alt+V switches the view · "
+    "Ctrl+T shows thoughts · "
     'Ctrl+X Ctrl+E opens an editor · Ctrl+C stops a reply · """ begins and ends several lines'
 )
 VIEW_WORDS = {
     "heads": "heads: the text as the model writes it, coloured by head",
     "markdown": "markdown: finished blocks are rendered, without the heads' colours",
-    "both": "both: finished blocks are rendered; guessed tokens of code are underlined",
+    "both": "both: finished blocks are rendered, and all colours are those of the heads",
 }
 
 
@@ -57,6 +59,18 @@ def _view(chat: Chat, argument: str) -> Result:
         if view == argument:
             chat.view = view
     return Text(VIEW_WORDS[chat.view], LABEL)
+
+
+@command("thoughts", "[show|fold]", values=one_of("show", "fold"))
+def _thoughts(chat: Chat, argument: str) -> Result:
+    """Show a thinking model's thoughts, those of the last reply too, or fold them. Ctrl+T."""
+    if argument not in ("", "show", "fold"):
+        raise UsageError
+    chat.open_thoughts = argument == "show" if argument else not chat.open_thoughts
+    if not chat.open_thoughts:
+        return Text("thoughts are folded", LABEL)
+    text = sanitize(chat.session.thoughts.text.strip())
+    return Text(text or "thoughts are shown as they come", LABEL)
 
 
 @command("marks", "[on|off]", values=one_of("on", "off"))

@@ -9,12 +9,14 @@ from rich.text import Text
 
 from medusa_chat.config import UserError
 from medusa_chat.files import expanded
+from medusa_chat.terminal.chat.attachments import read_file, reference
 from medusa_chat.terminal.chat.clipboard import copy
 from medusa_chat.terminal.chat.command import Chat, Draft, Result, Stream, in_group
 from medusa_chat.terminal.chat.conversation import read_conversation
 from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.rendering import code_blocks
 from medusa_chat.terminal.theme import LABEL
+from medusa_chat.terminal.thoughts import answer_of
 from medusa_chat.terminal.wrapping import escape_controls
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def _replies(chat: Chat, argument: str) -> Result:
     rows = []
     for number, answer in enumerate(session.answers, 1):
         mark = "▸" if answer is session.answer else " "
-        rows.append(Text.assemble((f"{mark} {number}  ", LABEL), _glimpse(answer.text)))
+        rows.append(Text.assemble((f"{mark} {number}  ", LABEL), _glimpse(answer_of(answer.text))))
     return Group(*rows)
 
 
@@ -93,7 +95,7 @@ def _glimpse(text: str) -> str:
 
 @command("continue")
 def _continue(chat: Chat) -> Result:
-    """Go on with a reply that Ctrl+C or the length limit cut."""
+    """Go on with a reply that Ctrl+C, the length limit or the loop guard cut."""
     steps = chat.session.go_on()
     assert chat.session.answer
     tail = escape_controls(" ".join(chat.session.answer.text.split())[-TAIL:])
@@ -145,9 +147,20 @@ def _load(chat: Chat, argument: str) -> Result:
     return Text(text, LABEL)
 
 
+@command("file", "FILE", takes_path=True)
+def _file(chat: Chat, argument: str) -> Result:
+    """Put a file into your next message; there, @FILE does it too."""
+    path = _path(argument)
+    content = read_file(path, chat.session.engine)
+    note = f"{path} · {chat.session.engine.count(content):,} tokens"
+    return Draft(f"{reference(path)} ", replaces=False, note=note)
+
+
 def _path(argument: str) -> Path:
     if not argument:
         raise UsageError
+    if "\0" in argument:
+        raise UserError("no file has a name with a zero byte")
     return expanded(argument)
 
 
