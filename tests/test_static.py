@@ -234,6 +234,16 @@ def test_a_chat_records_for_new_rows_and_spans_alone(tape: Recorder) -> None:
     assert tape.kinds() == {"layout": 2, "forward": 3, "acceptance": 2}
 
 
+def test_penalties_are_recorded_once_and_count_what_was_kept(tape: Recorder) -> None:
+    eager, fixed = pair("llama", tree=TREES["tree"])
+    for penalty in (1.3, 1.7):
+        settings = {"repetition_penalty": penalty, "max_new_tokens": 12}
+        assert reply(fixed, PROMPT, **settings) == reply(eager, PROMPT, **settings)
+    assert tape.kinds()["acceptance"] == 1
+    assert reply(fixed, PROMPT, max_new_tokens=12) == reply(eager, PROMPT, max_new_tokens=12)
+    assert tape.kinds()["acceptance"] == 2
+
+
 def test_python_collects_nothing_while_a_step_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph that the collector frees spoils a recording."""
     enabled = []

@@ -1,4 +1,4 @@
-"""Facts of a CUDA GPU that decide how fast steps are, for `doctor`."""
+"""Devices as `doctor` describes them, and facts of a CUDA GPU that decide how fast steps are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from medusa_chat.machine.devices import maps_memory
+from medusa_chat.machine.devices import maps_memory, processor_name
 from medusa_chat.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 256
 LEAST_BF16 = (8, 0)
+
+
+def describe_device(name: str) -> str:
+    """Describe a device by its model and abilities."""
+    import torch
+
+    if name == "cpu":
+        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        abilities = (
+            processor_name(),
+            f"{torch.get_num_threads()} of {os.cpu_count()} threads",
+            torch.backends.cpu.get_cpu_capability(),
+            "computes in bfloat16" if bfloat16 else "no bfloat16",
+        )
+        return ", ".join(abilities)
+    if name == "mps":
+        return "Apple GPU, sharing the memory of the CPU"
+    found = torch.cuda.get_device_properties(name)
+    capability = f"compute capability {found.major}.{found.minor}"
+    return f"{found.name}, {capability}, CUDA {torch.version.cuda}"
 
 
 def gpu_facts(name: str, dtype: torch.dtype) -> Iterator[tuple[str, str, bool]]:
