@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import medusa_chat
 from medusa_chat.commands.gpu_findings import gpu_facts
-from medusa_chat.config import ModelSpec, Sampling, UserError
-from medusa_chat.decoding.acceptance import Rule, TreeTensors, make_rule
+from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.machine import devices, plans
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.model import pretrained
@@ -24,7 +23,6 @@ from tests.helpers.tiny import (
     random_backbone,
     random_heads,
     random_model,
-    random_tree,
     reply,
     save_model,
 )
@@ -69,35 +67,6 @@ def test_a_mac_decodes_in_every_mode(tree: str) -> None:
         expected = reply(own, prompt_ids(9) * 2, max_new_tokens=12, **settings)
         with Mac():
             assert reply(mac, prompt_ids(9) * 2, max_new_tokens=12, **settings) == expected
-
-
-class Sorts(TorchDispatchMode):
-    """Counts the sorts and their rows."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += function.name() in ("aten::sort", "aten::sort.stable", "aten::topk")
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", ["typical", "exact"])
-def test_a_recorded_rule_sorts_the_scores_once(mode: Any) -> None:
-    """A sort of 64 rows of 128,256 scores takes 98 MB."""
-    plain = make_rule(Sampling(mode=mode, top_k=7, top_p=0.8, min_p=0.01, seed=3))
-    numbers = [torch.tensor(number, dtype=torch.float64) for number in plain.numbers]
-    recorded = Rule(plain.kind, type(plain.numbers)(*numbers))
-    tree = TreeTensors.of(random_tree(0, 11, 3, 3), torch.device("cpu"))
-    logits, candidates = torch.randn(12, 60) * 3, torch.randint(60, (12,))
-    expected = plain(logits, candidates, tree, 5)
-    with Sorts() as sorts:
-        found = recorded(logits, candidates, tree, torch.tensor(5))
-    assert (found.row, found.next) == (expected.row, expected.next)
-    assert sorts.count == 1
 
 
 def test_a_full_gpu_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

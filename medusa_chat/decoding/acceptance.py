@@ -209,36 +209,32 @@ def truncate(scores: Tensor, top_k: Number, top_p: Number, min_p: Number) -> Ten
     Scores are float32 [n, V]; they become -inf where a token is cut off. The numbers are floats, or
     tensors [] of the device in double.
     """
-    if isinstance(top_k, Tensor):
-        scores = _truncate_sorted(scores, top_k, top_p)
-    elif top_k:
-        least = scores.topk(min(int(top_k), scores.shape[-1])).values[:, -1:]
-        scores = scores.masked_fill(scores < least, NOTHING)
-    if not isinstance(top_p, Tensor) and top_p != 1:
+    if _used(top_k, off=0):
+        scores = scores.masked_fill(scores < _least(scores, top_k), NOTHING)
+    if _used(top_p, off=1):
         # Sorted again as transformers does: of equal scores at the edge, the same ones have to go.
         rising, order = scores.sort()
         off = (rising.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
         off[:, -1].zero_()  # the likeliest stays
         scores = scores.masked_fill(off.scatter(-1, order, off), NOTHING)
-    if isinstance(min_p, Tensor) or min_p:
+    if _used(min_p, off=0):
         p = scores.softmax(-1)
         scores = scores.masked_fill(p < single(min_p) * p.amax(-1, keepdim=True), NOTHING)
     return scores
 
 
-def _truncate_sorted(scores: Tensor, top_k: Tensor, top_p: Number) -> Tensor:
-    """Apply top-k, then top-p, with one sort for both: its result is a step's largest tensor.
+def _used(number: Number, off: float) -> bool:
+    """Tell if a number may have an effect; one of the device is not read, so it may."""
+    return isinstance(number, Tensor) or number != off
 
-    The numbers are not looked at, so 0 and 1 cut nothing off.
-    """
-    rising, order = scores.sort()
+
+def _least(scores: Tensor, top_k: Number) -> Tensor:
+    """Return the score of the k-th likeliest token: [n, V] -> [n, 1]."""
     vocabulary = scores.shape[-1]
+    if not isinstance(top_k, Tensor):
+        return scores.topk(min(int(top_k), vocabulary)).values[:, -1:]
     k = top_k.masked_fill(top_k == 0, vocabulary).long().clamp(max=vocabulary)
-    off = rising < rising.index_select(-1, (vocabulary - k)[None])
-    p = rising.masked_fill_(off, NOTHING).softmax(-1).cumsum_(-1)
-    off |= (p <= 1 - top_p) & (top_p < 1)
-    off[:, -1].zero_()  # the likeliest stays
-    return scores.masked_fill(off.scatter(-1, order, off), NOTHING)
+    return scores.sort(descending=True).values.index_select(-1, k[None] - 1)
 
 
 def _integer(number: Number) -> int | Tensor:
