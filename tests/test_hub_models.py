@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
-REGISTERED = [spec for spec in read_models(packaged_file()).values() if "/" in spec.backbone]
+REGISTERED = [
+    spec
+    for spec in read_models(packaged_file()).values()
+    if "/" in spec.backbone and not spec.description.startswith("not tried")
+]
 UNREGISTERED = [
     ModelSpec("by id", "FasterDecoding/medusa-1.0-zephyr-7b-beta"),
     ModelSpec("by id", "FasterDecoding/medusa-1.0-vicuna-33b-v1.3"),

@@ -71,6 +71,7 @@ NO_TORCH = (
     "training/server",
     "training/questions",
     "training/conversations",
+    "training/invention",
     "training/schedules",
     "training/memory",
 )

@@ -11,11 +11,12 @@ import pytest
 from rich.style import Style
 
 from medusa_chat.terminal.code import highlight
+from medusa_chat.terminal.live import ERASE_BELOW
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.rendering import code_blocks, render
 from medusa_chat.terminal.source import VIEWS, Source, View
 from medusa_chat.terminal.theme import head_style
-from medusa_chat.terminal.view import ERASE_BELOW, ReplyView
+from medusa_chat.terminal.view import ReplyView
 from tests.helpers.fake_engine import pieces, script
 from tests.test_view import Screen, console, two_rows
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NAMES = [
     "bundled",
+    "smollm2",
     "vicuna-7b",
     "vicuna-13b",
     "vicuna-33b",
@@ -36,6 +37,7 @@ NAMES = [
     "zephyr-7b-beta",
     "mistral-7b-instruct-v0.2",
 ]
+UNTRIED = ["llama-3.1-8b-nebius", "llama-3.1-8b-philschmid", "gemma-7b-it"]
 
 
 @pytest.fixture
@@ -53,13 +55,15 @@ def refused(*arguments: object, **named: object) -> str:
 
 def test_the_list_that_ships() -> None:
     shipped = read_models(packaged_file())
-    assert list(shipped) == NAMES
+    assert list(shipped) == NAMES + UNTRIED
     assert resolve_model(None) == resolve_model("bundled")
     assert resolve_model(None).backbone == str(BUNDLED)
     for name, spec in shipped.items():
         assert spec.licence != "unknown"
         assert spec.description
-        if name == "bundled":
+        assert spec.description.startswith("not tried:") == (name in UNTRIED)
+        assert bool(spec.mirror) == (name == "smollm2")
+        if name in ("bundled", "smollm2", *UNTRIED):
             continue
         assert spec.layout in LAYOUTS
         assert spec.shape in SHAPES

@@ -256,7 +256,7 @@ def test_a_scale_of_bitsandbytes_that_is_no_number_is_named(
 
 def test_heads_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     folder = save_with_heads(tmp_path)
-    file = folder / "medusa_lm_head.safetensors"
+    file = folder / "medusa_heads" / "medusa_lm_head.safetensors"
     tensors = load_file(file)
     name = min(tensors)
     tensors[name].view(-1)[3] = float("inf")

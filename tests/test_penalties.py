@@ -112,7 +112,7 @@ def test_the_first_token_is_chosen_after_the_prompt_alone() -> None:
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "static"])
-@pytest.mark.parametrize("law", [*LAWS[:3], STRONG], ids=str)
+@pytest.mark.parametrize("law", [LAWS[0], STRONG], ids=str)
 def test_every_mode_and_tree_gives_the_penalized_text_of_vanilla(law: Any, eager: bool) -> None:
     """Oracle heads make long paths; replies with and without penalties take turns."""
     backbone = random_backbone()

@@ -103,7 +103,7 @@ def test_the_bundled_model_decodes_right_in_each_quantization(quant: str) -> Non
     assert quant_of(engine.backbone.model.config) == quant
     prompts = [Prompt("a", (PROMPT[0]["content"],)), Prompt("b", ("Tell me a story.",))]
     checks = verify(
-        engine, prompts, Sampling(max_new_tokens=20), turns=1, progress=lambda _done, _total: None
+        engine, prompts, Sampling(max_new_tokens=10), turns=1, progress=lambda _done, _total: None
     )
     assert "vanilla, generate()" in {check.name for check in checks}  # on a peer quantized alike
     assert [check.first_fault for check in checks if check.faults] == []

@@ -11,7 +11,7 @@ import pyte
 import pytest
 from rich.console import Console
 
-from medusa_chat.config import Message, Mode, Sampling, UserError
+from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.command import Chat, Scene
 from medusa_chat.terminal.chat.commands import dispatch
@@ -24,6 +24,9 @@ from tests.helpers.fake_engine import REPLY, FakeEngine, script
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from medusa_chat.events import Step
+    from medusa_chat.sampling import Mode
 
 PROMPT: list[Message] = [{"role": "user", "content": "hello"}]
 
@@ -65,8 +68,8 @@ def test_each_run_is_shown_at_its_own_speed() -> None:
     assert "5 tokens after 0.1 s" in shown
 
 
-def _end(steps: list[object], number: int) -> float:
-    return Stats.of(steps[: number + 1]).seconds  # type: ignore[arg-type]
+def _end(steps: list[Step], number: int) -> float:
+    return Stats.of(steps[: number + 1]).seconds
 
 
 def test_the_end_shows_both_speeds_the_ratio_and_that_the_texts_are_equal() -> None:
@@ -96,6 +99,7 @@ def test_other_texts_are_told_apart_from_texts_that_may_differ() -> None:
     ("mode", "temperature", "raced", "greedy"),
     [
         ("vanilla", 0.0, "greedy", True),
+        ("vanilla", 0.7, "exact", False),
         ("exact", 0.7, "exact", False),
         ("greedy", 0.7, "greedy", True),
     ],

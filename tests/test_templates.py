@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,8 @@ from fastchat.conversation import Conversation, SeparatorStyle, get_conv_templat
 from transformers import AutoTokenizer
 
 from medusa_chat.cli import make_parser
-from medusa_chat.config import ModelSpec, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
+from medusa_chat.model.loading import load_model
 from medusa_chat.model.pretrained import tokenizer_settings
 from medusa_chat.model.templates import (
     ChatTemplate,
@@ -19,7 +21,15 @@ from medusa_chat.model.templates import (
     resolve_template,
 )
 from tests.helpers.hub_checkpoints import MISTRAL, ZEPHYR, llama_tokenizer, vicuna_tokenizer
-from tests.helpers.tiny import decode, make_engine, random_backbone, reply, tokenizer
+from tests.helpers.tiny import (
+    decode,
+    make_engine,
+    random_backbone,
+    random_model,
+    reply,
+    save_model,
+    tokenizer,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +91,7 @@ def test_prompts_as_the_models_were_trained(name: str, system: str | None, promp
 THINKING = (
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
-    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
     "assistant: {% if enable_thinking is not defined or enable_thinking %}<think>\n"
     "{% else %}<think></think>{% endif %}"
 )
@@ -181,6 +191,34 @@ def test_a_model_without_a_template_says_how_to_name_one() -> None:
         UserError, match=r"model has no chat template: name one with --template NAME"
     ):
         engine.encode(talk("Hi"))
+
+
+def test_a_model_without_a_template_completes_plain_text(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, random_model(vocabulary=260), chat_template=None)
+    options = LoadOptions(device="cpu", dtype="float32", engine="torch")
+    loaded = load_model(ModelSpec("tiny", str(folder)), options)
+    assert [notice for notice in loaded.notices if "completes plain text (--raw)" in notice]
+    assert loaded.template.name == "none, plain text"
+    whole = [*talk("One", " two", "three", system="S")]
+    assert loaded.template.render(whole) == "One two\nthree"
+    engine = make_engine(loaded.backbone, tokenizer=loaded.tokenizer, template=loaded.template)
+    assert engine.raw
+    assert engine.encode(talk("Hi")) == loaded.tokenizer.encode("Hi")
+    with pytest.raises(UserError, match="tiny has no chat template: name one with"):
+        engine.raw = False
+    asked = load_model(ModelSpec("tiny", str(folder)), replace(options, raw=True))
+    assert asked.template.raw
+    assert asked.notices == ()
+
+
+def test_plain_text_begins_with_bos_and_has_no_stop_strings() -> None:
+    made = template("qwen-7b-chat")
+    assert made.stop_ids or made.stop
+    raw = made.switched(True)
+    assert (raw.stop, raw.render(talk("Hi"))) == ((), "Hi")
+    assert raw.encode(talk("Hi")) == made.tokenizer("Hi")["input_ids"]
+    assert raw.encode(talk("Hi"))[0] == made.tokenizer.bos_token_id
+    assert raw.switched(False) == made
 
 
 def test_the_templates_stop_strings_and_ids_end_a_reply() -> None:

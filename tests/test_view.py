@@ -21,6 +21,7 @@ from medusa_chat.stats import Stats
 from medusa_chat.terminal.live import ERASE_BELOW, REFRESH_SECONDS
 from medusa_chat.terminal.panel import faster, footer, panel
 from medusa_chat.terminal.theme import COPIED_COLOUR, HEAD_COLOURS, head_mark, head_style, legend
+from medusa_chat.terminal.thoughts import Thoughts
 from medusa_chat.terminal.view import ReplyView
 from medusa_chat.terminal.wrapping import Flow, breaks, cells
 from medusa_chat.text import sanitize
@@ -514,3 +515,23 @@ def test_the_view_of_heads_never_wraps_code() -> None:
     shown = [row.plain for row in rows]
     assert shown[:5] == ["Look at this long", "line:", "```python", line, "```"]
     assert shown[5:] == ["And prose that is", "wrapped again."]
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_thoughts_come_before_the_answer(shown: bool) -> None:
+    screen = Screen(40)
+    thoughts = Thoughts()
+    clock = itertools.count().__next__
+    with ReplyView(
+        console(screen),
+        two_rows,
+        view="both",
+        thoughts=lambda: thoughts,
+        open_thoughts=shown,
+        clock=clock,
+    ) as view:
+        for step in script("<think>A fox, a red one.</think>\n\nThe fox was **red**."):
+            view.add(step)
+    hint = "" if shown else " · Ctrl+T shows"
+    expected = [f"thought for 5 tokens{hint}", "", "The fox was red."]
+    assert screen.lines[: 3 + shown] == ["A fox, a red one."] * shown + expected

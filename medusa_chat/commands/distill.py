@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `distill`."""
     parser.add_argument(
-        "--model", help="name, folder or hub id of the backbone; not loaded with --server"
+        "--model",
+        help="name, folder, GGUF file or hub id of the backbone; not loaded with --server",
     )
-    add_prompts(parser, required=True)
+    more = "; or self:N, and the model invents the user turns of N conversations"
+    add_prompts(parser, required=True, more=more)
     parser.add_argument(
         "--out",
         type=Path,

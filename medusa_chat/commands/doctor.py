@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.commands.gpu_findings import describe_device, gpu_facts
-from medusa_chat.hub.model_list import packaged_file, read_models, resolve_model, user_file
+from medusa_chat.hub.fetch import source_of
+from medusa_chat.hub.model_list import (
+    known_models,
+    packaged_file,
+    read_models,
+    resolve_model,
+    user_file,
+)
 from medusa_chat.machine.devices import (
     choose_device,
     choose_dtype,
@@ -270,6 +277,9 @@ def check_models() -> Iterator[Finding]:
     own = user_file()
     text = f"{len(read_models(own))} in {own}" if own.is_file() else f"none: there is no {own}"
     yield Finding("models", "your own", text)
+    for spec in known_models().values():
+        if spec.mirror:
+            yield Finding("models", spec.name, source_of(spec))
 
 
 def check_defaults() -> Iterator[Finding]:

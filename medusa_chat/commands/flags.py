@@ -112,7 +112,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a model and its heads."""
     parser.add_argument(
         "--model",
-        help="name (see `medusa-chat models`), folder or hub id; default: the bundled model",
+        help="name (see `medusa-chat models`), folder, GGUF file or hub id; default: the bundled"
+        " model",
     )
     parser.add_argument(
         "--heads",
@@ -125,8 +126,12 @@ def add_prompts(
     *flags: str,
     limit: int | None = None,
     required: bool = False,
+    more: str = "",
 ) -> None:
-    """Add the flags that name files of prompts; their values are `prompts` and `limit`."""
+    """Add the flags that name files of prompts; their values are `prompts` and `limit`.
+
+    `more` is for the help: what the first flag takes besides files.
+    """
     shipped = "" if required else " (default: a few that come with medusa-chat)"
     parser.add_argument(
         *(flags or ("--prompts",)),
@@ -135,7 +140,7 @@ def add_prompts(
         type=Path,
         nargs="+",
         required=required,
-        help=f"MT-Bench, messages or text{shipped}",
+        help=f"MT-Bench, messages or text{more}{shipped}",
     )
     parser.add_argument(
         "--limit", type=count, default=limit, help="prompts to take, in turn from each file"

@@ -132,6 +132,19 @@ class Engine:
         return self.runner.state.head_count
 
     @property
+    def raw(self) -> bool:
+        """True if messages are plain text that the model goes on with; may be set.
+
+        Raises:
+            UserError: it is set to False, and the model has no chat template.
+        """
+        return self.template.raw
+
+    @raw.setter
+    def raw(self, on: bool) -> None:
+        self.template = self.template.switched(on)
+
+    @property
     def tokens_in_context(self) -> int:
         """Tokens that the cache holds now."""
         return self.runner.cache.length
@@ -162,8 +175,8 @@ class Engine:
         self._check(ids, sampling)
         if self._reply is not None:
             self._reply.close()  # there is one cache, so an older reply cannot go on
-        # Ids are text that goes on; after a chat template a reply begins.
-        goes_on = all(isinstance(part, int) for part in prompt)
+        # Ids and plain text go on; after a chat template a reply begins.
+        goes_on = self.raw or all(isinstance(part, int) for part in prompt)
         self._reply = self._decode(ids, sampling, ids[-BEFORE:] if goes_on else [])
         return self._reply
 

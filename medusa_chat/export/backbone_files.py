@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.config import UserError
 from medusa_chat.files import write_json
 from medusa_chat.hub.file_names import WEIGHTS
+from medusa_chat.hub.gguf.folder import weights_of
 from medusa_chat.model.layouts import is_heads_tensor
 from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
@@ -65,6 +66,8 @@ class BackboneFiles:
     @classmethod
     def of(cls, folder: Path) -> BackboneFiles:
         """Read a folder; raises UserError if it holds no causal LM of transformers."""
+        if weights_of(folder) is not None:
+            raise UserError("heads for a GGUF file cannot be exported: name its original model")
         with loading_errors(str(folder)):
             model = empty_model(load_config(folder))
         weight = model.get_output_embeddings().weight

@@ -123,7 +123,7 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
 
 def _read(spec: ModelSpec, job: Export) -> tuple[Source, MedusaHeads]:
     """Read the model and its heads, once the folder is known to be free."""
-    files = BackboneFiles.of(hub.local(spec.backbone))
+    files = BackboneFiles.of(hub.backbone_of(spec))
     file = heads_file(spec)
     if file is None:
         raise UserError(f"{spec.name} has no Medusa heads to export")

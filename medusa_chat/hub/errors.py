@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+class UnavailableError(UserError):
+    """The hub cannot be asked, or refuses a repository, and the cache lacks it."""
+
+
 class SettingsError(Exception):
     """No request can be sent, or no answer understood, with the settings of the environment."""
 

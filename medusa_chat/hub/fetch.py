@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -21,14 +20,19 @@ from huggingface_hub.utils import logging as hub_logging
 from platformdirs import user_data_path
 
 from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
-from medusa_chat.files import expanded, read_json
+from medusa_chat.files import expanded
+from medusa_chat.hub.cache import Kind as Kind
+from medusa_chat.hub.cache import cached, shards_in
+from medusa_chat.hub.cache import weight_files as weight_files
 from medusa_chat.hub.download import RETRIES, RETRY_WAIT, TIMEOUT, RemoteFile, download
-from medusa_chat.hub.errors import SettingsError, disk_errors, explain
-from medusa_chat.hub.file_names import HEAD_FILES, HEADS_FILE, OWN_HEADS, WEIGHTS, model_folder
-from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_revision
+from medusa_chat.hub.errors import SettingsError, UnavailableError, disk_errors, explain
+from medusa_chat.hub.file_names import HEADS_FILE, model_folder
+from medusa_chat.hub.gguf.choice import chosen_files
+from medusa_chat.hub.gguf.folder import folder_of, is_gguf
+from medusa_chat.hub.model_list import check_hub_id, is_hub_id, split_file, split_revision
+from medusa_chat.hub.wheels import fetch_file, parse_source
 from medusa_chat.text import reason_of, size_text
 
-Kind = Literal["backbone", "heads"]
 Progress = Callable[[str, int, int], None]  # repository, bytes present, bytes in all
 
 _TEXT = re.compile(
@@ -66,9 +70,53 @@ def fetch(spec: ModelSpec, progress: Progress | None = None) -> Files:
         UserError: they do not exist, access is refused, or the network or the disk fails.
     """
     notices: list[str] = []
-    backbone = local(spec.backbone, "backbone", progress, notices)
+    backbone = backbone_of(spec, progress, notices)
     heads = local(spec.heads, "heads", progress, notices) if spec.heads else None
     return Files(backbone, heads, tuple(notices))
+
+
+def backbone_of(
+    spec: ModelSpec, progress: Progress | None = None, notices: list[str] | None = None
+) -> Path:
+    """Return the local folder of a backbone: the hub's, or its mirror's if the hub fails.
+
+    A mirror that is here already serves until the hub's own files are.
+    """
+    if not spec.mirror or expanded(spec.backbone).exists():
+        return local(spec.backbone, "backbone", progress, notices)
+    mirror = parse_source(spec.mirror)
+    if mirror.place.is_file() and not is_cached(spec.backbone):
+        return folder_of(mirror.place)
+    try:
+        return local(spec.backbone, "backbone", progress, notices)
+    except UnavailableError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise
+        reason = str(error)
+    try:
+        file = fetch_file(mirror, progress)
+    except UserError as error:
+        raise UserError(f"{reason}; and {error}") from None
+    if notices is not None:
+        notices.append(f"{spec.name} is {file.name} of {mirror.package}, as the hub failed")
+    return folder_of(file)
+
+
+def source_of(spec: ModelSpec) -> str:
+    """Say which source of a spec with a mirror serves now."""
+    mirror = parse_source(spec.mirror)
+    if is_cached(spec.backbone):
+        return f"{spec.backbone} of the hub, in its cache"
+    if mirror.place.is_file():
+        return f"{mirror.package} of the package index, in {mirror.place}"
+    return f"not here yet: {spec.backbone} of the hub, else {mirror.package} of the package index"
+
+
+def is_cached(source: str) -> bool:
+    """Tell if the hub's cache holds all of a backbone."""
+    identity, revision = split_revision(source)
+    repository, file = split_file(identity)
+    return cached(repository, revision, "backbone", file) is not None
 
 
 def local(
@@ -80,7 +128,7 @@ def local(
     """Return the local path of a folder, file or hub id; see `fetch`. Adds to `notices`."""
     path = expanded(source)
     if path.exists():
-        return path
+        return _usable(path)
     if not is_hub_id(source):
         missing = "are no Medusa heads" if kind == "heads" else "is no model"
         raise UserError(
@@ -89,18 +137,24 @@ def local(
     check_hub_id(source)
     # Warnings about retries would break the progress line.
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    repository, revision = split_revision(source)
+    identity, revision = split_revision(source)
+    repository, file = split_file(identity)
     with disk_errors(repository):
         try:
-            return _Repository(repository, revision, kind).download(progress)
+            return _usable(_Repository(repository, revision, kind, file).download(progress))
         except (*_UNREACHABLE, SettingsError) as error:
-            cached = _cached(repository, revision, kind)
-            if cached is None:
-                raise UserError(explain(error, repository, revision)) from None
+            found = cached(repository, revision, kind, file)
+            if found is None:
+                raise UnavailableError(explain(error, repository, revision)) from None
             if notices is not None and not isinstance(error, OfflineModeIsEnabled):
                 reason = explain(error, repository, revision)
                 notices.append(f"started from the cache: {reason}")
-            return cached
+            return _usable(found)
+
+
+def _usable(place: Path) -> Path:
+    """Return the folder that stands for a GGUF file; any other place as it is."""
+    return folder_of(place) if is_gguf(place) else place
 
 
 def accuracy_file(spec: ModelSpec) -> Path:
@@ -120,10 +174,11 @@ def accuracy_file(spec: ModelSpec) -> Path:
 class _Repository:
     """The files of a repository that are needed, with what the hub states about them."""
 
-    def __init__(self, name: str, revision: str | None, kind: Kind) -> None:
+    def __init__(self, name: str, revision: str | None, kind: Kind, file: str) -> None:
         self._name = name
         self._revision = revision
         self._kind = kind
+        self._file = file
         info = _listing(name, revision)
         assert info.sha is not None
         self._commit = info.sha
@@ -135,7 +190,11 @@ class _Repository:
             )
 
     def download(self, progress: Progress | None) -> Path:
-        """Download the missing files; returns the folder."""
+        """Download the missing files; returns the folder, or the first of GGUF files."""
+        if self._file:
+            chosen = chosen_files(self._name, self._file, self._files)
+            self._download(chosen, progress)
+            return self._path(chosen[0])
         weights = weight_files(self._files, self._kind)
         if not weights:
             raise UserError(
@@ -145,7 +204,7 @@ class _Repository:
         self._download(indexes, None)
         shards = [name for name in weights if name not in indexes]
         for index in indexes:
-            shards += _shards(self._path(index))
+            shards += shards_in(self._path(index))
         absent = next((name for name in shards if name not in self._files), None)
         if absent:
             raise UserError(f"{self._name} lacks {absent}, which its index names")
@@ -179,28 +238,6 @@ class _Repository:
         return Path(hf_hub_download(self._name, name, revision=self._commit))
 
 
-def weight_files(names: Collection[str], kind: Kind) -> list[str]:
-    """Return the files among `names` that hold a backbone's or heads' tensors, in one form only.
-
-    An index represents its shards. Files of a backbone include the heads in the same folder.
-    """
-    heads = [name for name in HEAD_FILES if name in names][:1]
-    if kind == "heads":
-        if heads == ["rank0.safetensors"]:  # all ranks: the reader then sees that there are several
-            return sorted(name for name in names if name.startswith("rank"))
-        return heads
-    model = [name for name in WEIGHTS if name in names][:1]
-    return [*model, *(name for name in heads if name not in WEIGHTS)] if model else []
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the shards that an index names."""
-    try:
-        return sorted(set(read_json(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged: it names no shards") from None
-
-
 def _listing(name: str, revision: str | None) -> ModelInfo:
     """Ask the hub for its files at a revision, again if it is busy."""
     attempt = 0
@@ -218,32 +255,6 @@ def _listing(name: str, revision: str | None) -> ModelInfo:
             if isinstance(error, OSError) and error.filename:  # the disk refuses a file
                 raise
             raise SettingsError(reason_of(error)) from error
-
-
-def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:
-    """Return the snapshot in the cache if it holds everything that is needed."""
-    folder = _snapshot(name, revision)
-    if folder is None or not folder.is_dir():
-        return None
-    names = {file.name for file in folder.iterdir() if file.exists()}
-    if (folder / OWN_HEADS).exists():
-        names.add(OWN_HEADS)
-    weights = weight_files(names, kind)
-    for file in weights:
-        if file.endswith(".index.json"):
-            shards = _shards(folder / file)
-            if not all((folder / shard).exists() for shard in shards):
-                return None
-    return folder if weights else None
-
-
-def _snapshot(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a repository in the cache; heads may have no config.json."""
-    for file in ("config.json", *HEAD_FILES):
-        found = try_to_load_from_cache(name, file, revision=revision)
-        if isinstance(found, str):
-            return model_folder(Path(found), file)
-    return None
 
 
 def _check_disk(name: str, files: Sequence[RemoteFile]) -> None:

@@ -13,6 +13,8 @@ from platformdirs import user_config_path
 
 from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, QuantChoice, UserError
 from medusa_chat.files import expanded, read_text
+from medusa_chat.hub.gguf.folder import is_gguf
+from medusa_chat.hub.wheels import parse_source
 from medusa_chat.shapes import SHAPES
 from medusa_chat.text import reason_of
 
@@ -103,6 +105,11 @@ def _entry(path: Path, name: str, entry: Any) -> ModelSpec:
     places = {
         key: _resolve_place(path, entry[key]) for key in ("backbone", "heads") if key in entry
     }
+    if mirror := entry.get("mirror"):
+        try:
+            parse_source(mirror)
+        except UserError as error:
+            raise UserError(f"{where}: mirror: {error}") from None
     return ModelSpec(**{"name": str(name), **entry, **places})
 
 
@@ -171,17 +178,19 @@ def _named(name: str, listed: Mapping[str, ModelSpec]) -> ModelSpec:
     if name in listed:
         spec = listed[name]
         return replace(spec, backbone=str(BUNDLED)) if spec.backbone == "bundled" else spec
-    folder = expanded(name)
-    if folder.is_dir():
-        return ModelSpec(name=folder.resolve().name, backbone=str(folder))
+    place = expanded(name)
+    if place.is_dir():
+        return ModelSpec(name=place.resolve().name, backbone=str(place))
+    if is_gguf(place):
+        return ModelSpec(name=place.stem, backbone=str(place))
     base, revision = split_revision(name)
     if is_hub_id(name):
-        return ModelSpec(name=base.split("/")[1], backbone=name)
+        return ModelSpec(name=base.split("/", 1)[1], backbone=name)
     if revision and base in listed and is_hub_id(listed[base].backbone):
         backbone, _ = split_revision(listed[base].backbone)
-        return replace(listed[base], backbone=f"{backbone}@{revision}")
+        return replace(listed[base], backbone=f"{backbone}@{revision}", mirror="")
     raise UserError(
-        f"unknown model {name!r}: not in `medusa-chat models`, not a folder,"
+        f"unknown model {name!r}: not in `medusa-chat models`, not a folder or a GGUF file,"
         " not a hub id (owner/name)"
     )
 
@@ -192,9 +201,15 @@ def split_revision(place: str) -> tuple[str, str | None]:
     return identity, revision or None
 
 
+def split_file(identity: str) -> tuple[str, str]:
+    """Split a hub id without a revision from the GGUF file or quantization after a colon, or ""."""
+    repository, _, file = identity.partition(":")
+    return repository, file
+
+
 def is_hub_id(place: str) -> bool:
-    """Tell if a place that does not exist here has the form owner/name, maybe with a revision."""
-    parts = split_revision(place)[0].split("/")
+    """Tell if a place that does not exist here has the form owner/name[:file][@revision]."""
+    parts = split_file(split_revision(place)[0])[0].split("/")
     return len(parts) == 2 and all(parts) and not place.startswith((".", "~"))
 
 
@@ -203,7 +218,10 @@ def check_hub_id(place: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    identity, revision = split_revision(place)
+    whole, revision = split_revision(place)
+    identity, _ = split_file(whole)
+    if whole.endswith(":"):
+        raise UserError(f"{place!r} names no file after the colon: a GGUF file, or such as Q4_K_M")
     if "@" in place and (revision is None or any(c.isspace() or c == "@" for c in revision)):
         raise UserError(
             f"{place!r} names no revision after the @: that is a branch, a tag or a commit"

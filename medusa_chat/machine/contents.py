@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from medusa_chat.config import BUNDLED, ModelSpec
 from medusa_chat.files import read_json
 from medusa_chat.hub.file_names import OWN_HEADS
+from medusa_chat.hub.gguf.folder import WEIGHTS_FILE, weights_of
 from medusa_chat.shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Contents:
         packed: bytes of the tensors that the files hold quantized.
         heads: in the Medusa heads.
         largest_head: in the largest matrix of a head.
+        unpacked: True if the files (GGUF) hold them in a form that loading turns into plain ones.
     """
 
     shape: Shape
@@ -43,6 +45,7 @@ class Contents:
     packed: int = 0
     heads: int = 0
     largest_head: int = 0
+    unpacked: bool = False
 
 
 class _Tensor(NamedTuple):
@@ -73,7 +76,7 @@ def contents_of(spec: ModelSpec) -> Contents | None:
     shape = _shape(folder) or SHAPES.get(spec.shape)
     if shape is None:
         return None
-    tensors = list(_tensors(_weight_files(folder)))
+    tensors = list(_tensors_of(folder)) if folder.is_dir() else []
     backbone = [tensor for tensor in tensors if tensor.part != "heads"]
     if any(tensor.part == "layers" for tensor in backbone):
         contents = _counted(shape, backbone)
@@ -91,7 +94,12 @@ def contents_of(spec: ModelSpec) -> Contents | None:
     heads = heads or _heads_of_entry(spec, shape)
     # A pickle counts as one number, but its matrices are no larger than an LM head.
     limit = max(shape.embedding_parameters, shape.hidden**2)
-    return replace(contents, heads=sum(heads), largest_head=min(max(heads, default=0), limit))
+    return replace(
+        contents,
+        heads=sum(heads),
+        largest_head=min(max(heads, default=0), limit),
+        unpacked=(folder / WEIGHTS_FILE).is_file(),
+    )
 
 
 def _shape(folder: Path) -> Shape | None:
@@ -102,6 +110,16 @@ def _shape(folder: Path) -> Shape | None:
         return None  # loading it will say what is wrong
     sizes = [value for value in astuple(shape) if not isinstance(value, bool)]
     return shape if all(isinstance(size, int) and size > 0 for size in sizes) else None
+
+
+def _tensors_of(folder: Path) -> Iterator[_Tensor]:
+    """Yield the tensors of a model's folder; those of a GGUF file count as unpacked."""
+    header = weights_of(folder)
+    if header is None:
+        yield from _tensors(_weight_files(folder))
+        return
+    for tensor in header.tensors.values():
+        yield _Tensor(tensor.name, "F16", list(tensor.shape))
 
 
 def _weight_files(folder: Path) -> list[Path]:

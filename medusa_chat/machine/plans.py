@@ -164,7 +164,11 @@ def _native_plan(contents: Contents, load: Load) -> MemoryPlan:
     heads = weight_bytes(contents.heads, load.quant_heads, width, NATIVE)
     matrix = max(contents.largest, embedding) * width
     reading_heads = contents.heads * width
-    workspace = max(matrix, reading_heads) - cache
+    unpacked = 0
+    if contents.unpacked:  # all of the model is in memory before its first matrix is packed
+        packed = weight_bytes(contents.layers, load.quant, width, NATIVE) + plain
+        unpacked = (contents.layers + contents.plain) * width + matrix - packed
+    workspace = max(matrix, reading_heads, unpacked - heads) - cache
     return MemoryPlan(
         layers=weight_bytes(contents.layers, load.quant, width, NATIVE),
         plain=plain,

@@ -10,6 +10,7 @@ import torch
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.hub.file_names import model_folder
+from medusa_chat.hub.gguf.folder import is_quantized
 from medusa_chat.machine import memory, plans
 from medusa_chat.machine.devices import choose_device, frugal_heap, prepare_allocator
 from medusa_chat.model.backbone import Backbone
@@ -20,7 +21,7 @@ from medusa_chat.model.linear.packed import detach_from_files, pack_linears
 from medusa_chat.model.linear.quantization import as_quant, prepare_4bit
 from medusa_chat.model.native_weights import StepChoice, choose_step, pack_native
 from medusa_chat.model.pretrained import load_pretrained
-from medusa_chat.model.templates import ChatTemplate, resolve_template
+from medusa_chat.model.templates import ChatTemplate, template_or_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,7 @@ def load_model(
 
     Args:
         spec: the model, with its quantization and its template.
-        options: device, dtype, context, ignore_memory, engine, threads and fuse are read.
+        options: device, dtype, context, raw, ignore_memory, engine, threads and fuse are read.
         files: the local files of `spec`; they are fetched if not given.
 
     Raises:
@@ -63,6 +64,9 @@ def load_model(
     heads = str(files.heads) if files.heads else None
     local = replace(spec, backbone=str(files.backbone), heads=heads)
     choice = choose_step(local, device, options)
+    if choice.native and spec.quant == "auto" and is_quantized(files.backbone):
+        spec = replace(spec, quant="int8")  # nearer to what the file has than 16 bits
+        local = replace(local, quant="int8")
     if not options.ignore_memory:
         width = choice.dtype.itemsize
         load = plans.load_of(spec, str(device), options.context, width, native=choice.native)
@@ -88,7 +92,7 @@ def _load(
     model, tokenizer = load_pretrained(local, choice.dtype, choice.quant, device, notices)
     if choice.dtype == torch.float16 and model.config.model_type.startswith("gemma"):
         notices.append("Gemma models overflow in float16: --dtype float32 does not")
-    template = resolve_template(tokenizer, spec, notices)
+    template = template_or_plain(tokenizer, spec, notices, options.raw)
     if options.fuse and not choice.native and join_linears(model):
         prepare_4bit(model, device, choice.dtype)  # joined layers are new ones
     backbone = Backbone(model, own_attention=choice.native)
@@ -146,7 +150,7 @@ def heads_file(spec: ModelSpec) -> Path | None:
     Raises:
         UserError: the spec names heads, and there are none.
     """
-    place = hub.local(spec.heads, "heads") if spec.heads else hub.local(spec.backbone)
+    place = hub.local(spec.heads, "heads") if spec.heads else hub.backbone_of(spec)
     if place.is_file():
         return place
     file = find_heads(place)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +19,10 @@ from transformers.utils import logging as transformers_logging
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.files import read_json
 from medusa_chat.hub import fetch as hub
+from medusa_chat.hub.gguf.folder import weights_of
 from medusa_chat.model.backbone import check_rewindable
 from medusa_chat.model.finite import check_tables
+from medusa_chat.model.gguf_weights import state_dict_of
 from medusa_chat.model.layouts import is_heads_tensor
 from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.linear.quantization import (
@@ -36,6 +37,9 @@ from medusa_chat.text import is_panic, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from medusa_chat.hub.gguf.header import Header
 
 CPU = torch.device("cpu")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -61,7 +65,7 @@ def load_pretrained(
     Raises:
         UserError: files are missing or damaged, or the model cannot decode with Medusa heads.
     """
-    folder = Path(hub.local(spec.backbone))
+    folder = hub.backbone_of(spec)
     with loading_errors(spec.backbone):
         config = load_config(folder)
         _check_class(config)
@@ -164,9 +168,25 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_weights(folder: Path, **settings: Any) -> Any:
     """Load a checkpoint's model; call it within `loading_errors`."""
+    header = weights_of(folder)
+    if header is not None:
+        return _load_gguf(folder, header, **settings)
     return AutoModelForCausalLM.from_pretrained(
         str(folder), trust_remote_code=False, local_files_only=True, **settings
     )
+
+
+def _load_gguf(folder: Path, header: Header, **settings: Any) -> Any:
+    """Load the model of a folder whose weights are in a GGUF file, unpacked one by one."""
+    config = load_config(folder)
+    names = list(empty_model(config).state_dict())
+    tensors = state_dict_of(header, config.get_text_config(), names)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = str(folder)
+    model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return loaded
 
 
 def empty_model(config: Any) -> Any:

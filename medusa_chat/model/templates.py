@@ -22,6 +22,10 @@ THINK = "<think>"
 TURNS = ("user", "assistant")
 
 
+class NoTemplateError(UserError):
+    """A model has no chat template, and none is known for its name."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """The text around the messages of a conversation.
@@ -29,17 +33,21 @@ class ChatTemplate:
     Attributes:
         model: its name, for messages.
         conversation: fastchat's template, without messages; None for the tokenizer's own.
+        raw: True if there is no text around them: the model goes on with what the user wrote.
         thinking: what the template's `enable_thinking` is set to; None leaves it alone.
     """
 
     tokenizer: Any
     model: str
     conversation: Conversation | None = None
+    raw: bool = False
     thinking: bool | None = None
 
     @property
     def name(self) -> str:
         """Name of the template."""
+        if self.raw:
+            return "none, plain text"
         return self.conversation.name if self.conversation else "the tokenizer's own"
 
     @property
@@ -70,6 +78,8 @@ class ChatTemplate:
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end a reply."""
+        if self.raw:
+            return ()
         stop = self.conversation.stop_str if self.conversation else None
         return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
@@ -78,6 +88,12 @@ class ChatTemplate:
         """Tokens that end a reply, besides the model's EOS."""
         ids = self.conversation.stop_token_ids if self.conversation else None
         return frozenset(ids or ())
+
+    def switched(self, raw: bool) -> ChatTemplate:
+        """Return the template with `raw` on or off; raises UserError if there is no template."""
+        if not raw and self.conversation is None and not self.tokenizer.chat_template:
+            raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
+        return replace(self, raw=raw)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation up to where the reply begins, with one BOS if the model has any."""
@@ -90,7 +106,7 @@ class ChatTemplate:
             `input_ids`, and further outputs that `options` ask the tokenizer for, one by token.
         """
         # The tokenizer's template writes its special tokens; most of fastchat's leave BOS out.
-        add = self.conversation is not None
+        add = self.raw or self.conversation is not None
         try:
             found = self.tokenizer(text, add_special_tokens=add, **options)
         except BaseException as error:
@@ -119,6 +135,8 @@ class ChatTemplate:
 
     def text(self, messages: Sequence[Message], replying: bool = False) -> str:
         """Write a conversation, with the beginning of a reply if `replying`; raises as `render`."""
+        if self.raw:
+            return _plain(messages)
         if self.conversation is None:
             return self._by_tokenizer(messages, replying)
         return self._by_fastchat(self.conversation.copy(), messages, replying)
@@ -148,7 +166,7 @@ class ChatTemplate:
             raise UserError(f"{self.model} has no chat template: {HOW_TO_NAME}")
         kept = [each for each in messages if each["role"] != "system" or each["content"]]
         try:
-            switch = {} if self.thinking is None else {SWITCH: self.thinking}
+            switch: dict[str, bool] = {} if self.thinking is None else {SWITCH: self.thinking}
             return render(self.tokenizer, kept, replying, **switch)
         except UserError as error:
             raise UserError(
@@ -175,6 +193,36 @@ class ChatTemplate:
         return text
 
 
+def _plain(messages: Sequence[Message]) -> str:
+    """Join messages to one text, in which each of the user's but the first begins a line."""
+    text = ""
+    for message in messages:
+        if message["role"] == "user" and text and not text.endswith("\n"):
+            text += "\n"
+        if message["role"] != "system":  # it instructs a model that chats
+            text += message["content"]
+    return text
+
+
+def template_or_plain(
+    tokenizer: Any, spec: ModelSpec, notices: list[str], raw: bool
+) -> ChatTemplate:
+    """Choose a template as `resolve_template` does; plain text if there is none, or if `raw`.
+
+    `notices` gets a line if there is none.
+    """
+    try:
+        template = resolve_template(tokenizer, spec, notices)
+    except NoTemplateError:
+        template = ChatTemplate(tokenizer, spec.name, raw=True)
+        if not raw:
+            notices.append(
+                f"{spec.name} has no chat template: it completes plain text (--raw), unless"
+                " --template NAME gives it one"
+            )
+    return template.switched(True) if raw else template
+
+
 def resolve_template(
     tokenizer: Any, spec: ModelSpec, notices: list[str] | None = None
 ) -> ChatTemplate:
@@ -183,7 +231,7 @@ def resolve_template(
     The last is a guess, of which `notices` gets a line.
 
     Raises:
-        UserError: the named template is unknown, or there is none.
+        UserError: the named template is unknown, or there is none (NoTemplateError).
     """
     if spec.template:
         return ChatTemplate(tokenizer, spec.name, named_template(spec.template))
@@ -197,7 +245,7 @@ def resolve_template(
                     " its name; --template NAME chooses another"
                 )
             return ChatTemplate(tokenizer, spec.name, conversation)
-    raise UserError(
+    raise NoTemplateError(
         f"neither the tokenizer of {spec.name} nor fastchat has a chat template for it:"
         f" {HOW_TO_NAME}"
     )

@@ -68,7 +68,10 @@ class MarkdownFlow:
 
     def feed(self, text: str, style: Style, mark: str = "") -> None:
         """Add a piece of the reply; `mark` follows its last visible character."""
-        self._source.add(sanitize(text), style, mark)
+        safe = sanitize(text)
+        if not self._begun and not self._source.text:
+            safe = safe.lstrip("\n")  # a reply begins with a word, not with blank rows
+        self._source.add(safe, style, mark)
 
     def take(self, width: int, room: int = 1) -> list[Text]:
         """Return the rows that were finished since the last call.

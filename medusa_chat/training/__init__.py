@@ -15,6 +15,7 @@ memory.py          memory that training and answering need
 distillation.py    `medusa-chat distill`: the model answers prompts
 questions.py       DistillJob, and what its answerers take and give
 conversations.py   conversations of distill, and resuming in their file
+invention.py       user turns that the model invents
 local_model.py     answers of a model on this machine
 server.py          answers of a model behind an HTTP server
 calibration.py     `medusa-chat calibrate`: accuracies of the heads, and the check of a forecast

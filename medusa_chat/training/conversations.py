@@ -30,6 +30,7 @@ class Conversation:
         turns: its user turns.
         messages: system message, user turns and answers so far.
         ended: no more turns can be answered.
+        invented: the model itself writes the user turns, one by one.
     """
 
     index: int
@@ -37,6 +38,13 @@ class Conversation:
     turns: tuple[str, ...]
     messages: list[dict[str, Any]]
     ended: bool = False
+    invented: bool = False
+
+    @classmethod
+    def empty(cls, index: int, system: str) -> Conversation:
+        """Make a conversation whose user turns will be invented."""
+        messages = [{"role": "system", "content": encodable(system)}] if system else []
+        return cls(index, "self", (), messages, invented=True)
 
     @classmethod
     def begin(cls, index: int, prompt: Prompt, system: str) -> Conversation:
@@ -110,6 +118,8 @@ def resume(
                 raise UserError(f"{place} was not written by distill; {_REMEDY}")
     done = _done(indices[-1], batch, len(conversations)) if indices else 0
     kept = sum(index < done for index in indices)
+    for each in conversations[done:]:
+        each.turns = () if each.invented else each.turns
     os.truncate(out, ends[kept])
     return done, kept
 
@@ -143,6 +153,10 @@ def _check(
             raise UserError(
                 f"{place} was made with {name} {there}, but this run has {here}; {_REMEDY}"
             )
+    if 0 <= index < len(conversations) and conversations[index].invented:
+        conversations[index].turns = tuple(
+            message["content"] for message in asks if message["role"] == "user"
+        )
     fault = ""
     if not 0 <= index < len(conversations):
         fault = f"prompt {index + 1}, but this run has {len(conversations)}"

@@ -143,6 +143,7 @@ class FakeEngine:
         self.context = 1024
         self.heads = heads
         self.system = "You are a helpful assistant."
+        self.raw = False
         self.trees = FakeTrees()
         self.template = FakeTemplate()
         self.notices: list[str] = []

@@ -183,6 +183,9 @@ def mistral(folder: Path) -> Path:
 
 
 REPOSITORIES: dict[str, Callable[[Path], Path]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": lambda folder: backbone(
+        folder, "model.safetensors", template=ZEPHYR
+    ),
     **{f"lmsys/vicuna-{size}-v1.3": vicuna for size in ("7b", "13b", "33b")},
     **{
         f"FasterDecoding/medusa-vicuna-{size}-v1.3": lambda folder: heads_only(

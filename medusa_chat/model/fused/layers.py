@@ -19,13 +19,12 @@ from medusa_chat.model.fused import plain
 if TYPE_CHECKING:
     from medusa_chat.model.fused.plain import Activation, NormKind, Operations
 
-ACTIVATIONS: dict[str, Activation] = {
+ACTIVATION_OF: dict[str, Activation] = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
     "PytorchGELUTanh": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
 }
-KINDS: tuple[NormKind, ...] = ("llama", "gemma")
 # Their forward is: project, maybe norm, rotate the halves of a head, write, attend, project.
 ATTENTIONS = {
     f"{family}Attention" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")
@@ -66,7 +65,7 @@ def _fused(
         kind = known[identity]
         return kind and FusedNorm(module.weight, eps_of(module), kind, operations)
     if name.endswith("MLP") and hasattr(module, "gate_proj"):
-        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
+        activation = ACTIVATION_OF.get(type(module.act_fn).__name__)
         return activation and FusedMLP(module, activation, operations)
     return FusedAttention(module, operations) if name in ATTENTIONS else None
 
@@ -83,7 +82,7 @@ def norm_kind(norm: Any) -> NormKind | None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, len(weight), generator=generator).to(weight.device, weight.dtype)
     expected = norm(rows)
-    for kind in KINDS:
+    for kind in plain.NORMS:
         if torch.equal(plain.norm(rows, weight, eps_of(norm), kind), expected):
             return kind
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch.nn import functional
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # Llama's weight multiplies rounded numbers. Gemma's lacks 1, and all is rounded at the end.
 NormKind = Literal["llama", "gemma"]
 Activation = Literal["silu", "gelu_tanh"]
+NORMS: tuple[NormKind, ...] = get_args(NormKind)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 class Operations(Protocol):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from medusa_chat.model.fused import plain
+from medusa_chat.model.fused.plain import ACTIVATIONS, NORMS
 from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ def _results(operations: Operations, device: torch.device, dtype: torch.dtype) -
         return torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
 
     rows, weight = numbers(ROWS, SIZE), numbers(SIZE)
-    found = [operations.norm(rows, weight, 1e-6, kind) for kind in ("llama", "gemma")]
-    both: Any = numbers(ROWS, 2 * SIZE).chunk(2, -1)
-    found += [operations.gate(*both, kind) for kind in ("silu", "gelu_tanh")]
+    found = [operations.norm(rows, weight, 1e-6, kind) for kind in NORMS]
+    gates, factors = numbers(ROWS, 2 * SIZE).chunk(2, -1)
+    found += [operations.gate(gates, factors, kind) for kind in ACTIVATIONS]
     new = numbers(1, HEADS, ROWS, SIZE), numbers(1, HEADS, ROWS, SIZE)
     turn = numbers(1, ROWS, SIZE), numbers(1, ROWS, SIZE)
     keys, values = numbers(2, 1, HEADS, 2 * ROWS, SIZE)

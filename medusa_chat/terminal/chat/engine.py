@@ -54,6 +54,7 @@ class ChatEngine(Protocol):
     prefill_seconds: float  # time of that prefill
     context: int  # tokens that prompt and reply may hold together
     system: str  # the model's default system prompt, may be empty
+    raw: bool  # messages are plain text that the model goes on with; setting it may be refused
     defaults: dict[str, Any]  # settings of Sampling that the model itself names
     notices: list[str]  # to be shown once, such as "the tree was pruned"; the reader removes them
 

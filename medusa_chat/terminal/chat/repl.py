@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from medusa_chat.terminal.chat.engine import ChatEngine
 
 TRY = "try: Tell me a fairy tale. · /typical samples · /view switches Markdown · /help lists all"
+NEXT = "a larger model that knows something: medusa-chat --model smollm2 (93 MB to download)"
 CONTINUING = "continuing with {} messages from {}"
 LEAVE = "/exit leaves, Ctrl+D too; type {} once more to send it as a message"
 
@@ -140,9 +141,8 @@ class Repl:
         opened, notice = open_history(history)
         self._prompt: Prompt | PlainPrompt = PlainPrompt()
         if not start.plain:
-            self._prompt = Prompt(
-                opened, self._session, self._status, self._switch_view, self._press
-            )
+            keys = (self._switch_view, self._press)
+            self._prompt = Prompt(opened, self._session, self._status, *keys)
         if notice:
             self._console.print(Text(notice, NOTICE))
 
@@ -152,6 +152,8 @@ class Repl:
         hint = " · ".join(["", start.model, *filter(None, [start.description])])
         self._console.print(Text.assemble(("medusa-chat", STRONG), (hint, LABEL)))
         self._console.print(Text(TRY, LABEL))
+        if start.model == "bundled":
+            self._console.print(Text(NEXT, LABEL))
         while True:
             try:
                 self._turn()

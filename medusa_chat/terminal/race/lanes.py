@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from medusa_chat.stats import Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from medusa_chat.config import Message, Sampling
     from medusa_chat.events import Step
@@ -75,7 +75,7 @@ class Race:
         """Both runs in the order in which they are shown."""
         return (self.vanilla, self.medusa)
 
-    def run(self, lane: Lane) -> Iterator[Step]:
+    def run(self, lane: Lane) -> Generator[Step, None, None]:
         """Run a lane; yields each step after it was taken in. Raises what the engine raises."""
         with closing(self._generate(lane)) as steps:
             for step in steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from medusa_chat.terminal.race.lanes import Race
 
-Colours = Literal["standard", "256", "truecolor", "windows"]
 WIDTH = 100  # cells of a recording
 TEXT_ROWS = 14
 FRAMES_PER_SECOND = 20
@@ -53,7 +52,7 @@ def record(race: Race, file: Path, colours: str | None = None) -> None:
         record=True,
         width=WIDTH,
         force_terminal=True,
-        color_system=cast("Colours", colours or "truecolor"),
+        color_system=colours or "truecolor",
         highlight=False,
         no_color=False,
         legacy_windows=False,

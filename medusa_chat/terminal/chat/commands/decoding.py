@@ -73,6 +73,17 @@ def _exact(chat: Chat) -> Result:
     return _with(chat, mode="exact")
 
 
+@command("raw", "[on|off]", values=one_of("on", "off"))
+def _raw(chat: Chat, argument: str) -> Result:
+    """Complete plain text, without the chat template: on or off."""
+    engine = chat.session.engine
+    engine.raw = switch(argument, engine.raw)
+    kind = "raw off: messages go through the chat template"
+    if engine.raw:
+        kind = "raw on: the model goes on with your text as it is"
+    return Text(kind, LABEL)
+
+
 @command("vanilla")
 def _vanilla(chat: Chat) -> Result:
     """Decode one token per step without the heads: the baseline."""
