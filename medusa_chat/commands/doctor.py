@@ -6,7 +6,6 @@ The checks import torch themselves, so that a torch that cannot be imported is a
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
 import warnings
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa_chat.commands.gpu_findings import describe_device, gpu_facts
 from medusa_chat.hub.fetch import source_of
 from medusa_chat.hub.model_list import (
     known_models,
@@ -27,7 +27,6 @@ from medusa_chat.machine.devices import (
     choose_device,
     choose_dtype,
     free_memory,
-    processor_name,
     total_memory,
     usable_cores,
 )
@@ -97,6 +96,7 @@ def examine() -> list[Finding]:
     checks = {
         "versions": check_versions,
         "devices": check_devices,
+        "GPU": check_gpus,
         "native step": check_native,
         "4 bit": check_4bit,
         "hub": check_hub,
@@ -170,24 +170,15 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("devices", "cuda", text, fault=True)
 
 
-def describe_device(name: str) -> str:
-    """Describe a device by its model and abilities."""
+def check_gpus() -> Iterator[Finding]:
+    """Report how steps run on each CUDA GPU."""
     import torch
 
-    if name == "cpu":
-        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        abilities = (
-            processor_name(),
-            f"{torch.get_num_threads()} of {os.cpu_count()} threads",
-            torch.backends.cpu.get_cpu_capability(),
-            "computes in bfloat16" if bfloat16 else "no bfloat16",
-        )
-        return ", ".join(abilities)
-    if name == "mps":
-        return "Apple GPU, sharing the memory of the CPU"
-    found = torch.cuda.get_device_properties(name)
-    capability = f"compute capability {found.major}.{found.minor}"
-    return f"{found.name}, {capability}, CUDA {torch.version.cuda}"
+    for name in device_names():
+        if name.startswith("cuda"):
+            dtype = choose_dtype(torch.device(name))
+            for subject, text, fault in gpu_facts(name, dtype):
+                yield Finding("GPU", f"{name} {subject}", text, fault=fault)
 
 
 def check_native() -> Iterator[Finding]:

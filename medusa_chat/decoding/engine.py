@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
@@ -18,13 +18,29 @@ from medusa_chat.sampling import defaults_of
 from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
     from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.report import StepReport
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way.
+
+    Attributes:
+        choice: the tree that it verifies.
+        finish: waits for its report, and commits the path.
+        seconds: time that the host took to launch it.
+    """
+
+    choice: Choice
+    finish: Callable[[], StepReport]
+    seconds: float
+
 
 BEFORE = 8  # tokens of a text that goes on: the decoder of its first word needs one character
 
@@ -192,9 +208,7 @@ class Engine:
                 yield Step(tokens, 0, 0.0, "vanilla", finish=reply.finish)
                 return
             self.trees.policy.begin(sampling)
-            while not reply.finish:
-                step, root = self._step(root, rule, reply)
-                yield step
+            yield from self._steps(root, rule, reply)
         finally:
             self._make_consistent()
 
@@ -218,17 +232,40 @@ class Engine:
         self.prefill_seconds = time.perf_counter() - started
         return root
 
-    def _step(self, root: int, rule: Rule, reply: Reply) -> tuple[Step, int]:
-        """Take a step; returns its event, and the root of the next step."""
+    def _steps(self, root: int, rule: Rule, reply: Reply) -> Generator[Step]:
+        """Take steps to the reply's end; a GPU takes the next one while this one is shown.
+
+        One that was launched in vain leaves rows behind the cache's end, which the next prefill
+        overwrites.
+        """
+        ahead: Launched | None = None
+        while not reply.finish:
+            step, root = self._finish(ahead or self._launch(root, rule), reply)
+            ahead = None
+            if self.runner.overlaps and not reply.finish:
+                ahead = self._launch(root, rule)
+            yield step
+
+    def _launch(self, root: int, rule: Rule) -> Launched:
+        started = time.perf_counter()
+        choice = self.trees.policy.next(self.text, root)
+        finish = self.runner.launch(root, choice.tree, rule, choice.copied)
+        return Launched(choice, finish, time.perf_counter() - started)
+
+    def _finish(self, launched: Launched, reply: Reply) -> tuple[Step, int]:
+        """End a step; returns its event, and the root of the next step."""
         started = time.perf_counter()
         policy = self.trees.policy
-        choice = policy.next(self.text, root)
-        report = self.runner.step(root, choice.tree, rule, choice.copied)
+        report = launched.finish()
+        # While nobody waits, a GPU computes all the same.
+        unseen = self.runner.device_seconds - (time.perf_counter() - started) - launched.seconds
+        before = launched.seconds + max(unseen, 0.0)
         tokens = self._keep(report, reply)
-        step = self._event(choice, report, tokens, reply, time.perf_counter() - started)
+        spent = before + time.perf_counter() - started
+        step = self._event(launched.choice, report, tokens, reply, spent)
         policy.learn(report, step)
         # The policy compares steps without what it learns from them; the event counts that too.
-        return replace(step, seconds=time.perf_counter() - started), report.next
+        return replace(step, seconds=before + time.perf_counter() - started), report.next
 
     def _keep(self, report: StepReport, reply: Reply) -> list[Token]:
         """Add the accepted tokens to the reply, and drop those after its end from the cache."""
