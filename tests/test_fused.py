@@ -85,8 +85,8 @@ def test_operations_that_change_a_model_give_way_to_its_own(
 ) -> None:
     wrong = SimpleNamespace(norm=plain.norm, rotate=plain.rotate, gate=wrong_gate)
     with pytest.raises(ArithmeticError, match="off by"):
-        check(wrong, CPU, torch.float32)  # type: ignore[arg-type]
-    check(plain, CPU, torch.float32)  # type: ignore[arg-type]
+        check(wrong, CPU, torch.float32)
+    check(plain, CPU, torch.float32)
     backbone = fused_backbone(monkeypatch, "llama", wrong)
     assert backbone.operations is None
     assert "change the logits" in backbone.operations_reason

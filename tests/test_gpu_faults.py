@@ -16,6 +16,7 @@ from medusa_chat.machine import devices, plans
 from medusa_chat.machine.contents import contents_of
 from medusa_chat.model import pretrained
 from medusa_chat.model.attention import rule
+from medusa_chat.model.attention.tree_attention import torch_attention
 from medusa_chat.model.backbone import Backbone
 from tests.helpers.tiny import (
     make_engine,
@@ -65,7 +66,7 @@ def test_a_mac_decodes_in_every_mode(tree: str) -> None:
     ]
     for settings in modes:
         expected = reply(own, prompt_ids(9) * 2, max_new_tokens=12, **settings)
-        with Mac():
+        with Mac():  # type: ignore[no-untyped-call]
             assert reply(mac, prompt_ids(9) * 2, max_new_tokens=12, **settings) == expected
 
 
@@ -124,7 +125,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = pytest.importorskip("bitsandbytes.backends.cuda.ops")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(ops, "_gpu_dispatch_props", lambda _index: (132, 9, 0))
-    monkeypatch.setattr(rule, "kernel_for", lambda _device: rule.torch_attention)
+    monkeypatch.setattr(rule, "kernel_for", lambda _device: torch_attention)
     monkeypatch.setattr(rule, "check", lambda *_: None)
     ops._gemm_4bit_use_custom_cuda.cache_clear()
 
@@ -163,7 +164,7 @@ def test_a_users_own_setting_of_the_allocator_wins(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", given.append)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
     devices.prepare_allocator(torch.device("cpu"))
     assert not given
     devices.prepare_allocator(torch.device("cuda"))

@@ -178,7 +178,8 @@ def trees_of(least: int, most: int) -> list[AnyTree]:
     fixed = [random_tree(seed, least - 1, depth, width) for seed, depth, width in shapes]
     supersets = [random_tree(seed, 12 * seed, 4, 5, spine=4) for seed in (3, 4, 5)]
     drawn = [DynamicTree(superset, least + n) for n, superset in enumerate(supersets)]
-    return [tree for tree in (*fixed, *drawn) if least <= len(tree) <= most]
+    trees: list[AnyTree] = [*fixed, *drawn]
+    return [tree for tree in trees if least <= len(tree) <= most]
 
 
 def test_after_the_first_use_of_each_kind_nothing_is_recorded_in_200_replies(
@@ -338,9 +339,9 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(
         assert said[0] == said[1]
     for number, sampling in enumerate(SAMPLINGS.values()):
         how = replace(sampling, max_new_tokens=60 if number == 0 else 10)
-        said = [list(engine.generate(PROMPT, how)) for engine in (eager, fixed)]
-        assert ids_of(said[0]) == ids_of(said[1])
-        assert [len(step.tokens) for step in said[0]] == [len(step.tokens) for step in said[1]]
+        steps = [list(engine.generate(PROMPT, how)) for engine in (eager, fixed)]
+        assert ids_of(steps[0]) == ids_of(steps[1])
+        assert [len(step.tokens) for step in steps[0]] == [len(step.tokens) for step in steps[1]]
         fixed.trees.use(trees[number % 3])
         eager.trees.use(trees[number % 3])
     fails = fine == 0 or sort == "forward"

@@ -133,7 +133,8 @@ def test_the_operations_of_a_layer_compile_for_gpus_that_are_not_here(
     cache = torch.zeros(2, 1, 8, 64, 128, dtype=number)
     rows = torch.zeros(1, 16, 8192, dtype=number)
     operations.norm(rows, rows[0, 0], 1e-5, "llama")
-    operations.gate(*rows.chunk(2, -1), "silu")
+    gates, values = rows.chunk(2, -1)
+    operations.gate(gates, values, "silu")
     operations.rotate(
         query, (key, value), (turn[0], turn[1]), (cache[0], cache[1], torch.arange(16))
     )
@@ -189,7 +190,7 @@ def test_without_a_kernel_that_works_torch_attends_and_the_reason_is_kept(
 def test_cudnn_attends_nowhere_as_it_plans_anew_for_each_number_of_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = []
+    chosen: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
     choose_attention(cuda_of(monkeypatch, (9, 0)), SHAPE)
     assert chosen == [False]
