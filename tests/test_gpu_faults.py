@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import medusa_chat
-from medusa_chat.commands.gpu_findings import gpu_facts
+from medusa_chat.commands.device_findings import gpu_facts
 from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.machine import devices, plans
 from medusa_chat.machine.contents import contents_of

@@ -63,6 +63,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="time the first token of a second turn after conversations of these many tokens,"
         " such as 256,1024,4096",
     )
+    _add_output_flags(parser)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         type=Path,

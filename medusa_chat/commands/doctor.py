@@ -12,9 +12,9 @@ import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from medusa_chat.commands.gpu_findings import describe_device, gpu_facts
+from medusa_chat.commands.device_findings import describe_device, gpu_facts, nf4_product
 from medusa_chat.hub.fetch import source_of
 from medusa_chat.hub.model_list import (
     known_models,
@@ -221,31 +221,6 @@ def check_4bit() -> Iterator[Finding]:
         kernel = _kernel(name, packed)
         text = f"an nf4 product in {_dtype_name(dtype)} runs, {kernel}; off by {error:.1%}"
         yield Finding("4 bit", name, text, fault=error > TOLERANCE)
-
-
-def nf4_product(device: str, dtype: torch.dtype) -> tuple[float, bool]:
-    """Multiply with a small nf4 layer.
-
-    Returns:
-        the largest error, relative to the largest value, and True if the weights were packed for
-        the CPU.
-    """
-    import torch
-    from bitsandbytes import nn
-    from bitsandbytes.functional import dequantize_4bit
-
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 128, generator=generator).to(dtype)
-    rows = torch.randn(4, 128, generator=generator).to(device, dtype)
-    modules: Any = nn  # bitsandbytes has no types
-    layer = modules.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
-    layer.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    layer = layer.to(device).eval()
-    with torch.inference_mode():
-        plain = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        expected = rows.float() @ plain.float().T
-        error = (layer(rows).float() - expected).abs().max() / expected.abs().max()
-    return float(error), bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
 
 
 def _kernel(device: str, packed: bool) -> str:

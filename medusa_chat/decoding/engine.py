@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
 from medusa_chat.decoding.reply import Reply, eos_ids, generation_settings
-from medusa_chat.decoding.runner import Runner
+from medusa_chat.decoding.runner import Launched, Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.control import TreeControl
 from medusa_chat.decoding.trees.policy import VANILLA, Choice
@@ -18,28 +18,13 @@ from medusa_chat.sampling import defaults_of
 from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
     from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.report import StepReport
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A step on its way.
-
-    Attributes:
-        choice: the tree that it verifies.
-        finish: waits for its report, and commits the path.
-        seconds: time that the host took to launch it.
-    """
-
-    choice: Choice
-    finish: Callable[[], StepReport]
-    seconds: float
 
 
 BEFORE = 8  # tokens of a text that goes on: the decoder of its first word needs one character
@@ -58,7 +43,6 @@ class Engine:
         trees: chooses what each step verifies.
         text: the ids whose keys and values the cache holds.
         context: tokens that prompt and reply may hold together.
-        notices: messages for the user, a line each; drained by the reader.
         prefilled: prompt tokens that the last reply had to prefill.
         prefill_seconds: time that this took.
         defaults: settings of Sampling that the model's generation config names.
@@ -105,17 +89,20 @@ class Engine:
         self.text: list[int] = []
         self.prefilled = 0
         self.prefill_seconds = 0.0
-        if eos is None:
-            eos = eos_ids(backbone.model, tokenizer) | self.template.stop_ids
-        self._eos = eos
+        own_eos = eos_ids(backbone.model, tokenizer) | self.template.stop_ids
+        self._eos = own_eos if eos is None else eos
         self._reply: Generator[Step] | None = None
         self._last: StepReport | None = None  # of a tree step
         self.defaults, complaints = defaults_of(generation_settings(backbone.model))
         capacity = self.context + MAX_NODES
         self.runner = Runner(backbone, heads, capacity, accuracy or PUBLISHED, options.eager)
-        self.notices = self.runner.notices
-        self.notices += complaints
+        self.runner.notices += complaints
         self.trees = TreeControl(self.runner, name, accuracy, options, costs, self.notices)
+
+    @property
+    def notices(self) -> list[str]:
+        """Messages for the user, a line each; drained by the reader."""
+        return self.runner.notices
 
     def _context(self, wanted: int | None) -> int:
         most = self.backbone.context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,26 @@ if TYPE_CHECKING:
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
+    from medusa_chat.decoding.trees.policy import Choice
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
 
 MOST_DRAFTS = 64  # kept for trees that come again
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way.
+
+    Attributes:
+        choice: the tree that it verifies.
+        finish: waits for its report, and commits the path.
+        seconds: time that the host took to launch it.
+    """
+
+    choice: Choice
+    finish: Callable[[], StepReport]
+    seconds: float
 
 
 class Runner:

@@ -74,10 +74,8 @@ def load_pretrained(
         check_generation_config(folder)
         check_weight_files(spec.backbone, folder, quantized=own is not None)
         settings = attention_settings(config)
-        number = compute_dtype(device, dtype or torch.bfloat16)
-        # Weights that are quantized already take no such setting, not even None.
-        if not own and (made := quantization_config(quant, number)):
-            settings["quantization_config"] = made
+        if own is None:
+            settings |= _quantization_settings(quant, device, dtype)
         quantized = own is not None or as_quant(quant) != "none"
         moved = not quantized and device.type != "cpu"
         loaded = load_weights(
@@ -99,6 +97,14 @@ def load_pretrained(
     if notices is not None:
         notices += _unused_weights(spec.backbone, report)
     return model, tokenizer
+
+
+def _quantization_settings(
+    quant: str, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Return how to quantize; weights that are quantized already take no such setting."""
+    made = quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
+    return {"quantization_config": made} if made else {}
 
 
 def move(model: Any, device: torch.device, dtype: torch.dtype | None) -> None:

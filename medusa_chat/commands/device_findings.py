@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa_chat.machine.devices import maps_memory, processor_name
 from medusa_chat.shapes import SHAPES
@@ -108,3 +108,28 @@ def fused_rows(index: int, dtype: torch.dtype) -> str:
     return (
         f"bitsandbytes fuses the 4-bit layers of a 7B model up to these rows: {', '.join(counts)}"
     )
+
+
+def nf4_product(device: str, dtype: torch.dtype) -> tuple[float, bool]:
+    """Multiply with a small nf4 layer.
+
+    Returns:
+        the largest error, relative to the largest value, and True if the weights were packed for
+        the CPU.
+    """
+    import torch
+    from bitsandbytes import nn
+    from bitsandbytes.functional import dequantize_4bit
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator).to(dtype)
+    rows = torch.randn(4, 128, generator=generator).to(device, dtype)
+    modules: Any = nn  # bitsandbytes has no types
+    layer = modules.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer = layer.to(device).eval()
+    with torch.inference_mode():
+        plain = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        expected = rows.float() @ plain.float().T
+        error = (layer(rows).float() - expected).abs().max() / expected.abs().max()
+    return float(error), bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
