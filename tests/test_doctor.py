@@ -259,3 +259,21 @@ def test_a_plan_is_made_of_its_parts() -> None:
         "workspace",
         "process",
     }
+
+
+def test_the_settings_file_and_the_kept_chats_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("MEDUSA_CHAT_DATA", str(tmp_path / "data"))
+    file = tmp_path / "medusa-chat" / "settings.toml"
+    texts = {finding.name: finding.text for finding in doctor.check_settings()}
+    assert texts["file"] == f"none: there is no {file}"
+    assert texts["kept chats"] == f"0 in {tmp_path}/data/chats.db"
+    file.parent.mkdir()
+    file.write_text("seed = 1")
+    assert next(doctor.check_settings()).text == f"1 in {file}"
+    file.write_text("sead = 1")
+    (fault,) = doctor.run_check("settings", doctor.check_settings)
+    assert fault.fault
+    assert "did you mean seed" in fault.text

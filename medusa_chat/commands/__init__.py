@@ -8,6 +8,7 @@ train.py      train heads                distill.py    let the model answer prom
 calibrate.py  measure heads' accuracies  export.py     write heads for other programs
 models.py     list known models          catalogue.py  sizes and accuracies of that list
 doctor.py     examine this machine       flags.py      flags that several sub-commands share
+open_chat.py  open the chat              completion.py scripts for shells
 
 A module's docstring is its help text, and `add_flags` and `run` import nothing heavy by
 themselves: `--help` answers without torch.

@@ -31,6 +31,8 @@ from medusa_chat.machine.devices import (
     total_memory,
     usable_cores,
 )
+from medusa_chat.settings_file import read_settings, settings_file
+from medusa_chat.terminal.chat.archive import Archive, archive_file
 from medusa_chat.terminal.output import print_json
 from medusa_chat.text import reason_of, size_text
 from medusa_chat.version import __version__
@@ -99,6 +101,7 @@ def examine() -> list[Finding]:
         "4 bit": check_4bit,
         "hub": check_hub,
         "models": check_models,
+        "settings": check_settings,
         "default": check_defaults,
     }
     return [finding for topic, check in checks.items() for finding in run_check(topic, check)]
@@ -289,6 +292,17 @@ def check_models() -> Iterator[Finding]:
     for spec in known_models().values():
         if spec.mirror:
             yield Finding("models", spec.name, source_of(spec))
+
+
+def check_settings() -> Iterator[Finding]:
+    """Report the settings file and the kept conversations."""
+    path = settings_file()
+    stored = read_settings(path)
+    text = f"{len(stored)} in {path}" if path.is_file() else f"none: there is no {path}"
+    yield Finding("settings", "file", text)
+    archive = archive_file()
+    count = len(Archive(archive).summaries()) if archive.is_file() else 0
+    yield Finding("settings", "kept chats", f"{count} in {archive}")
 
 
 def check_defaults() -> Iterator[Finding]:

@@ -261,6 +261,13 @@ class Engine:
         self.runner.cache.rewind(0)
         self.text.clear()
 
+    def close(self) -> None:
+        """Free the model's memory. The engine cannot be used any more."""
+        if self._reply is not None:
+            self._reply.close()
+        self._reply = self._last = None
+        del self.backbone, self.runner, self.trees
+
     def candidates(self) -> Candidates | None:
         """Return the tree of the last tree step, with its tokens as text."""
         if self._last is None:
