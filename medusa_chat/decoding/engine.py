@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
 from medusa_chat.decoding.reply import Reply, eos_ids, generation_settings
 from medusa_chat.decoding.runner import Launched, Runner
-from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.control import TreeControl
 from medusa_chat.decoding.trees.policy import VANILLA, Choice
 from medusa_chat.events import Candidates, Step, Token
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.report import StepReport
+    from medusa_chat.decoding.trees.accuracy import Accuracy
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
 
@@ -43,6 +43,7 @@ class Engine:
         trees: chooses what each step verifies.
         text: the ids whose keys and values the cache holds.
         context: tokens that prompt and reply may hold together.
+        notices: messages for the user, a line each; drained by the reader.
         prefilled: prompt tokens that the last reply had to prefill.
         prefill_seconds: time that this took.
         defaults: settings of Sampling that the model's generation config names.
@@ -94,15 +95,10 @@ class Engine:
         self._reply: Generator[Step] | None = None
         self._last: StepReport | None = None  # of a tree step
         self.defaults, complaints = defaults_of(generation_settings(backbone.model))
-        capacity = self.context + MAX_NODES
-        self.runner = Runner(backbone, heads, capacity, accuracy or PUBLISHED, options.eager)
-        self.runner.notices += complaints
+        self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy, options.eager)
+        self.notices = self.runner.notices
+        self.notices += complaints
         self.trees = TreeControl(self.runner, name, accuracy, options, costs, self.notices)
-
-    @property
-    def notices(self) -> list[str]:
-        """Messages for the user, a line each; drained by the reader."""
-        return self.runner.notices
 
     def _context(self, wanted: int | None) -> int:
         most = self.backbone.context

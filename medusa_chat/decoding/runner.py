@@ -67,7 +67,7 @@ class Runner:
         backbone: Backbone,
         heads: Heads | None,
         capacity: int,
-        accuracy: Accuracy = PUBLISHED,
+        accuracy: Accuracy | None = None,
         eager: bool | None = None,
     ) -> None:
         """Start with an empty text.
@@ -76,12 +76,12 @@ class Runner:
             backbone: the model that decides.
             heads: the Medusa heads, or None.
             capacity: positions of the cache.
-            accuracy: of the heads.
+            accuracy: of the heads; None for that of published ones.
             eager: run steps operation by operation; None does so only where it must.
         """
         self.backbone = backbone
         self.heads = heads
-        self.accuracy = accuracy
+        self.accuracy = accuracy or PUBLISHED
         self.state = State(backbone, heads, capacity)
         self.cache = self.state.cache
         self.eager = EagerStep(self.state)
@@ -91,7 +91,7 @@ class Runner:
 
     def trust(self, accuracy: Accuracy) -> None:
         """Replace the figures for how likely the heads' guesses are right."""
-        self.accuracy = accuracy
+        self.accuracy = accuracy or PUBLISHED
         self._drafts.clear()
 
     @torch.inference_mode()
