@@ -74,11 +74,10 @@ def load_pretrained(
         check_generation_config(folder)
         check_weight_files(spec.backbone, folder, quantized=own is not None)
         settings = attention_settings(config)
-        if own is None:
-            settings |= _quantization_settings(quant, device, dtype)
+        settings |= {} if own else _quantization_settings(quant, device, dtype)
         quantized = own is not None or as_quant(quant) != "none"
         moved = not quantized and device.type != "cpu"
-        loaded = load_weights(
+        model, report = load_weights(
             folder,
             # What goes to a GPU changes its format there: the host holds no copy of it.
             dtype="auto" if moved else dtype or "auto",
@@ -87,7 +86,6 @@ def load_pretrained(
             device_map={"": device} if quantized else None,  # quantized where it will be used
             **settings,
         )
-    model, report = loaded
     if quantized:
         prepare_4bit(model, device, model.dtype)
     elif moved:
