@@ -48,6 +48,7 @@ REQUIRED = (
     "transformers",
     "accelerate",
     "bitsandbytes",
+    "gguf",
     "huggingface-hub",
     "safetensors",
     "tokenizers",
