@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from medusa_chat.events import Step
 
-TOPICS = ["versions", "devices", "native step", "4 bit", "hub", "models", "default"]
+TOPICS = ["versions", "devices", "native step", "4 bit", "hub", "models", "settings", "default"]
 
 
 @pytest.fixture(scope="module")

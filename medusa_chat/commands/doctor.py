@@ -47,6 +47,7 @@ REQUIRED = (
     "transformers",
     "accelerate",
     "bitsandbytes",
+    "gguf",
     "huggingface-hub",
     "safetensors",
     "tokenizers",
