@@ -15,6 +15,7 @@ import pytest
 from medusa_chat.config import UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
+from medusa_chat.terminal.chat.start import Start
 from tests.helpers.fake_engine import REPLY, script
 from tests.helpers.pseudo_terminal import (
     ALT_V,
@@ -573,12 +574,7 @@ def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Termina
 def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
-        chat(
-            lambda _: pytest.fail("loaded"),
-            model="m",
-            given={},
-            history=tmp_path / "h",
-        )
+        chat(lambda _: pytest.fail("loaded"), Start("m", tmp_path / "h"))
 
 
 def test_the_package_imports_no_torch() -> None:
