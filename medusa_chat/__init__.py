@@ -1,6 +1,6 @@
 """Chat with a local model that decodes several tokens per step, and shows how.
 
-cli.py, commands/    the command line                 config.py, sampling.py  settings, UserError
+cli.py, commands/    the command line                 config.py, sampling.py, settings*.py
 decoding/            the engine                       events.py, stats.py     steps and figures
 model/, native/      backbone, heads, cache, kernels  prompts.py              files of prompts
 hub/                 downloads, the list of models    shapes.py               sizes of known models

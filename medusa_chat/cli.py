@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from medusa_chat.commands import COMMANDS
+from medusa_chat.commands.completion import Completion
 from medusa_chat.config import UserError, out_of_memory
 from medusa_chat.machine.openmp import let_threads_sleep
 from medusa_chat.terminal.output import open_streams, warn
@@ -19,6 +20,7 @@ from medusa_chat.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+OWN_FLAGS = ("-h", "--help", "--version", "--completion")  # before a sub-command
 NEEDS_LESS = "a smaller model, --quant nf4, --quant-heads nf4 or a shorter --max-context needs less"
 
 
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
     let_threads_sleep()
     try:
-        if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        if not words or words[0] not in (*COMMANDS, *OWN_FLAGS):
             _check_command(words)
             words.insert(0, "chat")
         options = _parsed(words)
@@ -68,10 +70,24 @@ def make_parser() -> argparse.ArgumentParser:
         description="Chat with a local model that decodes several tokens per step.",
     )
     parser.add_argument("--version", action="version", version=f"medusa-chat {__version__}")
+    parser.add_argument(
+        "--completion",
+        action=Completion,
+        parser=_whole_parser,
+        metavar="bash|zsh|fish",
+        help="print a script that lets this shell complete commands and flags",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         text = (command.__doc__ or "").splitlines()[0].removesuffix(".")
         command.add_flags(commands.add_parser(name, help=text, description=text))
+    return parser
+
+
+def _whole_parser() -> argparse.ArgumentParser:
+    """Make the parser with the flags of `chat` also before a sub-command, where they may stand."""
+    parser = make_parser()
+    COMMANDS["chat"].add_flags(parser)
     return parser
 
 

@@ -22,6 +22,9 @@ from medusa_chat.settings import UserError as UserError  # likewise
 
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
 QuantChoice = Literal["auto", Quant]
+View = Literal["heads", "markdown", "both"]  # coloured by head, rendered Markdown, or both
+VIEWS: tuple[View, ...] = ("heads", "markdown", "both")
+Editing = Literal["emacs", "vi"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Layouts of heads' files: the official ones by version, the others by the program that reads them.
 LAYOUTS = ("v0.1", "v2", "v1.0", "tgi", "vllm", "tensorrt-llm", "modelopt")
@@ -41,6 +44,14 @@ def out_of_memory(error: BaseException) -> bool:
     """Recognize the ways in which Python and torch, on a GPU or a CPU, run out of memory."""
     signs = ("out of memory", "not enough memory", "n't allocate memory", "cannot allocate memory")
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+class MemoryShortageError(UserError):
+    """A load that needs more memory than is free: so many bytes are missing."""
+
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class Message(TypedDict):
@@ -80,6 +91,11 @@ class ModelSpec:
     lm_heads: Literal["own", "shared"] = "own"
     licence: str = "unknown"
     description: str = ""
+
+    @property
+    def tried(self) -> bool:
+        """False for heads that others published and nobody has run with medusa-chat."""
+        return not self.description.startswith("not tried")
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,24 @@ class LoadOptions:
         require(enough, f"the context must be at least 1 token, not {self.context}")
         some = self.threads is None or 1 <= self.threads <= MAX_THREADS
         require(some, f"threads must be 1 to {MAX_THREADS}, not {self.threads}")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of the chat itself. Each field is also a flag and a key of the settings file."""
+
+    system: str | None = setting(None, "system prompt")
+    transcript: Path | None = setting(None, "keep the conversation in this file, and continue it")
+    private: bool = setting(False, "keep neither the conversation nor your messages")
+    marks: bool = setting(False, "mark the heads' tokens without colour too")
+    view: View = setting("both", "colour replies by head, render their Markdown, or both")
+    plain: bool = setting(
+        False, "redraw nothing: for screen readers and simple terminals (TERM=dumb has it on)"
+    )
+    editing: Editing = setting("emacs", "keys of the prompt")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True)

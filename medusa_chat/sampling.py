@@ -27,6 +27,7 @@ MAX_SEED = 2**32 - 1
 COLD = 1e-5  # a temperature below this counts as 0: logits divided by it could overflow
 CONFIG = "the model's generation_config.json"
 OF_DRAWS = ("temperature", "top_p", "top_k", "min_p")  # settings that greedy mode does not use
+CHAT_DEFAULTS: dict[str, Any] = {"loop_guard": "on"}  # where they are not those of Sampling
 CHAT_ONLY = ("overflow", "loop_guard")  # settings that only the chat reads
 OF_MODELS = (*OF_DRAWS, "repetition_penalty")  # settings that a model's generation config may have
 

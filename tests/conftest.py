@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-chat-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ["XDG_DATA_HOME"] = os.environ["XDG_CACHE_HOME"]  # kept conversations
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # ignores the models.yaml of the user
 # A shell starts a job with `&` so that it ignores Ctrl-C, and its children would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -56,9 +56,9 @@ def row(table: str, label: str) -> list[str]:
 
 def test_help_shows_every_command_its_usage_and_the_legend(chat: Chat) -> None:
     shown = run(chat, "/help")
-    groups = [shown.index(f"{name}\n") for name in ("Talk", "Look", "Decode")]
+    groups = [shown.index(f"{name}\n") for name in ("Talk", "Keep", "Look", "Decode")]
     assert groups == sorted(groups)
-    assert shown.count("for example: /") == 3
+    assert shown.count("for example: /") == 4
     assert "Also /clear, /new." in shown
     for entry in REGISTRY.values():
         assert entry.help
@@ -444,7 +444,7 @@ def completions(line: str, session: Session | None) -> list[str]:
 def test_completion(chat: Chat, tmp_path: Path) -> None:
     session = chat.session
     assert completions("/", session) == [f"/{name}" for name in REGISTRY]
-    assert sorted(completions("/s", None)) == ["/save", "/set", "/stats", "/system"]
+    assert sorted(completions("/s", None)) == ["/save", "/set", "/settings", "/stats", "/system"]
     assert completions("/view m", None) == ["/view markdown"]
     assert completions("/mode e", None) == ["/mode exact"]
     assert completions("/set mode v", session) == ["/set mode vanilla"]

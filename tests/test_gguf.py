@@ -113,7 +113,7 @@ def test_special_tokens_end_replies_and_the_text_is_the_originals(tmp_path: Path
     expected = model.generate(
         torch.tensor([engine.encode(HI)]), max_new_tokens=12, do_sample=False, eos_token_id=END
     )
-    found = reply(engine, HI, mode="vanilla", max_new_tokens=12)
+    found = reply(engine, HI, mode="greedy", max_new_tokens=12)
     assert found == expected[0, len(engine.encode(HI)) :].tolist()
 
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "shapes": set[str](),
     "locks": {"config"},
     "events": {"config", "text"},
+    "settings_file": BASE,
     "stats": BASE,
     "records": BASE,
     "prompts": BASE | {"records"},
@@ -36,13 +37,14 @@ ALLOWED = {
     "training": ENGINE | {"locks"},
     "bench": ENGINE,
     "export": ENGINE,
-    "terminal": BASE | {"stats", "prompts", "records", "locks"},
+    "terminal": BASE | {"settings_file", "stats", "prompts", "records", "locks"},
 }
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
     "config",
     "sampling",
     "settings",
+    "settings_file",
     "version",
     "text",
     "files",

@@ -15,6 +15,7 @@ import pytest
 from medusa_chat.config import UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.repl import chat
+from medusa_chat.terminal.chat.start import Start
 from tests.helpers.fake_engine import REPLY, script
 from tests.helpers.pseudo_terminal import (
     ALT_V,
@@ -384,7 +385,8 @@ def test_thoughts_are_folded_and_ctrl_t_shows_them(
     assert "thought for 7 tokens · Ctrl+T shows\n\nThe fox was red.\n" in text
     assert "about a fox" not in text
     terminal.send("half\x14")
-    text = terminal.see("They want a story about a fox.")
+    terminal.see("They want a story about a fox.")
+    text = terminal.see("› half")
     assert text.index("They want") < text.index("› half")
     terminal.send(" a message" + ENTER)
     text = terminal.replies(2)
@@ -572,12 +574,7 @@ def test_history_that_cannot_be_written_is_a_notice(start: Callable[..., Termina
 def test_without_a_terminal_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UserError, match="needs a terminal; use --prompt TEXT or pipe text to it"):
-        chat(
-            lambda _: pytest.fail("loaded"),
-            model="m",
-            given={},
-            history=tmp_path / "h",
-        )
+        chat(lambda _: pytest.fail("loaded"), Start("m", tmp_path / "h"))
 
 
 def test_the_package_imports_no_torch() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import (
@@ -15,9 +13,10 @@ from medusa_chat.commands.flags import (
     read_fields,
 )
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
-from medusa_chat.config import LoadOptions, Sampling, UserError
-from medusa_chat.sampling import describe_defaults
+from medusa_chat.config import ChatOptions, LoadOptions, Sampling, UserError
+from medusa_chat.sampling import CHAT_DEFAULTS, describe_defaults
 from medusa_chat.settings import make
+from medusa_chat.settings_file import read_settings, settings_file
 from medusa_chat.terminal.output import print_json, say, warn
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fields(parser, LoadOptions)
-    add_fields(parser, Sampling, loop_guard="on")
+    add_fields(parser, Sampling, **CHAT_DEFAULTS)
+    parser.set_defaults(**dict.fromkeys(CHAT_DEFAULTS))  # the settings file comes first
     parser.add_argument(
         "--prompt",
         help="answer this once and exit; text piped to standard input does the same,"
@@ -44,62 +44,44 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="with --prompt: print one JSON object per step"
     )
-    parser.add_argument("--system", help="system prompt")
     parser.add_argument(
-        "--transcript", type=Path, help="keep the conversation in this file, and continue it"
-    )
-    parser.add_argument(
-        "--marks", action="store_true", help="mark the heads' tokens without colour too"
-    )
-    parser.add_argument(
-        "--view",
-        choices=("heads", "markdown", "both"),
-        default="both",
-        help="colour replies by head, render their Markdown, or both",
-    )
-    parser.add_argument(
-        "--plain",
+        "--continue",
+        dest="latest",
         action="store_true",
-        help="redraw nothing: for screen readers and simple terminals (TERM=dumb has it on)",
+        help="go on with the conversation of last time",
     )
+    parser.add_argument(
+        "--resume", metavar="NAME", help="go on with a kept conversation, by name or number"
+    )
+    add_fields(parser, ChatOptions)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
-    given = given_fields(options, Sampling)
+    flags = given_fields(options, Sampling) | _given_system(options)
+    _fill(options)
+    given = CHAT_DEFAULTS | given_fields(options, Sampling)
     sampling = make(Sampling, given)
-    load = partial(load_engine, options.model, options.heads, read_fields(options, LoadOptions))
+    load_options = read_fields(options, LoadOptions)
+    chosen = read_fields(options, ChatOptions)
     prompt = read_prompt(options.message, options.prompt)
-    check_text("--system", options.system or "")
+    check_text("--system", chosen.system or "")
     for stop in sampling.stop:
         check_text("--stop", stop)
     if prompt is None and options.json:
         raise UserError("--json needs --prompt TEXT, or text piped to standard input")
     if prompt is None:
-        from platformdirs import user_state_path
+        from medusa_chat.commands.open_chat import open_chat
 
-        from medusa_chat.hub.model_list import resolve_model
-        from medusa_chat.terminal.chat.repl import chat
-
-        spec = resolve_model(options.model, options.heads, models=options.models)
-        return chat(
-            load,
-            model=spec.name,
-            description=spec.description,
-            given=given,
-            system=options.system,
-            marks=options.marks,
-            history=user_state_path("medusa-chat") / "history",
-            transcript=options.transcript,
-            view=options.view,
-            plain=options.plain,
-        )
-    engine = load()
+        return open_chat(options, chosen, load_options, given, flags)
+    if options.latest or options.resume:
+        raise UserError("--continue and --resume open the chat: leave --prompt and pipes out")
+    engine = load_engine(options.model, options.heads, load_options)
     sampling = make(Sampling, {**engine.defaults, **given})
     for line in (describe_defaults(engine.defaults, given), sampling.unused(given)):
         if line:
             warn(line)
-    messages = messages_of(prompt, options.system, engine.system)
+    messages = messages_of(prompt, chosen.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:
             _print_json(steps, sampling.mode)
@@ -108,6 +90,21 @@ def run(options: argparse.Namespace) -> int:
     for notice in engine.notices:
         warn(notice)
     return 0
+
+
+def _fill(options: argparse.Namespace) -> None:
+    """Take from the settings file what the command line does not give."""
+    # The heads of one model do not fit another one, and a kept chat names its own model.
+    named = options.model or options.heads or options.latest or options.resume
+    for name, value in read_settings(settings_file()).items():
+        if name in ("model", "heads") and named:
+            continue
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def _given_system(options: argparse.Namespace) -> dict[str, str]:
+    return {} if options.system is None else {"system": options.system}
 
 
 def _print_text(steps: Iterable[Step]) -> None:

@@ -55,10 +55,8 @@ def _add_field(
         "metavar": _metavar(kind),
         "type": partial(parse_value, field.metadata["flag"] or field.name, kind),
     }
-    if kind is bool and (field.default or settings is Recipe):  # a recipe may set it
-        form = {"action": argparse.BooleanOptionalAction}
-    elif kind in (bool, bool | None):
-        form = {"action": "store_const", "const": True}
+    if kind in (bool, bool | None):
+        form = {"action": argparse.BooleanOptionalAction}  # a recipe or a file may set it
     elif field.name == "template":
         form = {"action": _Template, "metavar": "NAME"}
     help_text = field.metadata["help"] + note

@@ -112,6 +112,11 @@ def source_of(spec: ModelSpec) -> str:
     return f"not here yet: {spec.backbone} of the hub, else {mirror.package} of the package index"
 
 
+def is_here(spec: ModelSpec) -> bool:
+    """Tell if the backbone of a spec with a mirror needs no download."""
+    return is_cached(spec.backbone) or parse_source(spec.mirror).place.is_file()
+
+
 def is_cached(source: str) -> bool:
     """Tell if the hub's cache holds all of a backbone."""
     identity, revision = split_revision(source)

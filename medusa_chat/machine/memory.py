@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa_chat.config import MAX_CONTEXT, ModelSpec, UserError
+from medusa_chat.config import MAX_CONTEXT, MemoryShortageError, ModelSpec
 from medusa_chat.hub.model_list import packaged_file, read_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory
@@ -53,7 +53,7 @@ def free_on(device: str) -> dict[str, int]:
 
 def complaint(
     what: str, short: tuple[str, int, int], advice: Sequence[str], counted: str = ""
-) -> UserError:
+) -> MemoryShortageError:
     """Return the error for a load or a training that does not fit.
 
     Args:
@@ -64,10 +64,11 @@ def complaint(
     """
     device, needed, missing = short
     remedy = " or ".join(advice) or "nothing that medusa-chat can change"
-    return UserError(
+    return MemoryShortageError(
         f"{what} needs {gigabytes(needed)}{counted}, {gigabytes(needed - missing)} free on"
         f" {device}, {gigabytes(missing)} short; {remedy} would make it fit;"
-        " --ignore-memory goes on all the same"
+        " --ignore-memory goes on all the same",
+        missing,
     )
 
 
@@ -143,7 +144,7 @@ def _smaller_model(contents: Contents, load: Load, free: Mapping[str, int]) -> s
     found: dict[str, int] = {}
     for name, spec in read_models(packaged_file()).items():
         other = contents_of(spec)
-        if other is None or other.layers >= contents.layers:
+        if other is None or other.layers >= contents.layers or not spec.tried:
             continue
         if _fits(other, load_of(spec, load.device, None, load.width, native=load.native), free):
             found[name] = other.layers

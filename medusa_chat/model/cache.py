@@ -82,6 +82,20 @@ class KVCache(Cache):
         finally:
             self.places = None
 
+    def rows_of(self, layer: int, rows: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return what a forward of n rows needs to write and read a layer by itself.
+
+        Returns:
+            The layer's keys and values, [1, kv_heads, capacity, head_dim] each, the places [n] of
+            the new rows, and the end of the positions that are read.
+        """
+        own = self.layers[layer]
+        assert isinstance(own, _Layer)
+        if self.places is not None:
+            return own.keys, own.values, self.places, self.span
+        stop = self.length + rows
+        return own.keys, own.values, torch.arange(self.length, stop, device=own.keys.device), stop
+
     def move(self, start: Tensor, rows: Tensor) -> None:
         """Move rows [m] of a forward at `start` [] to the positions from `start` on, in this order.
 
@@ -129,6 +143,8 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.capacity
+
+    get_max_cache_shape = get_max_length  # the name up to transformers 5.12
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length + query_length, 0

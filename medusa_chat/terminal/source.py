@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal, get_args
 
 from rich.style import Style
 from rich.text import Text
 
-View = Literal["heads", "markdown", "both"]  # coloured by head, rendered Markdown, or both
-VIEWS: tuple[View, ...] = get_args(View)
+from medusa_chat.config import VIEWS as VIEWS
+from medusa_chat.config import View as View  # noqa: TC001 - other modules import it from here
 
 # Stands before text that goes on in the middle of a paragraph, so that it begins no list.
 GUARD = "\N{WORD JOINER}"

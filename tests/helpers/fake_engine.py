@@ -154,6 +154,7 @@ class FakeEngine:
         self.ids: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.closed = 0
+        self.freed = False
         self.replies = cycle(replies)
         self._delay = delay
         self._prefill = prefill
@@ -206,6 +207,9 @@ class FakeEngine:
     def tokens_in_context(self) -> int:
         return self._tokens
 
+    def close(self) -> None:
+        self.freed = True
+
     def candidates(self) -> Candidates | None:
         if not self.prompts:
             return None
@@ -229,10 +233,18 @@ def main() -> int:
     parser.add_argument("--history", type=Path, default=Path("/tmp/fake-medusa-history"))
     parser.add_argument("--transcript", type=Path)
     parser.add_argument("--reply", action="append")
+    parser.add_argument("--chats", type=Path)
+    parser.add_argument("--resume")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--editing", default="emacs")
     parser.add_argument("--defaults", type=json.loads, default={})
     parser.add_argument("--context", type=int, default=1024)
     arguments = parser.parse_args()
+    from medusa_chat.config import ChatOptions
+    from medusa_chat.terminal.chat.archive import Archive
+    from medusa_chat.terminal.chat.keeping import Keeper
     from medusa_chat.terminal.chat.repl import chat
+    from medusa_chat.terminal.chat.start import Start
 
     def load(_progress: object) -> FakeEngine:
         time.sleep(arguments.load / 2)
@@ -253,15 +265,22 @@ def main() -> int:
         engine.notices += [arguments.notice] if arguments.notice else []
         return engine
 
-    return chat(
-        load,
-        model="fake",
-        given={},
+    archive = Archive(arguments.chats) if arguments.chats else None
+    kept = (
+        archive.read(archive.find(arguments.resume).number)
+        if archive and arguments.resume
+        else None
+    )
+    options = ChatOptions(
         marks=arguments.marks,
-        history=arguments.history,
         transcript=arguments.transcript,
         view=arguments.view,
         plain=arguments.plain,
+        editing=arguments.editing,
+    )
+    keeper = Keeper(archive, private=arguments.private)
+    return chat(
+        load, Start("fake", arguments.history, options=options, keeper=keeper, resumed=kept)
     )
 
 

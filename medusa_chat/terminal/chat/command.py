@@ -11,6 +11,7 @@ from rich.console import RenderableType
 
 from medusa_chat.config import UserError
 from medusa_chat.terminal.chat.errors import UsageError
+from medusa_chat.terminal.chat.keeping import Keeper
 from medusa_chat.terminal.chat.session import Session
 from medusa_chat.terminal.theme import legend
 
@@ -33,6 +34,7 @@ class Chat:
     marks: bool = False
     colour: bool = True
     view: View = "both"
+    keeper: Keeper = field(default_factory=Keeper)
     explained: set[str] = field(default_factory=set)
     open_thoughts: bool = False
 
@@ -57,12 +59,19 @@ class Draft:
 
     Attributes:
         replaces: the message takes the place of the last one.
-        note: a line to print.
+        note: printed above it.
     """
 
     text: str
     replaces: bool = True
-    note: str = ""
+    note: RenderableType = ""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """The result of a command that changes the model."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,13 @@ class Scene:
     show: Callable[..., None]
 
 
-Result = RenderableType | Stream | Draft | Scene | None
+Result = RenderableType | Stream | Draft | Switch | Scene | None
 Handler = Callable[..., Result]
 Values = Callable[[Session | None, list[str]], Iterable[str]]
 
 GROUPS = {  # with examples
     "Talk": "/edit · /regen · /copy code · /file notes.txt · /save talk.json",
+    "Keep": "/chats fox · /resume 3 · /name fox tale · /export tale.html",
     "Look": "/view heads · /marks on · /stats · /race Tell me a fairy tale.",
     "Decode": "/typical · /set temperature 0.3 · /tree chain-4",
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, Sampling, UserError
@@ -15,14 +16,33 @@ if TYPE_CHECKING:
 RETIRED = ("sample",)  # settings of earlier versions, in files that these wrote
 
 
+# Who proposed a text: a head, as in Token.head, and how many characters in a row are its own.
+Runs = tuple[tuple[int, int], ...]
+NEEDED = {"model", "system", "sampling", "messages"}
+
+
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation as `/save` writes it and `/load` reads it."""
+    """A conversation as `/save` writes it and `/load` reads it.
+
+    Attributes:
+        heads: for each message who proposed its text; empty for a user's message, and where it is
+            unknown.
+    """
 
     model: str
     system: str
     sampling: Sampling
     messages: list[Message]
+    heads: tuple[Runs, ...] = ()
+
+
+def split(conversation: Conversation) -> tuple[Conversation, str]:
+    """Split a last message that has no reply from a conversation."""
+    messages = conversation.messages
+    if not messages or messages[-1]["role"] != "user":
+        return conversation, ""
+    return replace(conversation, messages=messages[:-1]), messages[-1]["content"]
 
 
 def write_conversation(path: Path, conversation: Conversation) -> None:
@@ -54,15 +74,50 @@ def read_conversation(path: Path) -> Conversation:
 
 
 def _parse(document: Any) -> Conversation:
-    keys = {field.name for field in fields(Conversation)}
-    if not isinstance(document, dict) or set(document) != keys:
+    if not isinstance(document, dict) or set(document) - {"heads"} != NEEDED:
         raise UserError("it must hold model, system, sampling and messages")
     model, system, messages = (document[key] for key in ("model", "system", "messages"))
     if not isinstance(model, str) or not isinstance(system, str):
         raise UserError("model and system must be text")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise UserError("a message holds a role (user or assistant) and content, both text")
-    return Conversation(model, system, _sampling(document["sampling"]), messages)
+    return Conversation(
+        model, system, _sampling(document["sampling"]), messages, _heads(document, messages)
+    )
+
+
+def _heads(document: dict[str, Any], messages: list[Message]) -> tuple[Runs, ...]:
+    listed = document.get("heads", [])
+    if not isinstance(listed, list):
+        raise UserError("heads must be a list")
+    listed = [*listed, *([()] * len(messages))]
+    pairs = zip(messages, listed, strict=False)
+    return tuple(runs_of(runs, message["content"]) for message, runs in pairs)
+
+
+def runs_of(value: Any, text: str) -> Runs:
+    """Read the runs of a text from JSON; none if they are not those of this text."""
+    if not isinstance(value, list) or not all(map(_is_run, value)):
+        return ()
+    runs = tuple((head, length) for head, length in value)
+    return runs if sum(length for _, length in runs) == len(text) else ()
+
+
+def _is_run(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(number) is int for number in value)
+        and value[1] > 0
+    )
+
+
+def extend(runs: list[tuple[int, int]], head: int, length: int) -> None:
+    """Append more characters of a head."""
+    if runs and runs[-1][0] == head:
+        length += runs.pop()[1]
+    if length:
+        runs.append((head, length))
 
 
 def _is_message(message: Any) -> bool:
@@ -86,6 +141,15 @@ def _sampling(settings: Any) -> Sampling:
             raise UserError(f"setting {name} cannot be {value!r}")
     stop = tuple(settings.get("stop", ()))
     return Sampling(**{**settings, "stop": stop})
+
+
+def readable_sampling(settings: Any) -> Sampling:
+    """Read settings of another version of medusa-chat: take those that this one knows."""
+    sampling = Sampling()
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        with suppress(UserError):
+            sampling = _sampling(asdict(sampling) | {"stop": list(sampling.stop), name: value})
+    return sampling
 
 
 def _same_type(value: Any, default: Any) -> bool:

@@ -86,5 +86,8 @@ class ChatEngine(Protocol):
     def generate(self, prompt: list[int] | list[Message], sampling: Sampling) -> Iterator[Step]:
         """Decode a reply; may be closed early. Raises UserError if the prompt does not fit."""
 
+    def close(self) -> None:
+        """Free the model's memory. The engine cannot be used any more."""
+
     def candidates(self) -> Candidates | None:
         """Return the tree of the last tree step, or None before the first."""

@@ -25,11 +25,15 @@ FRAME_SECONDS = 0.1
 
 
 class Loading:
-    """An engine that is being loaded. Starts at once; `result` raises an error of the loader."""
+    """An engine that is being loaded. Starts at once; `result` raises an error of the loader.
+
+    Attributes:
+        model: its name.
+    """
 
     def __init__(self, load: Callable[[DownloadProgress], ChatEngine], model: str) -> None:
+        self.model = model
         self._load = load
-        self._model = model
         self._download: Download | None = None
         self._engine: ChatEngine | None = None
         self._error: BaseException | None = None
@@ -55,7 +59,7 @@ class Loading:
         frame = FRAMES[int(time.monotonic() / FRAME_SECONDS) % len(FRAMES)]
         if self._download and not self._download.done:
             return f"{frame} downloading {self._download}"
-        return f"{frame} loading {self._model}…"
+        return f"{frame} loading {self.model}…"
 
     @property
     def done(self) -> bool:

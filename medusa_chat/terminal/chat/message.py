@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medusa_chat.terminal.chat.command import LEAVING
 
+PROMPT = "› "
 QUOTES = '"""'
 SHOWN_WHOLE = 12  # lines; of a longer message the first and last ones are echoed
 FIRST_LINES, LAST_LINES = 6, 2

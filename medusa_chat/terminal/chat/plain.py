@@ -24,7 +24,7 @@ class PlainPrompt:
     def read(self, loading: Loading, when_loaded: Callable[[], None], draft: str = "") -> str:
         """Read a message or command, as `Prompt.read` does; `draft` can only be shown."""
         if draft:
-            say(f"your last message, to be replaced:\n{draft}")
+            say(f"your last message, to be typed again or replaced:\n{draft}")
         text = _line(PROMPT)
         while goes_on(text):
             text = text.removesuffix("\\") + "\n" + _line(MORE)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import Application, get_app, run_in_terminal
 from prompt_toolkit.enums import DEFAULT_BUFFER
-from prompt_toolkit.filters import has_focus
+from prompt_toolkit.filters import emacs_mode, has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.patch_stdout import StdoutProxy
@@ -18,7 +18,7 @@ from prompt_toolkit.styles import Style
 
 from medusa_chat.terminal.chat.completion import CommandCompleter
 from medusa_chat.terminal.chat.loading import FRAME_SECONDS, Loading
-from medusa_chat.terminal.chat.message import goes_on
+from medusa_chat.terminal.chat.message import PROMPT, goes_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
+    from medusa_chat.config import Editing
     from medusa_chat.terminal.chat.session import Session
 
-PROMPT = "› "
-KEYS = "Alt+Enter new line · /help"
+KEYS = {"emacs": "Alt+Enter new line · /help", "vi": "vi keys · Ctrl+J new line · /help"}
 LEAVE_HINT = "Ctrl+D or /exit leaves"
 STYLE = Style.from_dict(
     {"prompt": "bold", "bottom-toolbar": "noreverse dim", "bottom-toolbar.hint": "nodim bold"}
@@ -50,12 +50,14 @@ class Prompt:
         status: Callable[[], str],
         switch_view: Callable[[], str],
         run: Callable[[str], None],
+        editing: Editing = "emacs",
     ) -> None:
         self.cleared = False  # by Ctrl-C, since `read` was called
         self._status = status
         self._switch_view = switch_view
         self._run = run
         self._hint = ""
+        self._help = KEYS[editing]
         self._prompt: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
             multiline=True,
@@ -63,6 +65,7 @@ class Prompt:
             history=history,
             completer=CommandCompleter(session),
             complete_while_typing=True,
+            vi_mode=editing == "vi",
             key_bindings=self._keys(),
             bottom_toolbar=self._toolbar,
             enable_open_in_editor=True,
@@ -115,7 +118,7 @@ class Prompt:
             buffer.delete_before_cursor(int(buffer.text.endswith("\\")))
             buffer.insert_text("\n")
 
-        @keys.add("escape", "enter", filter=typing)
+        @keys.add("escape", "enter", filter=typing & emacs_mode)
         @keys.add("c-j", filter=typing)
         def new_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
@@ -128,7 +131,7 @@ class Prompt:
             else:
                 self._set_hint(LEAVE_HINT)
 
-        @keys.add("escape", "v", filter=typing)
+        @keys.add("escape", "v", filter=typing & emacs_mode)
         def switch_view(_event: KeyPressEvent) -> None:
             self._set_hint(self._switch_view())
 
@@ -142,8 +145,8 @@ class Prompt:
         left = self._status()
         if self._hint:
             return [("", f"{left}  "), ("class:bottom-toolbar.hint", self._hint)]
-        space = get_app().output.get_size().columns - len(left) - len(KEYS)
-        return [("", left + " " * space + KEYS if space > 1 else left)]
+        space = get_app().output.get_size().columns - len(left) - len(self._help)
+        return [("", left + " " * space + self._help if space > 1 else left)]
 
 
 async def _watch(app: Application[str], loading: Loading, when_loaded: Callable[[], None]) -> None:
@@ -158,10 +161,19 @@ async def _watch(app: Application[str], loading: Loading, when_loaded: Callable[
 
 
 class KeptHistory(FileHistory):
-    """A history in a file. Once that cannot be written, messages stay in memory without a word."""
+    """A history in a file. Once that cannot be written, messages stay in memory without a word.
+
+    While `private` is true none is written.
+    """
+
+    def __init__(self, path: Path, private: Callable[[], bool]) -> None:
+        super().__init__(str(path))
+        self._private = private
 
     def store_string(self, string: str) -> None:
         """Append a message to the file, in a folder that may have been removed."""
+        if self._private():
+            return
         with suppress(OSError):
             os.makedirs(os.path.dirname(self.filename), exist_ok=True)
             super().store_string(string)
@@ -172,13 +184,13 @@ class KeptHistory(FileHistory):
             yield from super().load_history_strings()
 
 
-def open_history(path: Path) -> tuple[History, str]:
+def open_history(path: Path, private: Callable[[], bool]) -> tuple[History, str]:
     """Open the history in a file; if that cannot be written, one in memory, with a notice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         with path.open("ab"):
-            return KeptHistory(str(path)), ""
+            return KeptHistory(path, private), ""
     except OSError as error:
         notice = f"the prompt history is not saved: {path}: {error.strerror or error}"
         return InMemoryHistory(), notice

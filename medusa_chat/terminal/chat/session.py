@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from medusa_chat.config import Message, Sampling, UserError
 from medusa_chat.stats import Stats
-from medusa_chat.terminal.chat.conversation import Conversation, write_conversation
+from medusa_chat.terminal.chat.conversation import Conversation, Runs, write_conversation
+from medusa_chat.terminal.chat.growing import Answer, Growing
 from medusa_chat.terminal.chat.overflow import Window
-from medusa_chat.terminal.thoughts import OPEN, Thoughts, answer_of, without_thoughts
+from medusa_chat.terminal.thoughts import Thoughts, answer_of, without_thoughts
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
     from pathlib import Path
 
     from medusa_chat.events import Step
     from medusa_chat.terminal.chat.engine import ChatEngine
 
 SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One reply to the last message.
-
-    Attributes:
-        ids: its tokens, all that the engine decoded.
-        cut: it can go on: it ended by a limit, the context, the loop guard, or an interrupt.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    cut: bool
 
 
 class Session:
@@ -44,7 +31,10 @@ class Session:
         conversation: measurements of all replies.
         answers: the replies to the last message, in the order in which they came.
         answer: the one of them that the conversation goes on with.
+        growing: the reply that streams now, or streamed last.
+        heads: who proposed the text of each reply.
         number: counts the conversations that were begun or loaded.
+        names: completions that only the program knows, by the command that takes them.
         thoughts: of the last reply, which the view feeds.
     """
 
@@ -53,6 +43,9 @@ class Session:
         self.sampling = sampling
         self.system = engine.system if system is None else system
         self.messages: list[Message] = []
+        self.growing = Growing([])
+        self.heads: dict[str, Runs] = {}
+        self.names: dict[str, Callable[[], Iterable[str]]] = {}
         self.number = 0
         self.last = Stats()
         self.conversation = Stats()
@@ -141,30 +134,33 @@ class Session:
         self, turns: list[Message], *, earlier: Iterable[Answer] = (), begun: Answer | None = None
     ) -> Generator[Step, None, None]:
         self.last = Stats()  # now: the panel is drawn before the first step
-        return self._steps(turns, list(earlier), begun or Answer("", (), cut=True))
+        begun = begun or Answer("", (), cut=True)
+        self.growing = Growing(turns, begun.text, [*self.heads.get(begun.text, ())])
+        return self._steps(self.growing, list(earlier), begun)
 
     def _steps(
-        self, turns: list[Message], earlier: list[Answer], begun: Answer
+        self, growing: Growing, earlier: list[Answer], begun: Answer
     ) -> Generator[Step, None, None]:
         before = self.messages
-        self.messages = turns
+        turns = self.messages = growing.turns
         ids = [*begun.ids]
-        text = begun.text
         try:
-            text = text or self.engine.template.opening(self._prompt(turns))
-            self.thoughts = Thoughts(text)
+            if not growing.text:
+                growing.append(self.engine.template.opening(self._prompt(turns)))
+            self.thoughts = Thoughts(growing.text)
             with closing(self._decoded(turns, ids)) as steps:
                 for step in steps:
-                    text += step.text
+                    growing.add(step)
                     ids += [token.id for token in step.tokens]
                     self.last.add(step)
                     self.conversation.add(step)
                     yield step
         finally:
-            if text.removeprefix(OPEN).strip():
-                self.messages = [*turns, {"role": "assistant", "content": text}]
+            if growing.said:
+                self.messages = growing.messages
+                self.heads[growing.text] = tuple(growing.runs)
                 cut = self.last.finish in (None, "length", "context", "loop")
-                self.answer = Answer(text, tuple(ids), cut)
+                self.answer = Answer(growing.text, tuple(ids), cut)
                 self.answers = [*earlier, self.answer]
             else:
                 self.messages = before
@@ -223,14 +219,36 @@ class Session:
         self._typed = {}
         self._window.forget()
         self.messages = []
+        self.growing = Growing([])
+        self.heads = {}
         self.number += 1
         self.last = Stats()
         self.conversation = Stats()
 
+    def record(self, growing: Growing | None = None) -> Conversation:
+        """Return the conversation to be kept; with `growing` up to the reply that streams."""
+        messages = growing.messages if growing else self.messages
+        known = self.heads | ({growing.text: tuple(growing.runs)} if growing else {})
+        replies = (each["content"] if each["role"] == "assistant" else "" for each in messages)
+        heads = tuple(known.get(reply, ()) for reply in replies)
+        return Conversation(self.engine.name, self.system, self.sampling, [*messages], heads)
+
+    def use(self, engine: ChatEngine) -> None:
+        """Go on with another model, which reads the conversation anew; figures begin anew too."""
+        if self.system == self.engine.system:
+            self.system = engine.system
+        self.engine = engine
+        self._window.forget()
+        self.last = Stats()
+        self.conversation = Stats()
+        # Their ids are those of the other model's tokenizer.
+        kept = {id(each): replace(each, ids=(), cut=False) for each in self.answers}
+        self.answer = kept.get(id(self.answer))
+        self.answers = [*kept.values()]
+
     def save(self, path: Path) -> None:
         """Write the conversation to a file; overwrite only a saved conversation."""
-        name = self.engine.name
-        write_conversation(path, Conversation(name, self.system, self.sampling, self.messages))
+        write_conversation(path, self.record())
 
     def load(self, conversation: Conversation) -> None:
         """Replace this conversation with a saved one."""
@@ -238,3 +256,5 @@ class Session:
         self.system = conversation.system
         self.sampling = conversation.sampling
         self.messages = list(conversation.messages)
+        pairs = zip(conversation.messages, conversation.heads, strict=False)
+        self.heads = {message["content"]: runs for message, runs in pairs if runs}

@@ -1,6 +1,8 @@
 """The slash-commands. Each handler returns what to print; its docstring is the help.
 
-talk.py      the conversation: take back, renew, go on, copy, keep
+talk.py      the conversation: take back, renew, go on, copy, save
+keep.py      kept conversations: list, name, resume, forget, export
+program.py   the settings file
 looks.py     figures, and how replies look
 decoding.py  how replies are decoded
 race.py      with heads against without
@@ -11,7 +13,14 @@ from __future__ import annotations
 from medusa_chat.terminal.chat.command import Chat, Result, find
 
 # Importing them fills the registry.
-from medusa_chat.terminal.chat.commands import decoding, looks, race, talk  # noqa: F401
+from medusa_chat.terminal.chat.commands import (  # noqa: F401
+    decoding,
+    keep,
+    looks,
+    program,
+    race,
+    talk,
+)
 
 
 def dispatch(chat: Chat, line: str) -> Result:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.terminal import tree_view
-from medusa_chat.terminal.chat.command import Chat, Result, in_group, one_of, switch
+from medusa_chat.terminal.chat.command import Chat, Result, Switch, in_group, one_of, switch
 from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.reports import tables
 from medusa_chat.terminal.theme import LABEL
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from medusa_chat.terminal.chat.session import Session
 
 command = in_group("Decode")
+
+
+def _model_names(session: Session | None, words: list[str]) -> Iterable[str]:
+    names = session.names.get("model") if session and not words else None
+    return names() if names else ()
 
 
 def _setting_values(_session: Session | None, words: list[str]) -> Iterable[str]:
@@ -155,6 +160,16 @@ def _tree(chat: Chat, argument: str) -> Result:
     if candidates is None:
         return Text(f"{engine.trees.describe()}; no step has used it yet", LABEL)
     return Group(Text(engine.trees.describe(), LABEL), tree_view.draw(candidates))
+
+
+@command("model", "[NAME]", values=_model_names, takes_path=True)
+def _model(chat: Chat, argument: str) -> Result:
+    """Show the model, or change it: a name, a folder or a hub id. The conversation goes along."""
+    if argument:
+        return Switch(argument)
+    names = ", ".join(_model_names(chat.session, []))
+    known = f"; /model NAME changes it: {names}" if names else ""
+    return Text(f"model: {chat.session.engine.name}{known}", LABEL)
 
 
 @command("copies", "[on|off]", values=one_of("on", "off"))
