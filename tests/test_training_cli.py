@@ -129,6 +129,8 @@ def test_each_command_writes_what_the_next_one_needs(
             "--json",
             "--mode",
             mode,
+            "--temperature",
+            "0",  # where vanilla does not sample
             "--max-new-tokens",
             "12",
         ]
