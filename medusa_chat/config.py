@@ -92,6 +92,11 @@ class ModelSpec:
     licence: str = "unknown"
     description: str = ""
 
+    @property
+    def tried(self) -> bool:
+        """False for heads that others published and nobody has run with medusa-chat."""
+        return not self.description.startswith("not tried")
+
 
 @dataclass(frozen=True)
 class LoadOptions:

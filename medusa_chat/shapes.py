@@ -80,9 +80,6 @@ class Shape:
 
 
 SHAPES = {
-    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
-    "smollm2-360m": Shape(32, 960, 2560, 15, 5, 49152, 8192, tied=True),
-    "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 151936, 40960, head_dim=128, tied=True),
     "llama-1b": Shape(16, 2048, 8192, 32, 8, 128256, 131072, tied=True),
     "llama-8b": Shape(32, 4096, 14336, 32, 8, 128256, 8192),
     "vicuna-7b": Shape(32, 4096, 11008, 32, 32, 32000, 2048),
@@ -93,4 +90,8 @@ SHAPES = {
     "mistral-7b": Shape(32, 4096, 14336, 32, 8, 32000, 32768),
     "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 151936, 32768, tied=True),
     "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 151936, 32768, tied=True),
+    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152, 8192, tied=True),
+    "smollm2-360m": Shape(32, 960, 2560, 15, 5, 49152, 8192, tied=True),
+    "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 151936, 40960, head_dim=128, tied=True),
+    "gemma-7b": Shape(28, 3072, 24576, 16, 16, 256000, 8192, head_dim=256, tied=True),
 }

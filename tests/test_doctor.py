@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from medusa_chat.events import Step
 
-TOPICS = ["versions", "devices", "native step", "4 bit", "hub", "models", "default"]
+TOPICS = ["versions", "devices", "native step", "4 bit", "hub", "models", "settings", "default"]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_models_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     own = tmp_path / "own.yaml"
     own.write_text("models: {mine: {backbone: nobody/nothing, licence: MIT}}")
     by_name = {model["name"]: model for model in listed(capsys, "--models", str(own))}
-    assert len(by_name) == 10
+    assert len(by_name) == 14
     assert (
         by_name["bundled"]["download"],
         by_name["bundled"]["short"],
@@ -181,6 +181,7 @@ class FailingEngine:
 
     system = ""
     notices = ()
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

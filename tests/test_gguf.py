@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import medusa_chat
-from medusa_chat.config import LoadOptions, ModelSpec, UserError
+from medusa_chat.config import LoadOptions, Message, ModelSpec, UserError
 from medusa_chat.hub.gguf.choice import chosen_files
 from medusa_chat.hub.gguf.config import config_of
 from medusa_chat.hub.gguf.folder import folder_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TEXT = torch.tensor([prompt_ids(20, 260)])
 FLOAT32 = LoadOptions(device="cpu", dtype="float32", engine="torch")
-HI = [{"role": "user", "content": "hi"}]
+HI: list[Message] = [{"role": "user", "content": "hi"}]
 # As the files say less than a config: layers of Gemma 3 follow its usual pattern.
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -113,7 +113,7 @@ def test_special_tokens_end_replies_and_the_text_is_the_originals(tmp_path: Path
     expected = model.generate(
         torch.tensor([engine.encode(HI)]), max_new_tokens=12, do_sample=False, eos_token_id=END
     )
-    found = reply(engine, HI, mode="vanilla", max_new_tokens=12)
+    found = reply(engine, HI, mode="greedy", max_new_tokens=12)
     assert found == expected[0, len(engine.encode(HI)) :].tolist()
 
 
@@ -238,7 +238,7 @@ def test_positions_are_stretched_as_the_file_says(tmp_path: Path) -> None:
     read.tensors["rope_freqs.weight"] = table
     scaling = config_of(read)["rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("llama3", 8.0)
-    read.metadata |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    read.metadata.update({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0})
     read.metadata["llama.rope.scaling.original_context_length"] = 128
     assert config_of(read)["rope_scaling"] == {
         "rope_type": "yarn",
@@ -283,7 +283,8 @@ def test_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
 
 def test_byte_level_vocabularies_split_as_their_name_says(tmp_path: Path) -> None:
     def pieces(pre: str) -> list[str]:
-        tokens = [*sorted(tiny_tokenizer().get_vocab(), key=tiny_tokenizer().get_vocab().get)]
+        ids: dict[str, int] = tiny_tokenizer().get_vocab()
+        tokens = sorted(ids, key=ids.__getitem__)
         joined = [*tokens, "12", "123", "1234"]
         merges = ["1 2", "12 3", "123 4"]
         made = tokenizer_of(

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 import medusa_chat
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.graphs import static_step
 from medusa_chat.decoding.graphs.capture import CudaGraphs
 from medusa_chat.decoding.graphs.static_step import StaticStep
-from medusa_chat.model.attention.choice import TORCH, FasterAttention, kernels
+from medusa_chat.model.attention.rule import TRITON, Choice, Shape, choose_attention, kernel_for
 from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
+from medusa_chat.model.fused.rule import choose_operations
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.sampling import MODES, Mode, Sampling
 from medusa_chat.training import losses
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from medusa_chat.config import Message
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.decoding.graphs.static_step import Key
+    from medusa_chat.decoding.graphs.capture import Key
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ def captured_graphs(engine: Engine) -> set[Key]:
     static = engine.runner.fast
     assert isinstance(static, StaticStep)
     assert isinstance(static.record, CudaGraphs)
-    return set(static.programs)
+    return set(static.recorded)
 
 
 # Turns of one conversation, so that modes, trees and seeds change over the same graphs.
@@ -93,7 +93,7 @@ def test_captured_steps_say_what_eager_steps_say(tree: str) -> None:
 
 
 def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_off() -> None:
-    """Modes, temperature, truncation, seeds, trees of as many nodes."""
+    """Temperature, truncation, seeds, trees of as many rows, and modes that were used before."""
     engine = medusa_chat.load(
         device="cuda", dtype="float32", tree="static-32", probing=False, copies=False
     )
@@ -103,9 +103,11 @@ def test_after_one_reply_no_setting_records_anything_and_a_reply_may_be_broken_o
             return [token.id for step in islice(reply, steps) for token in step.tokens]
 
     whole = say(TURNS[0])
+    for sampling in TURNS:
+        say(sampling)
     known = captured_graphs(engine)
-    usual, other = engine.trees.current, random_tree(5, 31, engine.heads, 6, spine=2)
-    assert len(other) == len(usual)
+    usual, other = engine.trees.current, random_tree(5, 23, engine.heads, 6, spine=2)
+    assert len(other) < len(usual)
     for sampling in TURNS:
         for tree in (other, usual):
             engine.trees.use(tree)
@@ -138,27 +140,6 @@ def test_a_step_that_cannot_be_recorded_is_taken_eagerly(monkeypatch: pytest.Mon
     assert broken.runner.fast is None
     assert any("--eager" in notice for notice in broken.notices)
     assert torch.cuda.current_stream() == stream
-
-
-def test_graphs_that_were_let_go_are_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_step, "MOST", {"layout": 3, "forward": 2, "acceptance": 12})
-    eager, captured = (
-        medusa_chat.load(device="cuda", dtype="float32", tree="chain-1", probing=False, eager=how)
-        for how in (True, None)
-    )
-    for nodes in (4, 9, 17, 4, 30, 9):
-        for engine in (eager, captured):
-            engine.trees.use(f"static-{nodes}")
-        said = [
-            [
-                token.id
-                for step in engine.generate(TALE, Sampling(max_new_tokens=30))
-                for token in step.tokens
-            ]
-            for engine in (eager, captured)
-        ]
-        assert said[0] == said[1]
-    assert len(captured_graphs(captured)) <= 3 + 2 + 12
 
 
 def save_with_heads(folder: Path, kind: str) -> None:
@@ -200,36 +181,46 @@ def tree_behind(
     )
 
 
+# Nodes, text, span, window, softcap.
+LENGTHS = [
+    (1, 0, 256, None, None),
+    (1, 2000, 2048, None, None),
+    (16, 900, 1024, 512, None),
+    (64, 1984, 2048, None, None),
+    (64, 1500, 2048, 4, 30.0),
+    (128, 128, 256, None, 50.0),
+    (33, 5000, 8192, 4096, None),
+]
+
+
 @pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8), (28, 4), (8, 1)], ids=str)
-def test_the_kernel_is_its_twin_in_every_launch(
-    heads: tuple[int, int], size: int, number: torch.dtype
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_the_kernel_is_its_twin(
+    lengths: tuple[int, int, int, int | None, float | None],
+    heads: tuple[int, int],
+    size: int,
+    number: torch.dtype,
 ) -> None:
-    """What lies behind the text is not a number. Both are held against the twin in float32."""
+    """What lies behind the text is not a number. Both are held against the twin in float32.
+
+    Each case compiles for itself, so that a run can be cut and spread over processes (-n 8).
+    """
     pytest.importorskip("triton")
-    ways = kernels(torch.device("cuda"))
+    attend = kernel_for(torch.device("cuda"))
     atol, rtol = (2e-5, 2e-5) if number == torch.float32 else (5e-3, 2e-2)
-    for nodes, length, span, window, softcap in (
-        (1, 0, 256, None, None),
-        (1, 2000, 2048, None, None),
-        (16, 900, 1024, 512, None),
-        (64, 1984, 2048, None, None),
-        (64, 1500, 2048, 4, 30.0),
-        (128, 128, 256, None, 50.0),
-        (33, 5000, 8192, 4096, None),
-    ):
-        mask = tree_behind(nodes, length, span, torch.float32, window)
-        rows = len(mask.ancestors)
-        query = torch.randn(1, rows, heads[0], size, device="cuda", dtype=number).transpose(1, 2)
-        cache = torch.randn(2, 1, heads[1], span, size, device="cuda", dtype=number)
-        expected = torch_attention(
-            query.float(), cache[0].float(), cache[1].float(), mask, size**-0.5, softcap
-        )
-        cache[:, :, :, length + rows :] = torch.nan
-        for attend in ways.values():
-            ours = attend(query, cache[0], cache[1], mask, size**-0.5, softcap)
-            torch.testing.assert_close(ours.float(), expected, atol=atol, rtol=rtol)
+    nodes, length, span, window, softcap = lengths
+    mask = tree_behind(nodes, length, span, torch.float32, window)
+    rows = len(mask.ancestors)
+    query = torch.randn(1, rows, heads[0], size, device="cuda", dtype=number).transpose(1, 2)
+    cache = torch.randn(2, 1, heads[1], span, size, device="cuda", dtype=number)
+    expected = torch_attention(
+        query.float(), cache[0].float(), cache[1].float(), mask, size**-0.5, softcap
+    )
+    cache[:, :, :, length + rows :] = torch.nan
+    ours = attend(query, cache[0], cache[1], mask, size**-0.5, softcap)
+    torch.testing.assert_close(ours.float(), expected, atol=atol, rtol=rtol)
 
 
 def test_the_kernel_reads_caches_of_more_than_2_to_the_31_numbers() -> None:
@@ -238,34 +229,27 @@ def test_the_kernel_reads_caches_of_more_than_2_to_the_31_numbers() -> None:
         pytest.skip("needs 8 GiB")
     cache = torch.empty(1, 3, 9 * 2**20, 128, device="cuda", dtype=torch.bfloat16)[:, :, :512]
     cache.normal_()
-    mask, query = (
-        tree_behind(8, 500, 512, torch.bfloat16),
-        torch.randn(1, 6, 8, 128, device="cuda").bfloat16(),
-    )
-    for attend in kernels(torch.device("cuda")).values():
-        ours, theirs = (
-            attend(query, cache, cache, mask, 0.1, None),
-            torch_attention(query, cache, cache, mask, 0.1),
-        )
-        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=5e-3)
+    mask = tree_behind(8, 500, 512, torch.bfloat16)
+    query = torch.randn(1, 6, 8, 128, device="cuda").bfloat16()
+    ours = kernel_for(torch.device("cuda"))(query, cache, cache, mask, 0.1, None)
+    theirs = torch_attention(query, cache, cache, mask, 0.1)
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=5e-3)
 
 
-def test_attention_is_chosen_by_time_and_every_kernel_runs() -> None:
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+def test_the_rule_takes_the_kernel_from_ampere_on(size: int, number: torch.dtype) -> None:
     pytest.importorskip("triton")
-    faster = FasterAttention()
-    for nodes, span in ((1, 512), (64, 2048)):
-        mask = tree_behind(nodes, 300, span, torch.bfloat16)
-        query = torch.randn(1, 32, nodes, 128, device="cuda").bfloat16()
-        key, value = torch.randn(2, 1, 32, span, 128, device="cuda").bfloat16()
-        ours = faster(query, key, value, mask, 0.1)
-        torch.testing.assert_close(
-            ours, torch_attention(query, key, value, mask, 0.1), rtol=0.02, atol=5e-3
-        )
-    assert len(faster.report()) == 2
-    for told in faster.report():
-        assert not told["failures"]
-        assert told["taken"] == min(told["ms"], key=told["ms"].get)
-        assert TORCH in told["ms"]
+    choice = choose_attention(torch.device("cuda"), Shape(32, 8, size, number))
+    new_enough = torch.cuda.get_device_capability() >= (8, 0)
+    assert (choice.name == TRITON) is new_enough, choice.reason
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_operations_of_layers_are_their_twins(number: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    operations, reason = choose_operations(torch.device("cuda"), number)
+    assert operations is not None, reason
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3-mixed", "gemma2"])
@@ -286,7 +270,7 @@ def test_a_step_with_the_kernel_is_captured_and_says_what_the_eager_one_says(
             probing=False,
             eager=eager,
         )
-        engine.backbone.attend = attend
+        engine.backbone.attention = Choice("kernel", attend)
         steps = engine.generate([1, 2, 3], Sampling(max_new_tokens=300, ignore_eos=True))
         told.append([token.id for step in steps for token in step.tokens])
     assert told[0] == told[1]

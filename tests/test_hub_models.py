@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 REGISTERED = [
-    spec
-    for spec in read_models(packaged_file()).values()
-    if "/" in spec.backbone and not spec.description.startswith("not tried")
+    spec for spec in read_models(packaged_file()).values() if "/" in spec.backbone and spec.tried
 ]
 UNREGISTERED = [
     ModelSpec("by id", "FasterDecoding/medusa-1.0-zephyr-7b-beta"),

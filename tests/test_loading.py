@@ -207,11 +207,6 @@ def test_heads_of_another_backbone(folder: Path) -> None:
     assert "trained for another model" in load(folder)
 
 
-def test_no_chat_template(tmp_path: Path) -> None:
-    save_model(tmp_path, random_model(vocabulary=260), chat_template=None)
-    assert "--template NAME" in load(tmp_path)
-
-
 @pytest.mark.parametrize("text", [None, "", "{", '{"version": "1.0"}'])
 def test_no_tokenizer_or_a_broken_one(folder: Path, text: str | None) -> None:
     file = folder / "tokenizer.json"

@@ -305,14 +305,14 @@ def test_the_complaint_says_by_how_much_and_what_helps(free: dict[str, int]) -> 
     assert line.endswith("--ignore-memory goes on all the same")
     free["cpu"] = plan(VICUNA, nf4).total + 10**6
     memory.check(spec, nf4)
-    assert "short; --quant nf4 or --model bundled would" in refused(spec, sixteen)
+    assert "short; --quant nf4 or --model smollm2 would" in refused(spec, sixteen)
     # A long context, which weighs more than what passes while heads are quantized.
     sixteen, nf4 = replace(sixteen, context=8000), replace(nf4, context=8000)
     free["cpu"] = plan(VICUNA, replace(nf4, context=6000)).total
     assert "short; --quant nf4 with --quant-heads nf4 with --max-context 5952 or" in refused(
         spec, sixteen
     )
-    assert "short; --max-context 5952 or --model bundled would" in refused(spec, nf4)
+    assert "short; --max-context 5952 or --model smollm2 would" in refused(spec, nf4)
     free["cpu"] = 10**6
     assert "nothing that medusa-chat can change would make it fit" in refused(spec, nf4)
     free["cpu"] = 10 * GB

@@ -61,7 +61,7 @@ def test_the_list_that_ships() -> None:
     for name, spec in shipped.items():
         assert spec.licence != "unknown"
         assert spec.description
-        assert spec.description.startswith("not tried:") == (name in UNTRIED)
+        assert spec.tried == (name not in UNTRIED)
         assert bool(spec.mirror) == (name == "smollm2")
         if name in ("bundled", "smollm2", *UNTRIED):
             continue
@@ -169,15 +169,15 @@ def test_every_key_of_an_entry_is_read(tmp_path: Path) -> None:
 
 
 def test_the_users_list_adds_and_replaces(own: Path, tmp_path: Path) -> None:
-    assert list(known_models()) == NAMES
+    assert list(known_models()) == NAMES + UNTRIED
     own.write_text("models: {mine: {backbone: a/b}, vicuna-7b: {backbone: c/d}}")
-    assert list(known_models()) == [*NAMES, "mine"]
+    assert list(known_models()) == [*NAMES, *UNTRIED, "mine"]
     assert resolve_model("vicuna-7b") == ModelSpec("vicuna-7b", "c/d")
     assert resolve_model("vicuna-13b") == read_models(packaged_file())["vicuna-13b"]
     # A named list replaces the user's.
     other = tmp_path / "other.yaml"
     other.write_text("models: {theirs: {backbone: a/b}}")
-    assert list(known_models(other)) == [*NAMES, "theirs"]
+    assert list(known_models(other)) == [*NAMES, *UNTRIED, "theirs"]
     assert "unknown model 'mine'" in refused("mine", models=other)
 
 

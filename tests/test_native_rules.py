@@ -17,7 +17,7 @@ from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.native import library
 from medusa_chat.native.rules import NativeRules
-from tests.helpers.native_tiny import need_library
+from tests.helpers.native_library import need_library
 from tests.helpers.tiny import random_tree
 
 need_library()
@@ -113,7 +113,8 @@ def test_nearly_all_decisions_are_certain(how: dict[str, Any], penalty: dict[str
 
 def test_equal_scores_and_numbers_that_are_not_finite_are_left_to_torch() -> None:
     rules = NativeRules(token_keys(40, CPU))
-    exact, typical = (Sampling(mode=mode, temperature=1.0) for mode in ("exact", "typical"))  # type: ignore[arg-type]
+    exact = Sampling(mode="exact", temperature=1.0)
+    typical = Sampling(mode="typical", temperature=1.0)
     for value in (float("nan"), float("inf")):
         logits = torch.zeros(1, 40)
         logits[0, 7] = value
@@ -121,8 +122,8 @@ def test_equal_scores_and_numbers_that_are_not_finite_are_left_to_torch() -> Non
             rule = make_rule(sampling)
             assert rules.decide(rule.kind, rule.numbers, None, logits, [1], [0], 3) is None
     logits = torch.zeros(1, 40)
-    for cut in ({"top_p": 0.5}, {"top_p": 1e-4}):  # which of equal tokens go depends on the sort
-        rule = make_rule(Sampling(mode="exact", **cut))
+    for top_p in (0.5, 1e-4):  # which of equal tokens go depends on the sort
+        rule = make_rule(Sampling(mode="exact", top_p=top_p))
         expected = int(rule(logits, torch.tensor([1]), TreeTensors.of(Tree(), CPU), 3).next)
         assert rules.decide(rule.kind, rule.numbers, None, logits, [1], [0], 3) in (
             None,

@@ -104,7 +104,7 @@ def test_two_chats_with_one_transcript(tmp_path: Path) -> None:
 
 def test_a_history_whose_folder_is_gone_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "state"
-    history, notice = open_history(folder / "history")
+    history, notice = open_history(folder / "history", lambda: False)
     assert notice == ""
     history.append_string("one")
     (folder / "history").unlink()

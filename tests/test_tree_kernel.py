@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from medusa_chat.model.attention import choice
-from medusa_chat.model.attention.choice import TORCH, FasterAttention
+from medusa_chat.model.attention import rule
+from medusa_chat.model.attention.rule import TORCH, TRITON, Shape, check, choose_attention
 from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 
 
@@ -42,12 +42,36 @@ class CompileOnly:
         )
 
 
+def compiling(
+    module: Any,
+    names: tuple[str, ...],
+    capability: int,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+) -> dict[str, CompileOnly]:
+    """Make a module's kernels compile for a GPU that is not here, and not run."""
+    triton = pytest.importorskip("triton", reason="Triton is not there on this platform")
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    device = 1000 + capability  # kernels are kept by its number
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: device,
+        get_current_stream=lambda _device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    kernels = {name: CompileOnly(getattr(module, name)) for name in names}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(module, name, kernel)
+    return kernels
+
+
+NOT_COMPILED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a program may take
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
-)
+@pytest.mark.skipif(NOT_COMPILED, reason="nothing is compiled in the interpreter")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
     ("capability", "number", "size", "rows", "window", "softcap"),
@@ -70,23 +94,11 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """With the arguments of a real call, in the launch that takes the most shared memory."""
-    triton = pytest.importorskip("triton", reason="Triton is not there on this platform")
-    from triton.backends.compiler import GPUTarget
-
+    """With the arguments of a real call."""
+    pytest.importorskip("triton", reason="Triton is not there on this platform")
     from medusa_chat.model.attention import kernel as tree_kernel
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    device = 1000 + capability  # kernels are kept by its number
-    driver = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: device,
-        get_current_stream=lambda _device: 0,
-    )
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    kernels = {name: CompileOnly(getattr(tree_kernel, name)) for name in ("_attend_part", "_join")}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(tree_kernel, name, kernel)
+    kernels = compiling(tree_kernel, ("_attend_part", "_join"), capability, monkeypatch, tmp_path)
     mask = TreeMask.of(
         torch.eye(rows, dtype=torch.bool),
         torch.arange(rows),
@@ -97,90 +109,88 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
     )
     query = torch.zeros(1, 8, rows, size, dtype=number)
     cache = torch.zeros(2, 1, 2, 1024, size, dtype=number)
-    largest = max(tree_kernel.launches(132), key=lambda launch: launch.stages)
-    tree_kernel.attend(query, cache[0], cache[1], mask, 0.1, softcap, largest)
+    tree_kernel.attend(query, cache[0], cache[1], mask, 0.1, softcap, 264)
     (kernel,), (_,) = (kernel.compiled for kernel in kernels.values())
     assert kernel.metadata.shared <= SHARED_MEMORY[capability] * 1024
     assert ("mma" in kernel.asm["ptx"]) is (number != torch.float32)  # the fast units, or every bit
 
 
-def fake_kernels(
-    monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float], **broken: Any
+@pytest.mark.skipif(NOT_COMPILED, reason="nothing is compiled in the interpreter")
+@pytest.mark.parametrize(
+    ("capability", "number"), [(75, torch.float16), (90, torch.bfloat16)], ids=str
+)
+def test_the_operations_of_a_layer_compile_for_gpus_that_are_not_here(
+    capability: int, number: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Replace the kernels and their times.
+    pytest.importorskip("triton", reason="Triton is not there on this platform")
+    from medusa_chat.model.fused import kernels as operations
 
-    Each is the reference, or what `broken` has under its name. Broken ones are not timed.
-    """
-    names = [name for name in milliseconds if name != TORCH]
-    timed = [milliseconds[name] for name in [*names, TORCH] if name not in broken]
-    times = iter([0.0, *timed])
-    kernels = {name: broken.get(name, torch_attention) for name in names}
-    monkeypatch.setattr(choice, "kernels", lambda _device: kernels)
-    monkeypatch.setattr(choice, "time_in_graph", lambda _call, _device: next(times))
-
-
-def attend_once(faster: FasterAttention, rows: int = 3, span: int = 32) -> bool:
-    """Return whether attention over random numbers equals the reference."""
-    ancestors = torch.ones(rows, rows).tril().bool()
-    mask = TreeMask.of(ancestors, torch.arange(rows) + 9, torch.tensor(9), span, torch.float32)
-    query = torch.randn(1, 4, rows, 8)
-    key, value = torch.randn(1, 2, span, 8), torch.randn(1, 2, span, 8)
-    ours = faster(query, key, value, mask, 0.3)
-    return torch.equal(ours, torch_attention(query, key, value, mask, 0.3))
-
-
-@pytest.mark.parametrize(("slow", "taken"), [(0.5, "torch"), (2.0, "quick")])
-def test_the_faster_one_attends_and_each_shape_is_timed_once(
-    slow: float, taken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_kernels(monkeypatch, {"quick": 1.0, "slower": 3.0, "torch": slow})
-    faster = FasterAttention()
-    for rows in (3, 16, 5):  # all of one tile of the kernel
-        assert attend_once(faster, rows)
-    (report,) = faster.report()
-    assert report == {
-        "rows": 16,
-        "span": 32,
-        "window": False,
-        "taken": taken,
-        "failures": {},
-        "ms": {"quick": 1.0, "slower": 3.0, "torch": slow},
-    }
-
-
-def test_kernels_that_fail_or_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_arguments: Any) -> None:
-        raise RuntimeError("no compiler\nfound")
-
-    fake_kernels(
-        monkeypatch,
-        {"failing": 1.0, "wrong": 1.0, "torch": 9.0},
-        failing=fails,
-        wrong=lambda *arguments: 1.01 * torch_attention(*arguments),
+    names = ("_norm", "_gate", "_rotate")
+    kernels = compiling(operations, names, capability, monkeypatch, tmp_path)
+    product = torch.zeros(1, 16, 48, 128, dtype=number).transpose(1, 2)
+    query, key, value = product.split([32, 8, 8], 1)
+    turn = torch.zeros(2, 1, 16, 128, dtype=number)
+    cache = torch.zeros(2, 1, 8, 64, 128, dtype=number)
+    rows = torch.zeros(1, 16, 8192, dtype=number)
+    operations.norm(rows, rows[0, 0], 1e-5, "llama")
+    gates, values = rows.chunk(2, -1)
+    operations.gate(gates, values, "silu")
+    operations.rotate(
+        query, (key, value), (turn[0], turn[1]), (cache[0], cache[1], torch.arange(16))
     )
-    faster = FasterAttention()
-    assert attend_once(faster)
-    (report,) = faster.report()
-    assert (report["taken"], report["ms"]) == ("torch", {"torch": 9.0})
-    assert report["failures"]["failing"] == "RuntimeError: no compiler found"
-    assert "off by" in report["failures"]["wrong"]
+    assert all(kernel.compiled for kernel in kernels.values())
 
 
-def test_without_triton_torch_attends_and_the_reason_is_reported(
+SHAPE = Shape(4, 2, 8, torch.float32, window=9)
+
+
+def test_a_kernel_that_is_wrong_is_found_at_load() -> None:
+    check(torch_attention, SHAPE, torch.device("cpu"))
+    with pytest.raises(ArithmeticError, match="off by"):
+        check(lambda *inputs: 1.01 * torch_attention(*inputs), SHAPE, torch.device("cpu"))
+
+
+def cuda_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.device:
+    """A GPU as far as the rule looks at it, without a check of the kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    monkeypatch.setattr(rule, "check", lambda *_: None)
+    return torch.device("cuda")
+
+
+def test_the_kernel_attends_from_ampere_on_and_torch_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("triton")
+    assert choose_attention(cuda_of(monkeypatch, (8, 0)), SHAPE).name == TRITON
+    older = choose_attention(cuda_of(monkeypatch, (7, 5)), SHAPE)
+    assert (older.name, older.attend) == (TORCH, torch_attention)
+    assert "8.0" in older.reason
+    assert choose_attention(torch.device("cpu"), SHAPE).reason == ""
+
+
+def fails(*_arguments: Any) -> None:
+    raise RuntimeError("no compiler\nfound")
+
+
+def test_without_a_kernel_that_works_torch_attends_and_the_reason_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = cuda_of(monkeypatch, (9, 0))
+    monkeypatch.setattr(rule, "check", fails)
+    assert choose_attention(device, SHAPE).reason == "RuntimeError: no compiler"
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "medusa_chat.model.attention.kernel", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    faster = FasterAttention()
-    assert attend_once(faster, 1)
-    (report,) = faster.report()
-    assert report["taken"] == "torch"
-    assert "triton" in report["failures"]["triton"]
+    choice = choose_attention(device, SHAPE)
+    assert choice.name == TORCH
+    assert "triton" in choice.reason
 
 
-def test_torch_attends_on_a_gpu_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    faster = FasterAttention()
-    assert attend_once(faster)
-    assert "8.0" in faster.report()[0]["failures"]["triton"]
+def test_cudnn_attends_nowhere_as_it_plans_anew_for_each_number_of_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    choose_attention(cuda_of(monkeypatch, (9, 0)), SHAPE)
+    assert chosen == [False]

@@ -33,6 +33,8 @@ from tests.helpers.tiny import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from medusa_chat.decoding.report import StepReport
 
 CPU = torch.device("cpu")
@@ -190,6 +192,30 @@ def test_one_call_measures_everything_on_a_gpu(
     for part in ("as on the CPU", "as eager ones", "wait for the host", "joined, and apart"):
         assert part in text
     assert printed["seconds"] > 0
+
+
+def test_what_was_measured_before_an_interrupt_is_kept_and_a_part_can_be_measured_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    parts = {
+        "small": lambda *_: {"shapes": {"small": {}}},
+        "large": lambda *_: {"shapes": {"large": {}}, "left_out_shapes": {"huge": "too large"}},
+        "replies": interrupted,
+    }
+    monkeypatch.setattr(measure, "parts_of", lambda *_: parts)
+    file = tmp_path / "found.json"
+    assert main(["bench", "--json", str(file)]) == 130
+    assert f"{file} holds the parts before" in capsys.readouterr().err
+    kept = json.loads(file.read_text())
+    assert kept["shapes"] == {"small": {}, "large": {}}
+    assert kept["left_out_shapes"] == {"huge": "too large"}
+    assert main(["bench", "--part", "replies"]) == 130
+    assert "no result" in capsys.readouterr().err
+    assert main(["bench", "--part", "medium"]) == 2
+    assert "the parts of this bench are small, large, replies" in capsys.readouterr().err
 
 
 def test_the_comparison_of_captured_steps_is_printed() -> None:

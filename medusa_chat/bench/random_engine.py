@@ -14,7 +14,7 @@ from medusa_chat.config import LoadOptions, ModelSpec, Quant, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.machine import plans
 from medusa_chat.machine.contents import contents_of
-from medusa_chat.machine.devices import choose_dtype, free_memory
+from medusa_chat.machine.devices import choose_dtype, free_memory, prepare_allocator
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import decoding_heads
 from medusa_chat.model.linear.joined import join_linears
@@ -85,6 +85,7 @@ def random_engine(
     """
     shape = SHAPES[wanted.shape]
     shape = replace(shape, context=max(positions, shape.context))
+    prepare_allocator(device)
     native = takes_native(device, options)
     dtype = native_dtype(device, options.dtype) if native else choose_dtype(device, options.dtype)
     needed = memory_plan(wanted, positions, device, dtype, native=native).total

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medusa_chat.bench.attention import attention_times
 from medusa_chat.bench.bandwidth import backbone_bytes, heads_bytes, measure_limit
 from medusa_chat.bench.figures import mode_figures, peer_figures, wall_ratio
 from medusa_chat.bench.history import check_histories, measure_history
@@ -20,7 +21,6 @@ from medusa_chat.bench.twin import compare_with_eager
 from medusa_chat.config import Sampling, UserError
 from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.machine.devices import device_name, peak_memory, versions
-from medusa_chat.model.attention.choice import FasterAttention
 
 if TYPE_CHECKING:
     from medusa_chat.bench.job import BenchJob, ProgressBar
@@ -125,8 +125,8 @@ def _machine(
     if job.histories:
         with progress("second turns") as tick:
             result["history"] = measure_history(engine, job.histories, job.rounds, tick)
-    if isinstance(engine.backbone.attend, FasterAttention):
-        result["attention"] = engine.backbone.attend.report()
+    if times := attention_times(engine.backbone, job.contexts):
+        result["attention"] = times
     result["peak_memory_bytes"] = peak_memory()  # before the limit takes its buffers
     with progress("memory") as tick:
         backbone = engine.backbone

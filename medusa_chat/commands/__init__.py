@@ -7,7 +7,8 @@ bench.py      measure speed              verify.py     compare replies of two wa
 train.py      train heads                distill.py    let the model answer prompts
 calibrate.py  measure heads' accuracies  export.py     write heads for other programs
 models.py     list known models          catalogue.py  sizes and accuracies of that list
-doctor.py     examine this machine       flags.py      flags that several sub-commands share
+doctor.py     examine this machine       device_findings.py  what it says of devices
+flags.py      flags that several sub-commands share
 open_chat.py  open the chat              completion.py scripts for shells
 
 A module's docstring is its help text, and `add_flags` and `run` import nothing heavy by

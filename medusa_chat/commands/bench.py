@@ -63,6 +63,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="time the first token of a second turn after conversations of these many tokens,"
         " such as 256,1024,4096",
     )
+    _add_output_flags(parser)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         type=Path,
@@ -70,7 +74,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="draw the figures as PNG files; needs matplotlib",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the line of JSON to a file too"
+        "--part",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="measure this part alone: replies, float32 (on a GPU) or a shape; may be given more"
+        " than once",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the line of JSON to a file too, after each part",
     )
 
 
@@ -114,18 +129,25 @@ def run(options: argparse.Namespace) -> int:
     bench_report.check_file(options.json)
     bench_charts.check_folder(options.plot)
     view = timed_view(sampling) if options.view else None
+    result: dict[str, Any] = {}
+
+    def keep(found: dict[str, Any]) -> None:
+        """Write the result so far: a later part may fail, or be interrupted."""
+        result.update(found)
+        if options.json:
+            write_text(options.json, json.dumps(found) + "\n")
+
     try:
-        result = measure(_request(options, sampling, view), progress_bar)
+        measure(_request(options, sampling, view), progress_bar, keep)
     except KeyboardInterrupt:
-        warn("bench was interrupted before it had a result")
+        left = f"{options.json} holds the parts before" if result and options.json else "no result"
+        warn(f"bench was interrupted: {left}")
         return 130
     bench_report.show_bench(result)
     if options.plot:
         for file in bench_charts.plot_bench(result, options.plot):
             say(f"wrote {file}")
-    line = json.dumps(result)
     if options.json:
-        write_text(options.json, line + "\n")
         say(f"wrote {options.json}")
     print_json(result)
     return 0
@@ -179,4 +201,5 @@ def _request(options: argparse.Namespace, sampling: Sampling, view: Consume | No
         named=named,
         shapes=shapes,
         contexts=options.contexts,
+        parts=tuple(options.part),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medusa_chat.config import BUNDLED, ModelSpec
 from medusa_chat.decoding.trees.accuracy import read_accuracy
-from medusa_chat.hub.fetch import accuracy_file
+from medusa_chat.hub.fetch import accuracy_file, is_here
 from medusa_chat.hub.model_list import known_models
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.devices import free_memory, likely_device
@@ -83,6 +83,8 @@ def _listed(spec: ModelSpec, device: str, free: dict[str, int]) -> Listed:
 
 def _download(spec: ModelSpec, contents: Contents | None) -> int | None:
     if _folder(spec.backbone).is_dir() and (spec.heads is None or Path(spec.heads).exists()):
+        return 0
+    if spec.mirror and spec.heads is None and is_here(spec):
         return 0
     if contents is None:
         return None

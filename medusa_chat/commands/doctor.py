@@ -6,15 +6,15 @@ The checks import torch themselves, so that a torch that cannot be imported is a
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from medusa_chat.commands.device_findings import describe_device, gpu_facts, nf4_product
 from medusa_chat.hub.fetch import source_of
 from medusa_chat.hub.model_list import (
     known_models,
@@ -27,7 +27,6 @@ from medusa_chat.machine.devices import (
     choose_device,
     choose_dtype,
     free_memory,
-    processor_name,
     total_memory,
     usable_cores,
 )
@@ -48,6 +47,7 @@ REQUIRED = (
     "transformers",
     "accelerate",
     "bitsandbytes",
+    "gguf",
     "huggingface-hub",
     "safetensors",
     "tokenizers",
@@ -97,6 +97,7 @@ def examine() -> list[Finding]:
     checks = {
         "versions": check_versions,
         "devices": check_devices,
+        "GPU": check_gpus,
         "native step": check_native,
         "4 bit": check_4bit,
         "hub": check_hub,
@@ -170,24 +171,15 @@ def check_devices() -> Iterator[Finding]:
         yield Finding("devices", "cuda", text, fault=True)
 
 
-def describe_device(name: str) -> str:
-    """Describe a device by its model and abilities."""
+def check_gpus() -> Iterator[Finding]:
+    """Report how steps run on each CUDA GPU."""
     import torch
 
-    if name == "cpu":
-        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        abilities = (
-            processor_name(),
-            f"{torch.get_num_threads()} of {os.cpu_count()} threads",
-            torch.backends.cpu.get_cpu_capability(),
-            "computes in bfloat16" if bfloat16 else "no bfloat16",
-        )
-        return ", ".join(abilities)
-    if name == "mps":
-        return "Apple GPU, sharing the memory of the CPU"
-    found = torch.cuda.get_device_properties(name)
-    capability = f"compute capability {found.major}.{found.minor}"
-    return f"{found.name}, {capability}, CUDA {torch.version.cuda}"
+    for name in device_names():
+        if name.startswith("cuda"):
+            dtype = choose_dtype(torch.device(name))
+            for subject, text, fault in gpu_facts(name, dtype):
+                yield Finding("GPU", f"{name} {subject}", text, fault=fault)
 
 
 def check_native() -> Iterator[Finding]:
@@ -230,31 +222,6 @@ def check_4bit() -> Iterator[Finding]:
         kernel = _kernel(name, packed)
         text = f"an nf4 product in {_dtype_name(dtype)} runs, {kernel}; off by {error:.1%}"
         yield Finding("4 bit", name, text, fault=error > TOLERANCE)
-
-
-def nf4_product(device: str, dtype: torch.dtype) -> tuple[float, bool]:
-    """Multiply with a small nf4 layer.
-
-    Returns:
-        the largest error, relative to the largest value, and True if the weights were packed for
-        the CPU.
-    """
-    import torch
-    from bitsandbytes import nn
-    from bitsandbytes.functional import dequantize_4bit
-
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 128, generator=generator).to(dtype)
-    rows = torch.randn(4, 128, generator=generator).to(device, dtype)
-    modules: Any = nn  # bitsandbytes has no types
-    layer = modules.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
-    layer.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    layer = layer.to(device).eval()
-    with torch.inference_mode():
-        plain = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        expected = rows.float() @ plain.float().T
-        error = (layer(rows).float() - expected).abs().max() / expected.abs().max()
-    return float(error), bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
 
 
 def _kernel(device: str, packed: bool) -> str:

@@ -57,7 +57,8 @@ class EagerStep:
         device = state.backbone.device
         self.mark("begin")
         guesses, log_p = state.guesses(draft)
-        packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float64, device=device))
+        # float32 holds every token and position; MPS has no float64. The rule has its own numbers.
+        packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float32, device=device))
         nodes = draft.nodes(packed, guesses, log_p)
         self.mark("heads")
         positions = self._positions(nodes.tensors, given.position)

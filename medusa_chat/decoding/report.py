@@ -54,7 +54,10 @@ class StepInput:
 
 @dataclass(frozen=True)
 class PackedInput:
-    """A StepInput on the device: float64 [INPUT_SIZE], which holds each number exactly."""
+    """A StepInput on the device: [INPUT_SIZE].
+
+    float64 holds each number exactly, float32 all but the seed.
+    """
 
     values: Tensor
 
@@ -139,7 +142,7 @@ class ReportLayout:
     """The order of a report's numbers in one int64 tensor: verdict, candidates, selection, guesses.
 
     Attributes:
-        nodes: candidates of the step.
+        nodes: candidates of the step, with those that fill a step up to its rows.
         selection: numbers that say which nodes were selected; 0 if these are always the same.
         heads: heads that guess.
         ranked: guesses that are reported of each head.
@@ -180,7 +183,7 @@ class ReportLayout:
         accepted = paths[row]
         return StepReport(
             paths,
-            nodes[: self.nodes],
+            nodes[: len(paths)],
             tuple(paths.index(accepted[:depth]) for depth in range(len(accepted) + 1)),
             following,
             [guesses[head * self.ranked :][: self.ranked] for head in range(self.heads)],

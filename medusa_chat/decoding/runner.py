@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,19 +14,38 @@ from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.eager import EagerStep
 from medusa_chat.decoding.fast import fast_step
+from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.decoding.report import StepInput, StepReport
 from medusa_chat.decoding.state import State, StepProgram, StepUnavailableError
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from medusa_chat.config import Sampling
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
+    from medusa_chat.decoding.trees.policy import Choice
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
 
 MOST_DRAFTS = 64  # kept for trees that come again
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way.
+
+    Attributes:
+        choice: the tree that it verifies.
+        finish: waits for its report, and commits the path.
+        seconds: time that the host took to launch it.
+    """
+
+    choice: Choice
+    finish: Callable[[], StepReport]
+    seconds: float
 
 
 class Runner:
@@ -46,7 +67,7 @@ class Runner:
         backbone: Backbone,
         heads: Heads | None,
         capacity: int,
-        accuracy: Accuracy = PUBLISHED,
+        accuracy: Accuracy | None = None,
         eager: bool | None = None,
     ) -> None:
         """Start with an empty text.
@@ -55,12 +76,12 @@ class Runner:
             backbone: the model that decides.
             heads: the Medusa heads, or None.
             capacity: positions of the cache.
-            accuracy: of the heads.
+            accuracy: of the heads; None for that of published ones.
             eager: run steps operation by operation; None does so only where it must.
         """
         self.backbone = backbone
         self.heads = heads
-        self.accuracy = accuracy
+        self.accuracy = accuracy or PUBLISHED
         self.state = State(backbone, heads, capacity)
         self.cache = self.state.cache
         self.eager = EagerStep(self.state)
@@ -70,7 +91,7 @@ class Runner:
 
     def trust(self, accuracy: Accuracy) -> None:
         """Replace the figures for how likely the heads' guesses are right."""
-        self.accuracy = accuracy
+        self.accuracy = accuracy or PUBLISHED
         self._drafts.clear()
 
     @torch.inference_mode()
@@ -98,10 +119,8 @@ class Runner:
             rule: decides which candidates are accepted.
             copied: a chain that competes with the heads' guesses for the tree's places.
         """
-        report = self._step(StepInput(root, self.cache.length, rule.numbers, copied), tree, rule)
-        if rule.counts is not None:
-            penalties.extend(rule.counts, report.tokens)
-        return report
+        given = StepInput(root, self.cache.length, rule.numbers, copied)
+        return self._finish(partial(self._step, given, tree, rule), rule)
 
     def _step(self, given: StepInput, tree: AnyTree, rule: Rule) -> StepReport:
         copied = given.copied is not None
@@ -111,6 +130,42 @@ class Runner:
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
         return self.eager.step(self._draft(tree, copied), given, rule)
+
+    @torch.inference_mode()
+    def launch(
+        self, root: int, tree: AnyTree, rule: Rule, copied: Copied | None = None
+    ) -> Callable[[], StepReport]:
+        """Begin a step as `step` takes it.
+
+        Returns:
+            A function that ends it. Where steps do not overlap with the host, it takes the step.
+        """
+        if isinstance(self.fast, StaticStep):
+            given = StepInput(root, self.cache.length, rule.numbers, copied)
+            try:
+                finish = self.fast.launch(self._draft(tree, copied is not None), given, rule)
+                return partial(self._finish, finish, rule)
+            except StepUnavailableError as reason:
+                self._step_eagerly(reason)
+        return partial(self.step, root, tree, rule, copied)
+
+    @torch.inference_mode()
+    def _finish(self, finish: Callable[[], StepReport], rule: Rule) -> StepReport:
+        """End a step, and count the tokens of its path if the rule has penalties."""
+        report = finish()
+        if rule.counts is not None:
+            penalties.extend(rule.counts, report.tokens)
+        return report
+
+    @property
+    def overlaps(self) -> bool:
+        """True if a launched step runs while the host does other things."""
+        return isinstance(self.fast, StaticStep)
+
+    @property
+    def device_seconds(self) -> float:
+        """Time that the last step took on a GPU, 0.0 if nobody measures that."""
+        return self.fast.device_seconds if isinstance(self.fast, StaticStep) else 0.0
 
     def _step_eagerly(self, reason: StepUnavailableError) -> None:
         """Drop the fast step for good: where one step fails, others would, and memory is short."""
@@ -127,13 +182,15 @@ class Runner:
         return self._drafts[key]
 
     def _new_draft(self, tree: AnyTree, copied: bool) -> Draft:
+        shared = self.fast is not None and self.fast.shared_buffers
+        heads = self.state.head_count
         if isinstance(tree, Tree) and not copied:
-            return FixedDraft(tree, self.state.head_count, self.backbone)
+            return FixedDraft(tree, heads, self.backbone, shared_buffers=shared)
         return DynamicDraft(
             tree,
             copied=copied,
-            heads=self.state.head_count,
+            heads=heads,
             accuracy=self.accuracy,
             backbone=self.backbone,
-            shared_buffers=self.fast is not None and self.fast.shared_buffers,
+            shared_buffers=shared,
         )

@@ -112,6 +112,11 @@ def source_of(spec: ModelSpec) -> str:
     return f"not here yet: {spec.backbone} of the hub, else {mirror.package} of the package index"
 
 
+def is_here(spec: ModelSpec) -> bool:
+    """Tell if the backbone of a spec with a mirror needs no download."""
+    return is_cached(spec.backbone) or parse_source(spec.mirror).place.is_file()
+
+
 def is_cached(source: str) -> bool:
     """Tell if the hub's cache holds all of a backbone."""
     identity, revision = split_revision(source)
@@ -183,10 +188,10 @@ class _Repository:
         assert info.sha is not None
         self._commit = info.sha
         self._files: dict[str, RemoteFile] = {}
-        for file in info.siblings or ():
-            content_hash = file.lfs.sha256 if file.lfs else str(file.blob_id)
-            self._files[file.rfilename] = RemoteFile(
-                name, info.sha, file.rfilename, file.size or 0, content_hash
+        for found in info.siblings or ():
+            content_hash = found.lfs.sha256 if found.lfs else str(found.blob_id)
+            self._files[found.rfilename] = RemoteFile(
+                name, info.sha, found.rfilename, found.size or 0, content_hash
             )
 
     def download(self, progress: Progress | None) -> Path:

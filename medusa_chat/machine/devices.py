@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,6 +108,27 @@ def choose_dtype(device: torch.device, dtype: str | None = None) -> torch.dtype:
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
+
+
+def maps_memory() -> bool:
+    """Tell if torch's allocator can join memory that is free in pieces on a GPU, as on Linux.
+
+    A setting of the user's own may keep it from doing so.
+    """
+    own = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    return "expandable_segments:True" in own if own else sys.platform == "linux"
+
+
+def prepare_allocator(device: torch.device) -> None:
+    """Let torch's allocator map memory anew, before weights are loaded to a GPU."""
+    import torch
+
+    own = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    if device.type != "cuda" or own or not maps_memory():
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.13 has another name for it, 2.11 has this one
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def free_memory(device: str) -> int:

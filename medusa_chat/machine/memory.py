@@ -144,7 +144,7 @@ def _smaller_model(contents: Contents, load: Load, free: Mapping[str, int]) -> s
     found: dict[str, int] = {}
     for name, spec in read_models(packaged_file()).items():
         other = contents_of(spec)
-        if other is None or other.layers >= contents.layers:
+        if other is None or other.layers >= contents.layers or not spec.tried:
             continue
         if _fits(other, load_of(spec, load.device, None, load.width, native=load.native), free):
             found[name] = other.layers

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import MAX_CONTEXT, MAX_NODES, PREFILL_ROWS, ModelSpec
+from medusa_chat.machine.devices import maps_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,14 @@ QUANTIZING = dict.fromkeys(BYTES, 10.0)  # while a matrix is quantized (measured
 # On the host: interpreter, torch and transformers (measured).
 PROCESS = {"cpu": 450_000_000, "cuda": 3 * GB, "mps": 700_000_000}
 GPU_LIBRARIES = 400_000_000  # on the device: cuBLAS's workspaces, and the allocator's rounding
+RECORDED_ROWS = (1, 8, 16, 32, 64)  # of steps that are recorded as CUDA graphs; larger are rare
+# Of a sorted score: float32, sorted float32, its place (8), the sort's workspace (12), cumulated.
+SORTED_BYTES = 4 + 4 + 8 + 12 + 4
+GRAPH_BYTES = 16_000_000  # that the driver keeps of one recorded forward (no GPU has shown it yet)
+SPANS = 2  # spans of the cache that a chat records forwards for, often
+# Holes that separate q, k, v, gate and up leave when they are joined; none where the allocator can
+# map memory anew (devices.maps_memory).
+HOLES = 0.2
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class MemoryPlan:
         packed: tensors that the files hold quantized.
         cache: keys and values of the whole context.
         workspace: the most that temporary tensors need in addition.
+        graphs: steps that are recorded as CUDA graphs, with the tensors that they share.
+        holes: memory that the allocator cannot use again.
         process: the program without a model.
     """
 
@@ -67,6 +78,8 @@ class MemoryPlan:
     heads: int = 0
     cache: int = 0
     workspace: int = 0
+    graphs: int = 0
+    holes: int = 0
     process: int = 0
 
     @property
@@ -117,13 +130,17 @@ def plan(contents: Contents, load: Load) -> MemoryPlan:
         weight_bytes(contents.largest, load.quant, width, QUANTIZING) - head_bytes - cache,
         _reading_heads_bytes(contents, load) - cache,
     )
+    layers = weight_bytes(contents.layers, load.quant, width, kept)
+    on_cuda = load.kind == "cuda"
     return MemoryPlan(
-        layers=weight_bytes(contents.layers, load.quant, width, kept),
+        layers=layers,
         plain=plain * width,
         packed=contents.packed,
         heads=head_bytes,
         cache=cache,
         workspace=workspace,
+        graphs=_graph_bytes(shape, width) if on_cuda else 0,
+        holes=int(HOLES * layers) if on_cuda and not maps_memory() else 0,
         process=PROCESS["cpu"] if on_cpu else GPU_LIBRARIES,
     )
 
@@ -191,10 +208,27 @@ def _forward_bytes(shape: Shape, context: int, width: int) -> int:
 
     A tree's logits are needed in 32 bits too, several times.
     """
-    attention = 2 * shape.head_dim * (shape.heads + shape.kv_heads)
-    states = 4 * shape.hidden + 3 * shape.intermediate + attention
+    states = _row_states(shape)
     prefill = PREFILL_ROWS * (states + 2 * context) * width
     return max(prefill, MAX_NODES * (states * width + shape.vocabulary * (width + 3 * 4)))
+
+
+def _row_states(shape: Shape) -> int:
+    """Count the numbers that a row of a forward needs at a time."""
+    attention = 2 * shape.head_dim * (shape.heads + shape.kv_heads)
+    return 4 * shape.hidden + 3 * shape.intermediate + attention
+
+
+def _graph_bytes(shape: Shape, width: int) -> int:
+    """Return what recorded steps take: logits of each number of rows, a pool, the graphs.
+
+    The pool holds the temporary tensors of the largest: a forward's, and the scores of a rule that
+    sorts them.
+    """
+    buffers = sum(RECORDED_ROWS) * (shape.vocabulary + shape.hidden) * width
+    scores = shape.vocabulary * (width + SORTED_BYTES)
+    pool = max(RECORDED_ROWS) * (_row_states(shape) * width + scores)
+    return buffers + pool + len(RECORDED_ROWS) * SPANS * GRAPH_BYTES
 
 
 def _unpacked_bytes(contents: Contents, load: Load) -> int:

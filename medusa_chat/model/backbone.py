@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from medusa_chat.config import UserError
+from medusa_chat.config import UserError, out_of_memory
 from medusa_chat.model.attention import tree_attention as attention
-from medusa_chat.model.attention.choice import FasterAttention
+from medusa_chat.model.attention.rule import Choice, Shape, choose_attention
 from medusa_chat.model.cache import KVCache
+from medusa_chat.model.fused.layers import fuse_layers, restore
+from medusa_chat.model.fused.rule import choose_operations
+from medusa_chat.model.positions import context_of, fix_positions
 from medusa_chat.model.weight_files import damage
 
 if TYPE_CHECKING:
     from medusa_chat.native.packed import Packed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers that can be rewound
-UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
 
 
 def check_rewindable(model_class: Any, config: Any) -> None:
@@ -39,7 +42,10 @@ class Backbone:
     Attributes:
         model: the transformers model, in eval mode, with tree attention.
         config: the config of its text part.
-        attend: the implementation of attention over a fixed span, for `hidden_at`.
+        attention: the implementation of attention over a fixed span, for `hidden_at`.
+        operations: the kernels of its norms, gates and rotary positions; None where transformers'
+            own layers run.
+        operations_reason: why they run on a GPU.
         native: the weights as the native step reads them. Then the model has none of its own but
             embeddings and norms, and only that step runs it; None otherwise.
     """
@@ -60,17 +66,17 @@ class Backbone:
         check_rewindable(type(model), config)
         self.model = model.eval().requires_grad_(False)
         self.config = config
-        self.attend: attention.Attend = attention.torch_attention
-        if self.device.type == "cuda":
-            self.attend = FasterAttention()
+        fix_positions(model)
         kinds = set(getattr(config, "layer_types", None) or ())
         self._mixed = len(kinds) > 1
         sliding = not kinds or SLIDING in kinds
         self._window = getattr(config, "sliding_window", None) if sliding else None
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.attention: Choice = choose_attention(self.device, self.attention_shape)
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.operations, self.operations_reason = choose_operations(self.device, self.dtype)
         self.native: Packed | None = None
         if not own_attention:
             self._use_tree_attention(self._own_logits())
@@ -96,7 +102,7 @@ class Backbone:
     def step_name(self) -> str:
         """The way in which steps are computed, for people to read."""
         if self.device.type != "cpu":
-            return "torch"
+            return f"torch, {self.attention.name} attention"
         name = f"native ({self.native.variant})" if self.native else "torch"
         return f"{name}, {self.threads} threads"
 
@@ -117,24 +123,28 @@ class Backbone:
 
     @property
     def context(self) -> int:
-        """Positions that the model was made for, with one encoding of them.
-
-        Longrope switches to another encoding where its first part ends.
-        """
-        positions = int(getattr(self.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
-        scaling = getattr(self.config, "rope_parameters", None) or {}
-        if scaling.get("rope_type") == "longrope":
-            return min(positions, int(scaling["original_max_position_embeddings"]))
-        return positions
+        """Positions that the model was made for, with one encoding of them."""
+        return context_of(self.config)
 
     def new_cache(self, capacity: int) -> KVCache:
         """Make an empty cache of `capacity` positions."""
+        shape = self.attention_shape
+        layers = self.config.num_hidden_layers
+        return KVCache(layers, shape.kv_heads, shape.head_dim, capacity, self.dtype, self.device)
+
+    @property
+    def attention_shape(self) -> Shape:
+        """Sizes of a layer's attention."""
         config = self.config
         heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layers = config.num_hidden_layers
-        return KVCache(layers, kv_heads, head_dim, capacity, self.dtype, self.device)
+        return Shape(
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            self.dtype,
+            getattr(config, "attn_logit_softcapping", None),
+            self._window,
+        )
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, ancestors: Tensor | None, cache: KVCache
@@ -175,7 +185,9 @@ class Backbone:
         Returns:
             [n, hidden]
         """
-        mask = attention.TreeMask.of(ancestors, positions, start, span, self.dtype, self.attend)
+        mask = attention.TreeMask.of(
+            ancestors, positions, start, span, self.dtype, self.attention.attend
+        )
         near = mask if self._window is None else mask.with_window(self._window)
         places = start + torch.arange(len(tokens), device=tokens.device)
         with cache.at(places, span):
@@ -234,17 +246,34 @@ class Backbone:
         """Switch to tree attention, and refuse a model that would then give wrong text.
 
         The text (0, 1, 1) is run as a tree with another 0 next to the second token. Its logits
-        have to be those of the model's own attention over the text.
+        have to be those of the model's own attention over the text. Fused layers that change them
+        give way to the model's own.
         """
-        kind = self.config.model_type
+        if self.operations is not None:
+            replaced = fuse_layers(self.model, self.operations)
+            with suppress(UserError):
+                if self._follows(expected):
+                    return
+            restore(replaced)
+            self.operations = None
+            self.operations_reason = "they change the logits of this model"
+        if not self._follows(expected):
+            kind = self.config.model_type
+            raise UserError(f"{kind} models attend or make logits in a way that is not supported")
+
+    def _follows(self, expected: Tensor) -> bool:
+        """Tell if the tree's logits are the expected ones; raise UserError if there are none."""
         try:
             self.model.set_attn_implementation(attention.register())
             logits = self._logits_of_tree()
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            kind = self.config.model_type
             raise UserError(f"{kind} models do not take tree attention: {error!r}") from None
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
-        if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
-            raise UserError(f"{kind} models attend or make logits in a way that is not supported")
+        worst = (logits - expected).abs().max()
+        return bool(worst <= tolerance * expected.abs().max())
 
     def _logits_of_tree(self) -> Tensor:
         """Logits of the tree's nodes that spell the text (0, 1, 1): [3, V]."""

@@ -82,6 +82,20 @@ class KVCache(Cache):
         finally:
             self.places = None
 
+    def rows_of(self, layer: int, rows: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return what a forward of n rows needs to write and read a layer by itself.
+
+        Returns:
+            The layer's keys and values, [1, kv_heads, capacity, head_dim] each, the places [n] of
+            the new rows, and the end of the positions that are read.
+        """
+        own = self.layers[layer]
+        assert isinstance(own, _Layer)
+        if self.places is not None:
+            return own.keys, own.values, self.places, self.span
+        stop = self.length + rows
+        return own.keys, own.values, torch.arange(self.length, stop, device=own.keys.device), stop
+
     def move(self, start: Tensor, rows: Tensor) -> None:
         """Move rows [m] of a forward at `start` [] to the positions from `start` on, in this order.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from medusa_chat.config import ACCURACY_FILE, LoadOptions, ModelSpec, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.hub.file_names import model_folder
 from medusa_chat.hub.gguf.folder import is_quantized
 from medusa_chat.machine import memory, plans
-from medusa_chat.machine.devices import choose_device, frugal_heap
+from medusa_chat.machine.devices import choose_device, frugal_heap, prepare_allocator
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import Heads, decoding_heads
 from medusa_chat.model.layouts import HEADS_FILE, ReadHeads, find_heads, read_heads
@@ -23,8 +25,6 @@ from medusa_chat.model.templates import ChatTemplate, template_or_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def load_model(
         UserError: a file, the device or the memory does not allow it.
     """
     device = choose_device(options.device)
+    prepare_allocator(device)
     files = files or hub.fetch(spec)
     heads = str(files.heads) if files.heads else None
     local = replace(spec, backbone=str(files.backbone), heads=heads)
@@ -89,6 +90,8 @@ def _load(
     """
     notices = [*choice.notices]
     model, tokenizer = load_pretrained(local, choice.dtype, choice.quant, device, notices)
+    if choice.dtype == torch.float16 and model.config.model_type.startswith("gemma"):
+        notices.append("Gemma models overflow in float16: --dtype float32 does not")
     template = template_or_plain(tokenizer, spec, notices, options.raw)
     if options.fuse and not choice.native and join_linears(model):
         prepare_4bit(model, device, choice.dtype)  # joined layers are new ones

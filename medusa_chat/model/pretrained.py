@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -73,29 +74,51 @@ def load_pretrained(
         check_generation_config(folder)
         check_weight_files(spec.backbone, folder, quantized=own is not None)
         settings = attention_settings(config)
-        number = compute_dtype(device, dtype or torch.bfloat16)
-        # Weights that are quantized already take no such setting, not even None.
-        if not own and (made := quantization_config(quant, number)):
-            settings["quantization_config"] = made
+        settings |= {} if own else _quantization_settings(quant, device, dtype)
         quantized = own is not None or as_quant(quant) != "none"
-        loaded = load_weights(
+        moved = not quantized and device.type != "cpu"
+        model, report = load_weights(
             folder,
-            dtype=dtype or "auto",
+            # What goes to a GPU changes its format there: the host holds no copy of it.
+            dtype="auto" if moved else dtype or "auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             device_map={"": device} if quantized else None,  # quantized where it will be used
             **settings,
         )
-    model, report = loaded
     if quantized:
         prepare_4bit(model, device, model.dtype)
-    else:
-        model.to(device)
+    elif moved:
+        move(model, device, dtype)
     _check_weights(spec.backbone, report)
     check_tables(model, spec.backbone)
     if notices is not None:
         notices += _unused_weights(spec.backbone, report)
     return model, tokenizer
+
+
+def _quantization_settings(
+    quant: str, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Return how to quantize; weights that are quantized already take no such setting."""
+    made = quantization_config(quant, compute_dtype(device, dtype or torch.bfloat16))
+    return {"quantization_config": made} if made else {}
+
+
+def move(model: Any, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Bring a model to a device one weight at a time, in another number format if one is given.
+
+    Buffers keep theirs: RoPE's frequencies are float32.
+    """
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # tied weights are one on the device too
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight not in moved:
+                number = dtype if dtype and weight.is_floating_point() else weight.dtype
+                there = weight.detach().to(device).to(number)
+                moved[weight] = nn.Parameter(there, requires_grad=weight.requires_grad)
+            setattr(module, name, moved[weight])
+    model.to(device)
 
 
 def load_config(folder: Path) -> Any:
@@ -162,7 +185,7 @@ def _load_gguf(folder: Path, header: Header, **settings: Any) -> Any:
     config = load_config(folder)
     names = list(empty_model(config).state_dict())
     tensors = state_dict_of(header, config.get_text_config(), names)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = str(folder)

@@ -99,7 +99,7 @@ def write(file: Path, key: Any, matrices: Sequence[Tensor]) -> None:
 
 
 def _write(path: Path, key: Any, matrices: Iterable[Tensor]) -> None:
-    views = [memoryview(matrix.numpy()) for matrix in matrices]
+    views = [matrix.numpy().data for matrix in matrices]
     sums = [zlib.crc32(view) for view in views]
     document = {"key": key, "bytes": [len(view) for view in views], "sums": sums}
     header = json.dumps(document).encode()

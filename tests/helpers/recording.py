@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.graphs.static_step import Key, Program
+    from medusa_chat.decoding.graphs.capture import Key, Program
 
 
 class Tape(TorchDispatchMode):

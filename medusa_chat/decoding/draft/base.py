@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from medusa_chat.model.backbone import Backbone
 
 RANKED = 10  # guesses of each head that a step takes at least, and reports at most
-ROWS = 64  # nodes and paths that shared buffers hold at least
+ROWS = 64  # paths that shared buffers hold at least
+# Rows of steps that are recorded: few of them, so that trees of most sizes share a recording.
+BUCKETS = (1, 8, 16, 32, 64, 128, 256)
+FILLER_DEPTH = -1  # of rows that fill a step up: no rule takes them for the root or a guess
 
 
 def next_size(least: int, wanted: int) -> int:
@@ -26,6 +29,11 @@ def next_size(least: int, wanted: int) -> int:
     while least < wanted:
         least *= 2
     return least
+
+
+def bucket_of(nodes: int) -> int:
+    """Return the rows of the smallest recorded step that holds so many nodes."""
+    return next(rows for rows in BUCKETS if rows >= nodes)
 
 
 def ranked_guesses(tree: Tree, heads: int, backbone: Backbone) -> int:
@@ -40,8 +48,8 @@ class Nodes:
     """The rows of a step's forward.
 
     Attributes:
-        candidates: [n], the token of each node.
-        tensors: the topology of the nodes.
+        candidates: [rows], the token of each node.
+        tensors: the topology of the rows.
         selection: says which nodes were selected, for the report.
     """
 
@@ -58,6 +66,8 @@ class Draft(ABC):
 
     Attributes:
         size: nodes, n.
+        rows: rows of the forward: as many, or more if steps of several sizes share a recording. A
+            row that fills up sees the text and itself, and lies at FILLER_DEPTH.
         ranked: guesses that it takes of each head; 0 if it needs no heads.
         uses_confidence: whether it reads how sure the heads are.
         deepest: no draft of this shape is deeper.
@@ -66,6 +76,7 @@ class Draft(ABC):
     """
 
     size: int
+    rows: int
     ranked: int
     uses_confidence: bool
     deepest: int
@@ -75,9 +86,9 @@ class Draft(ABC):
     def _layout(
         self, heads: int, selection: int, paths: Callable[[list[int]], tuple[NodePath, ...]]
     ) -> ReportLayout:
-        """Lay the report out for so many heads, once `size` and `ranked` are set."""
+        """Lay the report out for so many heads, once `rows` and `ranked` are set."""
         ranked = min(self.ranked, RANKED)
-        return ReportLayout(self.size, selection, heads if ranked else 0, ranked, paths)
+        return ReportLayout(self.rows, selection, heads if ranked else 0, ranked, paths)
 
     @property
     @abstractmethod
@@ -96,4 +107,4 @@ class Draft(ABC):
 
     @abstractmethod
     def mask(self, nodes: Nodes, /) -> Tensor | None:
-        """Return the additive mask [n, n] of the nodes; None for the root alone."""
+        """Return the additive mask [rows, rows] of the nodes; None for the root alone."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.draft.base import ROWS, Draft, Nodes, next_size, ranked_guesses
+from medusa_chat.decoding.draft.base import ROWS, Draft, Nodes, bucket_of, next_size, ranked_guesses
 from medusa_chat.decoding.draft.copies import CHAIN
 from medusa_chat.decoding.draft.selection import Selector
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
@@ -44,29 +44,31 @@ class DynamicDraft(Draft):
             heads: how many there are.
             accuracy: how far the heads are to be trusted, or how often paths are right.
             backbone: gives device and dtype.
-            shared_buffers: make the buffers large enough for other supersets too, so that more
-                drafts have one shape.
+            shared_buffers: fill the step up to a number of rows that other trees have too, and
+                make the buffers large enough for other supersets, so that more drafts have one
+                shape.
         """
         superset = tree.superset if isinstance(tree, DynamicTree) else tree
         self.size = len(tree)
+        self.rows = bucket_of(self.size) if shared_buffers else self.size
         self._dtype = backbone.dtype
         self.uses_confidence = isinstance(tree, DynamicTree)
         self.ranked = ranked_guesses(superset, heads, backbone)
         chain = CHAIN if copied else 0
-        self._depth, self._width, rows = superset.depth, superset.width, len(superset)
+        self._depth, self._width, paths = superset.depth, superset.width, len(superset)
         if shared_buffers and self.ranked:
-            self._depth, self._width, rows = heads, self.ranked, next_size(ROWS, rows)
-        shape = (rows, self._depth, self._width)
-        selector = Selector(superset, self.size, chain, backbone.device, shape)
+            self._depth, self._width, paths = heads, self.ranked, next_size(ROWS, paths)
+        shape = (paths, self._depth, self._width)
+        selector = Selector(superset, self.size, chain, backbone.device, shape, self.rows)
         self._selector = selector
-        self.deepest = min(self.size - 1, max(heads, chain))
-        self.shape = ("dynamic", self.size, self.ranked, chain, *shape, self.uses_confidence)
+        self.deepest = min(self.rows - 1, max(heads, chain))
+        self.shape = ("dynamic", self.rows, self.ranked, chain, *shape, self.uses_confidence)
         self.layout = self._layout(
-            heads, 1 + self.size, lambda selection: selector.paths(selection[1:], selection[0])
+            heads, 1 + self.rows, lambda selection: selector.paths(selection[1:], selection[0])
         )
         self._log_p: Tensor | None = None  # [D, S], of each guess along each path, as measured
         if not self.uses_confidence:
-            self._log_p = _measured(superset, accuracy, self._depth, rows).to(backbone.device)
+            self._log_p = _measured(superset, accuracy, self._depth, paths).to(backbone.device)
         lines = [accuracy.calibration_of(head) for head in range(1, self._depth + 1)]
         calibration = torch.tensor(lines, device=backbone.device).view(self._depth, 2, 1)
         self._scale, self._shift = calibration.unbind(1)  # [D, 1] each
@@ -95,7 +97,7 @@ class DynamicDraft(Draft):
         return (self._scale * own + self._shift).clamp(max=0)
 
     def mask(self, nodes: Nodes, /) -> Tensor | None:
-        """Return the additive mask [n, n] of the selected nodes."""
+        """Return the additive mask [rows, rows] of the selected nodes."""
         return attention.additive(nodes.tensors.ancestors, self._dtype)
 
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.draft.base import Draft, Nodes, ranked_guesses
+from medusa_chat.decoding.draft.base import FILLER_DEPTH, Draft, Nodes, bucket_of, ranked_guesses
 from medusa_chat.model.attention import tree_attention as attention
 
 if TYPE_CHECKING:
@@ -22,26 +23,37 @@ class FixedDraft(Draft):
 
     Attributes:
         tree: the tree.
-        tensors: its topology.
-        places: [n], the place of each node's token among the root and the flattened guesses.
+        tensors: its topology, with the rows that fill the step up.
+        places: [rows], the place of each node's token among the root and the flattened guesses.
     """
 
     uses_confidence = False
 
-    def __init__(self, tree: Tree, heads: int, backbone: Backbone) -> None:
-        """Lay out a tree for a model with so many heads."""
+    def __init__(
+        self, tree: Tree, heads: int, backbone: Backbone, *, shared_buffers: bool = False
+    ) -> None:
+        """Lay out a tree for a model with so many heads.
+
+        Args:
+            tree: the tree.
+            heads: how many there are.
+            backbone: gives device and dtype.
+            shared_buffers: fill the step up to a number of rows that other trees have too.
+        """
         self.tree = tree
         self.size = len(tree)
+        self.rows = bucket_of(self.size) if shared_buffers else self.size
         self.ranked = ranked_guesses(tree, heads, backbone)
-        self.deepest = min(self.size - 1, heads)
-        self.shape = ("fixed", self.size, self.ranked)
+        self.deepest = min(self.rows - 1, heads)
+        self.shape = ("fixed", self.rows, self.ranked)
         self.layout = self._layout(heads, 0, lambda _: tree.paths)
-        self.tensors = TreeTensors.of(tree, backbone.device)
+        self.tensors = filled_up(TreeTensors.of(tree, backbone.device), self.rows)
         self._mask: Tensor | None = None
         if self.size > 1:
             self._mask = attention.additive(self.tensors.ancestors, backbone.dtype)
         guesses = (1 + (len(path) - 1) * self.ranked + path[-1] for path in tree.paths[1:])
-        self.places = torch.tensor([0, *guesses], device=backbone.device)
+        filler = [0] * (self.rows - self.size)
+        self.places = torch.tensor([0, *guesses, *filler], device=backbone.device)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -57,3 +69,14 @@ class FixedDraft(Draft):
     def mask(self, _nodes: Nodes, /) -> Tensor | None:
         """Return the additive mask [n, n], which is always the same; None for the root alone."""
         return self._mask
+
+
+def filled_up(tree: TreeTensors, rows: int) -> TreeTensors:
+    """Add rows at FILLER_DEPTH, each its own parent and only ancestor, up to `rows`."""
+    nodes = len(tree.depths)
+    ancestors = torch.eye(rows, dtype=torch.bool, device=tree.depths.device)
+    ancestors[:nodes, :nodes] = tree.ancestors
+    parents = torch.arange(rows, device=tree.parents.device)
+    parents[:nodes] = tree.parents
+    depths = functional.pad(tree.depths, (0, rows - nodes), value=FILLER_DEPTH)
+    return TreeTensors(parents, depths, ancestors, tree.depth)

@@ -2,8 +2,9 @@
 
 It runs on the device, in fixed shapes and without a copy to the host. Shapes: S paths of the
 superset (the root included), D its depth, W its width, C tokens of the chain, E = S + C rows to
-choose from, n nodes that are chosen. S, D and W may be more than the superset has: then there are
-paths that are never chosen, and guesses that no path takes.
+choose from, n nodes that are chosen, R rows of the step. S, D and W may be more than the superset
+has: then there are paths that are never chosen, and guesses that no path takes. R may be more than
+n: then fillers come last, which are row E.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from medusa_chat.decoding.acceptance import TreeTensors, ancestors_of
+from medusa_chat.decoding.draft.base import FILLER_DEPTH
 from medusa_chat.events import COPIED
 
 if TYPE_CHECKING:
@@ -28,9 +31,9 @@ class Selection:
     """The nodes of a step.
 
     Attributes:
-        rows: [n], ascending: below S a path of the superset, else a token of the chain.
-        candidates: [n], the token of each node.
-        tensors: the topology of the n nodes.
+        rows: [R], ascending: below S a path of the superset, below E a token of the chain.
+        candidates: [R], the token of each node.
+        tensors: the topology of the R rows.
         joint: [1], row of the superset's path from which the chain branches off; 0 without a chain.
     """
 
@@ -56,9 +59,14 @@ class Selector:
         chain: int,
         device: torch.device,
         shape: tuple[int, int, int] | None = None,
+        step_rows: int | None = None,
     ) -> None:
-        """Make the tables; `shape` is S, D and W, by default those of the superset."""
+        """Make the tables; `shape` is S, D and W, by default those of the superset.
+
+        `step_rows` is R, by default n.
+        """
         self.superset, self.nodes, self.chain = superset, nodes, chain
+        self.step_rows = step_rows or nodes
         self.size, depth, width = shape or (len(superset), superset.depth, superset.width)
         self.deepest = max(depth, chain)
         rows = self.size + chain
@@ -74,18 +82,21 @@ class Selector:
         places = torch.tensor(padded, dtype=torch.long, device=device)
         self._guesses = places.view(self.size, depth).T.contiguous()
         last = [path[-1] for path in paths[1:]]
-        own = [root, *last, *[end] * more, *range(root + 1, root + 1 + chain)]
-        self._own = torch.tensor(own, device=device)  # [E]: the place of each row's own token
-        depths = [*superset.depths, *[1] * more, *range(1, chain + 1)]
+        own = [root, *last, *[end] * more, *range(root + 1, root + 1 + chain), root]
+        self._own = torch.tensor(own, device=device)  # [E + 1]: the place of each row's own token
+        depths = [*superset.depths, *[1] * more, *range(1, chain + 1), FILLER_DEPTH]
         self._depths = torch.tensor(depths, device=device)
         before = [0, *range(self.size, rows)][:chain]
-        parents = [*superset.parents, *[0] * more, *before]
+        parents = [*superset.parents, *[0] * more, *before, rows]
         self._parents = torch.tensor(parents, device=device)
         # The step alone knows which of the superset's nodes are ancestors of the chain.
-        ancestors = ancestors_of(superset, rows)
-        ancestors[self.size :, self.size :] = torch.ones(chain, chain, dtype=torch.bool).tril()
+        ancestors = ancestors_of(superset, rows + 1)
+        chained = torch.ones(chain, chain, dtype=torch.bool).tril()
+        ancestors[self.size : rows, self.size : rows] = chained
         self._ancestors = ancestors.to(device)
         self._rows = torch.arange(rows, device=device)
+        self._chosen = torch.arange(self.step_rows, device=device) < nodes
+        self._itself = torch.eye(self.step_rows, dtype=torch.bool, device=device)
         self._no_log_p = torch.tensor([0.0, NEVER], device=device)  # where there is no token
         self._no_token = torch.tensor([-1, -1], device=device)
         self._root = torch.zeros(1, dtype=torch.long, device=device)
@@ -93,7 +104,8 @@ class Selector:
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Tensors that differ between supersets of one shape."""
-        return self._guesses, self._own, self._depths, self._parents, self._ancestors
+        tables = (self._guesses, self._own, self._depths, self._parents, self._ancestors)
+        return *tables, self._chosen
 
     def along_paths(self, log_p: Tensor) -> Tensor:
         """Look up the log p of each path's guesses, 0 after the last: log_p [D, W] -> [D, S]."""
@@ -124,7 +136,7 @@ class Selector:
         whole = shared.sum(0) == self._depths[: self.size]
         # One path of each depth agrees with the chain, and rows go by depth.
         joint = (whole * self._rows[: self.size]).amax()[None]
-        in_superset = self._depths[self.size :] <= self._depths[joint]
+        in_superset = self._depths[self.size : -1] <= self._depths[joint]
         tail = chain_log_p.masked_fill(in_superset, 0.0).cumsum(0) + scores[joint]
         # The minimum keeps rounding from putting a child first.
         tail = tail.cummin(0).values.masked_fill(in_superset, NEVER)
@@ -138,19 +150,29 @@ class Selector:
             scores: [E], log p of each row's path.
             joint: [1], as a Selection has it.
         """
-        rows = scores.argsort(descending=True, stable=True)[: self.nodes].sort().values
+        filler = len(self._rows)
+        likeliest = scores.argsort(descending=True, stable=True)[: self.step_rows]
+        likeliest = functional.pad(likeliest, (0, self.step_rows - len(likeliest)))
+        rows = likeliest.masked_fill(~self._chosen, filler).sort().values
         parents, ancestors = self._parents[rows], self._ancestors[rows]
         if self.chain:
             first = rows == self.size + self._depths[joint]
             parents = torch.where(first, joint, parents)
-            ancestors = ancestors | ((rows >= self.size)[:, None] & self._ancestors[joint])
+            copied = (rows >= self.size) & (rows < filler)
+            ancestors = ancestors | (copied[:, None] & self._ancestors[joint])
         tensors = TreeTensors(
-            torch.searchsorted(rows, parents), self._depths[rows], ancestors[:, rows], self.deepest
+            torch.searchsorted(rows, parents),
+            self._depths[rows],
+            ancestors[:, rows] | self._itself,
+            self.deepest,
         )
         return Selection(rows, tokens[self._own[rows]], tensors, joint)
 
     def paths(self, rows: list[int], joint: int) -> tuple[NodePath, ...]:
-        """Turn chosen rows into paths; COPIED replaces a rank where the chain alone guessed."""
+        """Turn chosen rows into paths; COPIED replaces a rank where the chain alone guessed.
+
+        Fillers have none.
+        """
         known = self.superset.paths
         stem = known[joint]
         before = self.size + len(stem) - 1
@@ -158,7 +180,7 @@ class Selector:
         def path(row: int) -> NodePath:
             return known[row] if row < self.size else stem + (COPIED,) * (row - before)
 
-        return tuple(map(path, rows))
+        return tuple(map(path, rows[: self.nodes]))
 
 
 def _places(path: NodePath, width: int) -> list[int]:

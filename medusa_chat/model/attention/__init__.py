@@ -2,5 +2,5 @@
 
 tree_attention.py  the attention function that transformers calls, the masks, the reference in torch
 kernel.py          the same over a fixed span of the cache, as a Triton kernel
-choice.py          times both on a GPU and takes the faster one for each shape
+rule.py            the kernel where it works, else torch
 """

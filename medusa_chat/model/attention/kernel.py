@@ -26,38 +26,9 @@ BLOCK_BYTES = 16384
 LARGEST_BLOCK = 64  # rows, or keys
 SMALLEST_BLOCK = 16  # the least that tl.dot takes
 MOST_PARTS = 32
+STAGES = 2  # blocks of keys in flight: with three, some GPUs run out of shared memory
+WIDE = 64 * 128  # numbers of a tile
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Launch:
-    """The way the kernel is laid over a GPU.
-
-    Attributes:
-        programs: programs to run at a time, about; they differ in key heads, then rows, then
-            parts of the text.
-        warps: warps of a program.
-        stages: blocks of keys that a program has in flight.
-    """
-
-    programs: int
-    warps: int = 4
-    stages: int = 2
-
-    def __str__(self) -> str:
-        return f"{self.programs} programs, {self.warps} warps, {self.stages} stages"
-
-
-def launches(multiprocessors: int) -> tuple[Launch, ...]:
-    """Return the launches worth timing on a GPU.
-
-    With fewer warps, tiles of LARGEST_BLOCK rows and wide heads spill registers.
-    """
-    return (
-        Launch(multiprocessors, 8, 2),
-        Launch(2 * multiprocessors, 4, 2),
-        Launch(2 * multiprocessors, 4, 3),
-    )
 
 
 @dataclass(frozen=True)
@@ -70,6 +41,7 @@ class Tiling:
     tile: int  # rows of a program
     tiles: int  # programs for the rows of a key head
     parts: int  # programs that share the keys of a tile
+    warps: int  # of a program; with fewer, large tiles of wide heads spill registers
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, programs: int) -> "Tiling":
@@ -84,7 +56,8 @@ class Tiling:
         tiles = triton.cdiv(groups * rows, tile)
         wanted = max(programs // (tiles * kv_heads), 1)
         parts = min(wanted, triton.cdiv(span, block), MOST_PARTS)
-        return cls(groups, padded, block, tile, tiles, parts)
+        warps = 8 if tile * padded >= WIDE else 4
+        return cls(groups, padded, block, tile, tiles, parts, warps)
 
 
 def attend(
@@ -94,15 +67,16 @@ def attend(
     mask: TreeMask,
     scaling: float,
     softcap: float | None = None,
-    launch: Launch = Launch(128),
+    programs: int = 128,
 ) -> Tensor:
     """Attend as `torch_attention` does, in float32, bfloat16 or float16.
 
-    Keys and values are read up to `start + n`; what follows may be NaN.
+    Keys and values are read up to `start + n`; what follows may be NaN. About `programs` programs
+    run; they differ in key heads, then rows, then parts of the text.
     """
     _, heads, rows, size = query.shape
     kv_heads = key.shape[1]
-    tiling = Tiling.of(query, key, launch.programs)
+    tiling = Tiling.of(query, key, programs)
     parts = tiling.parts
     mixed = query.new_empty(1, rows, heads, size)
     partial = mixed
@@ -124,8 +98,8 @@ def attend(
             GROUPS=tiling.groups,
             TILE=tiling.tile,
             BLOCK=tiling.block,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            num_warps=tiling.warps,
+            num_stages=STAGES,
         )
         if parts > 1:
             most = triton.next_power_of_2(parts)

@@ -107,8 +107,7 @@ def torch_attention(
     return masked_attention(query, key, value, mask.additive, scaling, softcap)
 
 
-# An implementation of attention over a TreeMask: `torch_attention`, `kernel.attend`, or a
-# FasterAttention that chooses between them.
+# An implementation of attention over a TreeMask: `torch_attention` or `kernel.attend`.
 Attend = Callable[[Tensor, Tensor, Tensor, "TreeMask", float, float | None], Tensor]
 
 
@@ -159,21 +158,13 @@ class TreeMask(Tensor):
         mask.window = window
         return mask
 
-    def _with(self, positions: Tensor, start: Tensor, window: int | None) -> TreeMask:
-        return TreeMask.of(
-            self.ancestors, positions, start, self.span, self.number, self.attend, window
-        )
-
     def with_window(self, window: int) -> TreeMask:
         """Return the mask of a layer whose nodes see less than `window` positions back."""
         if self.span <= window:
             return self
-        return self._with(self.positions, self.start, window)
-
-    def at_length(self, length: int) -> TreeMask:
-        """Return the mask of the same nodes after a text of another length."""
-        start = torch.full_like(self.start, length)
-        return self._with(self.positions - self.start + start, start, self.window)
+        return TreeMask.of(
+            self.ancestors, self.positions, self.start, self.span, self.number, self.attend, window
+        )
 
     @cached_property
     def additive(self) -> Tensor:

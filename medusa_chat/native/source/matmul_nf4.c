@@ -30,7 +30,7 @@ static float prepare_block(const float *restrict x, int16_t *restrict to) {
     for (int input = 0; input < MC_NF4_BLOCK; input++) {
         to[input] = (int16_t)nearest(x[input] * inverse);
     }
-    return most / (INPUT_LEVELS * WEIGHT_LEVELS);
+    return most / INPUT_LEVELS / WEIGHT_LEVELS;
 }
 
 static void prepare(int inputs, int count, const float *x, size_t x_stride, uint8_t *prepared) {

@@ -1,0 +1,32 @@
+"""Positions of a text: how many a model takes, with one encoding of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
+
+
+def context_of(config: Any) -> int:
+    """Return the positions that a model was made for.
+
+    Longrope switches to another encoding where its first part ends.
+    """
+    positions = int(getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") == "longrope":
+        return min(positions, int(scaling["original_max_position_embeddings"]))
+    return positions
+
+
+def fix_positions(model: Any) -> None:
+    """Keep longrope and dynamic RoPE from looking at the positions in each forward.
+
+    They change their frequencies for texts that are longer than `context_of` allows.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):  # one for each type of layer
+            module.rope_type = dict.fromkeys(kinds, "default")
+        elif isinstance(kinds, str):
+            module.rope_type = "default"
