@@ -144,5 +144,7 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.cache.capacity
 
+    get_max_cache_shape = get_max_length  # the name up to transformers 5.12
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length + query_length, 0
