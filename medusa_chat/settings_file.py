@@ -149,7 +149,7 @@ def write_settings(
             document.pop(name) if value is None else document.update({name: value})
         if changes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path.resolve(), encodable(tomlkit.dumps(document)))
+            write_text(path.resolve(), tomlkit.dumps(document))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return [*changes]
@@ -167,4 +167,6 @@ def _default(name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return [*value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [encodable(each) for each in value]
+    return encodable(value) if isinstance(value, str) else value

@@ -298,7 +298,7 @@ def test_help_and_the_model_list_need_no_torch() -> None:
 def test_a_pipe_of_too_much_is_refused_before_the_load(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("medusa_chat.commands.chat.MOST_PIPED", 1000)
+    monkeypatch.setattr("medusa_chat.commands.prompt.MOST_PIPED", 1000)
     monkeypatch.setattr("medusa_chat.load", None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 1001)))
     assert "standard input holds more than the 1,000 bytes" in complaint(capsys, "chat")

@@ -38,7 +38,9 @@ def open_chat(file: Path, *replies: str | BaseException, name: str = "fake") -> 
     """A chat with an archive of its own, as a program of its own has it."""
     engine = FakeEngine(replies or (REPLY,))
     engine.name = name
-    return Chat(Session(engine, Sampling()), keeper=Keeper(Archive(file), Place("m", "h")))
+    return Chat(
+        Session(engine, Sampling(loop_guard="on")), keeper=Keeper(Archive(file), Place("m", "h"))
+    )
 
 
 def talk(chat: Chat, *texts: str) -> None:
@@ -149,7 +151,7 @@ def test_chats_are_listed_searched_named_and_resumed(file: Path) -> None:
     assert REPLY[:40] in shown
     assert "chat 1 (fox tale), 2 messages, with its settings: mode exact, temperature 0.3" in shown
     assert "held with" not in shown
-    assert chat.session.sampling == Sampling(mode="exact", temperature=0.3)
+    assert chat.session.sampling == Sampling(mode="exact", temperature=0.3, loop_guard="on")
     assert list(chat.keeper.names()) == ["fox tale"]
     talk(chat, "again")
     assert len(contents(file)) == 4
@@ -280,7 +282,7 @@ def _newer(file: Path) -> None:
 
 
 def _half(file: Path) -> None:
-    talk(open_chat(file), *["much text " * 200] * 20)
+    talk(open_chat(file), *["muchtext" * 250] * 20)
     file.write_bytes(file.read_bytes()[:8192])
 
 
@@ -312,7 +314,7 @@ def test_a_full_disk_is_one_notice_until_there_is_space(file: Path) -> None:
     talk(chat, "one")
     with full_disk() as limit:
         limit(70_000)
-        talk(chat, "two " * 50_000, "three")
+        talk(chat, "two" * 70_000, "three")
         (notice,) = chat.session.engine.notices
         assert notice.startswith(f"this conversation is not kept: {file}: ")
         assert contents(file)[:2] == ["one", REPLY]

@@ -58,7 +58,7 @@ def test_every_flag_and_setting_is_a_key() -> None:
         named = {field.name for field in fields(settings) if field.name in helps}
         assert named <= {key.field for key in keys.values()}
     options = vars(make_parser().parse_args(["chat"]))
-    apart = {"command", "message", "prompt", "json", "latest", "resume", "words"}
+    apart = {"command", "completion", "message", "prompt", "json", "latest", "resume", "words"}
     assert {key.field for key in keys.values()} >= set(options) - apart
 
 
@@ -156,7 +156,10 @@ def test_a_mistake_in_the_file_is_one_line(
 
 def test_settings_are_saved_without_touching_the_rest(file: Path) -> None:
     file.write_text('# mine\ndevice = "cpu"  # always\nseed = 3\n"top-k" = 5\n')
-    chat = Chat(Session(FakeEngine(), Sampling()), keeper=Keeper(place=Place("oak", "leaves")))
+    chat = Chat(
+        Session(FakeEngine(), Sampling(loop_guard="on")),
+        keeper=Keeper(place=Place("oak", "leaves")),
+    )
     chat.session.system = "half a pair \ud800"
     for line in ("/exact", "/set temperature 0.3", "/set top_k 7", "/set stop x", "/view heads"):
         run(chat, line)
@@ -183,8 +186,8 @@ def test_settings_are_saved_without_touching_the_rest(file: Path) -> None:
 def test_defaults_of_the_model_are_not_saved(file: Path) -> None:
     engine = FakeEngine()
     engine.defaults = {"mode": "exact", "temperature": 0.6}
-    chat = Chat(Session(engine, Sampling("exact", 0.7)))
-    assert "saved temperature (" in run(chat, "/settings save").replace("\n", " ")
+    chat = Chat(Session(engine, Sampling("exact", 0.7, loop_guard="on")))
+    assert run(chat, "/settings save").split()[:2] == ["saved", "temperature"]
     assert read_settings(file) == {"temperature": 0.7}
 
 
