@@ -22,6 +22,7 @@ FAKE_CHAT = str(ROOT / "tests" / "helpers" / "fake_engine.py")
 QUESTION = "Tell me a long fairy tale."
 LONG = ("--max-new-tokens", "900", "--ignore-eos", "--mode", "vanilla", "--engine", "torch")
 SLACK = 1.0  # seconds that a busy machine may take from a step to the screen
+ONE_TOKEN = 20  # letters
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
@@ -89,7 +90,9 @@ def end_in_a_reply(
         assert kept.startswith(old[-1] if old else "")
         return
     assert status == 128 + number
-    assert kept == said(terminal, panel=False)
+    shown = said(terminal, panel=False)
+    assert kept.startswith(shown)
+    assert len(kept) - len(shown) <= ONE_TOKEN  # the signal may come between a step and its row
     assert not terminal.screen.cursor.hidden
     assert terminal.settings[3] == before[3]
     assert "Traceback" not in terminal.text
