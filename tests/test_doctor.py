@@ -257,6 +257,8 @@ def test_a_plan_is_made_of_its_parts() -> None:
         "heads",
         "cache",
         "workspace",
+        "graphs",
+        "holes",
         "process",
     }
 
