@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import medusa_chat
-from medusa_chat.config import SHIPPED_PROMPTS, Sampling
+from medusa_chat.config import SHIPPED_PROMPTS
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import (
     SIZES,

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import medusa_chat
 from medusa_chat.bench.random_engine import parse_shapes, random_engine
-from medusa_chat.config import LoadOptions, Sampling
+from medusa_chat.config import LoadOptions
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine

@@ -15,8 +15,8 @@ import time
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding import fast
+from medusa_chat.sampling import Sampling
 from tests.helpers.tiny import make_engine, prompt_ids, random_backbone, random_heads
 
 if TYPE_CHECKING:

@@ -14,12 +14,16 @@ import sys
 import threading
 import time
 from statistics import median
+from typing import TYPE_CHECKING
 
 import medusa_chat
-from medusa_chat.config import Message, Sampling
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.machine import memory, plans
 from medusa_chat.native.library import likely
+from medusa_chat.sampling import Sampling
+
+if TYPE_CHECKING:
+    from medusa_chat.config import Message
 
 DEFAULTS = ["bundled", "auto", "auto", "1024"]
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_chat.bench.random_engine import RandomModel, random_engine
-from medusa_chat.config import LoadOptions, Sampling
+from medusa_chat.config import LoadOptions
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
@@ -31,6 +31,7 @@ from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.machine.devices import choose_device
 from medusa_chat.model.linear.quantization import as_quant
 from medusa_chat.model.loading import load_model
+from medusa_chat.sampling import Sampling
 from medusa_chat.shapes import SHAPES
 
 ROW_COUNTS = (1, 4, 8, 16, 32, 64)

@@ -34,10 +34,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import medusa_chat
-from medusa_chat.config import SHIPPED_PROMPTS, Sampling
+from medusa_chat.config import SHIPPED_PROMPTS
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, Verdict, greedy, make_rule
 from medusa_chat.machine.devices import device_name
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.config import LoadOptions, ModelSpec, Sampling, UserError
+from medusa_chat.config import LoadOptions, ModelSpec, UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.settings import make
 from medusa_chat.version import __version__
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from medusa_chat.sampling import MAX_SEED
-from medusa_chat.sampling import Sampling as Sampling  # the whole package imports it from here
 from medusa_chat.settings import (
     Duration,
     check_choices,
@@ -18,7 +17,7 @@ from medusa_chat.settings import (
     require_between,
     setting,
 )
-from medusa_chat.settings import UserError as UserError  # likewise
+from medusa_chat.settings import UserError as UserError  # the whole package imports it from here
 
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
 QuantChoice = Literal["auto", Quant]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from platformdirs import user_config_path
 
-from medusa_chat.config import ChatOptions, LoadOptions, Sampling, UserError
+from medusa_chat.config import ChatOptions, LoadOptions, UserError
 from medusa_chat.files import expanded, read_text, write_text
-from medusa_chat.sampling import CHAT_DEFAULTS
+from medusa_chat.sampling import CHAT_DEFAULTS, Sampling
 from medusa_chat.settings import help_of, require
 from medusa_chat.text import encodable, reason_of
 

@@ -8,7 +8,8 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat.attachments import reference, with_files
 from medusa_chat.terminal.chat.command import Chat, Draft
 from medusa_chat.terminal.chat.commands import dispatch

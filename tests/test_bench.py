@@ -23,11 +23,12 @@ from medusa_chat.bench.replies import (
 )
 from medusa_chat.bench.run import bench
 from medusa_chat.cli import main
-from medusa_chat.config import SHIPPED_PROMPTS, Sampling, UserError
+from medusa_chat.config import SHIPPED_PROMPTS, UserError
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.events import Step, Token
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.reports import bench as bench_report
 from medusa_chat.terminal.reports import bench_charts

@@ -14,7 +14,7 @@ import torch
 import medusa_chat
 from medusa_chat.bench.peers import TransformersPeer
 from medusa_chat.bench.verification import verify
-from medusa_chat.config import BUNDLED, SHIPPED_PROMPTS, LoadOptions, Message, Sampling
+from medusa_chat.config import BUNDLED, SHIPPED_PROMPTS, LoadOptions, Message
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.trees.tree import named_tree, paper_trees
 from medusa_chat.hub.model_list import resolve_model
@@ -22,6 +22,7 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.loading import load_model
 from medusa_chat.prompts import read_prompts
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from tests.helpers.quiet import quiet
 from tests.helpers.tiny import ids_of

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding import eager
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.model.cache import KVCache
+from medusa_chat.sampling import Sampling
 from tests.helpers.tiny import (
     OracleHeads,
     decode,

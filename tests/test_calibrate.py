@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import medusa_chat
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.decoding.trees.tree import Tree, chain, named_tree
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.prompts import Prompt
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.training import calibration
 from medusa_chat.training.calibration import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import medusa_chat
-from medusa_chat.config import Message, Sampling
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from tests.helpers.pseudo_terminal import CTRL_C, Terminal, assert_colours
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from medusa_chat.config import Message
     from medusa_chat.events import Step
 
 SETTINGS = ("--dtype", "float32", "--tree", "mc_sim_7b_63")

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import medusa_chat
-from medusa_chat.config import LoadOptions, Sampling, UserError, out_of_memory
+from medusa_chat.config import LoadOptions, UserError, out_of_memory
+from medusa_chat.sampling import Sampling
 
 
 def test_defaults_are_those_of_the_paper() -> None:

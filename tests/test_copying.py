@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, COPY_PRIOR, GRAMS, LONGEST, Copied, Copies
 from medusa_chat.events import COPIED
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from tests.helpers.tiny import (
     OracleHeads,

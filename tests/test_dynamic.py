@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import medusa_chat
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.draft.selection import Selector
@@ -24,6 +24,7 @@ from medusa_chat.decoding.trees.copy_gain import CopyGain
 from medusa_chat.decoding.trees.growth import SUPERSET, dynamic_tree, grow, shaped_tree
 from medusa_chat.decoding.trees.tree import DynamicTree, NodePath, Tree
 from medusa_chat.events import COPIED, proposer
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.training.calibration import guess_reply, joint_ranks
 from medusa_chat.training.confidence import Guessed, dynamic_length, fit

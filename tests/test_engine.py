@@ -11,12 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.trees import pause
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
+from medusa_chat.sampling import Sampling
 from tests.helpers.tiny import (
     NEW,
     PROMPT,

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import medusa_chat
 from medusa_chat.cli import main
-from medusa_chat.config import ACCURACY_FILE, Message, Sampling
+from medusa_chat.config import ACCURACY_FILE, Message
 from medusa_chat.model.templates import ChatTemplate
+from medusa_chat.sampling import Sampling
 from medusa_chat.training import trainer as module
 from medusa_chat.training.data import PackedRows, encode, read_documents
 from medusa_chat.training.evaluate import perplexity

@@ -15,7 +15,7 @@ import pytest
 
 import medusa_chat
 from medusa_chat.cli import main
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.decoding.trees.tree import named_tree
 from medusa_chat.hub.model_list import read_models
@@ -23,6 +23,7 @@ from medusa_chat.model.layouts import find_heads, read_heads
 from medusa_chat.model.layouts.config import read_config
 from medusa_chat.model.layouts.tensors import TensorFiles
 from medusa_chat.prompts import read_prompts
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat.command import Chat, Stream
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import read_conversation

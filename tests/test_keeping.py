@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat import archive as archives
 from medusa_chat.terminal.chat.archive import Archive
 from medusa_chat.terminal.chat.command import Chat, Draft, Result

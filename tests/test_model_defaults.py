@@ -9,8 +9,7 @@ import pytest
 
 import medusa_chat
 from medusa_chat.cli import main
-from medusa_chat.config import Sampling
-from medusa_chat.sampling import defaults_of, describe_defaults
+from medusa_chat.sampling import Sampling, defaults_of, describe_defaults
 from medusa_chat.settings import make
 from tests.helpers.complaints import complaint
 from tests.helpers.tiny import save_with_heads

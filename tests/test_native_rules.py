@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding import penalties
 from medusa_chat.decoding.acceptance import TreeTensors, make_rule
 from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.trees.tree import Tree
 from medusa_chat.native import library
 from medusa_chat.native.rules import NativeRules
+from medusa_chat.sampling import Sampling
 from tests.helpers.native_library import need_library
 from tests.helpers.tiny import random_tree
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 
 import medusa_chat
 from medusa_chat.cli import main
-from medusa_chat.config import LoadOptions, ModelSpec, Sampling
+from medusa_chat.config import LoadOptions, ModelSpec
 from medusa_chat.model.loading import load_model
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat.command import Chat
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.session import Session

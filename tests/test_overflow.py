@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat.session import Session
 from tests.helpers.fake_engine import FakeEngine
 

@@ -12,8 +12,8 @@ from medusa_chat.bench.job import BenchJob
 from medusa_chat.bench.peers import check_peers, load_peers
 from medusa_chat.bench.replies import measure_replies
 from medusa_chat.bench.run import bench
-from medusa_chat.config import Sampling
 from medusa_chat.prompts import Prompt
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.reports.bench import show_bench
 from tests.helpers.complaints import refusal
 from tests.helpers.quiet import quiet

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding import penalties
 from medusa_chat.decoding.acceptance import Rule, TreeTensors, make_rule
 from medusa_chat.decoding.numbers import Numbers
 from medusa_chat.decoding.trees.tree import Tree
+from medusa_chat.sampling import Sampling
 from tests.helpers.tiny import (
     NEW,
     PROMPT,

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding.draft.copies import CHAIN
 from medusa_chat.decoding.report import StepReport
 from medusa_chat.decoding.trees import costs, pause, policy, tracker
@@ -23,6 +22,7 @@ from medusa_chat.decoding.trees.policy import VANILLA, Choice, Policy
 from medusa_chat.decoding.trees.tracker import MISSED, GuessTracker, OnlineAccuracy
 from medusa_chat.decoding.trees.tree import Tree, chain
 from medusa_chat.events import Pause, Step, Token
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from tests.helpers.tiny import (
     OracleHeads,

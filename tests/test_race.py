@@ -11,7 +11,8 @@ import pyte
 import pytest
 from rich.console import Console
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.command import Chat, Scene
 from medusa_chat.terminal.chat.commands import dispatch

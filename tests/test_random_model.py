@@ -11,10 +11,11 @@ import torch
 
 import medusa_chat
 from medusa_chat.bench.random_model import main, random_heads, random_model, write_random_model
-from medusa_chat.config import LoadOptions, Message, ModelSpec, Sampling, UserError
+from medusa_chat.config import LoadOptions, Message, ModelSpec, UserError
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.pretrained import load_pretrained
+from medusa_chat.sampling import Sampling
 from medusa_chat.shapes import SHAPES, Shape
 from tests.helpers.tiny import reply, tokenizer
 

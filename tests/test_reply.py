@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding.reply import Reply, eos_ids
+from medusa_chat.sampling import Sampling
 from tests.helpers.tiny import END, random_backbone, tokenizer
 
 TOKENIZER = tokenizer()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import read_conversation
 from medusa_chat.terminal.chat.session import Session

@@ -11,7 +11,8 @@ import pytest
 
 from medusa_chat.cli import main, make_parser
 from medusa_chat.commands import open_chat as opening
-from medusa_chat.config import ChatOptions, LoadOptions, Message, Sampling, UserError
+from medusa_chat.config import ChatOptions, LoadOptions, Message, UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.settings import help_of, make
 from medusa_chat.settings_file import known_keys, read_settings, write_settings
 from medusa_chat.terminal.chat.archive import Archive

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding import fast, noise
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.base import bucket_of
@@ -31,6 +30,7 @@ from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
 from medusa_chat.model.attention.tree_attention import chain_mask
+from medusa_chat.sampling import Sampling
 from tests.helpers.recording import Recorder
 from tests.helpers.tiny import (
     decode,

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from medusa_chat.commands.open_chat import OtherModels
-from medusa_chat.config import LoadOptions, MemoryShortageError, Sampling, UserError
+from medusa_chat.config import LoadOptions, MemoryShortageError, UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.command import Chat, Switch
 from medusa_chat.terminal.chat.commands import dispatch

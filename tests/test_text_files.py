@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.bench.replies import Turn, converse
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.decoding.trees.tree import named_tree
 from medusa_chat.files import read_json
 from medusa_chat.hub.model_list import read_models
 from medusa_chat.prompts import Prompt, read_prompts
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import read_conversation
 from medusa_chat.training.calibration import answers

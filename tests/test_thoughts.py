@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.events import Token
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat.command import Chat
 from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.session import Session

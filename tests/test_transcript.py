@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.chat.conversation import read_conversation
 from medusa_chat.terminal.chat.prompt import open_history
 from medusa_chat.terminal.chat.session import Session

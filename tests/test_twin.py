@@ -16,11 +16,12 @@ from medusa_chat.bench import bandwidth, measure, twin
 from medusa_chat.bench.host import host_gaps
 from medusa_chat.bench.random_engine import RandomModel, random_engine
 from medusa_chat.cli import main
-from medusa_chat.config import LoadOptions, Sampling
+from medusa_chat.config import LoadOptions
 from medusa_chat.decoding import fast
 from medusa_chat.decoding.graphs.capture import not_recorded
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees import costs
+from medusa_chat.sampling import Sampling
 from medusa_chat.shapes import SHAPES, Shape
 from medusa_chat.terminal.reports import bench as bench_report
 from tests.helpers.tiny import (

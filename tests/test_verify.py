@@ -10,9 +10,9 @@ import torch
 
 import medusa_chat
 from medusa_chat.bench.verification import Comparison, verify
-from medusa_chat.config import Sampling
 from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.complaints import refusal
 from tests.helpers.native_library import need_library

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from medusa_chat.config import Sampling
 from medusa_chat.events import COPIED, Step, Token
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.live import ERASE_BELOW, REFRESH_SECONDS
 from medusa_chat.terminal.panel import faster, footer, panel

@@ -8,7 +8,8 @@ from contextlib import closing
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

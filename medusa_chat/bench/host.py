@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from medusa_chat.decoding.graphs.static_step import StaticStep
 
 if TYPE_CHECKING:
-    from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.sampling import Sampling
 
 
 def host_gaps(engine: Engine, prompt: list[int], sampling: Sampling) -> dict[str, Any] | None:

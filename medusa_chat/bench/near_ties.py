@@ -15,9 +15,9 @@ from medusa_chat.model.attention.tree_attention import chain_mask
 from medusa_chat.model.linear.quantization import quant_of
 
 if TYPE_CHECKING:
-    from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.model.backbone import Backbone
+    from medusa_chat.sampling import Sampling
 
 ULPS = 16  # a gap of so many units in the last place may be rounding
 NOISE_FACTOR = 4  # so may one of so many times the noise of a quantized model

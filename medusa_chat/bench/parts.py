@@ -14,9 +14,9 @@ from medusa_chat.decoding.native_step import NativeProgram
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.runner import Runner
+    from medusa_chat.sampling import Sampling
 
 STEP_PARTS = ("forward", "heads", "acceptance", "commit")
 OTHER = "rest"  # detokenizing, Python, and on a GPU the time in which it waits

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from medusa_chat.config import ModelSpec, Sampling, UserError
+from medusa_chat.config import ModelSpec, UserError
 from medusa_chat.decoding.reply import eos_ids
 from medusa_chat.model.linear.packed import pack_linears
 from medusa_chat.model.linear.quantization import quant_of
 from medusa_chat.model.pretrained import load_pretrained
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

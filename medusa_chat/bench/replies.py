@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from medusa_chat.bench.peers import load_peers
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.stats import Stats
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.events import Step
     from medusa_chat.prompts import Prompt
+    from medusa_chat.sampling import Sampling
 
 WARM_UP_PROMPTS = 2
 

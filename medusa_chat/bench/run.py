@@ -18,13 +18,14 @@ from medusa_chat.bench.parts import step_parts
 from medusa_chat.bench.replies import Round, baseline_name, fitting, measure_replies
 from medusa_chat.bench.steps import bandwidth_of, check_contexts, measure_steps
 from medusa_chat.bench.twin import compare_with_eager
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
 from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.machine.devices import device_name, peak_memory, versions
 
 if TYPE_CHECKING:
     from medusa_chat.bench.job import BenchJob, ProgressBar
     from medusa_chat.decoding.engine import Engine
+    from medusa_chat.sampling import Sampling
 
 PARTS_PROMPTS = 8  # prompts whose steps are timed part by part
 PARTS_TOKENS = 32  # of their replies

@@ -16,9 +16,9 @@ from medusa_chat.text import common_prefix
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from medusa_chat.config import Sampling
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.prompts import Prompt
+    from medusa_chat.sampling import Sampling
 
 # Temperature and top-p of the exact mode.
 SAMPLINGS = ((0.3, 1.0), (0.3, 0.9), (0.7, 1.0), (0.7, 0.9), (1.0, 1.0), (1.0, 0.9))

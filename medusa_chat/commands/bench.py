@@ -19,8 +19,9 @@ from medusa_chat.commands.flags import (
     load_engine,
     read_fields,
 )
-from medusa_chat.config import SHIPPED_PROMPTS, LoadOptions, Sampling, UserError
+from medusa_chat.config import SHIPPED_PROMPTS, LoadOptions, UserError
 from medusa_chat.files import write_text
+from medusa_chat.sampling import Sampling
 from medusa_chat.shapes import SHAPES
 from medusa_chat.terminal.output import print_json, say, warn
 

@@ -13,8 +13,8 @@ from medusa_chat.commands.flags import (
     read_fields,
 )
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
-from medusa_chat.config import ChatOptions, LoadOptions, Sampling, UserError
-from medusa_chat.sampling import CHAT_DEFAULTS, describe_defaults
+from medusa_chat.config import ChatOptions, LoadOptions, UserError
+from medusa_chat.sampling import CHAT_DEFAULTS, Sampling, describe_defaults
 from medusa_chat.settings import make
 from medusa_chat.settings_file import read_settings, settings_file
 from medusa_chat.terminal.output import print_json, say, warn

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from medusa_chat.config import RECIPES, LoadOptions, Recipe, Sampling
-from medusa_chat.sampling import CHAT_ONLY
+from medusa_chat.config import RECIPES, LoadOptions, Recipe
+from medusa_chat.sampling import CHAT_ONLY, Sampling
 from medusa_chat.settings import Duration, help_of, make, parse_value
 from medusa_chat.terminal.output import say
 

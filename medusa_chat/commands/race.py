@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.commands.flags import add_decoding, add_fields, add_model, load_engine, read_fields
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
-from medusa_chat.config import LoadOptions, Sampling, UserError
+from medusa_chat.config import LoadOptions, UserError
+from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.output import SafeConsole, warn
 
 if TYPE_CHECKING:

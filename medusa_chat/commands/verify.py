@@ -13,7 +13,8 @@ from medusa_chat.commands.flags import (
     load_engine,
     read_fields,
 )
-from medusa_chat.config import SHIPPED_PROMPTS, LoadOptions, Sampling
+from medusa_chat.config import SHIPPED_PROMPTS, LoadOptions
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     import argparse

@@ -20,7 +20,7 @@ from medusa_chat.decoding.penalties import penalize, penalize_paths
 from medusa_chat.decoding.trees.tree import Tree
 
 if TYPE_CHECKING:
-    from medusa_chat.config import Sampling
+    from medusa_chat.sampling import Sampling
 
 # The rules differ in their operations. Truncation is apart because it sorts the scores.
 Kind = Literal["greedy", "typical", "exact", "typical-truncated", "exact-truncated"]

@@ -6,14 +6,14 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, Sampling, UserError
+from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, UserError
 from medusa_chat.decoding.reply import Reply, eos_ids, generation_settings
 from medusa_chat.decoding.runner import Launched, Runner
 from medusa_chat.decoding.trees.control import TreeControl
 from medusa_chat.decoding.trees.policy import VANILLA, Choice
 from medusa_chat.events import Candidates, Step, Token
 from medusa_chat.model.templates import ChatTemplate
-from medusa_chat.sampling import defaults_of
+from medusa_chat.sampling import Sampling, defaults_of
 from medusa_chat.text import common_prefix
 
 if TYPE_CHECKING:

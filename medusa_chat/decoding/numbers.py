@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from medusa_chat.config import Sampling
+    from medusa_chat.sampling import Sampling
 
 Number = float | Tensor
 

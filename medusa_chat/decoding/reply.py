@@ -12,7 +12,7 @@ from medusa_chat.events import Finish, Token
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from medusa_chat.config import Sampling
+    from medusa_chat.sampling import Sampling
 
 Marked = list[tuple[str, bool]]  # characters, each with whether it is shown
 

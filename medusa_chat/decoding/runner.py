@@ -23,12 +23,12 @@ from medusa_chat.decoding.trees.tree import AnyTree, Tree
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from medusa_chat.config import Sampling
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
     from medusa_chat.decoding.trees.policy import Choice
     from medusa_chat.model.backbone import Backbone
     from medusa_chat.model.heads import Heads
+    from medusa_chat.sampling import Sampling
 
 MOST_DRAFTS = 64  # kept for trees that come again
 

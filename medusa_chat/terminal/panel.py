@@ -12,7 +12,7 @@ from medusa_chat.terminal.theme import LABEL, STRONG, VALUE, head_style
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from medusa_chat.config import Sampling
+    from medusa_chat.sampling import Sampling
     from medusa_chat.stats import Speedup, Stats
 
 SEPARATOR = " · "

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
 from medusa_chat.native.model import NativeHeads
+from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.training.confidence import Guessed, calibrated
 

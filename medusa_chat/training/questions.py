@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
-from medusa_chat.config import Sampling, UserError
+from medusa_chat.config import UserError
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,12 +15,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.events import Candidates, Finish, Pause, Step, Token
 from medusa_chat.terminal.theme import head_style
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from medusa_chat.sampling import Sampling
 
 REPLY = (
     "Once upon a time a small fox lived under the old bridge. Every morning he counted the boats, "

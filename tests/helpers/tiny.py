@@ -20,13 +20,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from medusa_chat.config import LoadOptions, Sampling
+from medusa_chat.config import LoadOptions
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.pretrained import attention_settings
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from medusa_chat.config import Sampling
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
 from medusa_chat.decoding.trees.choice import StepCost
@@ -23,6 +22,7 @@ from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.files import read_json, write_json
 from medusa_chat.machine.devices import device_name, versions
 from medusa_chat.native.model import NativeHeads
+from medusa_chat.sampling import Sampling
 from medusa_chat.version import __version__
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from medusa_chat.config import Sampling
     from medusa_chat.decoding.report import StepReport
     from medusa_chat.decoding.trees.accuracy import Accuracy
     from medusa_chat.events import Pause, Step
+    from medusa_chat.sampling import Sampling
     from medusa_chat.stats import Stats
 
 VANILLA = Tree()

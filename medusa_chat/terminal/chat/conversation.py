@@ -7,8 +7,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.files import read_json, write_text
+from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from medusa_chat.config import Message, Sampling
+    from medusa_chat.config import Message
     from medusa_chat.events import Candidates, Step
+    from medusa_chat.sampling import Sampling
 
 
 class ChatTrees(Protocol):

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from medusa_chat.config import Sampling
-from medusa_chat.sampling import describe_defaults
+from medusa_chat.sampling import Sampling, describe_defaults
 from medusa_chat.settings import make
 from medusa_chat.terminal.chat.command import Chat
 from medusa_chat.terminal.chat.resuming import resume

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from medusa_chat.config import Message, Sampling
+    from medusa_chat.config import Message
+    from medusa_chat.sampling import Sampling
     from medusa_chat.terminal.chat.engine import ChatEngine
 
 # Turns are left out when a reply would have less than the first share of the context, and so many

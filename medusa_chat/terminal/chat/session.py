@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from medusa_chat.config import Message, Sampling, UserError
+from medusa_chat.config import Message, UserError
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import Conversation, Runs, write_conversation
 from medusa_chat.terminal.chat.growing import Answer, Growing
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Sampling
     from medusa_chat.terminal.chat.engine import ChatEngine
 
 SEEDS = 2**32

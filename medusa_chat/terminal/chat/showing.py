@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from medusa_chat.config import Sampling
-from medusa_chat.sampling import CHAT_DEFAULTS
+from medusa_chat.sampling import CHAT_DEFAULTS, Sampling
 from medusa_chat.terminal.chat.message import PROMPT, folded
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.reports.tables import shown

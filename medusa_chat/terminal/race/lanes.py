@@ -11,8 +11,9 @@ from medusa_chat.stats import Stats
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from medusa_chat.config import Message, Sampling
+    from medusa_chat.config import Message
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Sampling
     from medusa_chat.terminal.chat.engine import ChatEngine
 
 WARM_UP = 3  # steps of each that are not timed: the first ones also prepare what the others use

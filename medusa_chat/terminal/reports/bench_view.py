@@ -14,8 +14,8 @@ from medusa_chat.terminal.view import ReplyView
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from medusa_chat.config import Sampling
     from medusa_chat.events import Step
+    from medusa_chat.sampling import Sampling
 
 
 def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:

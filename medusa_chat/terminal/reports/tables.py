@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from medusa_chat.config import Sampling
+from medusa_chat.sampling import Sampling
 from medusa_chat.settings import help_of
 from medusa_chat.terminal.panel import UNKNOWN, gauge, number
 from medusa_chat.terminal.theme import LABEL, STRONG, head_name, head_style
