@@ -258,7 +258,7 @@ def test_rounding_puts_no_child_before_its_parent() -> None:
     shift=st.floats(-1, 1),
 )
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -65,7 +65,7 @@ def test_greedy_equals_vanilla_with_a_named_tree(
     ranks=st.lists(st.integers(-1, 7), min_size=1, max_size=4),
 )
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

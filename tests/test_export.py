@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import medusa_chat
 from medusa_chat.cli import main
-from medusa_chat.config import ACCURACY_FILE, Message
+from medusa_chat.config import ACCURACY_FILE, Message, UserError
 from medusa_chat.model.templates import ChatTemplate
 from medusa_chat.sampling import Sampling
 from medusa_chat.training import trainer as module
@@ -124,11 +124,12 @@ def test_an_adapter_of_a_quantized_backbone_is_merged_into_full_weights(
     assert said[-1].startswith("perplexity of the backbone on held-out text: ")
 
 
-def test_accuracies_of_the_heads_before_do_not_stay(tmp_path: Path) -> None:
+def test_accuracies_of_other_heads_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ACCURACY_FILE).write_text("{}")
-    do(tiny_run(tmp_path, "out"))
-    assert not (tmp_path / "out" / ACCURACY_FILE).exists()
+    with pytest.raises(UserError, match="choose another --out"):
+        do(tiny_run(tmp_path, "out"))
+    assert (tmp_path / "out" / ACCURACY_FILE).read_text() == "{}"
 
 
 # ---- perplexity ----

@@ -186,10 +186,14 @@ def _load_gguf(folder: Path, header: Header, **settings: Any) -> Any:
     names = list(empty_model(config).state_dict())
     tensors = state_dict_of(header, config.get_text_config(), names)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    loaded = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    loaded = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, trust_remote_code=False, **settings
+    )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config.name_or_path = str(folder)
-    model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    model.generation_config = GenerationConfig.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True
+    )
     return loaded
 
 
