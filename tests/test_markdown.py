@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.style import Style
 
+from medusa_chat.config import VIEWS, View
 from medusa_chat.terminal.code import highlight
 from medusa_chat.terminal.live import ERASE_BELOW
 from medusa_chat.terminal.markdown import MarkdownFlow
 from medusa_chat.terminal.rendering import code_blocks, render
-from medusa_chat.terminal.source import VIEWS, Source, View
+from medusa_chat.terminal.source import Source
 from medusa_chat.terminal.theme import head_style
 from medusa_chat.terminal.view import ReplyView
 from tests.helpers.fake_engine import pieces, script

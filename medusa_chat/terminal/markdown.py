@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.text import Text
 
 from medusa_chat.terminal.rendering import fence_closed, parse, render
-from medusa_chat.terminal.source import GUARD, PLAIN_INK, Source, View
+from medusa_chat.terminal.source import GUARD, PLAIN_INK, Source
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import breaks, wrapped
 from medusa_chat.text import sanitize
 
 if TYPE_CHECKING:
     from rich.style import Style
+
+    from medusa_chat.config import View
 
 MARKUP = frozenset("*_`[]<&\\~|")  # a row without these is already as it will be rendered
 ONE_LINE = ("heading", "hr")

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from medusa_chat.terminal.code import highlight
 from medusa_chat.terminal.output import SafeConsole
-from medusa_chat.terminal.source import PLAIN, Source, View
+from medusa_chat.terminal.source import PLAIN, Source
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import wrapped
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from markdown_it.token import Token
+
+    from medusa_chat.config import View
 
 BULLETS = "•◦▪"
 BAR = "▎ "

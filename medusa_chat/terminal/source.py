@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.style import Style
 from rich.text import Text
 
-from medusa_chat.config import VIEWS as VIEWS
-from medusa_chat.config import View as View  # noqa: TC001 - other modules import it from here
+if TYPE_CHECKING:
+    from medusa_chat.config import View
 
 # Stands before text that goes on in the middle of a paragraph, so that it begins no list.
 GUARD = "\N{WORD JOINER}"

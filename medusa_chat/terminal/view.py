@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from medusa_chat.config import View
     from medusa_chat.events import Step, Token
-    from medusa_chat.terminal.source import View
 
 STOPPED = "[stopped]"
 

@@ -18,8 +18,8 @@ from medusa_chat.terminal.theme import legend
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from medusa_chat.config import View
     from medusa_chat.events import Step
-    from medusa_chat.terminal.source import View
 
 
 @dataclass

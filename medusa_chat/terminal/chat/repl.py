@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from medusa_chat.config import UserError
+from medusa_chat.config import VIEWS, UserError
 from medusa_chat.terminal.chat.attachments import with_files
 from medusa_chat.terminal.chat.command import (
     Chat,
@@ -37,7 +37,6 @@ from medusa_chat.terminal.chat.switching import switch
 from medusa_chat.terminal.chat.transcript import Transcript
 from medusa_chat.terminal.output import warn
 from medusa_chat.terminal.panel import mode_label
-from medusa_chat.terminal.source import VIEWS
 from medusa_chat.terminal.theme import ERROR, LABEL, NOTICE
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions
 
+    from medusa_chat.config import View
     from medusa_chat.terminal.chat.command import Chat
     from medusa_chat.terminal.chat.kept import Kept
-    from medusa_chat.terminal.source import View
 
 SYSTEM_SHOWN = 40  # characters
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from medusa_chat.config import Message, UserError
+from medusa_chat.sampling import MAX_SEED
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import Conversation, Runs, write_conversation
 from medusa_chat.terminal.chat.growing import Answer, Growing
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from medusa_chat.events import Step
     from medusa_chat.sampling import Sampling
     from medusa_chat.terminal.chat.engine import ChatEngine
-
-SEEDS = 2**32
 
 
 class Session:
@@ -85,7 +84,7 @@ class Session:
         """
         turns = self.messages[: self._last_user_turn("there is no reply to renew yet") + 1]
         if not self.sampling.greedy:
-            self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % SEEDS)
+            self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % (MAX_SEED + 1))
         earlier = self.answers
         if not earlier and self.messages[len(turns) :]:  # of a conversation that was loaded
             earlier = [Answer(self.messages[-1]["content"], (), cut=False)]
@@ -179,8 +178,7 @@ class Session:
             with closing(cast("Generator[Step, None, None]", generated)) as steps:
                 for step in steps:
                     ids += [token.id for token in step.tokens]
-                    more = self._window.narrows(sampling, turns)
-                    full = step.finish == "context" and more
+                    full = step.finish == "context" and self._window.narrows(sampling, turns)
                     yield replace(step, finish=None) if full else step
             if not full:
                 return

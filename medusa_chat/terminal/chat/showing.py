@@ -19,8 +19,8 @@ from medusa_chat.text import sanitize
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from medusa_chat.config import View
     from medusa_chat.terminal.chat.conversation import Conversation, Runs
-    from medusa_chat.terminal.source import View
 
 SHOWN_TURNS = 2  # of a conversation that is resumed
 

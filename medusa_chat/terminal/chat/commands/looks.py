@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
+from medusa_chat.config import VIEWS
 from medusa_chat.terminal.chat.command import (
     GROUPS,
     REGISTRY,
@@ -18,7 +19,6 @@ from medusa_chat.terminal.chat.command import (
 )
 from medusa_chat.terminal.chat.errors import UsageError
 from medusa_chat.terminal.reports import tables
-from medusa_chat.terminal.source import VIEWS
 from medusa_chat.terminal.theme import LABEL, STRONG
 from medusa_chat.text import sanitize
 
