@@ -8,6 +8,7 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 256 << 20  # of a file of text; a device may have no end
 PIECE = 1 << 20  # bytes read at once
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder in `parent`, itself made if missing; remove what the block leaves."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".new-", dir=parent, ignore_cleanup_errors=True) as made:
+        yield Path(made)
 
 
 @contextmanager

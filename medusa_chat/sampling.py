@@ -10,6 +10,7 @@ from medusa_chat.settings import (
     UserError,
     check_choices,
     check_names,
+    make,
     parse_value,
     require,
     require_above,
@@ -143,6 +144,19 @@ def _number(name: str, value: Any) -> float:
     changed: dict[str, Any] = {name: kind(value)}
     Sampling(**changed)  # refuses a value out of range
     return float(value) if kind is float else int(value)
+
+
+def choose_settings(
+    defaults: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Sampling, list[str]]:
+    """Join a model's defaults with the settings that the user gave, which win.
+
+    Returns:
+        The settings, and the lines for the user on them.
+    """
+    sampling = make(Sampling, {**defaults, **given})
+    lines = (describe_defaults(defaults, given), sampling.unused(given))
+    return sampling, [line for line in lines if line]
 
 
 def describe_defaults(defaults: Mapping[str, Any], given: Iterable[str]) -> str:

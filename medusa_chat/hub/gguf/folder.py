@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
 from medusa_chat.config import UserError
-from medusa_chat.files import read_json, write_json
+from medusa_chat.files import read_json, temporary_folder, write_json
 from medusa_chat.hub.gguf.config import config_of
 from medusa_chat.hub.gguf.header import Header, read_header, shards_of
 from medusa_chat.hub.gguf.tokenizer import settings_of, tokenizer_of
@@ -78,16 +77,12 @@ def _make(folder: Path, header: Header) -> None:
         WEIGHTS_FILE: {"file": str(header.file), "quantized": header.quantized},
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
-        try:
+        with temporary_folder(folder.parent) as made:
             for name, document in documents.items():
                 write_json(made / name, document)
             tokenizer.save(str(made / "tokenizer.json"))
             shutil.rmtree(folder, ignore_errors=True)
             made.replace(folder)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write {folder}, which a GGUF file needs: {error.strerror or error}"

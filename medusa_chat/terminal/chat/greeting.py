@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from medusa_chat.sampling import Sampling, describe_defaults
-from medusa_chat.settings import make
+from medusa_chat.sampling import choose_settings
 from medusa_chat.terminal.chat.command import Chat
 from medusa_chat.terminal.chat.resuming import resume
 from medusa_chat.terminal.chat.session import Session
@@ -48,7 +47,7 @@ def begin(
 ) -> Chat:
     """Start the session with a loaded model; print the legend and the settings."""
     options = start.options
-    sampling = make(Sampling, {**engine.defaults, **start.given})
+    sampling, lines = choose_settings(engine.defaults, start.given)
     session = Session(engine, sampling, options.system)
     keeper = start.keeper
     colour = not console.no_color
@@ -67,7 +66,6 @@ def begin(
     if start.resumed:
         resume(chat, start.resumed)
         return chat
-    for line in (describe_defaults(engine.defaults, start.given), sampling.unused(start.given)):
-        if line:
-            console.print(Text(line, LABEL))
+    for line in lines:
+        console.print(Text(line, LABEL))
     return chat
