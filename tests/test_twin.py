@@ -34,6 +34,7 @@ from tests.helpers.tiny import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from medusa_chat.decoding.report import StepReport
@@ -58,13 +59,13 @@ class TwoSteps(Runner):
         super().__init__(*arguments)
         self.slow = eager
 
-    def step(self, *arguments: Any) -> StepReport:
-        outcome = super().step(*arguments)
-        return (
-            outcome
-            if self.slow or not self.wrong
-            else replace(outcome, next=(outcome.next + 1) % 64)
-        )
+    def launch(self, *arguments: Any) -> Callable[[], StepReport]:
+        finish = super().launch(*arguments)
+        return finish if self.slow or not self.wrong else lambda: spoiled(finish())
+
+
+def spoiled(outcome: StepReport) -> StepReport:
+    return replace(outcome, next=(outcome.next + 1) % 64)
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,8 @@ class EagerStep:
     """
 
     shared_buffers = False
+    overlaps = False
+    device_seconds = 0.0
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -50,6 +53,10 @@ class EagerStep:
         positions = torch.arange(n, device=backbone.device) + self._state.cache.length
         mask = attention.chain_mask(n, backbone.dtype, backbone.device) if n > 1 else None
         return torch.tensor(tokens, device=backbone.device), positions, mask
+
+    def launch(self, draft: Draft, given: StepInput, rule: Rule) -> Callable[[], StepReport]:
+        """Return a function that takes the step."""
+        return partial(self.step, draft, given, rule)
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,8 @@ class NativeProgram:
     """
 
     shared_buffers = False
+    overlaps = False
+    device_seconds = 0.0
 
     def __init__(self, state: State, packed: Packed) -> None:
         """Run steps over a state's text; its last hidden state becomes the one of the library."""
@@ -51,6 +54,10 @@ class NativeProgram:
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
         return rule.first(self._step.prefill(tokens), self._state.cache.length - 1)
+
+    def launch(self, draft: Draft, given: StepInput, rule: Rule) -> Callable[[], StepReport]:
+        """Return a function that takes the step."""
+        return partial(self.step, draft, given, rule)
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""

@@ -14,7 +14,6 @@ from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.eager import EagerStep
 from medusa_chat.decoding.fast import fast_step
-from medusa_chat.decoding.graphs.static_step import StaticStep
 from medusa_chat.decoding.report import StepInput, StepReport
 from medusa_chat.decoding.state import State, StepProgram, StepUnavailableError
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
@@ -119,17 +118,7 @@ class Runner:
             rule: decides which candidates are accepted.
             copied: a chain that competes with the heads' guesses for the tree's places.
         """
-        given = StepInput(root, self.cache.length, rule.numbers, copied)
-        return self._finish(partial(self._step, given, tree, rule), rule)
-
-    def _step(self, given: StepInput, tree: AnyTree, rule: Rule) -> StepReport:
-        copied = given.copied is not None
-        if self.fast is not None:
-            try:
-                return self.fast.step(self._draft(tree, copied), given, rule)
-            except StepUnavailableError as reason:
-                self._step_eagerly(reason)
-        return self.eager.step(self._draft(tree, copied), given, rule)
+        return self.launch(root, tree, rule, copied)()
 
     @torch.inference_mode()
     def launch(
@@ -140,14 +129,17 @@ class Runner:
         Returns:
             A function that ends it. Where steps do not overlap with the host, it takes the step.
         """
-        if isinstance(self.fast, StaticStep):
-            given = StepInput(root, self.cache.length, rule.numbers, copied)
+        given = StepInput(root, self.cache.length, rule.numbers, copied)
+        return partial(self._finish, self._launch(given, tree, rule), rule)
+
+    def _launch(self, given: StepInput, tree: AnyTree, rule: Rule) -> Callable[[], StepReport]:
+        copied = given.copied is not None
+        if self.fast is not None:
             try:
-                finish = self.fast.launch(self._draft(tree, copied is not None), given, rule)
-                return partial(self._finish, finish, rule)
+                return self.fast.launch(self._draft(tree, copied), given, rule)
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
-        return partial(self.step, root, tree, rule, copied)
+        return self.eager.launch(self._draft(tree, copied), given, rule)
 
     @torch.inference_mode()
     def _finish(self, finish: Callable[[], StepReport], rule: Rule) -> StepReport:
@@ -160,12 +152,12 @@ class Runner:
     @property
     def overlaps(self) -> bool:
         """True if a launched step runs while the host does other things."""
-        return isinstance(self.fast, StaticStep)
+        return self.fast is not None and self.fast.overlaps
 
     @property
     def device_seconds(self) -> float:
-        """Time that the last step took on a GPU, 0.0 if nobody measures that."""
-        return self.fast.device_seconds if isinstance(self.fast, StaticStep) else 0.0
+        """Time that the last step took on a GPU; 0.0 elsewhere."""
+        return self.fast.device_seconds if self.fast is not None else 0.0
 
     def _step_eagerly(self, reason: StepUnavailableError) -> None:
         """Drop the fast step for good: where one step fails, others would, and memory is short."""

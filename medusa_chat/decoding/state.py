@@ -10,6 +10,8 @@ from medusa_chat.decoding.penalties import new_counts
 from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from medusa_chat.decoding.acceptance import Rule
@@ -66,15 +68,23 @@ class StepProgram(Protocol):
 
     Attributes:
         shared_buffers: whether drafts of one shape cost less than drafts of several.
+        overlaps: whether a launched step runs while the host does other things.
+        device_seconds: time that the last step took on a GPU; 0.0 elsewhere.
     """
 
     shared_buffers: bool
+    overlaps: bool
+    device_seconds: float
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
 
-    def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
-        """Verify a draft's nodes in one forward, and commit the accepted path.
+    def launch(self, draft: Draft, given: StepInput, rule: Rule) -> Callable[[], StepReport]:
+        """Start a step, which verifies a draft's nodes in one forward.
+
+        Returns:
+            A function that ends the step and commits the accepted path. Where steps do not overlap
+            with the host, it takes the whole step.
 
         Raises:
             StepUnavailableError: this way does not work here; text and cache are as they were.

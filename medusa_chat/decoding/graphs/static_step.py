@@ -60,6 +60,7 @@ class StaticStep:
     """
 
     shared_buffers = True
+    overlaps = True
 
     def __init__(self, state: State, record: Record) -> None:
         self.record = record
@@ -74,14 +75,6 @@ class StaticStep:
         self._token_keys: list[Tensor] = []
         self._timer = Timer(state.backbone.device)
         self.prefill = EagerStep(state).prefill
-
-    def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
-        """Verify a draft's nodes in one forward, and commit the accepted path.
-
-        Raises:
-            StepUnavailableError: the step could not be recorded; nothing was done.
-        """
-        return self.launch(draft, given, rule)()
 
     def launch(self, draft: Draft, given: StepInput, rule: Rule) -> Callable[[], StepReport]:
         """Start a step, which a GPU takes while the host does other things.
