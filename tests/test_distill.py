@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +27,7 @@ from medusa_chat.training.distillation import distill
 from medusa_chat.training.questions import DistillJob
 from tests.helpers.complaints import refusal
 from tests.helpers.full_disk import full_disk
+from tests.helpers.local_server import local_server
 from tests.helpers.tiny import CHAT_TEMPLATE, random_model, save_model, tokenizer
 
 if TYPE_CHECKING:
@@ -102,15 +103,9 @@ def serving(
             self.end_headers()
             self.wfile.write(content)
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    served = FakeServer(f"http://127.0.0.1:{http.server_port}", respond)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
+    with local_server(Handler) as url:
+        served = FakeServer(url, respond)
         yield served
-    finally:
-        http.shutdown()
-        http.server_close()
 
 
 @pytest.fixture

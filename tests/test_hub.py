@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from medusa_chat.hub import fetch as hub
 from tests.helpers.full_disk import full_disk
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.hub_server import HubServer, hub_server
+from tests.helpers.local_server import local_server
 from tests.helpers.tiny import random_model
 
 if TYPE_CHECKING:
@@ -450,9 +450,7 @@ def test_a_hub_that_answers_with_a_page(client: Client) -> None:
 
         do_HEAD = do_GET  # noqa: N815
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    line = client.fetch(HF_ENDPOINT=f"http://127.0.0.1:{http.server_port}")["error"]
-    http.shutdown()
+    with local_server(Page) as url:
+        line = client.fetch(HF_ENDPOINT=url)["error"]
     assert line.startswith("cannot ask http://127.0.0.1")
     assert "check HF_ENDPOINT" in line

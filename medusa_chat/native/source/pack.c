@@ -1,5 +1,6 @@
 /* The packed forms of weights, written in plain C: packing happens once. */
 #include "kernels.h"
+#include "rounding.h"
 
 #include <string.h>
 
@@ -45,22 +46,11 @@ static int widen(int inputs, const void *row, mc_format source, int first, float
     return count;
 }
 
-static float largest(const float *weights, int count) {
-    int32_t most = 0;
-    for (int index = 0; index < count; index++) {
-        union { float real; int32_t bits; } word = {weights[index]};
-        int32_t bits = word.bits & 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    union { int32_t bits; float real; } word = {most};
-    return word.real;
-}
-
 static float largest_of_row(int inputs, const void *row, mc_format source) {
     float most = 0;
     float weights[PIECE];
     for (int first = 0; first < inputs; first += PIECE) {
-        float here = largest(weights, widen(inputs, row, source, first, weights));
+        float here = magnitude(weights, widen(inputs, row, source, first, weights));
         most = here > most ? here : most;
     }
     return most;
@@ -97,11 +87,9 @@ static void put_int8_codes(uint8_t *codes, int first, int count, uint8_t *lane) 
     }
 }
 
-/* Adding 1.5 * 2^23 rounds to the nearest integer, as rintf does, which is a slow call. */
 static uint8_t int8_code(float value) {
     float bounded = value < -127 ? -127 : value > 127 ? 127 : value;
-    union { float real; int32_t bits; } word = {bounded + 12582912.0f};
-    return (uint8_t)(word.bits - 0x4b400000 + 128);
+    return (uint8_t)(nearest(bounded) + 128);
 }
 
 static float put_int8(int inputs, const void *row, mc_format source, uint8_t *lane) {
@@ -154,7 +142,7 @@ static void put_nf4(int inputs, const void *row, mc_format source, uint8_t *grou
     for (int first = 0; first < inputs; first += PIECE) {
         int count = widen(inputs, row, source, first, weights);
         for (int index = 0; index < count; index += MC_NF4_BLOCK) {
-            float absmax = largest(weights + index, MC_NF4_BLOCK);
+            float absmax = magnitude(weights + index, MC_NF4_BLOCK);
             nf4_codes(weights + index, absmax, codes);
             put_nf4_block(group, lane, (first + index) / MC_NF4_BLOCK, absmax, codes);
         }

@@ -19,7 +19,7 @@ MC_INLINE float magnitude(const float *x, int count) {
     return word.real;
 }
 
-/* Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits. */
+/* Adding 1.5 * 2^23 rounds to the nearest integer, as rintf does, which is a slow call. */
 MC_INLINE int32_t nearest(float value) {
     union { float real; int32_t bits; } word = {value + 12582912.0f};
     return word.bits - 0x4b400000;
