@@ -130,16 +130,21 @@ def test_guesses_are_compared_with_the_tokens_that_followed(
 def recorded(engine: Engine) -> list[tuple[int, list[list[int]]]]:
     """Position and guesses of each tree step of the engine, as it decodes."""
     steps: list[tuple[int, list[list[int]]]] = []
-    original = engine.runner.step
+    original = engine.runner.launch
 
-    def step(*arguments: Any, **named: Any) -> StepReport:
+    def launch(*arguments: Any) -> Callable[[], StepReport]:
         position = engine.runner.cache.length
-        report = original(*arguments, **named)
-        if report.guesses:
-            steps.append((position, report.guesses))
-        return report
+        finish = original(*arguments)
 
-    engine.runner.step = step  # type: ignore[method-assign]
+        def recorded_finish() -> StepReport:
+            report = finish()
+            if report.guesses:
+                steps.append((position, report.guesses))
+            return report
+
+        return recorded_finish
+
+    engine.runner.launch = launch  # type: ignore[assignment, method-assign]
     return steps
 
 
@@ -424,13 +429,18 @@ class Clock:
 
     def __init__(self, engine: Engine, overhead: float) -> None:
         self.now = 0.0
-        original = engine.runner.step
+        original = engine.runner.launch
 
-        def timed(root: int, tree: Tree, *others: Any) -> StepReport:
-            self.now += overhead if len(tree) > 1 else 1.0
-            return original(root, tree, *others)
+        def timed(root: int, tree: Tree, *others: Any) -> Callable[[], StepReport]:
+            finish = original(root, tree, *others)
 
-        engine.runner.step = timed  # type: ignore[assignment, method-assign]
+            def timed_finish() -> StepReport:
+                self.now += overhead if len(tree) > 1 else 1.0
+                return finish()
+
+            return timed_finish
+
+        engine.runner.launch = timed  # type: ignore[assignment, method-assign]
 
     def perf_counter(self) -> float:
         return self.now

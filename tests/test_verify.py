@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,10 +20,12 @@ from tests.helpers.quiet import quiet
 from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.report import StepReport
+    from medusa_chat.decoding.trees.tree import AnyTree
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
 
@@ -63,16 +65,19 @@ def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
 
 def test_verify_finds_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner that sometimes returns a wrong token is found out in every tree."""
-    correct = Runner.step
+    correct = Runner.launch
 
-    def faulty(
-        self: Runner, root: int, tree: object, rule: object, copied: object = None
-    ) -> StepReport:
-        outcome = correct(self, root, tree, rule, copied)  # type: ignore[arg-type]
-        wrong = len(tree) > 1 and self.cache.length % 3 == 0  # type: ignore[arg-type]
-        return replace(outcome, next=(outcome.next + 1) % 256) if wrong else outcome
+    def faulty(self: Runner, root: int, tree: AnyTree, *others: Any) -> Callable[[], StepReport]:
+        finish = correct(self, root, tree, *others)
 
-    monkeypatch.setattr(Runner, "step", faulty)
+        def faulty_finish() -> StepReport:
+            report = finish()
+            wrong = len(tree) > 1 and self.cache.length % 3 == 0
+            return replace(report, next=(report.next + 1) % 256) if wrong else report
+
+        return faulty_finish
+
+    monkeypatch.setattr(Runner, "launch", faulty)
     checks = {check.name: check for check in verified(engine)}
     assert checks["greedy, mc_sim_7b_63"].faults
     assert "differs" in checks["greedy, mc_sim_7b_63"].first_fault
