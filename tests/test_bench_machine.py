@@ -31,12 +31,15 @@ from medusa_chat.model.linear.packed import PackedLinear, has_bfloat16, pack_lin
 from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.shapes import SHAPES, Shape
 from tests.helpers.quiet import quiet
+from tests.helpers.steps import surround_steps
 from tests.helpers.tiny import decode, make_engine, prompt_ids, random_backbone, random_heads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from medusa_chat.decoding.report import StepReport
+    from medusa_chat.decoding.trees.tree import AnyTree
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 64, 128, 4, 2, 512, tied=True)
@@ -266,13 +269,12 @@ def test_steps_are_timed_at_the_asked_number_of_cached_positions(
     backbone = random_backbone()
     engine = make_engine(backbone, random_heads(backbone))
     lengths = set()
-    step = Runner.step
 
-    def watched(self: Runner, *arguments: Any) -> StepReport:
-        lengths.add(self.cache.length)
-        return step(self, *arguments)
+    def watch(runner: Runner, _: AnyTree, finish: Callable[[], StepReport]) -> StepReport:
+        lengths.add(runner.cache.length)
+        return finish()
 
-    monkeypatch.setattr(Runner, "step", watched)
+    surround_steps(monkeypatch, watch)
     measure_steps(engine, (16, 100), quiet)
     assert lengths == {16, 100}
 

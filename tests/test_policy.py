@@ -24,6 +24,7 @@ from medusa_chat.decoding.trees.tree import Tree, chain
 from medusa_chat.events import Pause, Step, Token
 from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
+from tests.helpers.steps import surround_steps
 from tests.helpers.tiny import (
     OracleHeads,
     decode,
@@ -37,7 +38,8 @@ from tests.helpers.tiny import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from medusa_chat.decoding.engine import Engine
+    from medusa_chat.decoding.runner import Runner
+    from medusa_chat.decoding.trees.tree import AnyTree
 
 FLAT = StepCost(1.0, {2: 1.2, 16: 1.2, 64: 3.0})  # 16 nodes cost as much as 2
 SLOPE = StepCost(1.0, {n: 1.0 + n / 40 for n in range(2, 65)})
@@ -127,24 +129,18 @@ def test_guesses_are_compared_with_the_tokens_that_followed(
     assert counted[2:] == [[MISSED, MISSED, MISSED]]
 
 
-def recorded(engine: Engine) -> list[tuple[int, list[list[int]]]]:
-    """Position and guesses of each tree step of the engine, as it decodes."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[list[int]]]]:
+    """Position and guesses of each tree step from here on."""
     steps: list[tuple[int, list[list[int]]]] = []
-    original = engine.runner.launch
 
-    def launch(*arguments: Any) -> Callable[[], StepReport]:
-        position = engine.runner.cache.length
-        finish = original(*arguments)
+    def record(runner: Runner, _: AnyTree, finish: Callable[[], StepReport]) -> StepReport:
+        position = runner.cache.length
+        report = finish()
+        if report.guesses:
+            steps.append((position, report.guesses))
+        return report
 
-        def recorded_finish() -> StepReport:
-            report = finish()
-            if report.guesses:
-                steps.append((position, report.guesses))
-            return report
-
-        return recorded_finish
-
-    engine.runner.launch = launch  # type: ignore[assignment, method-assign]
+    surround_steps(monkeypatch, record)
     return steps
 
 
@@ -158,7 +154,7 @@ def test_a_conversation_is_counted_as_its_text_says(monkeypatch: pytest.MonkeyPa
     engine = make_engine(backbone, heads, "mc_sim_7b_63", probing=True)
     counted: list[Sequence[int]] = []
     monkeypatch.setattr(engine.trees.policy.accuracy, "add", counted.append)
-    steps = recorded(engine)
+    steps = recorded(monkeypatch)
     expected: list[list[int]] = []
 
     def talk(prompt: list[int], stop_after: int | None = None, **settings: Any) -> list[int]:
@@ -427,20 +423,14 @@ def test_a_pause_ends_when_the_measurement_restarts() -> None:
 class Clock:
     """Seconds that pass only in steps: 1 in a vanilla step, `overhead` in a tree step."""
 
-    def __init__(self, engine: Engine, overhead: float) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, overhead: float) -> None:
         self.now = 0.0
-        original = engine.runner.launch
 
-        def timed(root: int, tree: Tree, *others: Any) -> Callable[[], StepReport]:
-            finish = original(root, tree, *others)
+        def spend(_: Runner, tree: AnyTree, finish: Callable[[], StepReport]) -> StepReport:
+            self.now += overhead if len(tree) > 1 else 1.0
+            return finish()
 
-            def timed_finish() -> StepReport:
-                self.now += overhead if len(tree) > 1 else 1.0
-                return finish()
-
-            return timed_finish
-
-        engine.runner.launch = timed  # type: ignore[assignment, method-assign]
+        surround_steps(monkeypatch, spend)
 
     def perf_counter(self) -> float:
         return self.now
@@ -458,7 +448,7 @@ def test_the_engine_pauses_useless_heads_and_uses_them_again(
     monkeypatch.setattr(pause, "FIRST_PAUSE", 48)
     oracle = OracleHeads(4, 64, PROMPT + expected, (-1,))
     engine = make_engine(backbone, oracle, "auto", probing=True)
-    monkeypatch.setattr("medusa_chat.decoding.engine.time", Clock(engine, overhead=1.5))
+    monkeypatch.setattr("medusa_chat.decoding.engine.time", Clock(monkeypatch, overhead=1.5))
     steps = []
     stats = Stats()
     described = [""]
@@ -495,7 +485,7 @@ def test_without_probes_useless_heads_are_not_paused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(costs, "measure", lambda *_, **__: FLAT)
     heads = OracleHeads(4, 64, PROMPT + expected, (-1,))
     engine = make_engine(backbone, heads, "auto", probing=False)
-    monkeypatch.setattr("medusa_chat.decoding.engine.time", Clock(engine, overhead=3.0))
+    monkeypatch.setattr("medusa_chat.decoding.engine.time", Clock(monkeypatch, overhead=3.0))
     steps = decode(engine, PROMPT, max_new_tokens=200)
     assert ids_of(steps) == expected
     assert {made.kind for made in steps} == {"tree"}

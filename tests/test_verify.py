@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import medusa_chat
 from medusa_chat.bench.verification import Comparison, verify
-from medusa_chat.decoding.runner import Runner
 from medusa_chat.prompts import Prompt
 from medusa_chat.sampling import Sampling
 from medusa_chat.terminal.reports.checks import show_checks
 from tests.helpers.complaints import refusal
 from tests.helpers.native_library import need_library
 from tests.helpers.quiet import quiet
+from tests.helpers.steps import surround_steps
 from tests.helpers.tiny import save_with_heads
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.report import StepReport
+    from medusa_chat.decoding.runner import Runner
     from medusa_chat.decoding.trees.tree import AnyTree
 
 PROMPTS = [Prompt("talk", ("Hi there",)), Prompt("tales", ("Bye", "So long", "Again"))]
@@ -65,19 +66,13 @@ def test_verify_finds_no_fault_in_the_engine(engine: Engine) -> None:
 
 def test_verify_finds_a_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner that sometimes returns a wrong token is found out in every tree."""
-    correct = Runner.launch
 
-    def faulty(self: Runner, root: int, tree: AnyTree, *others: Any) -> Callable[[], StepReport]:
-        finish = correct(self, root, tree, *others)
+    def falsify(runner: Runner, tree: AnyTree, finish: Callable[[], StepReport]) -> StepReport:
+        report = finish()
+        wrong = len(tree) > 1 and runner.cache.length % 3 == 0
+        return replace(report, next=(report.next + 1) % 256) if wrong else report
 
-        def faulty_finish() -> StepReport:
-            report = finish()
-            wrong = len(tree) > 1 and self.cache.length % 3 == 0
-            return replace(report, next=(report.next + 1) % 256) if wrong else report
-
-        return faulty_finish
-
-    monkeypatch.setattr(Runner, "launch", faulty)
+    surround_steps(monkeypatch, falsify)
     checks = {check.name: check for check in verified(engine)}
     assert checks["greedy, mc_sim_7b_63"].faults
     assert "differs" in checks["greedy, mc_sim_7b_63"].first_fault
