@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from tokenizers import Tokenizer, models
@@ -65,7 +65,8 @@ def parse_shapes(text: str, quant: Quant, **heads: Any) -> list[RandomModel]:
             raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
         if colon and named not in quants:
             raise UserError(f"--shape {entry}: {named!r} is none of {', '.join(quants)}")
-        found.append(RandomModel(shape, named if colon else quant, **heads))  # type: ignore[arg-type]
+        chosen = cast("Quant", named if colon else quant)
+        found.append(RandomModel(shape, chosen, **heads))
     return found
 
 

@@ -96,7 +96,8 @@ def formats(path: Path) -> dict[str, str]:
         return {name: str(t.dtype).removeprefix("torch.") for name, t in _unpickle(path).items()}
     try:
         with safe_open(path, "pt") as opened:
-            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()
+            return {name: opened.get_slice(name).get_dtype() for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise _unreadable(path, error) from None
 
