@@ -11,6 +11,8 @@ import torch
 
 from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.draft.guesses import Guesses
+from medusa_chat.decoding.draft.ranking import Candidates
 from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
 from medusa_chat.model.heads import MedusaHeads
@@ -61,7 +63,7 @@ class NativeProgram:
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""
-        if isinstance(draft, FixedDraft):
+        if isinstance(draft, FixedDraft) and not draft.needs_log_p:
             report = self._fixed(draft, given, rule)
         else:
             report = self._selected(draft, given, rule)
@@ -75,38 +77,39 @@ class NativeProgram:
     def _fixed(self, draft: FixedDraft, given: StepInput, rule: Rule) -> StepReport:
         """Run a fixed tree: its heads and its rows in one call."""
         if draft not in self._rows:
-            places = draft.places.tolist()
+            places = draft.filling.places.tolist()
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
         settled = self._step.fixed(given.root, self._rows[draft], rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         tensors, parents = draft.tensors, draft.tree.parents
         row, following = self._verdict(settled, tensors, parents, given, rule)
-        tree, layout = draft.tree, draft.layout
-        guesses = _shown(settled.guesses, draft.ranked, layout.heads)
+        tree = draft.tree
+        guesses = Guesses(_shown(settled.guesses, draft.ranked, self._state.head_count))
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
 
     def _selected(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Run the heads, select nodes among their guesses and the copies, and run those."""
         started = time.perf_counter()
-        guesses, nodes = self._nodes(draft, given)
+        nodes = self._nodes(draft, given, rule)
         heads_seconds = time.perf_counter() - started
         tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
         settled = self._step.chosen(tokens, parents, rule.plain_greedy)
         self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, nodes.tensors, parents, given, rule)
-        selection = [number for part in nodes.selection for number in part.tolist()]
-        shown = _shown(guesses, draft.ranked, draft.layout.heads)
-        flat = [token for likeliest in shown for token in likeliest]
-        return draft.layout.unpack([row, following, *tokens, *selection, *flat])
+        parts = (*nodes.selection, *nodes.guesses)
+        rest = [number for part in parts for number in part.tolist()]
+        return draft.layout.unpack([row, following, *tokens, *rest])
 
-    def _nodes(self, draft: Draft, given: StepInput) -> tuple[list[int], Nodes]:
-        """Return the heads' guesses, flattened, and the nodes that a draft selects."""
+    def _nodes(self, draft: Draft, given: StepInput, rule: Rule) -> Nodes:
+        """Return the nodes that a draft selects among the heads' guesses."""
         packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float64))
         if self._state.heads is None or not draft.ranked:
-            return [], draft.nodes(packed, torch.empty(0, 0, dtype=torch.long), None)
+            nothing = torch.empty(0, 0, dtype=torch.long)
+            return draft.nodes(packed, Candidates(nothing, None, nothing), rule.numbers)
         guesses, log_p = self._step.guess(draft.ranked)
-        table = torch.tensor(guesses).view(-1, draft.ranked)
-        return guesses, draft.nodes(packed, table, log_p if draft.uses_confidence else None)
+        tokens = torch.tensor(guesses).view(-1, draft.ranked)
+        candidates = Candidates(tokens, log_p if draft.needs_log_p else None, tokens)
+        return draft.nodes(packed, candidates, rule.numbers)
 
     def _verdict(
         self,

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medusa_chat.decoding.draft.selection import Selector
+from medusa_chat.decoding.draft.dynamic import DynamicDraft
+from medusa_chat.decoding.draft.ranking import Candidates
+from medusa_chat.decoding.report import PackedInput, StepInput
 from medusa_chat.decoding.trees.growth import dynamic_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from medusa_chat.decoding.draft.base import Guessing
     from medusa_chat.decoding.trees.accuracy import Accuracy
-    from medusa_chat.decoding.trees.tree import DynamicTree, NodePath
+    from medusa_chat.decoding.trees.tree import DynamicTree
+    from medusa_chat.training.observations import Guessed, Observed
 
 HIGHEST_LOG_P = -1e-3  # so that one wrong guess has a bounded cost
-
-
-@dataclass(frozen=True)
-class Guessed:
-    """The heads' guesses at each token of a reply but the last.
-
-    Attributes:
-        ranks: the ranks that heads 1, 2, ... gave to the tokens that followed, up to the first
-            head that missed, or to the end of the reply.
-        log_p: [n, heads, RANKED_GUESSES], natural logarithms of the guesses' probabilities.
-    """
-
-    ranks: list[NodePath]
-    log_p: Tensor
+SHARPNESS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 2.0)  # factors that are tried
 
 
 def calibrated(
@@ -39,6 +30,7 @@ def calibrated(
     replies: Sequence[Guessed],
     begun: Sequence[Sequence[int]],
     sizes: Sequence[int],
+    guessing: Callable[[Accuracy], Guessing],
 ) -> Accuracy:
     """Add the heads' calibration, and the acceptance length of dynamic trees of `sizes` nodes.
 
@@ -47,12 +39,32 @@ def calibrated(
     """
     pairs = [head_pairs(replies, begun, head) for head in range(1, len(accuracy.top) + 1)]
     fitted = replace(accuracy, calibration=tuple(fit(log_p, right) for log_p, right in pairs))
+    observed = [reply.observed for reply in replies]
     lengths = {}
     for nodes in sizes:
-        length = dynamic_length(dynamic_tree(fitted, nodes), fitted, replies)
+        length = dynamic_length(dynamic_tree(fitted, nodes), guessing(fitted), observed)
         if length is not None:
             lengths[nodes] = length
     return replace(fitted, dynamic=lengths)
+
+
+def sharpest(tried: Mapping[float, Sequence[Guessed]]) -> tuple[float, ...]:
+    """Choose the factor of each head's log p that makes the right guesses likeliest.
+
+    `tried` has the replies in the order that each factor gives.
+    """
+    found = {factor: _mean_log_p(replies) for factor, replies in tried.items()}
+    heads = len(next(iter(found.values())))
+    return tuple(max(found, key=lambda factor: found[factor][head]) for head in range(heads))
+
+
+def _mean_log_p(replies: Sequence[Guessed]) -> list[float]:
+    """Mean log p of each head's right guesses."""
+    table = torch.cat([reply.table.T for reply in replies])  # [n, K]
+    log_p = torch.cat([reply.log_p for reply in replies])
+    right = log_p.gather(-1, table.clamp(min=0)[..., None])[..., 0]
+    known = table >= 0
+    return (right.masked_fill(~known, 0.0).sum(0) / known.sum(0).clamp(min=1)).tolist()
 
 
 def head_pairs(
@@ -62,10 +74,11 @@ def head_pairs(
     log_p = [torch.empty(0)]
     right = [torch.empty(0)]
     for reply, places in zip(replies, begun, strict=True):
+        every = reply.ranks
         for place in places:
-            ranks = reply.ranks[place]
+            ranks = every[place]
             # The reply may end before the head's token.
-            if len(ranks) < head - 1 or place + head > len(reply.ranks):
+            if len(ranks) < head - 1 or place + head > len(every):
                 continue
             guesses = reply.log_p[place, head - 1]
             hit = torch.zeros(len(guesses))
@@ -99,29 +112,43 @@ def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
     return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
 
 
+@torch.inference_mode()
 def dynamic_length(
-    tree: DynamicTree, accuracy: Accuracy, replies: Sequence[Guessed]
+    tree: DynamicTree, guessing: Guessing, replies: Sequence[Observed]
 ) -> float | None:
-    """Acceptance length of greedy decoding with a dynamic tree over replies; None for no step."""
-    tokens = [1 + depth for reply in replies for depth in _depths_reached(tree, accuracy, reply)]
+    """Acceptance length of decoding with a dynamic tree over replies; None for no step."""
+    draft = DynamicDraft(tree, guessing, copied=False)
+    tokens = [1 + depth for reply in replies for depth in _depths_reached(draft, reply)]
     return sum(tokens) / len(tokens) if tokens else None
 
 
-@torch.inference_mode()
-def _depths_reached(tree: DynamicTree, accuracy: Accuracy, reply: Guessed) -> Iterator[int]:
-    selector = Selector(tree.superset, len(tree), 0, reply.log_p.device)
-    lines = torch.tensor([accuracy.calibration_of(head) for head in range(1, tree.depth + 1)])
-    scale, shift = lines.T[..., None]  # [depth, 1] each
-    no_guesses = torch.zeros(tree.depth, tree.width, dtype=torch.long)
-    root = no_guesses.new_zeros(1)
-    no_copies = no_guesses.new_zeros(0)
+def _depths_reached(draft: DynamicDraft, observed: Observed) -> Iterator[int]:
+    reply = observed.reply
     place = 0
-    while place < len(reply.ranks):
-        log_p = reply.log_p[place, : tree.depth, : tree.width] * scale + shift
-        along = selector.along_paths(log_p.clamp(max=0))
-        rows = selector.choose(root, no_guesses, along, no_copies, no_copies.float()).rows
-        nodes = set(selector.paths(rows.tolist(), 0))
-        ranks = reply.ranks[place]
-        depth = next(depth for depth in range(len(ranks), -1, -1) if ranks[:depth] in nodes)
+    while place < len(reply) - 1:
+        given = StepInput(reply[place], observed.position + place, observed.numbers)
+        packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float64))
+        candidates = _first(observed.at(place), draft.ranked)
+        nodes = draft.nodes(packed, candidates, observed.numbers)
+        tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
+        depth = _depth_reached(tokens, parents, reply[place + 1 :])
         yield depth
         place += 1 + depth
+
+
+def _first(candidates: Candidates, count: int) -> Candidates:
+    """The likeliest `count` candidates of each head."""
+    assert candidates.log_p is not None
+    parts = (candidates.tokens, candidates.log_p, candidates.indices)
+    return Candidates(*(part[:, :count] for part in parts))
+
+
+def _depth_reached(tokens: list[int], parents: list[int], followed: list[int]) -> int:
+    """Follow tokens from the root of a tree: how many of its nodes are right."""
+    children = {(parents[row], tokens[row]): row for row in range(1, len(tokens))}
+    row = 0
+    for depth, token in enumerate(followed):
+        if (row, token) not in children:
+            return depth
+        row = children[row, token]
+    return len(followed)
