@@ -16,7 +16,7 @@ from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
 from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
-from medusa_chat.training.confidence import SHARPNESS, calibrated, sharpest
+from medusa_chat.training.confidence import calibrated, coupling_weights
 from medusa_chat.training.observations import (
     PAST_END,
     Guessed,
@@ -99,11 +99,9 @@ def figures_of(engine: Engine, observed: Sequence[Observed], coupling: Coupling)
 
     bare = Accuracy(())
     if coupling != "none":
-        tried = {
-            factor: in_order(replace(bare, sharpness=(factor,) * engine.heads))
-            for factor in SHARPNESS
-        }
-        bare = replace(bare, sharpness=sharpest(tried))
+        ranker = engine.runner.guessing(coupling, bare).ranker()
+        weights = coupling_weights(observed, ranker, engine.backbone.vocabulary)
+        bare = replace(bare, coupling=weights)
     replies = in_order(bare)
     ranks = [reply.ranks for reply in replies]
     joint = with_paths(replace(bare, top=_top(replies)), ranks)

@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.ranking import Candidates
 from medusa_chat.decoding.report import PackedInput, StepInput
 from medusa_chat.decoding.trees.growth import dynamic_tree
+from medusa_chat.training.observations import scores_along
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from medusa_chat.decoding.draft.base import Guessing
+    from medusa_chat.decoding.draft.ranking import Ranker
     from medusa_chat.decoding.trees.accuracy import Accuracy
     from medusa_chat.decoding.trees.tree import DynamicTree
     from medusa_chat.training.observations import Guessed, Observed
 
 HIGHEST_LOG_P = -1e-3  # so that one wrong guess has a bounded cost
-SHARPNESS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 2.0)  # factors that are tried
 
 
 def calibrated(
@@ -48,23 +50,40 @@ def calibrated(
     return replace(fitted, dynamic=lengths)
 
 
-def sharpest(tried: Mapping[float, Sequence[Guessed]]) -> tuple[float, ...]:
-    """Choose the factor of each head's log p that makes the right guesses likeliest.
+def coupling_weights(
+    replies: Sequence[Observed], ranker: Ranker, vocabulary: int
+) -> tuple[tuple[float, float], ...]:
+    """Weigh each head's tempered log p and the noise so that right guesses are likeliest."""
+    scored = [scores_along(reply, ranker, vocabulary) for reply in replies]
+    heads = scored[0].right.shape[1]
+    return tuple(
+        fit_coupling(
+            torch.cat([reply.log_p[:, head] for reply in scored]),
+            torch.cat([reply.noise[:, head] for reply in scored]),
+            torch.cat([reply.right[:, head] for reply in scored]),
+        )
+        for head in range(heads)
+    )
 
-    `tried` has the replies in the order that each factor gives.
+
+def fit_coupling(log_p: Tensor, noise: Tensor, right: Tensor) -> tuple[float, float]:
+    """Fit two weights so that softmax(a * log_p + b * noise) is the chance of each guess.
+
+    log_p: [m, C], tempered. noise: [m, C]. right: [m], the place of the right guess; -1 for none,
+    which does not count.
     """
-    found = {factor: _mean_log_p(replies) for factor, replies in tried.items()}
-    heads = len(next(iter(found.values())))
-    return tuple(max(found, key=lambda factor: found[factor][head]) for head in range(heads))
+    known = right >= 0
+    if not known.any():
+        return 1.0, 1.0
+    log_p, noise, right = log_p[known], noise[known], right[known]
 
+    def loss(weights: Tensor) -> Tensor:
+        return functional.cross_entropy(weights[0] * log_p + weights[1] * noise, right)
 
-def _mean_log_p(replies: Sequence[Guessed]) -> list[float]:
-    """Mean log p of each head's right guesses."""
-    table = torch.cat([reply.table.T for reply in replies])  # [n, K]
-    log_p = torch.cat([reply.log_p for reply in replies])
-    right = log_p.gather(-1, table.clamp(min=0)[..., None])[..., 0]
-    known = table >= 0
-    return (right.masked_fill(~known, 0.0).sum(0) / known.sum(0).clamp(min=1)).tolist()
+    of_log_p, of_noise = minimized(loss, [1.0, 1.0])
+    if not (0 < of_log_p < 100 and of_noise < 100):
+        return 1.0, 1.0
+    return round(of_log_p, 4), round(max(of_noise, 0.0), 4)
 
 
 def head_pairs(
@@ -96,20 +115,29 @@ def fit(log_p: Tensor, right: Tensor) -> tuple[float, float]:
     """
     if not 0 < right.sum() < len(right):
         return 1.0, 0.0
-    with torch.inference_mode(False), torch.enable_grad():
-        line = torch.tensor([1.0, 0.0], requires_grad=True)
-        optimizer = torch.optim.LBFGS([line], max_iter=60, line_search_fn="strong_wolfe")
 
-        def loss() -> float:
+    def loss(line: Tensor) -> Tensor:
+        fitted = (line[0] * log_p + line[1]).clamp(max=HIGHEST_LOG_P)
+        return -(right * fitted + (1 - right) * torch.log1p(-fitted.exp())).mean()
+
+    scale, shift = minimized(loss, [1.0, 0.0])
+    return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
+
+
+def minimized(loss: Callable[[Tensor], Tensor], start: list[float]) -> list[float]:
+    """Find numbers near `start` that make a loss least."""
+    with torch.inference_mode(False), torch.enable_grad():
+        numbers = torch.tensor(start, requires_grad=True)
+        optimizer = torch.optim.LBFGS([numbers], max_iter=60, line_search_fn="strong_wolfe")
+
+        def step() -> float:
             optimizer.zero_grad()
-            fitted = (line[0] * log_p + line[1]).clamp(max=HIGHEST_LOG_P)
-            total = -(right * fitted + (1 - right) * torch.log1p(-fitted.exp())).mean()
+            total = loss(numbers)
             total.backward()
             return total.item()
 
-        optimizer.step(loss)
-    scale, shift = line.tolist()
-    return (round(scale, 4), round(shift, 4)) if 0 < scale < 100 else (1.0, 0.0)
+        optimizer.step(step)
+    return [float(number) for number in numbers.detach()]
 
 
 @torch.inference_mode()

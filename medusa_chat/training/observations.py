@@ -143,17 +143,56 @@ def observe(engine: Engine, prompt: list[int], reply: list[int], sampling: Sampl
 @torch.inference_mode()
 def guessed(observed: Observed, ranker: Ranker, vocabulary: int) -> Guessed:
     """Put the candidates along a reply into a ranker's order, each behind the tokens before it."""
-    candidates, reply = observed.candidates, torch.tensor(observed.reply)
-    count, heads, _ = candidates.tokens.shape
+    noise = noise_along(observed, ranker, vocabulary)
+    ranked = ranker.rank_along(observed.candidates, parents_along(observed), noise)
+    guesses = observed.candidates.tokens.gather(-1, ranked.order)
+    return Guessed(observed, places_of_right(observed, guesses).T.contiguous(), ranked.log_p)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the weights of a coupling are fitted to, along a reply.
+
+    Attributes:
+        log_p: float32 [n - 1, K, C], tempered, of each candidate behind the token before it.
+        noise: float32 [n - 1, K, C].
+        right: [n - 1, K], the place of the token that followed among the candidates, or below 0.
+    """
+
+    log_p: Tensor
+    noise: Tensor
+    right: Tensor
+
+
+@torch.inference_mode()
+def scores_along(observed: Observed, ranker: Ranker, vocabulary: int) -> Scores:
+    """Score the candidates along a reply that was drawn with noise."""
+    noise = noise_along(observed, ranker, vocabulary)
+    assert noise is not None
+    log_p = ranker.log_p_along(observed.candidates, parents_along(observed))
+    tempered = log_p / observed.numbers.temperature
+    right = places_of_right(observed, observed.candidates.tokens)
+    return Scores(tempered, noise.values, right)
+
+
+def parents_along(observed: Observed) -> Tensor:
+    """The token before each head's at each place of a reply: [n - 1, K]."""
+    count, heads, _ = observed.candidates.tokens.shape
     ahead = torch.arange(count)[:, None] + torch.arange(heads)
-    parents = reply[ahead.clamp(max=count)]  # [n - 1, K]
-    ranked = ranker.rank_along(candidates, parents, noise_along(observed, ranker, vocabulary))
-    guesses = candidates.tokens.gather(-1, ranked.order)
-    wanted = reply[(ahead + 1).clamp(max=count)]
+    return torch.tensor(observed.reply)[ahead.clamp(max=count)]
+
+
+def places_of_right(observed: Observed, guesses: Tensor) -> Tensor:
+    """Places [n - 1, K] of the tokens that followed among guesses [n - 1, K, C].
+
+    NO_GUESS if a token is not among them, PAST_END after the reply's end.
+    """
+    count, heads, _ = guesses.shape
+    ahead = torch.arange(count)[:, None] + torch.arange(1, heads + 1)
+    wanted = torch.tensor(observed.reply)[ahead.clamp(max=count)]
     found = guesses == wanted[..., None]
-    ranks = torch.where(found.any(-1), found.int().argmax(-1), NO_GUESS)
-    ranks = ranks.masked_fill(ahead + 1 > count, PAST_END)
-    return Guessed(observed, ranks.T.contiguous(), ranked.log_p)
+    places = torch.where(found.any(-1), found.int().argmax(-1), NO_GUESS)
+    return places.masked_fill(ahead > count, PAST_END)
 
 
 def noise_along(observed: Observed, ranker: Ranker, vocabulary: int) -> Noise | None:

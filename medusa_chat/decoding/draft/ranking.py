@@ -5,6 +5,7 @@ Without more, a head ranks the same tokens behind every node of a depth. Two thi
 - a parent bias (model.parent_bias): the node's own token changes what its head takes for likely;
 - coupling: where the target is drawn with noise that is known (mode exact), a guess is ranked by
   its log p plus the noise of its token, as the target will be (Daliri et al., arXiv:2408.07978).
+  Heads know less than the backbone will, so that calibration weighs the two.
 
 Everything runs on the device, in fixed shapes. Shapes: K heads, C candidates of each, N tokens that
 heads rank, V tokens in all.
@@ -130,8 +131,9 @@ class Ranker:
         lines = [accuracy.calibration_of(head) for head in range(1, heads + 1)]
         table = torch.tensor(lines, device=device).view(heads, 2, 1)
         self._scale, self._shift = table.unbind(1)  # [K, 1] each
-        sharpness = [[accuracy.sharpness_of(head)] for head in range(1, heads + 1)]
-        self._sharpness = torch.tensor(sharpness, device=device).view(heads, 1)
+        weights = [accuracy.coupling_of(head) for head in range(1, heads + 1)]
+        coupled = torch.tensor(weights, device=device).view(heads, 2, 1)
+        self._of_log_p, self._of_noise = coupled.unbind(1)
 
     @property
     def reorders(self) -> bool:
@@ -141,7 +143,7 @@ class Ranker:
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Tensors that differ between rankers of one shape."""
-        return self._scale, self._shift, self._sharpness
+        return self._scale, self._shift, self._of_log_p, self._of_noise
 
     def noise(
         self, candidates: Candidates, position: Tensor | int, numbers: Numbers, vocabulary: int
@@ -173,15 +175,19 @@ class Ranker:
 
         Candidates, noise and result are [S, K, C] each; `parents` are [S, K].
         """
+        return self._ranked(self.log_p_along(candidates, parents), slice(None), noise)
+
+    def log_p_along(self, candidates: Candidates, parents: Tensor) -> Tensor:
+        """The heads' log p of candidates [S, K, C] behind parents [S, K], before any noise."""
         log_p, indices = candidates.log_p, candidates.indices
         assert log_p is not None
-        if self.bias is not None:
-            each = [
-                self._biased(log_p[:, head], parents[:, head], indices[:, head])
-                for head in range(parents.shape[1])
-            ]
-            log_p = torch.stack(each, dim=1)
-        return self._ranked(log_p, slice(None), noise)
+        if self.bias is None:
+            return log_p
+        each = [
+            self._biased(log_p[:, head], parents[:, head], indices[:, head])
+            for head in range(parents.shape[1])
+        ]
+        return torch.stack(each, dim=1)
 
     def _biased(self, log_p: Tensor, parents: Tensor, indices: Tensor) -> Tensor:
         """Add the bias of parents [S] to log p, [C] or [S, C]: [S, C]."""
@@ -196,8 +202,8 @@ class Ranker:
         assert candidates.log_p is not None
         if noise is None:
             return candidates.log_p
-        heat = single(noise.numbers.temperature) / self._sharpness
-        return candidates.log_p + heat * noise.values
+        heat = single(noise.numbers.temperature) / self._of_log_p
+        return candidates.log_p + heat * self._of_noise * noise.values
 
     def _ranked(self, log_p: Tensor, heads: slice, noise: Noise | None) -> Ranked:
         if noise is not None:
@@ -211,8 +217,8 @@ class Ranker:
 
     def _coupled(self, log_p: Tensor, heads: slice, noise: Noise) -> Tensor:
         numbers = noise.numbers
-        scores = self._sharpness[heads] * log_p / single(numbers.temperature)
+        scores = self._of_log_p[heads] * log_p / single(numbers.temperature)
         if self.coupling == "truncated":
             flat = truncate(scores.flatten(0, -2), *numbers[1:4])
             scores = flat.view_as(scores)
-        return (scores + noise.values).log_softmax(-1)
+        return (scores + self._of_noise[heads] * noise.values).log_softmax(-1)

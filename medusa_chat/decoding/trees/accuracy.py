@@ -22,7 +22,7 @@ MEANING = (
     " head k + 1; paths: every guess along a path of head ranks (from 0) is right in this share of"
     " the steps; calibration[k]: scale and shift that turn head k + 1's log p into that of its"
     " guess being right; dynamic: acceptance length by nodes of trees chosen at each step;"
-    " sharpness[k]: factor of head k + 1's log p before the noise of a draw is added; exact: the"
+    " coupling[k]: weights of head k + 1's tempered log p and of the noise of a draw; exact: the"
     " same figures for mode exact, whose guesses are ranked with that noise"
 )
 
@@ -68,8 +68,8 @@ class Accuracy(Frequencies):
         calibration: calibration[k]: scale and shift that turn head k + 1's log p into that of its
             guess being right after right guesses: min(0, scale * log p + shift). Empty: unchanged.
         dynamic: acceptance length by nodes of trees that are chosen at each step.
-        sharpness: sharpness[k]: factor of head k + 1's log p before the noise of a draw is added.
-            Empty: 1.
+        coupling: coupling[k]: weights of head k + 1's tempered log p and of the noise in the score
+            of a guess that is coupled to a draw. Empty: 1 and 1.
         exact: the same figures for guesses that are coupled to that noise, as mode exact ranks
             them; None if they were not measured.
     """
@@ -78,7 +78,7 @@ class Accuracy(Frequencies):
     paths: Mapping[NodePath, float] = field(default_factory=dict)
     calibration: tuple[tuple[float, float], ...] = ()
     dynamic: Mapping[int, float] = field(default_factory=dict)
-    sharpness: tuple[float, ...] = ()
+    coupling: tuple[tuple[float, float], ...] = ()
     exact: Accuracy | None = None
 
     def of_guesses(self, *, coupled: bool) -> Accuracy:
@@ -112,7 +112,7 @@ class Accuracy(Frequencies):
             paths,
             self.calibration[:heads],
             self.dynamic if heads >= len(self.top) else {},
-            self.sharpness[:heads],
+            self.coupling[:heads],
             self.exact and self.exact.pruned(heads, width),
         )
 
@@ -139,9 +139,9 @@ class Accuracy(Frequencies):
         """Scale and shift of a head's log p."""
         return self.calibration[head - 1] if head <= len(self.calibration) else (1.0, 0.0)
 
-    def sharpness_of(self, head: int) -> float:
-        """Factor of a head's log p before noise is added."""
-        return self.sharpness[head - 1] if head <= len(self.sharpness) else 1.0
+    def coupling_of(self, head: int) -> tuple[float, float]:
+        """Weights of a head's log p and of the noise."""
+        return self.coupling[head - 1] if head <= len(self.coupling) else (1.0, 1.0)
 
     def forecast_dynamic(self, nodes: int) -> float | None:
         """Acceptance length as measured, interpolated over the logarithm of the nodes."""
@@ -185,7 +185,7 @@ def _figures(accuracy: Accuracy) -> dict[str, Any]:
         "paths": [[list(path), round(share, 5)] for path, share in accuracy.paths.items()],
         "calibration": [list(line) for line in accuracy.calibration],
         "dynamic": [[nodes, round(length, 5)] for nodes, length in accuracy.dynamic.items()],
-        "sharpness": list(accuracy.sharpness),
+        "coupling": [list(weights) for weights in accuracy.coupling],
     }
 
 
@@ -218,7 +218,7 @@ def _read_figures(document: Any) -> Accuracy:
         _paths(document.get("paths", []), top),
         tuple(_calibration(*line) for line in document.get("calibration", [])),
         dict(_dynamic(*pair) for pair in document.get("dynamic", [])),
-        tuple(_calibration(factor, 0.0)[0] for factor in document.get("sharpness", [])),
+        tuple(_coupling(*weights) for weights in document.get("coupling", [])),
     )
 
 
@@ -239,6 +239,13 @@ def _calibration(scale: Any, shift: Any) -> tuple[float, float]:
     if not (0 < float(scale) < inf and -inf < float(shift) < inf):
         raise ValueError(f"calibration {scale}, {shift}")
     return float(scale), float(shift)
+
+
+def _coupling(log_p: Any, noise: Any) -> tuple[float, float]:
+    """Check a head's weights; raises ValueError or TypeError."""
+    if not (0 < float(log_p) < inf and 0 <= float(noise) < inf):
+        raise ValueError(f"coupling {log_p}, {noise}")
+    return float(log_p), float(noise)
 
 
 def _dynamic(nodes: Any, length: Any) -> tuple[int, float]:
