@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["greedy", "typical", "exact", "typical-truncated", "exact-truncated"]
 KINDS: tuple[Kind, ...] = ("greedy", "typical", "exact", "typical-truncated", "exact-truncated")
 Coupling = Literal["none", "noise", "truncated"]
+FILLER_DEPTH = -1  # of rows that fill a step up: no rule takes them for the root or a guess
 NOTHING = float("-inf")  # the score of a token that may not follow
 
 

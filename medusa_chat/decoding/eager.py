@@ -76,7 +76,7 @@ class EagerStep:
         verdict = rule(logits, nodes.candidates, nodes.tensors, given.position)
         result = torch.empty(draft.layout.size, dtype=torch.long, device=device)
         pack_verdict(verdict, result)
-        draft.layout.pack_nodes(nodes, result)
+        draft.layout.pack_nodes(nodes.reported, result)
         report = draft.layout.unpack(result.tolist())
         state.hidden.copy_(hidden[report.rows[-1]])
         self.mark("acceptance")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from medusa_chat.decoding.acceptance import Verdict
-    from medusa_chat.decoding.draft.base import Nodes
     from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath
 
@@ -161,9 +160,8 @@ class ReportLayout:
         """Numbers in all."""
         return report_size(self.nodes, self.selection, self.shown)
 
-    def pack_nodes(self, nodes: Nodes, report: Tensor) -> None:
-        """Write the nodes and the guesses to their place in `report`, int64 [size]."""
-        parts = [nodes.candidates, *nodes.selection, *nodes.guesses]
+    def pack_nodes(self, parts: tuple[Tensor, ...], report: Tensor) -> None:
+        """Write candidates, selection and guesses to their place in `report`, int64 [size]."""
         report[_VERDICT : self.size].copy_(torch.cat(parts))
 
     def unpack(self, values: list[int]) -> StepReport:

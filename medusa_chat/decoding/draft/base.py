@@ -32,7 +32,6 @@ MOST_SHOWN = 2 * MAX_NODES  # numbers of a report for each head
 ROWS = 64  # paths that shared buffers hold at least
 # Rows of steps that are recorded: few of them, so that trees of most sizes share a recording.
 BUCKETS = (1, 8, 16, 32, 64, 128, 256)
-FILLER_DEPTH = -1  # of rows that fill a step up: no rule takes them for the root or a guess
 
 
 def next_size(least: int, wanted: int) -> int:
@@ -98,6 +97,11 @@ class Nodes:
     tensors: TreeTensors
     selection: tuple[Tensor, ...]
     guesses: tuple[Tensor, ...]
+
+    @property
+    def reported(self) -> tuple[Tensor, ...]:
+        """The parts that a report lists, in its order."""
+        return self.candidates, *self.selection, *self.guesses
 
 
 class Draft(ABC):

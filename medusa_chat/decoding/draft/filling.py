@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_chat.decoding.draft.base import FILLER_DEPTH
+from medusa_chat.decoding.acceptance import FILLER_DEPTH
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.draft.ranking import Candidates, Noise, Ranker

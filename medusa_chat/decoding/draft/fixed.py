@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_chat.decoding.acceptance import TreeTensors
-from medusa_chat.decoding.draft.base import FILLER_DEPTH, Draft, Guessing, Nodes, bucket_of
+from medusa_chat.decoding.acceptance import FILLER_DEPTH, TreeTensors
+from medusa_chat.decoding.draft.base import Draft, Guessing, Nodes, bucket_of
 from medusa_chat.decoding.draft.filling import Filling
 from medusa_chat.model.attention import tree_attention as attention
 

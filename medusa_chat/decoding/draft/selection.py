@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_chat.decoding.acceptance import TreeTensors, ancestors_of
-from medusa_chat.decoding.draft.base import FILLER_DEPTH
+from medusa_chat.decoding.acceptance import FILLER_DEPTH, TreeTensors, ancestors_of
 from medusa_chat.events import COPIED
 
 if TYPE_CHECKING:

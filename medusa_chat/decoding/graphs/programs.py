@@ -86,7 +86,7 @@ class Programs:
         buffers.parents.copy_(nodes.tensors.parents)
         buffers.depths.copy_(nodes.tensors.depths)
         buffers.ancestors.copy_(nodes.tensors.ancestors)
-        draft.layout.pack_nodes(nodes, buffers.report)
+        draft.layout.pack_nodes(nodes.reported, buffers.report)
 
     def forward(self, span: int) -> None:
         """Run the backbone over the rows, which reads `span` positions of the cache."""
