@@ -146,6 +146,10 @@ class Draft(ABC):
         numbers = 2 * heads * self.ranked
         return ReportLayout(self.rows, selection, numbers, paths, _scored(heads, self.ranker))
 
+    def _coupling(self, guessing: Guessing) -> Coupling:
+        """The noise that this draft's shape depends on."""
+        return guessing.coupling if self.ranked else "none"
+
     def _filled(
         self, given: PackedInput, candidates: Candidates, numbers: Numbers
     ) -> tuple[Filled, tuple[Tensor, ...]]:
@@ -199,7 +203,7 @@ def _scored(heads: int, ranker: Ranker) -> Callable[[list[int], int], Guesses]:
     def read(numbers: list[int], root: int) -> Guesses:
         half = len(numbers) // 2
         scores = np.array(numbers[half:], dtype=np.int32).view(np.float32).reshape(heads, -1)
-        return ScoredGuesses(_in_rows(numbers[:half], heads), root, scores, host)
+        return ScoredGuesses(_in_rows(numbers[:half], heads), root, scores.tolist(), host)
 
     return read
 

@@ -56,7 +56,7 @@ class DynamicDraft(Draft):
         self.filling = Filling(superset, self.ranked, device, paths, levels)
         self.deepest = min(self.rows - 1, max(heads, chain))
         sizes = (self.rows, self.ranked, chain, paths, depth)
-        self.shape = ("dynamic", *sizes, measured, guessing.coupling)
+        self.shape = ("dynamic", *sizes, measured, self._coupling(guessing))
         self.layout = self._layout(heads, 1 + self.rows, self._paths)
         self._measured: Tensor | None = None  # [S], log p of each node's guess, as measured
         if measured:

@@ -40,7 +40,7 @@ class FixedDraft(Draft):
         self.needs_log_p = self.ranked > 0 and self.ranker.reorders
         self._vocabulary = backbone.vocabulary
         self.deepest = min(self.rows - 1, heads)
-        self.shape = ("fixed", self.rows, self.ranked, guessing.coupling)
+        self.shape = ("fixed", self.rows, self.ranked, self._coupling(guessing))
         self.layout = self._layout(heads, 0, lambda _: tree.paths)
         levels = heads if guessing.shared_buffers else 0
         self.filling = Filling(tree, self.ranked, device, self.rows, levels)

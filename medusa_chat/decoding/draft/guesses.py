@@ -32,7 +32,7 @@ class Guesses:
         return [row.index(token) if token in row else MISSED for row, token in pairs]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HostBias:
     """The parent bias of heads on the host (model.parent_bias).
 
@@ -59,12 +59,12 @@ class ScoredGuesses(Guesses):
 
     Attributes:
         root: the token that they follow.
-        scores: float32 [K, C], by which the guesses of each head are ranked.
+        scores: scores[k - 1] of head k's guesses, by which they are ranked.
         bias: is added to the scores, by a guess and its parent; None without.
     """
 
     root: int
-    scores: np.ndarray
+    scores: list[list[float]]
     bias: HostBias | None
 
     def ranks(self, followed: Sequence[int]) -> list[int]:
@@ -74,7 +74,7 @@ class ScoredGuesses(Guesses):
         if not count:
             return []
         tokens = np.array(self.rows[:count])
-        scores = self.scores[:count]
+        scores = np.array(self.scores[:count], dtype=np.float32)
         if self.bias is not None:
             scores = scores + self.bias.of(np.array([self.root, *followed])[:count], tokens)
         order = np.argsort(-scores, axis=1, kind="stable")
