@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_chat.model.head_vocabulary import HeadVocabulary, VocabularyRows
+from medusa_chat.model.head_vocabulary import HeadVocabulary as HeadVocabulary
+from medusa_chat.model.head_vocabulary import VocabularyRows
 from medusa_chat.model.linear.packed import pack_linear
 from medusa_chat.model.linear.quantization import quantize_linear
-from medusa_chat.model.parent_bias import ParentBias, new_parent_bias
+from medusa_chat.model.parent_bias import ParentBias as ParentBias
+from medusa_chat.model.parent_bias import new_parent_bias
 from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
