@@ -160,8 +160,8 @@ def test_joint_recipes_train_both(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("vocabulary", [0, N])
 def test_a_bias_for_given_heads_is_trained_alone(tmp_path: Path, vocabulary: int) -> None:
     do(tiny_run(tmp_path, "first", head_vocabulary=vocabulary, lm_heads="own"))
-    given: dict[str, Any] = {"heads_from": str(tmp_path / "first"), "parent_bias": RANK, "learning_rate": 0.02}
-    steps, said = do(tiny_run(tmp_path, "second", max_steps=30, **given))
+    given: dict[str, Any] = {"heads_from": str(tmp_path / "first"), "parent_bias": RANK}
+    steps, said = do(tiny_run(tmp_path, "second", max_steps=30, learning_rate=0.02, **given))
     before, after = tensors_in(tmp_path / "first"), tensors_in(tmp_path / "second")
     assert after.keys() - before.keys() == {"parent_bias.first", "parent_bias.second"}
     for name, tensor in before.items():
