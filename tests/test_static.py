@@ -218,8 +218,8 @@ def test_after_the_first_use_of_each_kind_nothing_is_recorded_in_200_replies(
             root = report.next
     assert tape.made.total() == known
     assert set(tape.made.values()) == {1}
-    # Vanilla steps, then steps of 16 rows: fixed and dynamic ones, each with copies and without. The
-    # layout of guesses that noise ranks, with truncation and without, is another one.
+    # Vanilla steps, then steps of 16 rows: fixed and dynamic ones, each with copies and without.
+    # Guesses that noise ranks, with truncation and without, are laid out by others.
     assert tape.kinds() == {"layout": 1 + 12, "forward": 2, "acceptance": 5 + 10}
 
 

@@ -198,10 +198,15 @@ class Ranker:
         return raised - (raised.exp().sum(-1, keepdim=True) + rest).log()
 
     def shown(self, candidates: Candidates, noise: Noise | None) -> Tensor:
-        """Scores by which the host ranks as `rank_behind` does, once it has added the bias."""
+        """Scores by which the host ranks as a step does, once it has added the bias, if any.
+
+        Behind a bias it leaves out the truncation, which seldom cuts a guess that counts.
+        """
         assert candidates.log_p is not None
         if noise is None:
             return candidates.log_p
+        if self.bias is None:
+            return self._coupled(candidates.log_p, slice(None), noise)
         heat = single(noise.numbers.temperature) / self._of_log_p
         return candidates.log_p + heat * self._of_noise * noise.values
 
