@@ -17,7 +17,8 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.native.library import load
 from medusa_chat.native.model import NativeModel
-from medusa_chat.native.step import FixedRows, NativeStep, Team
+from medusa_chat.native.rows import FixedRows
+from medusa_chat.native.step import NativeStep, Team
 from tests.helpers.native_library import need_library
 from tests.helpers.native_tiny import Native, path_to, random_parents, shape
 from tests.helpers.tiny import ARCHITECTURES, prompt_ids, random_backbone, random_heads, random_tree

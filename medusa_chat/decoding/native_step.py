@@ -9,21 +9,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.draft.base import RANKED
+from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
 from medusa_chat.decoding.noise import token_keys
-from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
+from medusa_chat.decoding.report import StepInput, StepReport
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.native_weights import plain_format
 from medusa_chat.native.model import NativeHeads
+from medusa_chat.native.rows import ChosenRows, FixedRows, Line
 from medusa_chat.native.rules import NativeRules
-from medusa_chat.native.step import FixedRows, NativeStep
+from medusa_chat.native.step import NativeStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from medusa_chat.decoding.acceptance import Rule, TreeTensors
-    from medusa_chat.decoding.draft.base import Draft, Nodes
+    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.state import State
     from medusa_chat.native.packed import Packed
     from medusa_chat.native.step import Settled
@@ -50,6 +53,7 @@ class NativeProgram:
         state.hidden = self._step.last
         self._rules = NativeRules(token_keys(state.backbone.vocabulary, state.backbone.device))
         self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
+        self._chosen: WeakKeyDictionary[DynamicDraft, ChosenRows] = WeakKeyDictionary()
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
@@ -64,6 +68,7 @@ class NativeProgram:
         if isinstance(draft, FixedDraft):
             report = self._fixed(draft, given, rule)
         else:
+            assert isinstance(draft, DynamicDraft)
             report = self._selected(draft, given, rule)
         started = time.perf_counter()
         self._step.keep(report.rows)
@@ -79,39 +84,31 @@ class NativeProgram:
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
         settled = self._step.fixed(given.root, self._rows[draft], rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
-        tensors, parents = draft.tensors, draft.tree.parents
-        row, following = self._verdict(settled, tensors, parents, given, rule)
+        row, following = self._verdict(settled, draft.tree.parents, given, rule)
         tree, layout = draft.tree, draft.layout
         guesses = _shown(settled.guesses, draft.ranked, layout.heads)
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
 
-    def _selected(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
-        """Run the heads, select nodes among their guesses and the copies, and run those."""
-        started = time.perf_counter()
-        guesses, nodes = self._nodes(draft, given)
-        heads_seconds = time.perf_counter() - started
-        tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
-        settled = self._step.chosen(tokens, parents, rule.plain_greedy)
-        self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
-        row, following = self._verdict(settled, nodes.tensors, parents, given, rule)
-        selection = [number for part in nodes.selection for number in part.tolist()]
-        shown = _shown(guesses, draft.ranked, draft.layout.heads)
+    def _selected(self, draft: DynamicDraft, given: StepInput, rule: Rule) -> StepReport:
+        """Run the heads, choose nodes among their guesses and the copies, and run those."""
+        if draft not in self._chosen:
+            self._chosen[draft] = _rows_of(draft)
+        rows = self._chosen[draft]
+        if given.copied is None or not draft.copied:
+            rows.set()
+        else:
+            rows.set(given.copied.tokens, given.copied.log_p)
+        settled = self._step.choose(given.root, rows, rule.plain_greedy)
+        self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
+        row, following = self._verdict(settled, rows.parents, given, rule)
+        shown = _shown(settled.guesses, draft.ranked, draft.layout.heads)
         flat = [token for likeliest in shown for token in likeliest]
-        return draft.layout.unpack([row, following, *tokens, *selection, *flat])
-
-    def _nodes(self, draft: Draft, given: StepInput) -> tuple[list[int], Nodes]:
-        """Return the heads' guesses, flattened, and the nodes that a draft selects."""
-        packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float64))
-        if self._state.heads is None or not draft.ranked:
-            return [], draft.nodes(packed, torch.empty(0, 0, dtype=torch.long), None)
-        guesses, log_p = self._step.guess(draft.ranked)
-        table = torch.tensor(guesses).view(-1, draft.ranked)
-        return guesses, draft.nodes(packed, table, log_p if draft.uses_confidence else None)
+        values = [row, following, *settled.tokens, rows.joint, *rows.rows, *flat]
+        return draft.layout.unpack(values)
 
     def _verdict(
         self,
         settled: Settled,
-        tree: TreeTensors,
         parents: Sequence[int],
         given: StepInput,
         rule: Rule,
@@ -129,12 +126,23 @@ class NativeProgram:
             rule.kind, rule.numbers, rule.counts, logits, settled.tokens, parents, given.position
         )
         if decided is None:
+            tree = TreeTensors.from_parents(parents)
             verdict = rule(logits, torch.tensor(settled.tokens), tree, given.position)
             decided = int(verdict.row), int(verdict.next)
         row, following = decided
         self._state.hidden.copy_(self._step.hidden[row : row + 1])
         self._parts["acceptance"] = time.perf_counter() - started
         return row, following
+
+
+def _rows_of(draft: DynamicDraft) -> ChosenRows:
+    """Describe what a draft chooses from."""
+    tree = draft.superset
+    ranks = [path[-1] if path else 0 for path in tree.paths]
+    lines = [Line(*line) for line in draft.lines]
+    return ChosenRows(
+        tree.parents, ranks, draft.size, draft.ranked, lines=lines, measured=draft.measured
+    )
 
 
 def _packed_heads(state: State) -> NativeHeads | None:

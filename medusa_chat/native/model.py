@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from medusa_chat.native import families
-from medusa_chat.native.library import (
-    BFLOAT16,
-    FLOAT32,
-    HeadsOf,
-    Layer,
-    Matrix,
-    Model,
-    UnavailableError,
-)
+from medusa_chat.native.library import UnavailableError
+from medusa_chat.native.structures import BFLOAT16, FLOAT32, HeadsOf, Layer, Matrix, Model
 from medusa_chat.native.weights import Rows, Store, all_rows, pack
 
 if TYPE_CHECKING:

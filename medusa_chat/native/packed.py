@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medusa_chat.native.library import FORMATS, Matrix, load
+from medusa_chat.native.library import load
+from medusa_chat.native.structures import FORMATS, Matrix
 
 if TYPE_CHECKING:
     from medusa_chat.native.model import NativeHeads, NativeModel
@@ -19,7 +20,7 @@ class Packed:
     """The weights of one backbone, and the threads that run its steps.
 
     Attributes:
-        weights: the format of the layers: a key of library.FORMATS.
+        weights: the format of the layers: a key of structures.FORMATS.
     """
 
     model: NativeModel

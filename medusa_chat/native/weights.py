@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from medusa_chat.native.library import (
-    BFLOAT16,
-    FLOAT32,
-    FORMATS,
-    INT8,
-    NF4,
-    Matrix,
-    NotFiniteError,
-    UnavailableError,
-    load,
-)
+from medusa_chat.native.library import NotFiniteError, UnavailableError, load
+from medusa_chat.native.structures import BFLOAT16, FLOAT32, FORMATS, INT8, NF4, Matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,14 @@ RAREST = 1e-6  # frequency of a path that was never right
 
 
 class DynamicDraft(Draft):
-    """The nodes of a dynamic tree, or of a fixed one whose places copies compete for."""
+    """The nodes of a dynamic tree, or of a fixed one whose places copies compete for.
+
+    Attributes:
+        superset: the paths to choose from.
+        copied: whether a copied chain competes for the places.
+        lines: scale and shift of each depth.
+        measured: log p of each path's last guess, if it is not the heads who say so.
+    """
 
     def __init__(
         self,
@@ -49,6 +56,7 @@ class DynamicDraft(Draft):
                 shape.
         """
         superset = tree.superset if isinstance(tree, DynamicTree) else tree
+        self.superset, self.copied = superset, copied
         self.size = len(tree)
         self.rows = bucket_of(self.size) if shared_buffers else self.size
         self._dtype = backbone.dtype
@@ -67,10 +75,12 @@ class DynamicDraft(Draft):
             heads, 1 + self.rows, lambda selection: selector.paths(selection[1:], selection[0])
         )
         self._log_p: Tensor | None = None  # [D, S], of each guess along each path, as measured
+        self.measured: list[float] | None = None
         if not self.uses_confidence:
             self._log_p = _measured(superset, accuracy, self._depth, paths).to(backbone.device)
-        lines = [accuracy.calibration_of(head) for head in range(1, self._depth + 1)]
-        calibration = torch.tensor(lines, device=backbone.device).view(self._depth, 2, 1)
+            self.measured = _last_steps(self._log_p, superset)
+        self.lines = [accuracy.calibration_of(head) for head in range(1, self._depth + 1)]
+        calibration = torch.tensor(self.lines, device=backbone.device).view(self._depth, 2, 1)
         self._scale, self._shift = calibration.unbind(1)  # [D, 1] each
 
     @property
@@ -114,3 +124,9 @@ def _measured(superset: Tree, accuracy: Accuracy, depth: int, rows: int) -> Tens
         columns.append(steps + [0.0] * (depth - len(path)))
     columns += [[-inf] * depth] * (rows - len(superset))
     return torch.tensor(columns).view(rows, depth).T.contiguous()
+
+
+def _last_steps(log_p: Tensor, superset: Tree) -> list[float]:
+    """Pick log p of each path's last guess, 0 of the root: log_p [depth, rows]."""
+    last = [log_p[depth - 1, row] for row, depth in enumerate(superset.depths) if depth]
+    return [0.0, *map(float, last)]

@@ -100,6 +100,16 @@ static void rank(mc_worker *worker, int k) {
     for (int i = 0; i < ranked; i++) step->log_p[k * ranked + i] = value[i] - sum;
 }
 
+mc_candidates mc_candidates_of(const mc_engine *engine, const mc_step *step) {
+    mc_candidates candidates = {.vocabulary = engine->model->vocabulary};
+    if (!engine->heads || !step->ranked) return candidates;
+    candidates.heads = engine->heads->heads;
+    candidates.ranked = step->ranked;
+    candidates.tokens = step->guesses;
+    candidates.log_p = step->log_p;
+    return candidates;
+}
+
 void mc_guess(mc_worker *worker) {
     mc_engine *engine = worker->engine;
     run_blocks(worker);

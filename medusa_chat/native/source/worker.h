@@ -82,6 +82,8 @@ void mc_guess(mc_worker *worker);             /* heads.c */
 void mc_forward(mc_worker *worker);           /* forward.c */
 void mc_attend(mc_worker *worker, int index); /* attend.c */
 void mc_logits(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows);
+/* What the heads of a step offer, once they have run. */
+mc_candidates mc_candidates_of(const mc_engine *engine, const mc_step *step);
 int32_t mc_token_of(const mc_step *step, int row);
 
 #endif
