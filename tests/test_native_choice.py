@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from math import log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from medusa_chat.decoding.acceptance import truncate
 from medusa_chat.decoding.draft.selection import Selector
+from medusa_chat.decoding.noise import gumbel
 from medusa_chat.decoding.trees.tree import Tree
-from medusa_chat.native.rows import ChosenRows, Line
-from tests.helpers.native_choice import choose
+from medusa_chat.native.rows import ChosenRows, Line, Noise
+from tests.helpers.native_choice import Biased, choose
 from tests.helpers.native_library import need_library
 from tests.helpers.tiny import random_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
 need_library()
 
@@ -111,8 +118,12 @@ def plainly(case: Case, ranking: Any) -> tuple[list[int], list[int], list[int], 
     return rows, [found[row][1] for row in rows], parents, joint if copied else 0
 
 
-def chosen(case: Case, **more: Any) -> tuple[list[int], list[int], list[int], int]:
+def chosen(case: Case, law: Law | None = None) -> tuple[list[int], list[int], list[int], int]:
     rows = case.rows
+    more: dict[str, Any] = {}
+    if law is not None:
+        rows.set(case.chain, case.chain_log_p, law.noise)
+        more = {"indices": law.indices, "bias": law.bias}
     assert choose(rows, ROOT, case.tokens, case.log_p, **more) == 0
     return rows.rows, rows.tokens, rows.parents, rows.joint
 
@@ -272,3 +283,143 @@ def test_what_is_out_of_range_is_refused(why: str | None) -> None:
     result = choose(rows, case["root"], case["tokens"], [[-1.0] * 3] * 2)
     assert result == (-1 if why else 0)
     assert (rows.joint == 77) == bool(why)
+
+
+# ---- children ranked by a bias and by the noise ----
+
+
+@dataclass
+class Law:
+    """What changes the ranking of children: a bias by the parent, the noise, or both."""
+
+    indices: list[list[int]]
+    bias: Biased | None
+    noise: Noise | None
+
+    def ranking(self, case: Case, depth: int, token: int) -> tuple[list[int], list[Any]]:
+        """Rank by the definition, in float64: candidates in order, and log p of each."""
+        z = torch.tensor(case.log_p[depth], dtype=torch.float64)
+        if self.bias is not None:
+            row = token if self.bias.rows is None else self.bias.rows[token]
+            rest = max(1 - float(z.exp().sum()), 0.0)
+            second = self.bias.second[self.indices[depth]].double()
+            biased = z + second @ self.bias.first[row].double()
+            z = biased - (biased.exp().sum() + rest).log()
+        if self.noise is not None:
+            z = self.drawn(z, case.lines[depth].sharpness, depth, case.tokens[depth])
+        order = sorted(range(len(z)), key=lambda place: (-float(z[place]), place))
+        gaps = [float(z[a] - z[b]) for a, b in pairwise(order) if z[b] > NEVER]
+        assume(min(gaps, default=1) > 1e-4)
+        return order, [single(value) for value in z.tolist()]
+
+    def drawn(self, z: Tensor, sharpness: float, depth: int, tokens: list[int]) -> Tensor:
+        assert self.noise is not None
+        seed, position, temperature, *truncation = self.noise
+        tempered = (sharpness * z / temperature).float()
+        kept = truncate(tempered[None], *truncation)[0].double()
+        place = torch.tensor([position + depth + 1])
+        scores = kept + gumbel(seed, place, 128)[0, tokens].double()
+        drawn: Tensor = scores - scores.logsumexp(-1)
+        return drawn
+
+
+def law_of(seed: int, case: Case, biased: bool, coupled: bool, dtype: Any) -> Law:
+    """A law whose bias is over all 128 tokens, or over a vocabulary of its own."""
+    draw = random.Random(seed)
+    indices, bias, noise = case.tokens, None, None
+    if biased:
+        generator = torch.Generator().manual_seed(seed)
+        rank = draw.choice([1, 5, 16, 33, 64])
+        rows = None
+        if draw.random() < 0.5:  # token 5 t is number t of 20; all others share row 20
+            rows = [token // 5 if token % 5 == 0 and token < 100 else 20 for token in range(128)]
+            case.tokens = [[5 * token for token in level] for level in case.tokens]
+            case.chain = [5 * token for token in case.chain]
+        tables = [
+            torch.randn(count, rank, generator=generator) / rank**0.25
+            for count in ((128, 128) if rows is None else (21, 20))
+        ]
+        first, second = (table.to(dtype) for table in tables)
+        bias = Biased(first, second, rows)
+    if coupled:
+        noise = Noise(
+            draw.randrange(2**31),
+            draw.randrange(5000),
+            draw.choice([0.3, 0.7, 1.0, 1.5]),
+            draw.choice([0, 0, 1, 2, 5, 200]),
+            draw.choice([1.0, 1.0, 0.9, 0.5]),
+            draw.choice([0.0, 0.0, 0.05, 0.4]),
+        )
+    case.lines = [line._replace(sharpness=draw.uniform(0.5, 1.5)) for line in case.lines]
+    return Law(indices, bias, noise)
+
+
+def normal(case: Case) -> None:
+    """Make what each head says of its candidates a distribution with a tail."""
+    for depth, row in enumerate(case.log_p):
+        rest = 0.9 if depth % 2 else 1.0
+        sums = torch.tensor(row, dtype=torch.float64).logsumexp(0)
+        case.log_p[depth] = [value - float(sums) + log(rest) for value in row]
+
+
+@pytest.mark.parametrize(("biased", "coupled"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_children_are_ranked_as_defined(seed: int, biased: bool, coupled: bool, dtype: Any) -> None:
+    case = drawn(seed)
+    normal(case)
+    law = law_of(seed, case, biased, coupled, dtype)
+    ranking = partial(law.ranking, case)
+    found, _ = every_row(case, ranking)
+    scores = sorted((float(score) for score, _, _ in found.values()), reverse=True)
+    edge = scores[case.nodes - 1 : case.nodes + 1]
+    assume(len(edge) < 2 or edge[0] == edge[1] == NEVER or edge[0] - edge[1] > 1e-4)
+    expected = plainly(case, ranking)
+    assert chosen(case, law) == expected
+
+
+def test_the_bias_of_a_token_that_the_heads_do_not_rank() -> None:
+    """A root outside the vocabulary takes the last row of `first`."""
+    first, second = torch.eye(3), 9 * torch.eye(3)[:2]
+    rows = [2] * 128
+    rows[10], rows[20] = 0, 1
+    tree = Tree.of([(0,), (0, 0)])
+    for root, expected in ((ROOT, [10, 10]), (10, [10, 10]), (20, [20, 20])):
+        case = Case(tree, 3, [[10, 20]] * 2, [[-0.6, -0.8]] * 2, [Line()] * 2)
+        made = case.rows
+        bias = Biased(first, second, rows)
+        indices = [[0, 1]] * 2
+        assert choose(made, root, case.tokens, case.log_p, indices=indices, bias=bias) == 0
+        assert made.tokens[1:] == expected
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        Noise(1, 2, 0.0),
+        Noise(1, 2, -1.0),
+        Noise(1, 2, float("nan")),
+        Noise(1, 2, float("inf")),
+        Noise(1, 2, 1.0, -1),
+        Noise(1, 2, 1.0, 0, float("nan")),
+        Noise(1, 2, 1.0, 0, 1.0, float("nan")),
+    ],
+)
+def test_noise_out_of_range_is_refused(noise: Noise) -> None:
+    case = Case(Tree.of([(0,)]), 2, [[1, 2]], [[-0.6, -0.8]], [Line()])
+    rows = case.rows
+    rows.set(noise=noise)
+    assert choose(rows, 1, case.tokens, case.log_p) == -1
+
+
+@pytest.mark.parametrize("which", ["index", "row", "rank", "tokens"])
+def test_a_bias_out_of_range_is_refused(which: str) -> None:
+    case = Case(Tree.of([(0,)]), 2, [[1, 2]], [[-0.6, -0.8]], [Line()])
+    rank = 1025 if which == "rank" else 4
+    rows = [0] * 128
+    rows[2] = 3 if which == "row" else 2
+    bias = Biased(torch.zeros(3, rank), torch.zeros(2, rank), rows)
+    indices = [[0, 2 if which == "index" else 1]]
+    tokens = [[1, 128]] if which == "tokens" else case.tokens
+    assert choose(case.rows, 1, tokens, case.log_p, indices=indices, bias=bias) == -1

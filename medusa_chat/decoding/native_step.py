@@ -11,14 +11,14 @@ import torch
 
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.draft.base import RANKED
-from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.native_choice import Choices
 from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.report import StepInput, StepReport
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.native_weights import plain_format
 from medusa_chat.native.model import NativeHeads
-from medusa_chat.native.rows import ChosenRows, FixedRows, Line
+from medusa_chat.native.rows import FixedRows
 from medusa_chat.native.rules import NativeRules
 from medusa_chat.native.step import NativeStep
 
@@ -49,11 +49,11 @@ class NativeProgram:
         self.observe: Callable[[dict[str, float]], None] | None = None
         self._parts: dict[str, float] = {}
         self._state = state
-        self._step = NativeStep(packed.model, _packed_heads(state), packed.team, state.cache)
+        self._step = NativeStep(packed.model, _heads_of(state, packed), packed.team, state.cache)
         state.hidden = self._step.last
         self._rules = NativeRules(token_keys(state.backbone.vocabulary, state.backbone.device))
         self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
-        self._chosen: WeakKeyDictionary[DynamicDraft, ChosenRows] = WeakKeyDictionary()
+        self._choices: WeakKeyDictionary[Draft, Choices] = WeakKeyDictionary()
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
@@ -65,11 +65,10 @@ class NativeProgram:
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""
-        if isinstance(draft, FixedDraft):
+        if isinstance(draft, FixedDraft) and not self._ranks_anew(draft):
             report = self._fixed(draft, given, rule)
         else:
-            assert isinstance(draft, DynamicDraft)
-            report = self._selected(draft, given, rule)
+            report = self._chosen(draft, given, rule)
         started = time.perf_counter()
         self._step.keep(report.rows)
         self._parts["commit"] = time.perf_counter() - started
@@ -89,22 +88,23 @@ class NativeProgram:
         guesses = _shown(settled.guesses, draft.ranked, layout.heads)
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
 
-    def _selected(self, draft: DynamicDraft, given: StepInput, rule: Rule) -> StepReport:
+    def _ranks_anew(self, draft: Draft) -> bool:
+        """Tell if a head's guesses may have other ranks behind each node."""
+        heads = self._step.heads
+        return draft.ranked > 0 and (draft.coupled or (heads is not None and heads.biased))
+
+    def _chosen(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Run the heads, choose nodes among their guesses and the copies, and run those."""
-        if draft not in self._chosen:
-            self._chosen[draft] = _rows_of(draft)
-        rows = self._chosen[draft]
-        if given.copied is None or not draft.copied:
-            rows.set()
-        else:
-            rows.set(given.copied.tokens, given.copied.log_p)
+        if draft not in self._choices:
+            self._choices[draft] = Choices(draft)
+        choices = self._choices[draft]
+        rows = choices.rows_for(given, rule)
         settled = self._step.choose(given.root, rows, rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
-        row, following = self._verdict(settled, rows.parents, given, rule)
-        shown = _shown(settled.guesses, draft.ranked, draft.layout.heads)
-        flat = [token for likeliest in shown for token in likeliest]
-        values = [row, following, *settled.tokens, rows.joint, *rows.rows, *flat]
-        return draft.layout.unpack(values)
+        parents = rows.parents
+        row, following = self._verdict(settled, parents, given, rule)
+        guesses = _shown(settled.guesses, draft.ranked, draft.layout.heads)
+        return StepReport(choices.paths, settled.tokens, _branch(row, parents), following, guesses)
 
     def _verdict(
         self,
@@ -135,23 +135,21 @@ class NativeProgram:
         return row, following
 
 
-def _rows_of(draft: DynamicDraft) -> ChosenRows:
-    """Describe what a draft chooses from."""
-    tree = draft.superset
-    ranks = [path[-1] if path else 0 for path in tree.paths]
-    lines = [Line(*line) for line in draft.lines]
-    return ChosenRows(
-        tree.parents, ranks, draft.size, draft.ranked, lines=lines, measured=draft.measured
-    )
+def _branch(row: int, parents: Sequence[int]) -> tuple[int, ...]:
+    """List the rows from the root down to `row`."""
+    branch = [row]
+    while branch[0]:
+        branch.insert(0, parents[branch[0]])
+    return tuple(branch)
 
 
-def _packed_heads(state: State) -> NativeHeads | None:
+def _heads_of(state: State, packed: Packed) -> NativeHeads | None:
     """Return a state's heads as the library reads them; plain ones are packed as they are."""
     if state.heads is None or isinstance(state.heads, NativeHeads):
         return state.heads
     if not isinstance(state.heads, MedusaHeads):
         raise TypeError(f"the native step does not run {type(state.heads).__name__}")
-    return NativeHeads(state.heads, plain_format(state.backbone.dtype))
+    return NativeHeads(state.heads, packed.model, plain_format(state.backbone.dtype))
 
 
 def _shown(guesses: Sequence[int], ranked: int, heads: int) -> list[list[int]]:

@@ -52,7 +52,8 @@ class Packed:
 
     def heads_bytes(self, heads: NativeHeads) -> int:
         """Count the bytes that heads read: their own, and the LM head again if they share it."""
-        shared = 0 if heads.own_lm_heads else packed_bytes(self.model.structure.lm_head)
+        apart = heads.own_lm_heads or heads.cut
+        shared = 0 if apart else packed_bytes(self.model.structure.lm_head)
         return heads.store.bytes + shared
 
 

@@ -164,7 +164,8 @@ class NativeStep:
         step = self._step
         step.tokens, step.table, step.root = None, None, root
         step.ranked, step.choice = rows.ranked, addressof(rows.choice)
-        reads = not rows.measured or rows.choice.coupling
+        biased = self.heads is not None and self.heads.biased
+        reads = not rows.measured or biased or rows.choice.coupling
         step.log_p = self._log_p.data_ptr() if reads else None
         try:
             self._want_logits(rows.size, 0, wanted=not greedy)

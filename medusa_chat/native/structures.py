@@ -73,6 +73,20 @@ class Model(ctypes.Structure):
     )
 
 
+class Bias(ctypes.Structure):
+    """mc_bias of candidates.h."""
+
+    _fields_ = (
+        ("rank", c_int32),
+        ("format", c_int32),
+        ("parents", c_int32),
+        ("tokens", c_int32),
+        ("first", c_void_p),
+        ("second", c_void_p),
+        ("rows", c_void_p),
+    )
+
+
 class HeadsOf(ctypes.Structure):
     """mc_heads of step.h."""
 
@@ -81,6 +95,10 @@ class HeadsOf(ctypes.Structure):
         ("layers", c_int32),
         ("block", POINTER(Matrix)),
         ("lm_head", POINTER(Matrix)),
+        ("shared", POINTER(Matrix)),
+        ("vocabulary", c_int32),
+        ("tokens", c_void_p),
+        ("bias", Bias),
     )
 
 
@@ -160,20 +178,6 @@ class Coupling(ctypes.Structure):
         ("sharpness", c_void_p),
         ("temperature", c_float),
         ("top_k", c_int32),
-    )
-
-
-class Bias(ctypes.Structure):
-    """mc_bias of candidates.h."""
-
-    _fields_ = (
-        ("rank", c_int32),
-        ("format", c_int32),
-        ("parents", c_int32),
-        ("tokens", c_int32),
-        ("first", c_void_p),
-        ("second", c_void_p),
-        ("rows", c_void_p),
     )
 
 

@@ -31,8 +31,8 @@ class Native:
         lm_head: str | None = None,
     ) -> None:
         self.cache = backbone.new_cache(capacity)
-        packed = None if heads is None else NativeHeads(heads, heads_weights)
         model = NativeModel(backbone, weights, lm_head, release=release)
+        packed = None if heads is None else NativeHeads(heads, model, heads_weights)
         self.step = NativeStep(model, packed, Team(threads), self.cache)
 
     def text(self, tokens: Sequence[int], seed: int | None = None) -> None:

@@ -70,6 +70,7 @@ class Draft(ABC):
             row that fills up sees the text and itself, and lies at FILLER_DEPTH.
         ranked: guesses that it takes of each head; 0 if it needs no heads.
         uses_confidence: whether it reads how sure the heads are.
+        coupled: whether its guesses are ranked by the noise that their targets will be drawn with.
         deepest: no draft of this shape is deeper.
         shape: equal for drafts that differ in the values of their buffers alone.
         layout: of a step's report.
@@ -79,6 +80,7 @@ class Draft(ABC):
     rows: int
     ranked: int
     uses_confidence: bool
+    coupled: bool = False
     deepest: int
     shape: Hashable
     layout: ReportLayout

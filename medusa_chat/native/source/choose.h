@@ -20,7 +20,7 @@ enum {
 typedef struct {
     int32_t paths;          /* of the superset, the root's included: S */
     const int32_t *parents; /* [S], each below its row and never falling; the root's any */
-    const int32_t *ranks;   /* [S], each node's among its parent's children, rising for each parent */
+    const int32_t *ranks;   /* [S], each node's among its siblings, rising for each parent */
     int32_t nodes;          /* to choose, n: S at most; with the root alone, 1 + chain */
     const float *scale;     /* [the superset's depth]: log p of being right is */
     const float *shift;     /* min(0, scale * log p + shift) */

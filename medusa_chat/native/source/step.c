@@ -50,8 +50,8 @@ static int texts_in_range(const mc_cache *cache, const mc_step *step) {
 static int in_range(const mc_engine *engine, const mc_cache *cache, const mc_step *step) {
     int rows = step->rows, ranked = step->ranked;
     if (rows < 0 || rows > MC_MOST_ROWS || ranked < 0 || ranked > MC_MOST_GUESSES) return 0;
-    if (ranked > engine->model->vocabulary) return 0;
     if (ranked && !(engine->heads && step->last && step->guesses)) return 0;
+    if (ranked && ranked > engine->heads->vocabulary) return 0;
     if (!rows) return 1;
     if (cache->capacity > engine->capacity || step->start < 0) return 0;
     if (rows > cache->capacity - step->start || !(step->tokens || step->table)) return 0;

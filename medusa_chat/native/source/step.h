@@ -57,12 +57,17 @@ typedef struct {
     const float *sine[2];
 } mc_model;
 
-/* Medusa heads: residual blocks x + silu(W x + b), then LM heads. */
+/* Medusa heads: residual blocks x + silu(W x + b), then LM heads. The bias by the parent's token is
+ * for steps that choose their rows. */
 typedef struct {
     int32_t heads;
     int32_t layers;
     const mc_matrix *block;   /* [layers * heads], layer by layer */
-    const mc_matrix *lm_head; /* [heads], or NULL: the backbone's */
+    const mc_matrix *lm_head; /* [heads], or NULL: they share one */
+    const mc_matrix *shared;  /* that one, or NULL: the backbone's */
+    int32_t vocabulary;       /* tokens that they rank, N: outputs of their LM heads */
+    const int32_t *tokens;    /* [N], those of the backbone; NULL: all of them in order */
+    mc_bias bias;
 } mc_heads;
 
 /* Keys and values, [layers, kv_heads, capacity, head_dim] each; strides in numbers. */
