@@ -14,7 +14,7 @@ from medusa_chat.decoding import penalties
 from medusa_chat.decoding.acceptance import TreeTensors, make_rule
 from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.trees.tree import Tree
-from medusa_chat.native import library
+from medusa_chat.native import library, structures
 from medusa_chat.native.rules import NativeRules
 from medusa_chat.sampling import Sampling
 from tests.helpers.native_library import need_library
@@ -139,4 +139,4 @@ def test_rows_out_of_range_decide_nothing() -> None:
     logits = torch.zeros(2, 8)
     for tokens, parents in (([1, 8], [0, 0]), ([1, 2], [0, 1]), ([1, -1], [0, 0])):
         assert rules.decide(rule.kind, rule.numbers, None, logits, tokens, parents, 3) is None
-    assert sizeof(library.Rule) == library.load().mc_rule_size()
+    assert sizeof(structures.Rule) == library.load().mc_rule_size()

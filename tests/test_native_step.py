@@ -17,25 +17,16 @@ from medusa_chat.model.backbone import Backbone
 from medusa_chat.model.linear.quantization import quantize_linear
 from medusa_chat.native.library import load
 from medusa_chat.native.model import NativeModel
-from medusa_chat.native.step import FixedRows, NativeStep, Team
+from medusa_chat.native.rows import FixedRows
+from medusa_chat.native.step import NativeStep, Team
 from tests.helpers.native_library import need_library
-from tests.helpers.native_tiny import Native, path_to, random_parents, shape
-from tests.helpers.tiny import ARCHITECTURES, prompt_ids, random_backbone, random_heads, random_tree
+from tests.helpers.native_tiny import Native, backbone_of, path_to, random_parents, shape
+from tests.helpers.tiny import ARCHITECTURES, prompt_ids, random_heads, random_tree
 
 need_library()
 
 BUNDLED = str(Path(medusa_chat.__file__).parent / "bundled")
 FORMATS = ("float32", "bfloat16", "int8", "nf4")
-# Inputs in whole blocks of nf4.
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
-
-
-def backbone_of(kind: str, weights: str, **changes: Any) -> Backbone:
-    """float32 keys and values for float32 weights, bfloat16 for the others."""
-    backbone = random_backbone(kind, **(WIDE | changes))
-    if weights != "float32":
-        backbone.model.to(torch.bfloat16)
-    return backbone
 
 
 def check_rows(backbone: Any, weights: Any, threads: Any, seed: Any) -> None:
@@ -127,30 +118,6 @@ def test_the_likeliest_token_is_that_of_the_logits() -> None:
     assert settled.next == logits[settled.accepted].argmax()
     for parent, row in pairwise(path):
         assert rows[row] == logits[parent].argmax()
-
-
-@pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_heads_guess_what_the_torch_heads_guess(own: Any, layers: Any) -> None:
-    backbone = backbone_of("llama", "float32", vocabulary=333)
-    heads = random_heads(backbone, 4, layers, own)
-    native = Native(backbone, heads=heads)
-    native.step.last.copy_(torch.randn(1, 64, generator=torch.Generator().manual_seed(4)))
-    logits = heads.logits(native.step.last, backbone.lm_head)[:, 0]
-    for ranked in (1, 10, 64):
-        guesses, log_p = native.step.guess(ranked)
-        likeliest = logits.log_softmax(-1).topk(ranked)
-        assert guesses == likeliest.indices.flatten().tolist()
-        assert torch.allclose(log_p, likeliest.values, atol=1e-4)
-
-
-def test_equal_guesses_come_with_the_lower_id_first() -> None:
-    backbone = backbone_of("llama", "float32", vocabulary=100)
-    heads = random_heads(backbone, 2)
-    assert heads.lm_heads is not None
-    heads.lm_heads.data[:] = 0
-    native = Native(backbone, heads=heads)
-    assert native.step.guess(5)[0] == [0, 1, 2, 3, 4] * 2
 
 
 def test_a_fixed_tree_in_one_call_is_the_torch_step() -> None:

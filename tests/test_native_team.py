@@ -145,18 +145,20 @@ def test_a_program_that_forgets_its_team_still_ends() -> None:
 
 @pytest.mark.slow
 def test_memory_and_undefined_behaviour_are_clean(tmp_path: Path) -> None:
-    """Every kernel over odd sizes and the team, under gcc's or clang's sanitizers."""
+    """Kernels over odd sizes, the team, choices of nodes: under gcc's or clang's sanitizers."""
     compiler = build.system_compiler()
     if compiler is None:
         pytest.skip("no system compiler, hence no sanitizers")
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
-    library = build.build(tmp_path, compiler, flags, native.KERNEL_PARTS)
-    program = tmp_path / "check"
-    source = Path(__file__).parent / "native" / "check.c"
-    link = [str(library), f"-Wl,-rpath,{tmp_path}", "-lm", "-o", str(program)]
-    include = f"-I{build.SOURCE}"
-    subprocess.run(
-        [*compiler.command, "-std=c11", "-pthread", *flags, include, str(source), *link], check=True
-    )
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    parts = native.KERNEL_PARTS + native.CHOICE_PARTS
+    library = build.build(tmp_path, compiler, flags, parts)
+    link = [str(library), f"-Wl,-rpath,{tmp_path}", "-lm"]
+    options = ["-std=c11", "-pthread", *flags, f"-I{build.SOURCE}"]
+    for name in ("check", "check_choice"):
+        program = tmp_path / name
+        source = Path(__file__).parent / "native" / f"{name}.c"
+        subprocess.run(
+            [*compiler.command, *options, str(source), *link, "-o", str(program)], check=True
+        )
+        done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -20,6 +20,8 @@ from medusa_chat.decoding.penalties import penalize, penalize_paths
 from medusa_chat.decoding.trees.tree import Tree
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from medusa_chat.sampling import Sampling
 
 # The rules differ in their operations. Truncation is apart because it sorts the scores.
@@ -52,6 +54,15 @@ class TreeTensors:
         parents = torch.tensor(tree.parents, device=device)
         depths = torch.tensor(tree.depths, device=device)
         return cls(parents, depths, ancestors_of(tree, len(tree)).to(device), tree.depth)
+
+    @classmethod
+    def from_parents(cls, parents: Sequence[int]) -> TreeTensors:
+        """Put a tree on the CPU: the row of each node's parent, which lies above it."""
+        ancestors = torch.eye(len(parents), dtype=torch.bool)
+        for row, parent in enumerate(parents):
+            ancestors[row] |= ancestors[parent]
+        depths = ancestors.sum(1) - 1
+        return cls(torch.tensor(parents), depths, ancestors, int(depths.max()))
 
 
 def ancestors_of(tree: Tree, rows: int) -> Tensor:

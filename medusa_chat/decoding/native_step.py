@@ -9,25 +9,29 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.fixed import FixedDraft
-from medusa_chat.decoding.draft.guesses import Guesses
-from medusa_chat.decoding.draft.ranking import Candidates
+from medusa_chat.decoding.draft.guesses import Guesses, ScoredGuesses
+from medusa_chat.decoding.draft.ranking import Noise
+from medusa_chat.decoding.native_choice import Choices
 from medusa_chat.decoding.noise import token_keys
-from medusa_chat.decoding.report import PackedInput, StepInput, StepReport
+from medusa_chat.decoding.report import StepInput, StepReport
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.native_weights import plain_format
 from medusa_chat.native.model import NativeHeads
+from medusa_chat.native.rows import FixedRows
 from medusa_chat.native.rules import NativeRules
-from medusa_chat.native.step import FixedRows, NativeStep
+from medusa_chat.native.step import NativeStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from medusa_chat.decoding.acceptance import Rule, TreeTensors
-    from medusa_chat.decoding.draft.base import Draft, Nodes
+    from medusa_chat.decoding.acceptance import Rule
+    from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.state import State
     from medusa_chat.native.packed import Packed
+    from medusa_chat.native.rows import ChosenRows
     from medusa_chat.native.step import Settled
 
 
@@ -48,10 +52,11 @@ class NativeProgram:
         self.observe: Callable[[dict[str, float]], None] | None = None
         self._parts: dict[str, float] = {}
         self._state = state
-        self._step = NativeStep(packed.model, _packed_heads(state), packed.team, state.cache)
+        self._step = NativeStep(packed.model, _heads_of(state, packed), packed.team, state.cache)
         state.hidden = self._step.last
         self._rules = NativeRules(token_keys(state.backbone.vocabulary, state.backbone.device))
         self._rows: WeakKeyDictionary[FixedDraft, FixedRows] = WeakKeyDictionary()
+        self._choices: WeakKeyDictionary[Draft, Choices] = WeakKeyDictionary()
 
     def prefill(self, tokens: list[int], rule: Rule) -> int:
         """Append tokens to the text and commit them; returns the token that follows."""
@@ -66,7 +71,7 @@ class NativeProgram:
         if isinstance(draft, FixedDraft) and not draft.needs_log_p:
             report = self._fixed(draft, given, rule)
         else:
-            report = self._selected(draft, given, rule)
+            report = self._chosen(draft, given, rule)
         started = time.perf_counter()
         self._step.keep(report.rows)
         self._parts["commit"] = time.perf_counter() - started
@@ -81,40 +86,50 @@ class NativeProgram:
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
         settled = self._step.fixed(given.root, self._rows[draft], rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
-        tensors, parents = draft.tensors, draft.tree.parents
-        row, following = self._verdict(settled, tensors, parents, given, rule)
+        row, following = self._verdict(settled, draft.tree.parents, given, rule)
         tree = draft.tree
-        guesses = Guesses(_shown(settled.guesses, draft.ranked, self._state.head_count))
+        guesses = Guesses(self._shown(draft, settled))
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
 
-    def _selected(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
-        """Run the heads, select nodes among their guesses and the copies, and run those."""
-        started = time.perf_counter()
-        nodes = self._nodes(draft, given, rule)
-        heads_seconds = time.perf_counter() - started
-        tokens, parents = nodes.candidates.tolist(), nodes.tensors.parents.tolist()
-        settled = self._step.chosen(tokens, parents, rule.plain_greedy)
-        self._parts = {"heads": heads_seconds, "forward": settled.rows_seconds}
-        row, following = self._verdict(settled, nodes.tensors, parents, given, rule)
-        parts = (*nodes.selection, *nodes.guesses)
-        rest = [number for part in parts for number in part.tolist()]
-        return draft.layout.unpack([row, following, *tokens, *rest])
+    def _chosen(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
+        """Run the heads, choose nodes among their guesses and the copies, and run those."""
+        if draft not in self._choices:
+            self._choices[draft] = Choices(draft)
+        choices = self._choices[draft]
+        rows = choices.rows_for(given)
+        settled = self._step.choose(given.root, rows, rule.plain_greedy)
+        self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
+        parents = rows.parents
+        row, following = self._verdict(settled, parents, given, rule)
+        guesses = self._guesses(draft, settled, rows, given)
+        return StepReport(choices.paths, settled.tokens, _branch(row, parents), following, guesses)
 
-    def _nodes(self, draft: Draft, given: StepInput, rule: Rule) -> Nodes:
-        """Return the nodes that a draft selects among the heads' guesses."""
-        packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float64))
-        if self._state.heads is None or not draft.ranked:
-            nothing = torch.empty(0, 0, dtype=torch.long)
-            return draft.nodes(packed, Candidates(nothing, None, nothing), rule.numbers)
-        guesses, log_p = self._step.guess(draft.ranked)
-        tokens = torch.tensor(guesses).view(-1, draft.ranked)
-        candidates = Candidates(tokens, log_p if draft.needs_log_p else None, tokens)
-        return draft.nodes(packed, candidates, rule.numbers)
+    def _guesses(
+        self, draft: Draft, settled: Settled, rows: ChosenRows, given: StepInput
+    ) -> Guesses:
+        """Report the guesses that rows were chosen from, with what orders them."""
+        ranker = draft.ranker
+        if not draft.needs_log_p or not ranker.reorders:
+            return Guesses(self._shown(draft, settled))
+        scores = self._step.log_p(draft.ranked)
+        if ranker.coupling != "none":
+            values = torch.frombuffer(rows.noise, dtype=torch.float32)[: scores.numel()]
+            scores = ranker.host_scores(scores, Noise(values.view_as(scores), given.numbers))
+        bias = None if ranker.bias is None else ranker.bias.host
+        tokens = self._listed(settled, draft.ranked, draft.ranked)
+        return ScoredGuesses(tokens, given.root, scores.tolist(), bias)
+
+    def _shown(self, draft: Draft, settled: Settled) -> list[list[int]]:
+        """List the guesses of each head that a report shows."""
+        return self._listed(settled, draft.ranked, min(draft.ranked, RANKED))
+
+    def _listed(self, settled: Settled, ranked: int, shown: int) -> list[list[int]]:
+        heads = self._state.head_count if ranked else 0
+        return [settled.guesses[head * ranked :][:shown] for head in range(heads)]
 
     def _verdict(
         self,
         settled: Settled,
-        tree: TreeTensors,
         parents: Sequence[int],
         given: StepInput,
         rule: Rule,
@@ -132,6 +147,7 @@ class NativeProgram:
             rule.kind, rule.numbers, rule.counts, logits, settled.tokens, parents, given.position
         )
         if decided is None:
+            tree = TreeTensors.from_parents(parents)
             verdict = rule(logits, torch.tensor(settled.tokens), tree, given.position)
             decided = int(verdict.row), int(verdict.next)
         row, following = decided
@@ -140,16 +156,18 @@ class NativeProgram:
         return row, following
 
 
-def _packed_heads(state: State) -> NativeHeads | None:
+def _branch(row: int, parents: Sequence[int]) -> tuple[int, ...]:
+    """List the rows from the root down to `row`."""
+    branch = [row]
+    while branch[0]:
+        branch.insert(0, parents[branch[0]])
+    return tuple(branch)
+
+
+def _heads_of(state: State, packed: Packed) -> NativeHeads | None:
     """Return a state's heads as the library reads them; plain ones are packed as they are."""
     if state.heads is None or isinstance(state.heads, NativeHeads):
         return state.heads
     if not isinstance(state.heads, MedusaHeads):
         raise TypeError(f"the native step does not run {type(state.heads).__name__}")
-    return NativeHeads(state.heads, plain_format(state.backbone.dtype))
-
-
-def _shown(guesses: Sequence[int], ranked: int, heads: int) -> list[list[int]]:
-    """List the guesses of each head that a report shows."""
-    shown = min(ranked, RANKED)
-    return [list(guesses[head * ranked :][:shown]) for head in range(heads)]
+    return NativeHeads(state.heads, packed.model, plain_format(state.backbone.dtype))

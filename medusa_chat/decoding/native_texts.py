@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medusa_chat.native.library import MOST_ROWS
 from medusa_chat.native.step import NativeStep
+from medusa_chat.native.structures import MOST_ROWS
 from medusa_chat.sampling import COLD
 
 if TYPE_CHECKING:

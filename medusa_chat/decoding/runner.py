@@ -186,11 +186,11 @@ class Runner:
 
     def guessing(self, coupling: Coupling, accuracy: Accuracy) -> Guessing:
         """Describe the heads to drafts, with these figures for how far they are to be trusted."""
-        vocabulary = getattr(self.heads, "vocabulary", None)
+        vocabulary = None if self.heads is None else self.heads.vocabulary
         return Guessing(
             self.backbone,
             self.state.head_count,
-            self.backbone.vocabulary if vocabulary is None else len(vocabulary.tokens),
+            self.backbone.vocabulary if vocabulary is None else len(vocabulary),
             accuracy,
             self._bias,
             coupling,

@@ -53,7 +53,7 @@ class State:
         logits = self.heads.logits(self.hidden, self.backbone.lm_head)[:, 0]
         likeliest = logits.topk(draft.ranked)
         indices = likeliest.indices
-        vocabulary = getattr(self.heads, "vocabulary", None)
+        vocabulary = self.heads.vocabulary
         tokens = indices if vocabulary is None else vocabulary.tokens[indices]
         if not draft.needs_log_p:
             return Candidates(tokens, None, indices)

@@ -140,7 +140,7 @@ def pack_native(
     packed = None
     if heads is not None:
         own_heads, own_lm_heads = formats_of(as_quant(quant_heads), backbone.dtype)
-        packed = NativeHeads(heads, own_heads, own_lm_heads)
+        packed = NativeHeads(heads, model, own_heads, own_lm_heads)
     backbone.native = Packed(model, Team(options.threads or usable_cores()), layers)
     return packed
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from ctypes import pointer
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from medusa_chat.native import families
-from medusa_chat.native.library import (
-    BFLOAT16,
-    FLOAT32,
-    HeadsOf,
-    Layer,
-    Matrix,
-    Model,
-    UnavailableError,
+from medusa_chat.native.library import UnavailableError
+from medusa_chat.native.structures import BFLOAT16, FLOAT32, HeadsOf, Layer, Matrix, Model
+from medusa_chat.native.weights import (
+    Rows,
+    Store,
+    all_rows,
+    check_finite,
+    pack,
+    pack_some,
 )
-from medusa_chat.native.weights import Rows, Store, all_rows, pack
 
 if TYPE_CHECKING:
-    from medusa_chat.native.takes import Backbone, Heads
+    from medusa_chat.native.takes import Backbone, Heads, HeadVocabulary, ParentBias
 
 
 class NativeModel:
@@ -165,17 +166,33 @@ class NativeHeads:
     Attributes:
         heads: how many.
         own_lm_heads: they have LM heads of their own.
+        cut: they share a part of the backbone's LM head, which is copied for them.
+        vocabulary: the tokens that they rank; None for all.
+        parent_bias: what the token before a guess adds to its logits; None if nothing.
         structure: what the library reads.
         store: owns the packed weights.
     """
 
-    def __init__(self, heads: Heads, weights: str, lm_head: str | None = None) -> None:
-        """`weights`, `lm_head`: formats of the blocks and of LM heads of their own."""
-        if getattr(heads, "vocabulary", None) is not None:
-            raise UnavailableError("the native step does not run heads with a vocabulary yet")
+    def __init__(
+        self, heads: Heads, model: NativeModel, weights: str, lm_head: str | None = None
+    ) -> None:
+        """Pack heads.
+
+        Args:
+            heads: the heads.
+            model: the backbone's; heads that share its LM head read it as it is packed.
+            weights: the format of the blocks.
+            lm_head: that of LM heads of their own, by default the same.
+
+        Raises:
+            NotFiniteError: a weight is NaN or infinite.
+        """
         self.heads, self.store = heads.heads, Store()
         self.own_lm_heads = heads.lm_heads is not None
-        self.structure = HeadsOf(heads.heads, heads.layers)
+        self.cut = heads.vocabulary is not None and not self.own_lm_heads
+        self.vocabulary, self.parent_bias = heads.vocabulary, heads.parent_bias
+        self._tables = Store()  # of which a step reads a few rows
+        self.structure = HeadsOf(heads.heads, heads.layers, vocabulary=model.structure.vocabulary)
         blocks = [
             _plain(heads.weight[layer, head], heads.bias[layer, head])
             for layer in range(heads.layers)
@@ -183,10 +200,33 @@ class NativeHeads:
         ]
         self._blocks = self._matrices(blocks, weights)
         self.structure.block = self._blocks
+        if heads.vocabulary is not None:
+            self._set_vocabulary(heads.vocabulary, model.structure.lm_head)
         if heads.lm_heads is not None:
             own = [_plain(weight) for weight in heads.lm_heads]
             self._lm_heads = self._matrices(own, lm_head or weights)
             self.structure.lm_head = self._lm_heads
+        if heads.parent_bias is not None:
+            self._set_bias(heads.parent_bias)
+
+    def _set_vocabulary(self, vocabulary: HeadVocabulary, lm_head: Matrix) -> None:
+        tokens = vocabulary.tokens.int()
+        self.structure.vocabulary = len(tokens)
+        self.structure.tokens = self._tables.keep(tokens)
+        if self.cut:
+            self._shared = pack_some(lm_head, tokens, self.store)
+            self.structure.shared = pointer(self._shared)
+
+    def _set_bias(self, given: ParentBias) -> None:
+        first, second = given.first.detach(), given.second.detach()
+        for table in (first, second):
+            check_finite(table)
+        bias = self.structure.bias
+        bias.rank, bias.parents, bias.tokens = first.shape[1], len(first), len(second)
+        bias.format = FLOAT32 if first.dtype == torch.float32 else BFLOAT16
+        bias.first, bias.second = self._tables.keep(first), self._tables.keep(second)
+        if given.rows is not None:
+            bias.rows = self._tables.keep(given.rows.int())
 
     def _matrices(self, linears: list[nn.Linear], weights: str) -> Any:
         made = (Matrix * len(linears))()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medusa_chat.native.library import FORMATS, Matrix, load
+from medusa_chat.native.library import load
+from medusa_chat.native.structures import FORMATS, Matrix
 
 if TYPE_CHECKING:
     from medusa_chat.native.model import NativeHeads, NativeModel
@@ -19,7 +20,7 @@ class Packed:
     """The weights of one backbone, and the threads that run its steps.
 
     Attributes:
-        weights: the format of the layers: a key of library.FORMATS.
+        weights: the format of the layers: a key of structures.FORMATS.
     """
 
     model: NativeModel
@@ -51,7 +52,8 @@ class Packed:
 
     def heads_bytes(self, heads: NativeHeads) -> int:
         """Count the bytes that heads read: their own, and the LM head again if they share it."""
-        shared = 0 if heads.own_lm_heads else packed_bytes(self.model.structure.lm_head)
+        apart = heads.own_lm_heads or heads.cut
+        shared = 0 if apart else packed_bytes(self.model.structure.lm_head)
         return heads.store.bytes + shared
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from medusa_chat.native.library import MOST_ROWS, Rule, load
+from medusa_chat.native.library import load
+from medusa_chat.native.structures import MOST_ROWS, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

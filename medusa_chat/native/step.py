@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from ctypes import byref, c_int32
+from ctypes import addressof, byref, c_int32
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medusa_chat.native.library import (
+from medusa_chat.native.library import UnavailableError, load
+from medusa_chat.native.structures import (
     BFLOAT16,
     FLOAT32,
     MOST_GUESSES,
     MOST_ROWS,
     CacheOf,
     Step,
-    UnavailableError,
-    load,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from medusa_chat.native.model import NativeHeads, NativeModel
+    from medusa_chat.native.rows import ChosenRows, FixedRows
     from medusa_chat.native.takes import Cache
 
 
@@ -49,30 +48,6 @@ class Team:
     def __del__(self) -> None:
         if hasattr(self, "_free"):
             self.close()
-
-
-class FixedRows:
-    """The rows of a fixed tree.
-
-    Attributes:
-        size: how many.
-        ranked: guesses of each head that they take, 0 if no heads run.
-    """
-
-    def __init__(self, parents: Sequence[int], places: Sequence[int], ranked: int) -> None:
-        """Describe a tree.
-
-        Args:
-            parents: [n], each above its children; the root's does not matter.
-            places: [n], where each token lies in the root and the flattened guesses
-                [1 + heads * ranked].
-            ranked: guesses of each head that the tree takes.
-        """
-        if ranked > MOST_GUESSES or len(parents) > MOST_ROWS:
-            raise ValueError(f"at most {MOST_ROWS} rows of {MOST_GUESSES} guesses of each head")
-        self.size, self.ranked = len(parents), ranked
-        self.parents = (c_int32 * self.size)(*parents)
-        self.places = (c_int32 * self.size)(*places)
 
 
 @dataclass(frozen=True)
@@ -128,8 +103,8 @@ class NativeStep:
         self._log_p = torch.zeros(count * MOST_GUESSES)
         self._step = Step()
         self._step.last, self._step.hidden = self.last.data_ptr(), self.hidden.data_ptr()
-        self._step.guesses = _address(self._guesses)
-        self._step.row_tokens = _address(self._row_tokens)
+        self._step.guesses = addressof(self._guesses)
+        self._step.row_tokens = addressof(self._row_tokens)
         self._cache = self._cache_of(cache)
 
     def close(self) -> None:
@@ -164,37 +139,48 @@ class NativeStep:
         """
         step, count = self._step, len(tokens)
         self._tokens[:count] = list(tokens)
-        step.tokens, step.table, step.ranked = _address(self._tokens), None, 0
+        step.tokens, step.table, step.ranked = addressof(self._tokens), None, 0
         step.parents = None
         if parents is not None:
             self._parents[:count] = list(parents)
-            step.parents = _address(self._parents)
+            step.parents = addressof(self._parents)
         self._want_logits(count, logits_from)
         return self._settle(count, 0, False)
 
     def fixed(self, root: int, tree: FixedRows, greedy: bool) -> Settled:
         """Run a fixed tree's heads and rows; accept greedily or leave the logits of all rows."""
         step = self._step
-        step.tokens, step.table, step.root = None, _address(tree.places), root
-        step.parents, step.ranked = _address(tree.parents), tree.ranked
+        step.tokens, step.table, step.root = None, addressof(tree.places), root
+        step.parents, step.ranked = addressof(tree.parents), tree.ranked
         step.log_p = None
-        if greedy:
-            step.logits, step.first_logits = None, 0
-        else:
-            self._want_logits(tree.size, 0)
+        self._want_logits(tree.size, 0, wanted=not greedy)
         return self._settle(tree.size, tree.ranked, greedy)
+
+    def choose(self, root: int, rows: ChosenRows, greedy: bool) -> Settled:
+        """Run a tree's heads, choose its rows, and run those; `rows` tells which they are.
+
+        Accepts greedily or leaves the logits of all rows.
+        """
+        step = self._step
+        step.tokens, step.table, step.root = None, None, root
+        step.ranked, step.choice = rows.ranked, addressof(rows.choice)
+        biased = self.heads is not None and self.heads.parent_bias is not None
+        reads = not rows.measured or biased or rows.choice.coupling
+        step.log_p = self._log_p.data_ptr() if reads else None
+        try:
+            self._want_logits(rows.size, 0, wanted=not greedy)
+            return self._settle(rows.size, rows.ranked, greedy)
+        finally:
+            step.choice = None
 
     def chosen(self, tokens: Sequence[int], parents: Sequence[int], greedy: bool) -> Settled:
         """Run rows that were chosen from `guess`; accept greedily or leave the logits of all."""
         step, count = self._step, len(tokens)
         self._tokens[:count] = list(tokens)
         self._parents[:count] = list(parents)
-        step.tokens, step.table, step.ranked = _address(self._tokens), None, 0
-        step.parents = _address(self._parents)
-        if greedy:
-            step.logits, step.first_logits = None, 0
-        else:
-            self._want_logits(count, 0)
+        step.tokens, step.table, step.ranked = addressof(self._tokens), None, 0
+        step.parents = addressof(self._parents)
+        self._want_logits(count, 0, wanted=not greedy)
         return self._settle(count, 0, greedy)
 
     def texts(
@@ -212,8 +198,8 @@ class NativeStep:
         step, count = self._step, len(tokens)
         self._tokens[:count] = list(tokens)
         own_firsts, own_places = (c_int32 * count)(*firsts), (c_int32 * count)(*places)
-        step.tokens, step.table, step.parents = _address(self._tokens), None, None
-        step.texts, step.places = _address(own_firsts), _address(own_places)
+        step.tokens, step.table, step.parents = addressof(self._tokens), None, None
+        step.texts, step.places = addressof(own_firsts), addressof(own_places)
         try:
             self._want_logits(count, logits_from)
             self._settle(count, 0, False)
@@ -227,7 +213,12 @@ class NativeStep:
         step.log_p = self._log_p.data_ptr()
         self._call()
         count = len(self._guesses) // MOST_GUESSES * ranked
-        return self._guesses[:count], self._log_p[:count].view(-1, ranked)
+        return self._guesses[:count], self.log_p(ranked)
+
+    def log_p(self, ranked: int) -> Tensor:
+        """The heads' log p of the last step's guesses: [heads, ranked], a view."""
+        count = len(self._guesses) // MOST_GUESSES * ranked
+        return self._log_p[:count].view(-1, ranked)
 
     def logits(self, count: int) -> Tensor:
         """Those of the last step's rows from `logits_from` on: float32 [count, V], a view."""
@@ -243,17 +234,20 @@ class NativeStep:
             self._keep(byref(self._cache), *sizes, moved, len(rows))
         self.cache.commit(tuple(range(len(rows))))
 
-    def _want_logits(self, rows: int, first: int) -> None:
-        wanted = rows - first
-        if wanted and (self._logits is None or len(self._logits) < wanted):
-            self._logits = torch.zeros(wanted, self.vocabulary)
-        self._step.first_logits = first
-        self._step.logits = self._logits.data_ptr() if wanted and self._logits is not None else None
+    def _want_logits(self, rows: int, first: int, *, wanted: bool = True) -> None:
+        """Let rows from `first` on meet the LM head, and keep their logits if they are wanted."""
+        step, count = self._step, rows - first
+        step.first_logits, step.logits = first, None
+        if not wanted or not count:
+            return
+        if self._logits is None or len(self._logits) < count:
+            self._logits = torch.zeros(count, self.vocabulary)
+        step.logits = self._logits.data_ptr()
 
     def _settle(self, rows: int, ranked: int, greedy: bool) -> Settled:
         step = self._step
         step.rows, step.start, step.accept = rows, self.cache.length, int(greedy)
-        step.argmax = _address(self._argmax) if greedy else None
+        step.argmax = addressof(self._argmax) if greedy else None
         self._call()
         count = len(self._guesses) // MOST_GUESSES * ranked
         accepted, following = (step.accepted, step.next) if greedy else (-1, -1)
@@ -278,7 +272,3 @@ class NativeStep:
             raise UnavailableError(f"the native step does not read a cache of {buffer.dtype}")
         keys, values = buffer[0].data_ptr(), buffer[1].data_ptr()
         return CacheOf(keys, values, layer, head, cache.capacity, number)
-
-
-def _address(array: Any) -> int:
-    return ctypes.addressof(array)

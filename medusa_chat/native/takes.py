@@ -43,12 +43,28 @@ class Backbone(Description, Protocol):
         """Rows of the LM head."""
 
 
+class HeadVocabulary(Protocol):
+    """The tokens that heads rank: long [N]."""
+
+    tokens: Tensor
+
+
+class ParentBias(Protocol):
+    """A bias by the parent's token: first [P, rank], second [N, rank], rows of `first` [V]."""
+
+    first: Any
+    second: Any
+    rows: Tensor | None
+
+
 class Heads(Protocol):
     """Medusa heads: weight [L, K, hidden, hidden], bias [L, K, hidden], lm_heads or None."""
 
     weight: Any
     bias: Any
     lm_heads: Any
+    vocabulary: Any
+    parent_bias: Any
 
     @property
     def heads(self) -> int:

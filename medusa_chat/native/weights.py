@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref, c_float
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from medusa_chat.native.library import (
-    BFLOAT16,
-    FLOAT32,
-    FORMATS,
-    INT8,
-    NF4,
-    Matrix,
-    NotFiniteError,
-    UnavailableError,
-    load,
-)
+from medusa_chat.native.library import NotFiniteError, UnavailableError, load
+from medusa_chat.native.structures import BFLOAT16, FLOAT32, FORMATS, INT8, NF4, Matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,6 +103,19 @@ def pack(parts: Sequence[Rows], weights: str, store: Store) -> Matrix:
     if parts[0].bias is not None:
         bias = store.floats(torch.cat([part.bias for part in parts if part.bias is not None]))
     return Matrix(number, outputs, inputs, store.keep(packed), bias)
+
+
+def pack_some(matrix: Matrix, rows: Tensor, store: Store) -> Matrix:
+    """Copy some rows of a packed matrix, and of its bias: rows int32 [n]."""
+    size = load().mc_packed_bytes(matrix.format, len(rows), matrix.inputs)
+    packed = torch.zeros(size, dtype=torch.uint8)
+    if load().mc_pack_rows(byref(matrix), rows.data_ptr(), len(rows), packed.data_ptr()):
+        raise UnavailableError("the heads rank tokens that the LM head does not have")
+    bias = None
+    if matrix.bias:
+        whole = torch.tensor((c_float * matrix.outputs).from_address(matrix.bias))
+        bias = store.floats(whole[rows])
+    return Matrix(matrix.format, len(rows), matrix.inputs, store.keep(packed), bias)
 
 
 def check_finite(weight: Tensor) -> None:

@@ -134,7 +134,7 @@ def observe(engine: Engine, prompt: list[int], reply: list[int], sampling: Sampl
     log_p = heads.logits(hidden, backbone.lm_head).float().log_softmax(-1)
     top = log_p.topk(min(CANDIDATES, log_p.shape[-1]))
     indices = top.indices.transpose(0, 1).cpu()
-    vocabulary = getattr(heads, "vocabulary", None)
+    vocabulary = heads.vocabulary
     tokens = indices if vocabulary is None else vocabulary.tokens.cpu()[indices]
     candidates = Candidates(tokens, top.values.transpose(0, 1).cpu(), indices)
     return Observed(len(prompt), reply, Numbers.of(sampling), candidates)

@@ -20,6 +20,7 @@ FLOAT32, BFLOAT16, INT8, NF4 = range(4)
 FORMATS = (FLOAT32, BFLOAT16, INT8, NF4)
 TILE = 32
 KERNEL_PARTS = ("dispatch", "pack", "matmul_*", "team")
+CHOICE_PARTS = ("choose", "choice_range", "candidates", "*operations")
 
 NF4_VALUES = np.array(
     [

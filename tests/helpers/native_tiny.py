@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from medusa_chat.native.model import NativeHeads, NativeModel
 from medusa_chat.native.step import NativeStep, Team
+from tests.helpers.tiny import random_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa_chat.model.backbone import Backbone
+
+
+# Inputs in whole blocks of nf4.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
+
+
+def backbone_of(kind: str, weights: str, **changes: Any) -> Backbone:
+    """float32 keys and values for float32 weights, bfloat16 for the others."""
+    backbone = random_backbone(kind, **(WIDE | changes))
+    if weights != "float32":
+        backbone.model.to(torch.bfloat16)
+    return backbone
 
 
 class Native:
@@ -31,8 +46,8 @@ class Native:
         lm_head: str | None = None,
     ) -> None:
         self.cache = backbone.new_cache(capacity)
-        packed = None if heads is None else NativeHeads(heads, heads_weights)
         model = NativeModel(backbone, weights, lm_head, release=release)
+        packed = None if heads is None else NativeHeads(heads, model, heads_weights)
         self.step = NativeStep(model, packed, Team(threads), self.cache)
 
     def text(self, tokens: Sequence[int], seed: int | None = None) -> None:

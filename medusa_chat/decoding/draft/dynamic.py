@@ -26,7 +26,13 @@ RAREST = 1e-6  # frequency of a path that was never right
 
 
 class DynamicDraft(Draft):
-    """The nodes of a dynamic tree, or of a fixed one whose places copies compete for."""
+    """The nodes of a dynamic tree, or of a fixed one whose places copies compete for.
+
+    Attributes:
+        superset: the paths to choose from.
+        copied: whether a copied chain competes for the places.
+        measured: [S], log p of each node's guess as it was measured; None if the heads say it.
+    """
 
     def __init__(self, tree: AnyTree, guessing: Guessing, *, copied: bool) -> None:
         """Make the tensors that select the nodes.
@@ -40,6 +46,7 @@ class DynamicDraft(Draft):
         backbone, heads = guessing.backbone, guessing.heads
         shared, device = guessing.shared_buffers, backbone.device
         superset = tree.superset if isinstance(tree, DynamicTree) else tree
+        self.superset, self.copied = superset, copied
         self.size = len(tree)
         self.rows = bucket_of(self.size) if shared else self.size
         self._dtype, self._vocabulary = backbone.dtype, backbone.vocabulary
@@ -58,9 +65,9 @@ class DynamicDraft(Draft):
         sizes = (self.rows, self.ranked, chain, paths, depth)
         self.shape = ("dynamic", *sizes, measured, self._coupling(guessing))
         self.layout = self._layout(heads, 1 + self.rows, self._paths)
-        self._measured: Tensor | None = None  # [S], log p of each node's guess, as measured
+        self.measured: Tensor | None = None
         if measured:
-            self._measured = measured_log_p(superset, guessing.accuracy, paths).to(device)
+            self.measured = measured_log_p(superset, guessing.accuracy, paths).to(device)
 
     def _paths(self, selection: list[int]) -> tuple[tuple[int, ...], ...]:
         joint, *rows = selection
@@ -69,14 +76,14 @@ class DynamicDraft(Draft):
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Tensors that differ between drafts of one shape."""
-        measured = () if self._measured is None else (self._measured,)
+        measured = () if self.measured is None else (self.measured,)
         selection = self._selector.buffers
         return *selection, *self.filling.buffers, *self.ranker.buffers, *measured
 
     def nodes(self, given: PackedInput, candidates: Candidates, numbers: Numbers, /) -> Nodes:
         """Select the likeliest nodes among the heads' guesses and the copies."""
         filled, guesses = self._filled(given, candidates, numbers)
-        log_p = filled.log_p if self._measured is None else self._measured
+        log_p = filled.log_p if self.measured is None else self.measured
         assert log_p is not None
         chain, chain_log_p = given.chain(self._selector.chain)
         selection = self._selector.choose(filled.tokens, log_p, chain, chain_log_p)

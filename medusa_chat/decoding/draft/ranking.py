@@ -75,11 +75,10 @@ class TokenBias:
 
 def bias_of(heads: Heads | None, device: torch.device, vocabulary: int) -> TokenBias | None:
     """Return the parent bias of heads on a device, or None if they have none."""
-    bias = getattr(heads, "parent_bias", None)
+    bias = None if heads is None else heads.parent_bias
     if bias is None:
         return None
-    known = getattr(heads, "vocabulary", None)
-    rows = torch.arange(vocabulary) if known is None else known.rows
+    rows = torch.arange(vocabulary) if bias.rows is None else bias.rows
     first, second = bias.first.detach(), bias.second.detach()
     return TokenBias(first.to(device), second.to(device), rows.to(device))
 
@@ -116,6 +115,7 @@ class Ranker:
     Attributes:
         bias: of the heads, or None.
         coupling: the noise that counts, as a Rule says.
+        lines: scale and shift of each head, and its weights of log p and noise.
     """
 
     def __init__(
@@ -128,12 +128,13 @@ class Ranker:
     ) -> None:
         """`accuracy` has the calibration of as many `heads`."""
         self.bias, self.coupling = bias, coupling
-        lines = [accuracy.calibration_of(head) for head in range(1, heads + 1)]
-        table = torch.tensor(lines, device=device).view(heads, 2, 1)
-        self._scale, self._shift = table.unbind(1)  # [K, 1] each
-        weights = [accuracy.coupling_of(head) for head in range(1, heads + 1)]
-        coupled = torch.tensor(weights, device=device).view(heads, 2, 1)
-        self._of_log_p, self._of_noise = coupled.unbind(1)
+        self.lines = [
+            (*accuracy.calibration_of(head), *accuracy.coupling_of(head))
+            for head in range(1, heads + 1)
+        ]
+        table = torch.tensor(self.lines, device=device).view(heads, 4, 1)
+        # [K, 1] each
+        self._scale, self._shift, self._of_log_p, self._of_noise = table.unbind(1)
 
     @property
     def reorders(self) -> bool:
@@ -198,17 +199,19 @@ class Ranker:
         return raised - (raised.exp().sum(-1, keepdim=True) + rest).log()
 
     def shown(self, candidates: Candidates, noise: Noise | None) -> Tensor:
-        """Scores by which the host ranks as a step does, once it has added the bias, if any.
+        """Scores by which the host ranks candidates as a step does."""
+        assert candidates.log_p is not None
+        return candidates.log_p if noise is None else self.host_scores(candidates.log_p, noise)
+
+    def host_scores(self, log_p: Tensor, noise: Noise) -> Tensor:
+        """Add the noise to log p [K, C] so that the host has to add the bias alone, if any.
 
         Behind a bias it leaves out the truncation, which seldom cuts a guess that counts.
         """
-        assert candidates.log_p is not None
-        if noise is None:
-            return candidates.log_p
         if self.bias is None:
-            return self._coupled(candidates.log_p, slice(None), noise)
+            return self._coupled(log_p, slice(None), noise)
         heat = single(noise.numbers.temperature) / self._of_log_p
-        return candidates.log_p + heat * self._of_noise * noise.values
+        return log_p + heat * self._of_noise * noise.values
 
     def _ranked(self, log_p: Tensor, heads: slice, noise: Noise | None) -> Ranked:
         if noise is not None:

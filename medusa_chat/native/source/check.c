@@ -17,8 +17,9 @@ enum {
     SLOTS = 40,
     HEAD = 64,
     PRODUCTS = ROWS * OUTPUTS,
+    DOTS = 3,
     MIXED = ROWS * HEAD,
-    RESULTS = 4 * PRODUCTS + 3 * INPUTS + 2 * MIXED + 1,
+    RESULTS = 4 * PRODUCTS + 3 * INPUTS + 2 * MIXED + 1 + DOTS,
 };
 
 /* Bytes for whatever a check lays out; the largest is a packed float32 matrix. */
@@ -55,6 +56,8 @@ static void change_rows(const mc_operations *operations, float *changed) {
     memcpy(changed + 2 * INPUTS, x, sizeof x);
     operations->rotate(changed + 2 * INPUTS, y, y + INPUTS / 2, INPUTS / 2);
     changed[3 * INPUTS] = operations->log_sum(x, INPUTS);
+    static const int32_t rows[DOTS] = {4, 0, 2};
+    operations->dots(x, MC_FLOAT32, rows, DOTS, y, INPUTS / 8, changed + 3 * INPUTS + 1);
 }
 
 static void attend(const mc_operations *operations, mc_format format, uint8_t *space,
@@ -83,7 +86,7 @@ static void run(uint8_t *space, float *results) {
         results += PRODUCTS;
     }
     change_rows(operations, results);
-    results += 3 * INPUTS + 1;
+    results += 3 * INPUTS + 1 + DOTS;
     attend(operations, MC_FLOAT32, space, results);
     attend(operations, MC_BFLOAT16, space, results + MIXED);
 }

@@ -129,6 +129,21 @@ static int first_above(const float *x, int size, float bound) {
     return i;
 }
 
+static float dot(const void *row, mc_format format, const float *x, int size) {
+    vector sum = vector_all(0.0f);
+    for (int i = 0; i < size; i += SIZE)
+        sum = vector_multiply_add(load_as(row, format, i, size - i), load_up_to(x + i, size - i),
+                                  sum);
+    return vector_sum(sum);
+}
+
+static void dots(const void *matrix, mc_format format, const int32_t *rows, int count,
+                 const float *x, int size, float *y) {
+    size_t bytes = (size_t)size * (format == MC_FLOAT32 ? sizeof(float) : sizeof(uint16_t));
+    for (int i = 0; i < count; i++)
+        y[i] = dot((const char *)matrix + (size_t)rows[i] * bytes, format, x, size);
+}
+
 static float log_sum(const float *x, int size) {
     float most = largest(x, size);
     vector sum = vector_all(0.0f), off = vector_all(most);

@@ -26,9 +26,11 @@ static size_t widest_rows(const mc_model *model, int rows) {
 }
 
 /* Bytes of a row for each head, prepared one by one or together. */
-static size_t heads_rows(const mc_model *model, const mc_heads *heads) {
+static size_t heads_rows(const mc_engine *engine) {
+    const mc_heads *heads = engine->heads;
     if (!heads) return 0;
-    size_t count = (size_t)heads->heads, bytes = prepared_bytes(&model->lm_head, heads->heads);
+    size_t count = (size_t)heads->heads;
+    size_t bytes = prepared_bytes(mc_shared_lm_head(engine), heads->heads);
     size_t block = prepared_bytes(&heads->block[0], 1) + 64;
     size_t own = heads->lm_head ? prepared_bytes(&heads->lm_head[0], 1) + 64 : 0;
     return larger(bytes, count * larger(block, own));
@@ -50,7 +52,7 @@ static int add_worker(mc_engine *engine, int index) {
     if (engine->heads && engine->heads->heads > few) few = engine->heads->heads;
     size_t hidden = (size_t)model->hidden, number = sizeof(float);
     size_t most = larger((size_t)model->vocabulary, (size_t)model->intermediate);
-    size_t rows = larger(widest_rows(model, MC_FEW_ROWS), heads_rows(model, engine->heads));
+    size_t rows = larger(widest_rows(model, MC_FEW_ROWS), heads_rows(engine));
     worker->engine = engine;
     worker->index = index;
     worker->own_x = mc_allocate((size_t)few * hidden * number);
@@ -73,17 +75,44 @@ static int add_shared(mc_engine *engine) {
     engine->mixed = mc_allocate(rows * mixed * number);
     engine->gated = mc_allocate(rows * (size_t)model->intermediate * number);
     engine->product = mc_allocate(many * hidden * number);
-    engine->guess = mc_allocate(heads * (size_t)model->vocabulary * number);
+    size_t ranked = engine->heads ? (size_t)engine->heads->vocabulary : 0;
+    engine->guess = mc_allocate(heads * ranked * number);
+    engine->guessed = mc_allocate(heads * MC_MOST_GUESSES * sizeof(int32_t));
     engine->prepared = mc_allocate(widest_rows(model, MC_MOST_ROWS));
     engine->paths = mc_allocate(MC_MOST_ROWS * (MC_MOST_ROWS + 1) / 2 * sizeof(int32_t));
     return engine->x && engine->qkv && engine->mixed && engine->gated && engine->product &&
-           engine->guess && engine->prepared && engine->paths;
+           engine->guess && engine->guessed && engine->prepared && engine->paths;
+}
+
+static int whole_numbers(const int32_t *numbers, int count, int below) {
+    for (int i = 0; i < count; i++)
+        if (numbers[i] < 0 || numbers[i] >= below) return 0;
+    return 1;
+}
+
+static int bias_fits(const mc_model *model, const mc_heads *heads) {
+    const mc_bias *bias = &heads->bias;
+    if (!bias->rank) return 1;
+    if (bias->rank < 0 || bias->rank > MC_MOST_RANK || bias->tokens != heads->vocabulary) return 0;
+    if (bias->format != MC_FLOAT32 && bias->format != MC_BFLOAT16) return 0;
+    if (!bias->rows) return bias->parents == model->vocabulary;
+    return whole_numbers(bias->rows, model->vocabulary, bias->parents);
+}
+
+static int heads_fit(const mc_model *model, const mc_heads *heads) {
+    int ranked = heads->vocabulary;
+    if (heads->heads < 1 || heads->heads > MC_MOST_ROWS || heads->layers < 1) return 0;
+    if (ranked < 1 || (!heads->tokens && ranked != model->vocabulary)) return 0;
+    if (heads->tokens && !whole_numbers(heads->tokens, ranked, model->vocabulary)) return 0;
+    const mc_matrix *shared = heads->shared ? heads->shared : &model->lm_head;
+    const mc_matrix *lm_head = heads->lm_head ? heads->lm_head : shared;
+    return lm_head->outputs == ranked && bias_fits(model, heads);
 }
 
 static int fits(const mc_model *model, const mc_heads *heads) {
     int whole = model->kv_heads > 0 && model->heads % model->kv_heads == 0 && model->layers > 0;
     int turned = model->rotary % 2 == 0 && model->rotary <= model->head_dim;
-    int few = !heads || (heads->heads > 0 && heads->heads <= MC_MOST_ROWS && heads->layers > 0);
+    int few = !heads || heads_fit(model, heads);
     return whole && turned && few && model->head_dim <= MC_MOST_HEAD_DIM && model->positions > 0;
 }
 
@@ -114,8 +143,9 @@ void mc_engine_free(mc_engine *engine) {
                          worker->scratch};
         for (size_t j = 0; j < sizeof owned / sizeof *owned; j++) free(owned[j]);
     }
-    void *owned[] = {engine->workers, engine->x,     engine->qkv,      engine->mixed, engine->gated,
-                     engine->product, engine->guess, engine->prepared, engine->paths};
+    void *owned[] = {engine->workers, engine->x,       engine->qkv,      engine->mixed,
+                     engine->gated,   engine->product, engine->guess,    engine->guessed,
+                     engine->prepared, engine->paths};
     for (size_t j = 0; j < sizeof owned / sizeof *owned; j++) free(owned[j]);
     free(engine);
 }

@@ -50,7 +50,7 @@ static void run_lm_heads(mc_worker *worker) {
     mc_engine *engine = worker->engine;
     const mc_heads *heads = engine->heads;
     int hidden = engine->model->hidden;
-    const mc_matrix *own = heads->lm_head, *shared = &engine->model->lm_head;
+    const mc_matrix *own = heads->lm_head, *shared = mc_shared_lm_head(engine);
     if (!own) {
         mc_prepare_rows(shared->format, hidden, heads->heads, 0, heads->heads, worker->own_x,
                         (size_t)hidden, worker->own_prepared);
@@ -90,14 +90,35 @@ static void likeliest(const mc_operations *operations, const float *logits, int 
 
 static void rank(mc_worker *worker, int k) {
     mc_engine *engine = worker->engine;
+    const mc_heads *heads = engine->heads;
     mc_step *step = engine->step;
-    int ranked = step->ranked, vocabulary = engine->model->vocabulary;
+    int ranked = step->ranked, vocabulary = heads->vocabulary;
     float value[MC_MOST_GUESSES];
+    int32_t *index = engine->guessed + k * ranked, *guesses = step->guesses + k * ranked;
     float *logits = engine->guess + (size_t)k * (size_t)vocabulary;
-    likeliest(engine->operations, logits, vocabulary, ranked, value, step->guesses + k * ranked);
+    likeliest(engine->operations, logits, vocabulary, ranked, value, index);
+    for (int i = 0; i < ranked; i++)
+        guesses[i] = heads->tokens ? heads->tokens[index[i]] : index[i];
     if (!step->log_p) return;
     float sum = engine->operations->log_sum(logits, vocabulary);
     for (int i = 0; i < ranked; i++) step->log_p[k * ranked + i] = value[i] - sum;
+}
+
+const mc_matrix *mc_shared_lm_head(const mc_engine *engine) {
+    const mc_heads *heads = engine->heads;
+    return heads && heads->shared ? heads->shared : &engine->model->lm_head;
+}
+
+mc_candidates mc_candidates_of(const mc_engine *engine, const mc_step *step) {
+    mc_candidates candidates = {.vocabulary = engine->model->vocabulary};
+    if (!engine->heads || !step->ranked) return candidates;
+    candidates.heads = engine->heads->heads;
+    candidates.ranked = step->ranked;
+    candidates.tokens = step->guesses;
+    candidates.indices = engine->guessed;
+    candidates.log_p = step->log_p;
+    candidates.bias = engine->heads->bias.rank ? &engine->heads->bias : NULL;
+    return candidates;
 }
 
 void mc_guess(mc_worker *worker) {

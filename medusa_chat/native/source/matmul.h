@@ -39,6 +39,10 @@ void mc_pack_int8(int outputs, int inputs, int first_output, int count, const in
 void mc_pack_nf4(int outputs, int inputs, int first_output, int count, const uint8_t *codes,
                  const float *absmax, void *packed);
 
+/* Take `count` rows of a packed matrix, in any order, as one of the same format. 0, or -1 for rows
+ * that it does not have; then nothing was done. */
+int mc_pack_rows(const mc_matrix *matrix, const int32_t *rows, int count, void *packed);
+
 /* Bytes of `rows` rows in the form that mc_matmul reads; each row is prepared by itself. */
 size_t mc_rows_bytes(mc_format format, int rows, int inputs);
 void mc_prepare_rows(mc_format format, int inputs, int rows, int first_row, int count,

@@ -54,6 +54,9 @@ typedef struct {
     /* The first place of `size` whose number is above `bound`, or `size`. */
     int (*first_above)(const float *x, int size, float bound);
     float (*log_sum)(const float *x, int size); /* log of the sum of e^x */
+    /* Products of x with some rows of a matrix [., size]: y[i] = x . matrix[rows[i]]. */
+    void (*dots)(const void *matrix, mc_format format, const int32_t *rows, int count,
+                 const float *x, int size, float *y);
     /* Floats that `attend` needs for so many queries over so many positions. */
     size_t (*attend_scratch)(int queries, int positions, int head_dim);
     /* Queries first to last - 1 of the rows' queries, each row's group in order. */

@@ -20,13 +20,14 @@ size_t mc_packed_bytes(mc_format format, int outputs, int inputs) {
     return padded / MC_GROUP * mc_group_bytes(format, inputs) + scales;
 }
 
-static uint8_t *group_of(mc_format format, int inputs, int output, void *packed) {
-    return (uint8_t *)packed + (size_t)(output / MC_GROUP) * mc_group_bytes(format, inputs);
+static uint8_t *group_of(mc_format format, int inputs, int output, const void *packed) {
+    uint8_t *start = (uint8_t *)(uintptr_t)packed;
+    return start + (size_t)(output / MC_GROUP) * mc_group_bytes(format, inputs);
 }
 
-static float *scale_of(int outputs, int inputs, int output, void *packed) {
+static float *scale_of(int outputs, int inputs, int output, const void *packed) {
     size_t groups = (size_t)mc_padded_outputs(outputs) / MC_GROUP;
-    uint8_t *scales = (uint8_t *)packed + groups * mc_group_bytes(MC_INT8, inputs);
+    uint8_t *scales = (uint8_t *)(uintptr_t)packed + groups * mc_group_bytes(MC_INT8, inputs);
     return (float *)scales + output;
 }
 
@@ -228,4 +229,24 @@ void mc_pack_nf4(int outputs, int inputs, int first_output, int count, const uin
         }
     }
     finish(MC_NF4, outputs, inputs, first_output + count, packed);
+}
+
+int mc_pack_rows(const mc_matrix *matrix, const int32_t *rows, int count, void *packed) {
+    for (int output = 0; output < count; output++)
+        if (rows[output] < 0 || rows[output] >= matrix->outputs) return -1;
+    mc_format format = matrix->format;
+    int inputs = matrix->inputs;
+    size_t bytes = mc_group_bytes(format, inputs);
+    for (int output = 0; output < count; output++) {
+        const uint8_t *from = group_of(format, inputs, rows[output], matrix->packed);
+        uint8_t *to = group_of(format, inputs, output, packed);
+        from += rows[output] % MC_GROUP * 4;
+        to += output % MC_GROUP * 4;
+        for (size_t line = 0; line < bytes; line += 64) memcpy(to + line, from + line, 4);
+        if (format == MC_INT8)
+            *scale_of(count, inputs, output, packed) =
+                *scale_of(matrix->outputs, inputs, rows[output], matrix->packed);
+    }
+    finish(format, count, inputs, count, packed);
+    return 0;
 }

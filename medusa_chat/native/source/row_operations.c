@@ -16,6 +16,7 @@ const mc_operations MC_VARIANT(mc_row_operations) = {
     .largest = largest,
     .first_above = first_above,
     .log_sum = log_sum,
+    .dots = dots,
     .attend_scratch = attend_scratch,
     .attend = attend,
 };

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "noise.h"
+
 typedef struct {
     void (*temper)(float *x, int size, float temperature);
     void (*penalize)(const float *logits, const float *prompt, const float *reply, int size,
@@ -17,19 +19,5 @@ typedef struct {
 } mc_rule_rows;
 
 const mc_rule_rows *mc_rule_rows_here(void);
-
-/* Spreads every bit over the whole word: lowbias32 (C. Wellons, hash-prospector). */
-static inline uint32_t mc_mix(uint32_t x) {
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x *= 0x846CA68Bu;
-    return x ^ x >> 16;
-}
-
-/* 2^31 times the uniform number of a token. */
-static inline float mc_uniform(int32_t token_key, uint32_t row_key) {
-    return (float)(int32_t)(mc_mix((uint32_t)token_key ^ row_key) & 0x7FFFFFFFu);
-}
 
 #endif

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "dispatch.h"
+#include "noise.h"
 #include "operations.h"
 #include "rule_rows.h"
 #include "step.h"
@@ -135,16 +136,7 @@ static int is_kept(const view *v, float score) {
 }
 
 static uint32_t row_key(const view *v) {
-    uint64_t position = (uint64_t)(v->rule->position + v->depth[v->row] + 1);
-    uint64_t key = position * 0x2545F4914F6CDD1Dull + (uint64_t)v->rule->seed * 0x9E3779B1ull;
-    return mc_mix((uint32_t)(key ^ key >> 32));
-}
-
-static double gumbel(float uniform) {
-    double u = uniform * 0x1p-31;
-    if (u < 0x1p-32) u = 0x1p-32;
-    if (u > 1 - 0x1p-24) u = 1 - 0x1p-24;
-    return -log(-log1p(-u));
+    return mc_row_key(v->rule->seed, v->rule->position + v->depth[v->row] + 1);
 }
 
 /* Draws the token behind the row; UNCERTAIN where two may win. */
@@ -153,13 +145,13 @@ static int draw(const view *v) {
     uint32_t key = row_key(v);
     if (is_kept(v, v->top) != 1) return UNCERTAIN;
     int token = v->top_token;
-    double best = v->top + gumbel(mc_uniform(r->token_keys[token], key)), rival = -INFINITY;
+    double best = v->top + mc_gumbel(mc_uniform(r->token_keys[token], key)), rival = -INFINITY;
     double scale = fabs(v->top) + 25, off = 2e-5 + 4e-7 * scale;
     for (int i = 0; i < r->vocabulary; i++) {
         i = v->kernels->next_hit(r->scores, r->token_keys, key, i, r->vocabulary,
                                  (float)(best - 2 * off));
         if (i == r->vocabulary) break;
-        double value = r->scores[i] + gumbel(mc_uniform(r->token_keys[i], key));
+        double value = r->scores[i] + mc_gumbel(mc_uniform(r->token_keys[i], key));
         if (i == v->top_token || value < best - off) continue;
         int kept = is_kept(v, r->scores[i]);
         if (!kept) continue;

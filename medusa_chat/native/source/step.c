@@ -7,13 +7,17 @@
 
 #include "worker.h"
 
-void mc_structure_sizes(int32_t sizes[6]) {
+void mc_structure_sizes(int32_t sizes[10]) {
     sizes[0] = sizeof(mc_matrix);
     sizes[1] = sizeof(mc_layer);
     sizes[2] = sizeof(mc_model);
     sizes[3] = sizeof(mc_heads);
     sizes[4] = sizeof(mc_cache);
     sizes[5] = sizeof(mc_step);
+    sizes[6] = sizeof(mc_choice);
+    sizes[7] = sizeof(mc_coupling);
+    sizes[8] = sizeof(mc_bias);
+    sizes[9] = sizeof(mc_candidates);
 }
 
 static double now(void) {
@@ -46,17 +50,30 @@ static int texts_in_range(const mc_cache *cache, const mc_step *step) {
 static int in_range(const mc_engine *engine, const mc_cache *cache, const mc_step *step) {
     int rows = step->rows, ranked = step->ranked;
     if (rows < 0 || rows > MC_MOST_ROWS || ranked < 0 || ranked > MC_MOST_GUESSES) return 0;
-    if (ranked > engine->model->vocabulary) return 0;
     if (ranked && !(engine->heads && step->last && step->guesses)) return 0;
+    if (ranked && ranked > engine->heads->vocabulary) return 0;
     if (!rows) return 1;
     if (cache->capacity > engine->capacity || step->start < 0) return 0;
     if (rows > cache->capacity - step->start || !(step->tokens || step->table)) return 0;
     if (step->first_logits < 0 || step->first_logits > rows) return 0;
     if (step->texts) return texts_in_range(cache, step) && tokens_in_range(engine, step);
     if (step->accept && (step->first_logits || !step->argmax || !step->last)) return 0;
+    if (step->choice) return 1; /* its rows are not known yet */
     for (int row = 1; step->parents && row < rows; row++)
         if (step->parents[row] < 0 || step->parents[row] >= row) return 0;
     return tokens_in_range(engine, step);
+}
+
+/* Points the step to the rows that its choice will find. */
+static int takes_choice(const mc_engine *engine, mc_step *step) {
+    mc_choice *choice = step->choice;
+    mc_candidates candidates = mc_candidates_of(engine, step);
+    if (!choice) return 1;
+    if (step->texts || !mc_choice_in_range(choice, &candidates, step->root)) return 0;
+    step->rows = choice->nodes;
+    step->tokens = choice->tokens;
+    step->parents = choice->row_parents;
+    return 1;
 }
 
 /* Depths, and the rows from the root down to each row. */
@@ -74,12 +91,23 @@ static void lay_paths(mc_engine *engine) {
     }
 }
 
+/* Chooses the rows, if the step does not name them. */
+static void settle_rows(mc_engine *engine) {
+    mc_step *step = engine->step;
+    if (step->choice) {
+        mc_candidates candidates = mc_candidates_of(engine, step);
+        mc_choose(step->choice, &candidates, step->root);
+        lay_paths(engine);
+    }
+    engine->between = now();
+}
+
 static void run(void *context, mc_team *team, int index) {
     mc_engine *engine = context;
     mc_worker *worker = &engine->workers[index];
-    (void)team;
     if (engine->step->ranked) mc_guess(worker);
-    if (index == 0) engine->between = now();
+    if (index == 0) settle_rows(engine);
+    if (engine->step->choice) mc_team_barrier(team);
     if (engine->step->rows) mc_forward(worker);
 }
 
@@ -114,10 +142,10 @@ static void accept(const mc_engine *engine) {
 }
 
 int mc_engine_step(mc_engine *engine, const mc_cache *cache, mc_step *step) {
-    if (!in_range(engine, cache, step)) return -1;
+    if (!takes_choice(engine, step) || !in_range(engine, cache, step)) return -1;
     engine->cache = cache;
     engine->step = step;
-    lay_paths(engine);
+    if (!step->choice) lay_paths(engine);
     double begin = now();
     mc_team_run(engine->team, run, engine);
     if (step->rows && step->argmax) join_best(engine);

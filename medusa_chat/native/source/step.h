@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "choose.h"
 #include "matmul.h"
 #include "operations.h"
 #include "team.h"
@@ -56,12 +57,17 @@ typedef struct {
     const float *sine[2];
 } mc_model;
 
-/* Medusa heads: residual blocks x + silu(W x + b), then LM heads. */
+/* Medusa heads: residual blocks x + silu(W x + b), then LM heads. The bias by the parent's token is
+ * for steps that choose their rows. */
 typedef struct {
     int32_t heads;
     int32_t layers;
     const mc_matrix *block;   /* [layers * heads], layer by layer */
-    const mc_matrix *lm_head; /* [heads], or NULL: the backbone's */
+    const mc_matrix *lm_head; /* [heads], or NULL: they share one */
+    const mc_matrix *shared;  /* that one, or NULL: the backbone's */
+    int32_t vocabulary;       /* tokens that they rank, N: outputs of their LM heads */
+    const int32_t *tokens;    /* [N], those of the backbone; NULL: all of them in order */
+    mc_bias bias;
 } mc_heads;
 
 /* Keys and values, [layers, kv_heads, capacity, head_dim] each; strides in numbers. */
@@ -83,6 +89,9 @@ typedef struct {
     int32_t root;
     int32_t ranked;         /* guesses of each head; 0: the heads do not run */
     const int32_t *parents; /* [rows], each below its row, the root's any; NULL for a chain */
+    /* NULL, or what chooses the rows behind `root`: then `rows`, `tokens` and `parents` are taken
+     * from its results. */
+    mc_choice *choice;
     /* [rows] both, or NULL: each row is of a text of its own choice, which lies in the slots from
      * `texts` on, and stands at position `places` there. `start` and `parents` do not count then.
      * Rows of one text may be in any order. */
@@ -107,7 +116,7 @@ typedef struct {
 
 typedef struct mc_engine mc_engine;
 
-enum { MC_MOST_ROWS = 256, MC_MOST_GUESSES = 64, MC_MOST_HEAD_DIM = 256 };
+enum { MC_MOST_ROWS = 256, MC_MOST_HEAD_DIM = 256 };
 
 /* NULL without memory, or for sizes out of range. `heads` may be NULL. */
 mc_engine *mc_engine_new(const mc_model *model, const mc_heads *heads, mc_team *team,
@@ -122,7 +131,7 @@ void mc_cache_keep(const mc_cache *cache, int layers, int kv_heads, int head_dim
                    const int32_t *rows, int count);
 
 /* Sizes of the structures above, for a caller that declares them anew: mc_matrix, mc_layer,
- * mc_model, mc_heads, mc_cache, mc_step. */
-void mc_structure_sizes(int32_t sizes[6]);
+ * mc_model, mc_heads, mc_cache, mc_step, mc_choice, mc_coupling, mc_bias, mc_candidates. */
+void mc_structure_sizes(int32_t sizes[10]);
 
 #endif

@@ -23,7 +23,8 @@ struct mc_engine {
     float *mixed;   /* [rows, heads * head_dim] */
     float *gated;   /* [rows, intermediate] */
     float *product; /* [rows, hidden]; of the heads [heads, hidden] */
-    float *guess;   /* [heads, vocabulary] */
+    float *guess;   /* [heads, the tokens that they rank] */
+    int32_t *guessed; /* [heads, ranked], the likeliest of those, likeliest first */
     void *prepared;
     /* Of the step that runs. */
     const mc_cache *cache;
@@ -82,6 +83,11 @@ void mc_guess(mc_worker *worker);             /* heads.c */
 void mc_forward(mc_worker *worker);           /* forward.c */
 void mc_attend(mc_worker *worker, int index); /* attend.c */
 void mc_logits(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows);
+/* The LM head of heads that have none of their own. */
+const mc_matrix *mc_shared_lm_head(const mc_engine *engine);
+
+/* What the heads of a step offer, once they have run. */
+mc_candidates mc_candidates_of(const mc_engine *engine, const mc_step *step);
 int32_t mc_token_of(const mc_step *step, int row);
 
 #endif
