@@ -30,6 +30,7 @@ from medusa_chat.decoding.runner import Runner
 from medusa_chat.decoding.trees.accuracy import PUBLISHED
 from medusa_chat.decoding.trees.tree import AnyTree, DynamicTree, Tree
 from medusa_chat.model.attention.tree_attention import chain_mask
+from medusa_chat.model.head_vocabulary import HeadVocabulary
 from medusa_chat.sampling import Sampling
 from tests.helpers.recording import Recorder
 from tests.helpers.tiny import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.graphs.capture import Key, Program
     from medusa_chat.model.backbone import Backbone
+    from medusa_chat.model.heads import MedusaHeads
 
 CPU = torch.device("cpu")
 PROMPT = prompt_ids(20)
@@ -89,8 +91,10 @@ def pair(kind: str, **settings: Any) -> tuple[Engine, Engine]:
     return tuple(make_engine(backbone, heads, eager=eager, **settings) for eager in (True, False))  # type: ignore
 
 
-def runners(backbone: Backbone, capacity: int = 512, **settings: Any) -> list[Runner]:
-    heads = random_heads(backbone)
+def runners(
+    backbone: Backbone, capacity: int = 512, heads: MedusaHeads | None = None, **settings: Any
+) -> list[Runner]:
+    heads = heads or random_heads(backbone)
     return [Runner(backbone, heads, capacity, eager=eager, **settings) for eager in (True, False)]
 
 
@@ -150,6 +154,22 @@ def test_a_report_is_that_of_the_eager_step(name: str, how: str) -> None:
         buffers = [runner.cache.buffer[:, :, :, :length] for runner in both]
         torch.testing.assert_close(*buffers, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(both[0].state.hidden, both[1].state.hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("how", ["greedy", "exact", "exact cut"])
+def test_a_parent_bias_is_recorded_too(how: str, cut: bool, tape: Recorder) -> None:
+    """And trees of one size share the recording."""
+    backbone = random_backbone("llama")
+    vocabulary = HeadVocabulary(torch.arange(20, 60), 64) if cut else None
+    heads = random_heads(backbone, vocabulary=vocabulary, parent_bias=6)
+    rule, both = make_rule(SAMPLINGS[how]), runners(backbone, heads=heads)
+    (root,) = {runner.prefill(PROMPT, rule) for runner in both}
+    for number in range(3):
+        for tree in trees_of(9, 16):
+            root = same_step(both, root, tree.pruned(4, 10), rule, COPIED if number else None)
+    assert set(tape.made.values()) == {1}
+    assert tape.kinds()["layout"] <= 4
 
 
 def same_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +32,7 @@ class Guesses:
         return [row.index(token) if token in row else MISSED for row, token in pairs]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class HostBias:
     """The parent bias of heads on the host (model.parent_bias).
 
@@ -64,8 +64,8 @@ class ScoredGuesses(Guesses):
     """
 
     root: int
-    scores: list[list[float]]
-    bias: HostBias | None
+    scores: list[list[float]] = field(compare=False)  # equal steps may round them in two ways
+    bias: HostBias | None = field(compare=False)
 
     def ranks(self, followed: Sequence[int]) -> list[int]:
         """Rank tokens as `Guesses.ranks` does, each behind the token before it."""
