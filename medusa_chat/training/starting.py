@@ -10,6 +10,7 @@ from safetensors import safe_open
 from medusa_chat.config import UserError
 from medusa_chat.decoding.reply import eos_ids
 from medusa_chat.model.heads import HeadVocabulary, MedusaHeads
+from medusa_chat.model.layouts import read_heads
 from medusa_chat.model.parent_bias import new_parent_bias
 from medusa_chat.text import size_text
 
@@ -20,6 +21,29 @@ if TYPE_CHECKING:
     from medusa_chat.model.templates import ChatTemplate
     from medusa_chat.training.data import PackedRows
     from medusa_chat.training.trainee import Trainee
+
+
+def first_heads(
+    backbone: Any, recipe: Recipe, template: ChatTemplate, rows: PackedRows, given: Path | None
+) -> MedusaHeads:
+    """Return the heads that a run starts from.
+
+    Args:
+        backbone: a transformers causal LM.
+        recipe: of the run.
+        template: the one that the text was packed in.
+        rows: the text to train on.
+        given: the file of heads to start from; None for new ones.
+
+    Raises:
+        UserError: the file cannot be read, or it or the text does not suit the recipe.
+    """
+    hidden, size = heads_shape(backbone)
+    if given:
+        return start_from(read_heads(given, hidden, size).heads.float(), recipe, size)
+    special = special_ids(backbone, template)
+    vocabulary = choose_vocabulary(rows, recipe.head_vocabulary, special, size)
+    return new_heads(backbone, recipe, vocabulary)
 
 
 def new_heads(

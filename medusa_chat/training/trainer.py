@@ -18,7 +18,6 @@ from medusa_chat.files import digest, write_json
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.locks import only_writer
 from medusa_chat.machine.devices import choose_dtype
-from medusa_chat.model.layouts import read_heads
 from medusa_chat.model.loading import heads_file
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
@@ -28,16 +27,7 @@ from medusa_chat.training.memory import check_training
 from medusa_chat.training.optimization import MedusaTrainer, trained_weights, training_arguments
 from medusa_chat.training.outputs import perplexity_of, save_backbone, save_heads
 from medusa_chat.training.progress import LOG_FILE, ProgressLog
-from medusa_chat.training.starting import (
-    check_resumed,
-    choose_vocabulary,
-    coverage,
-    describe,
-    heads_shape,
-    new_heads,
-    special_ids,
-    start_from,
-)
+from medusa_chat.training.starting import check_resumed, coverage, describe, first_heads
 from medusa_chat.training.stopping import Stopper
 from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations
 
@@ -231,13 +221,7 @@ def make_trainee(
     documents, held_out = texts
     rows = _packed(template, documents, recipe)
     unseen = _packed(template, held_out, recipe) if recipe.joint else None
-    hidden, size = heads_shape(backbone)
-    if given and (file := heads_file(spec)):
-        heads = start_from(read_heads(file, hidden, size).heads.float(), recipe, size)
-    else:
-        special = special_ids(backbone, template)
-        vocabulary = choose_vocabulary(rows, recipe.head_vocabulary, special, size)
-        heads = new_heads(backbone, recipe, vocabulary)
+    heads = first_heads(backbone, recipe, template, rows, heads_file(spec) if given else None)
     backbone.requires_grad_(recipe.whole)
     adapter = adapt(backbone, recipe) if recipe.joint and not recipe.whole else None
     if recipe.gradient_checkpointing and recipe.joint:
