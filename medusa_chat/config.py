@@ -224,6 +224,9 @@ class Recipe:
     lora_alpha: int = setting(16, "scale of the adapter")
     lora_dropout: float = setting(0.05, "dropout in the adapter")
     gradient_checkpointing: bool = setting(False, "less memory for more time")
+    keep_hidden: bool = setting(
+        False, "medusa1: compute the backbone's hidden states once, and keep them on the disk"
+    )
     save_steps: int = setting(500, "steps between checkpoints")
     save_every: Duration = setting(
         Duration(600), "time between checkpoints too, such as 90s, 10m or 2h; 0 counts steps alone"
@@ -256,11 +259,20 @@ class Recipe:
             not self.whole or self.quant == "none",
             f"a backbone in {self.quant} needs an adapter: lora_rank above 0",
         )
+        require(
+            not self.joint or not self.keep_hidden,
+            f"keep_hidden needs a frozen backbone: recipe medusa1, not {self.name}",
+        )
 
     @property
     def joint(self) -> bool:
         """True if the backbone is trained with the heads."""
         return self.name != "medusa1"
+
+    @property
+    def compares(self) -> bool:
+        """True if the loss compares the heads with the backbone's own distribution."""
+        return False
 
     @property
     def whole(self) -> bool:

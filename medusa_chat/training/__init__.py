@@ -1,6 +1,8 @@
 """Train Medusa heads, calibrate them, and make the text that they learn from.
 
 data.py            documents, their tokens and targets, packed rows
+kept_states.py     hidden states of a frozen backbone, kept on the disk
+reference.py       the backbone's own distribution, by its likeliest tokens
 losses.py          losses of the heads and of the backbone
 schedules.py       learning rates and the weight of the heads' loss over a run
 trainee.py         a backbone with its heads, and the loss of a batch

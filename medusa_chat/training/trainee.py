@@ -85,13 +85,22 @@ class Trainee(nn.Module):
         return self
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        rows: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor]:
-        """Compute the loss of packed rows (PackedRows), [rows, length] each."""
+        """Compute the loss of packed rows (PackedRows), [rows, length] each.
+
+        The last hidden states of a frozen backbone may be given (KeptRows), [rows, length, hidden].
+        """
         del rows  # their numbers, for the trainer's messages
         joint = self.step >= joint_from(self.recipe, self.total)
-        with nullcontext() if joint else torch.no_grad():
-            hidden = self.hidden_states(input_ids, position_ids)
+        if hidden is None:
+            with nullcontext() if joint else torch.no_grad():
+                hidden = self.hidden_states(input_ids, position_ids)
         lm_head = self.backbone.get_output_embeddings()
         if self.recipe.joint and not joint:
             lm_head = Frozen(lm_head)
