@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medusa_chat.config import Recipe, make_recipe
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import HeadVocabulary, MedusaHeads
 from medusa_chat.training import losses
 from medusa_chat.training.data import IGNORED, Example, PackedRows
 from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations
@@ -43,6 +43,10 @@ ALONE = [
 ]  # ids, the first target
 
 
+RANKED = sorted(set(range(VOCABULARY)) - set(range(0, VOCABULARY, 3)))  # a head vocabulary
+RANK = 2
+
+
 @dataclass
 class Setting:
     """A trainee, and the same model as a plain backbone and one tensor for each weight."""
@@ -51,12 +55,18 @@ class Setting:
     base: Any
     weights: dict[str, Tensor]
     leaves: dict[str, Tensor]
+    ranked: list[int]
 
 
-def setting(recipe: Recipe, kind: str, own: bool) -> Setting:
+def setting(
+    recipe: Recipe, kind: str, own: bool, ranked: list[int] | None = None, bias: bool = False
+) -> Setting:
     """Make a setting whose adapter is not zero, so that student and teacher differ."""
     backbone, base = random_model(kind).double(), random_model(kind).double()
-    heads = random_heads(backbone_like(base), HEADS, BLOCKS, own).requires_grad_(True).double()
+    cut = None if ranked is None else HeadVocabulary(torch.tensor(ranked), VOCABULARY)
+    parts: dict[str, Any] = {"vocabulary": cut, "parent_bias": RANK if bias else 0}
+    heads = random_heads(backbone_like(base), HEADS, BLOCKS, own, **parts)
+    heads.requires_grad_(True).double()
     backbone.requires_grad_(recipe.joint and not recipe.lora_rank)
     adapter = adapt(backbone, recipe) if recipe.joint and recipe.lora_rank else None
     torch.manual_seed(3)
@@ -79,7 +89,7 @@ def setting(recipe: Recipe, kind: str, own: bool) -> Setting:
             weights[name] = (
                 weights[name] + 5 / 2 * leaves[a.replace("lora_A", "lora_B")] @ leaves[a]
             )
-    return Setting(trainee, base, weights, leaves)
+    return Setting(trainee, base, weights, leaves, ranked or list(range(VOCABULARY)))
 
 
 def backbone_like(model: Any) -> Any:
@@ -119,13 +129,27 @@ def plain_heads(made: Setting) -> Iterator[tuple[list[Tensor], list[bool], list[
                     x = x + z / (1 + (-z).exp())
                 own = leaves.get("heads.lm_heads")
                 output = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-                likely = shares((output if own is None else own[k - 1]) @ x)
-                target = ids[t + k + 1]
+                logits = (output[made.ranked] if own is None else own[k - 1]) @ x
+                likely = shares(logits + bias_of(made, ids[t + k]))
+                if ids[t + k + 1] not in made.ranked:
+                    first.append(False)
+                    fifth.append(False)
+                    continue
+                target = made.ranked.index(ids[t + k + 1])
                 terms.append(-likely[target].log())
                 better = int((likely > likely[target]).sum())
                 first.append(better == 0)
                 fifth.append(better < 5)
         yield terms, first, fifth
+
+
+def bias_of(made: Setting, parent: int) -> Tensor:
+    """What a parent adds to each logit; one outside the vocabulary has the last row."""
+    first = made.leaves.get("heads.parent_bias.first")
+    if first is None:
+        return torch.zeros(len(made.ranked))
+    row = made.ranked.index(parent) if parent in made.ranked else len(made.ranked)
+    return made.leaves["heads.parent_bias.second"] @ first[row]
 
 
 def plain_backbone(made: Setting, distilled: bool) -> Tensor:
@@ -176,6 +200,29 @@ def test_loss_and_gradient_are_those_of_plain_arithmetic(
 ) -> None:
     recipe = RECIPES[name]
     made = setting(recipe, kind, own)
+    check_loss_and_gradient(made, recipe, monkeypatch)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("ranked", [None, RANKED], ids=["all tokens", "vocabulary"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("name", ["medusa1", "medusa2", "medusa2, whole"])
+def test_loss_with_bias_and_vocabulary_is_that_of_plain_arithmetic(
+    name: str, bias: bool, ranked: list[int] | None, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPES[name]
+    made = setting(recipe, "llama", own, ranked, bias)
+    check_loss_and_gradient(made, recipe, monkeypatch)
+    made.trainee.meter.read()
+    made.trainee(**batch())
+    told = made.trainee.meter.read()
+    for k, (terms, first, fifth) in enumerate(plain_heads(made)):
+        assert told["head_loss"][k] == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+        assert told["top1"][k] == pytest.approx(sum(first) / len(first))
+        assert told["top5"][k] == pytest.approx(sum(fifth) / len(fifth))
+
+
+def check_loss_and_gradient(made: Setting, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plain_loss(made, recipe)
     gradients = dict(
         zip(made.leaves, torch.autograd.grad(expected, list(made.leaves.values())), strict=True)

@@ -171,6 +171,8 @@ class NativeHeads:
 
     def __init__(self, heads: Heads, weights: str, lm_head: str | None = None) -> None:
         """`weights`, `lm_head`: formats of the blocks and of LM heads of their own."""
+        if getattr(heads, "vocabulary", None) is not None:
+            raise UnavailableError("the native step does not run heads with a vocabulary yet")
         self.heads, self.store = heads.heads, Store()
         self.own_lm_heads = heads.lm_heads is not None
         self.structure = HeadsOf(heads.heads, heads.layers)

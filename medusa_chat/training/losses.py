@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from medusa_chat.training.data import IGNORED
+from medusa_chat.training.guesses import Projection, head_parents, head_rows, outputs, project
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 LOGITS = 2**27  # logits held at once: half a gigabyte in float32
 SAMPLED_ROWS = 512  # rows of a batch that top-1 and top-5 are counted on
-
-Projection = nn.Module | Tensor  # an LM head, maybe quantized or adapted, or the weight of one
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,36 @@ def heads_loss(
     labels: Tensor,
     positions: Tensor,
     decay: float,
+    tokens: Tensor | None = None,
 ) -> HeadsLoss:
     """Sum over heads of decay ** k times their mean cross entropy (paper, equation 1).
 
-    `hidden` are the backbone's last hidden states, [rows, length, hidden]; labels and positions
-    are [rows, length].
+    `hidden` are the backbone's last hidden states, [rows, length, hidden]; labels, positions and
+    tokens, which heads with a bias by the parent need, are [rows, length]. Targets outside the
+    heads' vocabulary have no loss, and count as missed guesses.
     """
     features = heads.features(hidden.flatten(0, 1))  # [heads, rows * length, hidden]
+    own = heads.lm_heads
+    shared = heads.shared(lm_head) if own is None else lm_head
     total = hidden.new_zeros(())
     losses = []
     accuracies = []
     for k in range(heads.heads):
         targets = head_targets(labels, positions, k + 1).flatten()
         answered = targets != IGNORED
-        projection = lm_head if heads.lm_heads is None else heads.lm_heads[k]
-        rows = features[k][answered]
-        wanted = targets[answered]
+        parents = None if tokens is None else head_parents(tokens, k + 1).flatten()[answered]
+        projection = shared if own is None else own[k]
+        rows, wanted, projection = head_rows(
+            heads, projection, features[k][answered], targets[answered], parents
+        )
+        accuracies.append(_top_1_and_5(rows, wanted, projection))
+        if heads.vocabulary is not None:
+            ranked = wanted < len(heads.vocabulary)
+            rows, wanted = rows[ranked], wanted[ranked]
         summed = cross_entropy(rows, wanted, projection, budget=LOGITS // heads.heads)
         loss = summed / max(len(wanted), 1)
         total = total + decay ** (k + 1) * loss
         losses.append(loss.detach() if len(wanted) else loss.new_tensor(math.nan))
-        accuracies.append(_top_1_and_5(rows, wanted, projection))
     top1, top5 = torch.stack(accuracies).T
     return HeadsLoss(total, torch.stack(losses), top1, top5)
 
@@ -104,9 +112,9 @@ def cross_entropy(
         return fused(features, targets)
 
     def piece(rows: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(_wide(_project(rows, projection)), wanted, reduction="sum")
+        return functional.cross_entropy(_wide(project(rows, projection)), wanted, reduction="sum")
 
-    return _in_pieces(piece, features, targets, _vocabulary(projection), budget)
+    return _in_pieces(piece, features, targets, outputs(projection), budget)
 
 
 def distillation(
@@ -128,7 +136,7 @@ def distillation(
         ours = _wide(student(rows)).log_softmax(-1)
         return functional.kl_div(ours, wanted, log_target=True, reduction="sum")
 
-    return _in_pieces(piece, features, reference, 2 * _vocabulary(student), budget)
+    return _in_pieces(piece, features, reference, 2 * outputs(student), budget)
 
 
 def _in_pieces(
@@ -150,21 +158,10 @@ def _in_pieces(
 def _top_1_and_5(features: Tensor, targets: Tensor, projection: Projection) -> Tensor:
     """Top-1 and top-5 accuracy over a sample of rows, [2]; NaN without rows."""
     step = max(len(targets) // SAMPLED_ROWS, 1)
-    guesses = _project(features[::step], projection).topk(5, dim=-1).indices
+    logits = project(features[::step], projection)
+    guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     found = guesses == targets[::step, None]
     return torch.stack([found[:, 0].float().mean(), found.any(-1).float().mean()])
-
-
-def _project(features: Tensor, projection: Projection) -> Tensor:
-    if isinstance(projection, Tensor):
-        return functional.linear(features, projection.to(features.dtype))
-    logits: Tensor = projection(features)
-    return logits
-
-
-def _vocabulary(projection: Projection) -> int:
-    rows: Any = projection.shape[0] if isinstance(projection, Tensor) else projection.out_features
-    return int(rows)
 
 
 def _wide(logits: Tensor) -> Tensor:

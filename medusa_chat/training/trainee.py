@@ -105,7 +105,9 @@ class Trainee(nn.Module):
         if self.recipe.joint and not joint:
             lm_head = Frozen(lm_head)
         states = hidden.to(self.heads.weight.dtype)
-        heads = heads_loss(self.heads, lm_head, states, labels, position_ids, self.recipe.decay)
+        heads = heads_loss(
+            self.heads, lm_head, states, labels, position_ids, self.recipe.decay, input_ids
+        )
         loss = heads_weight(self.recipe, self.step, self.total) * heads.total
         self.meter.add(head_loss=heads.losses, top1=heads.top1, top5=heads.top5)
         if joint:

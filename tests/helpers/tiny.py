@@ -24,7 +24,7 @@ from medusa_chat.config import LoadOptions
 from medusa_chat.decoding.engine import Engine
 from medusa_chat.decoding.trees.tree import AnyTree, Tree
 from medusa_chat.model.backbone import Backbone
-from medusa_chat.model.heads import MedusaHeads
+from medusa_chat.model.heads import HeadVocabulary, MedusaHeads
 from medusa_chat.model.layouts import write_heads
 from medusa_chat.model.pretrained import attention_settings
 from medusa_chat.sampling import Sampling
@@ -130,9 +130,25 @@ def random_backbone(
 
 
 def random_heads(
-    backbone: Backbone, heads: int = 4, layers: int = 1, own: bool = True, seed: int = 1
+    backbone: Backbone,
+    heads: int = 4,
+    layers: int = 1,
+    own: bool = True,
+    seed: int = 1,
+    *,
+    vocabulary: HeadVocabulary | None = None,
+    parent_bias: int = 0,
 ) -> MedusaHeads:
-    made = MedusaHeads(heads, layers, backbone.hidden_size, backbone.vocabulary if own else None)
+    rows = backbone.vocabulary if vocabulary is None else len(vocabulary)
+    made = MedusaHeads(
+        heads,
+        layers,
+        backbone.hidden_size,
+        rows if own else None,
+        vocabulary=vocabulary,
+        parent_bias=parent_bias,
+        size=backbone.vocabulary,
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)

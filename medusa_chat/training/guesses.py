@@ -1,0 +1,96 @@
+"""The rows that one head guesses from in a batch, what is right, and the layer that gives logits.
+
+The parent of a target is the true token before it, as at a node whose path was right so far.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from medusa_chat.model.heads import MedusaHeads
+
+Projection = nn.Module | Tensor  # an LM head, maybe quantized or adapted, or the weight of one
+
+
+class HeadRows(NamedTuple):
+    """One head's guesses at n places.
+
+    Attributes:
+        rows: [n, width], what `projection` turns into logits [n, N].
+        wanted: [n], the target's index among the N tokens that heads rank; N for any other.
+    """
+
+    rows: Tensor
+    wanted: Tensor
+    projection: Projection
+
+
+class ParentProjection(nn.Module):
+    """An LM head, and a bias by the parent: [..., hidden + rank] -> [..., N].
+
+    The last columns of a row are the parent's in the bias's first matrix.
+    """
+
+    def __init__(self, projection: Projection, second: Tensor) -> None:
+        super().__init__()
+        self.projection = projection
+        self.second = second
+        self.out_features = outputs(projection)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Add the bias to the LM head's logits."""
+        rank = self.second.shape[1]
+        hidden, parents = rows[..., :-rank], rows[..., -rank:]
+        return project(hidden, self.projection) + functional.linear(parents, self.second)
+
+
+def head_rows(
+    heads: MedusaHeads,
+    projection: Projection,
+    features: Tensor,
+    targets: Tensor,
+    parents: Tensor | None,
+) -> HeadRows:
+    """Return the guesses of one head.
+
+    Args:
+        heads: all heads, of which vocabulary and bias are read.
+        projection: the head's own LM head, or the rows of the backbone's that the heads rank.
+        features: [n, hidden], of this head.
+        targets: [n], ids.
+        parents: [n], ids of the tokens before the targets; only a bias needs them.
+    """
+    if heads.vocabulary is not None:
+        targets = heads.vocabulary.rows[targets]
+    if heads.parent_bias is not None:
+        assert parents is not None
+        features = torch.cat([features, heads.parent_bias.features(parents)], -1)
+        projection = ParentProjection(projection, heads.parent_bias.second)
+    return HeadRows(features, targets, projection)
+
+
+def head_parents(tokens: Tensor, head: int) -> Tensor:
+    """Tokens before the targets of `head`, from 1: ids `head` tokens later, [rows, length].
+
+    Where a row has none, there is no target either.
+    """
+    return tokens.roll(-head, 1)
+
+
+def project(rows: Tensor, projection: Projection) -> Tensor:
+    """Turn rows [n, width] into logits [n, N]."""
+    if isinstance(projection, Tensor):
+        return functional.linear(rows, projection.to(rows.dtype))
+    logits: Tensor = projection(rows)
+    return logits
+
+
+def outputs(projection: Projection) -> int:
+    """Return how many logits a projection gives, or computes on the way."""
+    rows = projection.shape[0] if isinstance(projection, Tensor) else projection.out_features
+    return int(rows)  # type: ignore[arg-type]
