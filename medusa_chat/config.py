@@ -21,6 +21,7 @@ from medusa_chat.settings import UserError as UserError  # the whole package imp
 
 Quant = Literal["none", "nf4", "nf4-double", "int8"]
 QuantChoice = Literal["auto", Quant]
+Loss = Literal["ce", "until-fail", "lk", "kl", "l1"]
 View = Literal["heads", "markdown", "both"]  # coloured by head, rendered Markdown, or both
 VIEWS: tuple[View, ...] = ("heads", "markdown", "both")
 Editing = Literal["emacs", "vi"]
@@ -195,6 +196,11 @@ class Recipe:
         "auto", "own, shared (the backbone's), or auto: own if they are small for the backbone"
     )
     decay: float = setting(0.8, "the loss of head k weighs decay ** k")
+    loss: Loss = setting(
+        "ce",
+        "of a head: ce (the paper's cross entropy), until-fail (ce where the heads before are"
+        " right), or towards the backbone's own distribution lk (-log acceptance), kl or l1",
+    )
     learning_rate: float = setting(2e-3, "learning rate of the heads")
     warmup_steps: int = setting(
         40, "steps over which a learning rate rises, before it falls in a half cosine"
@@ -272,7 +278,7 @@ class Recipe:
     @property
     def compares(self) -> bool:
         """True if the loss compares the heads with the backbone's own distribution."""
-        return False
+        return self.loss in ("lk", "kl", "l1")
 
     @property
     def whole(self) -> bool:

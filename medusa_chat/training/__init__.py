@@ -3,7 +3,11 @@
 data.py            documents, their tokens and targets, packed rows
 kept_states.py     hidden states of a frozen backbone, kept on the disk
 reference.py       the backbone's own distribution, by its likeliest tokens
-losses.py          losses of the heads and of the backbone
+losses.py          the loss of all heads
+objectives.py      losses towards the backbone's own distribution
+entropy.py         cross entropy, and the loss of a trained backbone
+scoring.py         a loss over a large vocabulary, with its gradient
+lm_heads.py        LM heads as the losses need them
 schedules.py       learning rates and the weight of the heads' loss over a run
 trainee.py         a backbone with its heads, and the loss of a batch
 optimization.py    transformers' Trainer with two learning rates and a guard against NaN

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medusa_chat.model.head_vocabulary import VocabularyRows
+
 if TYPE_CHECKING:
     from medusa_chat.model.heads import MedusaHeads
 
@@ -94,3 +96,14 @@ def outputs(projection: Projection) -> int:
     """Return how many logits a projection gives, or computes on the way."""
     rows = projection.shape[0] if isinstance(projection, Tensor) else projection.out_features
     return int(rows)  # type: ignore[arg-type]
+
+
+def trained(projection: Projection) -> list[Tensor]:
+    """Tensors that a projection computes with and that have a gradient."""
+    if isinstance(projection, ParentProjection):
+        found = [*trained(projection.projection), projection.second]
+    elif isinstance(projection, VocabularyRows) and projection.weight is not None:
+        found = [projection.weight]
+    else:
+        found = [projection] if isinstance(projection, Tensor) else list(projection.parameters())
+    return [tensor for tensor in found if tensor.requires_grad]

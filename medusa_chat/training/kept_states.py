@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from medusa_chat.files import read_json, write_json
 from medusa_chat.text import duration_text
 from medusa_chat.training.data import IGNORED, PackedRows
-from medusa_chat.training.losses import head_targets, output_layer
+from medusa_chat.training.lm_heads import output_layer
+from medusa_chat.training.losses import head_targets
 from medusa_chat.training.memory import check_disk, kept_bytes
 from medusa_chat.training.reference import LIKELIEST, likeliest
 

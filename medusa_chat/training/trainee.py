@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.text import size_text
 from medusa_chat.training.data import IGNORED
-from medusa_chat.training.losses import (
-    Frozen,
-    cross_entropy,
-    distillation,
-    head_targets,
-    heads_loss,
-    output_layer,
-)
+from medusa_chat.training.entropy import cross_entropy, distillation
+from medusa_chat.training.lm_heads import Frozen, output_layer
+from medusa_chat.training.losses import head_targets, heads_loss
+from medusa_chat.training.reference import Likeliest, likeliest
 from medusa_chat.training.schedules import heads_weight, joint_from
 
 if TYPE_CHECKING:
@@ -91,10 +87,13 @@ class Trainee(nn.Module):
         labels: Tensor,
         rows: Tensor | None = None,
         hidden: Tensor | None = None,
+        likely_tokens: Tensor | None = None,
+        likely_log_p: Tensor | None = None,
     ) -> tuple[Tensor]:
         """Compute the loss of packed rows (PackedRows), [rows, length] each.
 
-        The last hidden states of a frozen backbone may be given (KeptRows), [rows, length, hidden].
+        What a frozen backbone makes of them may be given (KeptRows): its last hidden states, and
+        the likeliest next tokens, [rows, length, ...] each.
         """
         del rows  # their numbers, for the trainer's messages
         joint = self.step >= joint_from(self.recipe, self.total)
@@ -105,8 +104,22 @@ class Trainee(nn.Module):
         if self.recipe.joint and not joint:
             lm_head = Frozen(lm_head)
         states = hidden.to(self.heads.weight.dtype)
+        likely = None
+        if likely_tokens is not None and likely_log_p is not None:
+            likely = Likeliest(likely_tokens, likely_log_p)
+        elif self.recipe.compares:
+            wanted = head_targets(labels, position_ids, 0) != IGNORED
+            likely = likeliest(hidden.detach(), output_layer(self.backbone), wanted)
         heads = heads_loss(
-            self.heads, lm_head, states, labels, position_ids, self.recipe.decay, input_ids
+            self.heads,
+            lm_head,
+            states,
+            labels,
+            position_ids,
+            self.recipe.decay,
+            input_ids,
+            self.recipe.loss,
+            likely,
         )
         loss = heads_weight(self.recipe, self.step, self.total) * heads.total
         self.meter.add(head_loss=heads.losses, top1=heads.top1, top5=heads.top5)
