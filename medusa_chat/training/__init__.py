@@ -4,6 +4,7 @@ data.py            documents, their tokens and targets, packed rows
 kept_states.py     hidden states of a frozen backbone, kept on the disk
 reference.py       the backbone's own distribution, by its likeliest tokens
 losses.py          the loss of all heads
+guesses.py         one head's rows, targets and LM head
 objectives.py      losses towards the backbone's own distribution
 entropy.py         cross entropy, and the loss of a trained backbone
 scoring.py         a loss over a large vocabulary, with its gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def cross_entropy(features: Tensor, targets: Tensor, projection: Projection) -> 
     return score_targets(features, targets, projection).loss
 
 
-def summed_entropy(log_q: Tensor, _: slice) -> Tensor:
+def summed_entropy(log_q: Tensor, *_: Any) -> Tensor:
     """Sum the cross entropy of targets, whose log q is the first column of [n, m]."""
     return -log_q[:, 0].sum()
 

@@ -18,11 +18,12 @@ from torch.utils.data import Dataset
 
 from medusa_chat.files import read_json, write_json
 from medusa_chat.text import duration_text
+from medusa_chat.training import reference
 from medusa_chat.training.data import IGNORED, PackedRows
 from medusa_chat.training.lm_heads import output_layer
 from medusa_chat.training.losses import head_targets
 from medusa_chat.training.memory import check_disk, kept_bytes
-from medusa_chat.training.reference import LIKELIEST, likeliest
+from medusa_chat.training.reference import likeliest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,7 +86,7 @@ def keep_states(
     drop_states(run)
     width = dtype.itemsize
     hidden = int(backbone.get_output_embeddings().in_features)
-    likely = LIKELIEST if recipe.compares else 0
+    likely = reference.LIKELIEST if recipe.compares else 0
     run.mkdir(parents=True, exist_ok=True)
     check_disk(run, kept_bytes(len(rows) * rows.length, hidden, width, likely))
     folder.mkdir()

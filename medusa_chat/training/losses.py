@@ -156,7 +156,7 @@ def _score_head(batch: _Batch, k: int, head: HeadRows, places: Tensor, ranked: T
     if batch.likely is None:  # until-fail needs to know of every row if it is right
         return score(head.rows, targets[:, None], head.projection, summed_entropy, count, step)
     tokens, log_p = (part.flatten(0, 1)[places + k + 1] for part in batch.likely)
-    comparison = compare(Likeliest(tokens, log_p), batch.heads.vocabulary)
+    comparison = compare(Likeliest(tokens, log_p), targets, batch.heads.vocabulary)
     objective = objective_of(batch.loss, comparison, ranked)
     picked = torch.cat([targets[:, None], comparison.tokens], -1)
     return score(head.rows, picked, head.projection, objective, count, step)

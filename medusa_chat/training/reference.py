@@ -24,14 +24,14 @@ class Likeliest(NamedTuple):
 
 
 @torch.no_grad()
-def likeliest(hidden: Tensor, lm_head: Any, wanted: Tensor, count: int = LIKELIEST) -> Likeliest:
+def likeliest(hidden: Tensor, lm_head: Any, wanted: Tensor) -> Likeliest:
     """Find the likeliest tokens after last hidden states [..., hidden].
 
     Only places that are `wanted`, [...] booleans, are computed; the others hold zeros. A small
     vocabulary is kept whole.
     """
     rows = hidden[wanted]
-    count = min(count, int(lm_head.out_features))
+    count = min(LIKELIEST, int(lm_head.out_features))
     found = [_likeliest(piece, lm_head, count) for piece in rows.split(_piece(lm_head))]
     tokens = hidden.new_zeros((*wanted.shape, count), dtype=torch.int32)
     log_p = hidden.new_zeros((*wanted.shape, count), dtype=torch.float32)

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 LOGITS = 2**27  # logits held at once: half a gigabyte in float32
 CACHED = 2**20  # logits of a part on a CPU
-# From log q of some tokens of each row, [n, m], and the rows' numbers: the summed loss.
-Objective = Callable[[Tensor, slice], Tensor]
+LEAST = 1e-30  # of a sum in a logarithm
+# From log q of some tokens of each row, [n, m], from that of all others together, [n], and from the
+# rows' numbers: the summed loss.
+Objective = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class Scores(NamedTuple):
@@ -147,17 +149,23 @@ def _softmax(
     fifth[sampled] = (wide[sampled] > chosen[sampled, :1]).sum(-1) < 5
     wide.sub_(top).exp_()
     total = wide.sum(-1, keepdim=True)
-    log_q = chosen - top - total.log()
-    if not learning:
-        return task.objective(log_q, where), log_q[:, 0], right, fifth
-    with torch.enable_grad():
-        log_q.requires_grad_()
-        loss = task.objective(log_q, where)
-    (slope,) = torch.autograd.grad(loss, log_q)
-    wide.mul_(-slope.sum(-1, keepdim=True) / total).scatter_add_(-1, tokens, slope)
-    if wide is not logits:
-        logits.copy_(wide)
-    return loss.detach(), log_q.detach()[:, 0], right, fifth
+    # Summed by itself: as a difference from 1, a small q of the others would be lost.
+    others = wide.scatter_(-1, tokens, 0.0).sum(-1, keepdim=True).clamp_(min=LEAST)
+    log_q = torch.cat([chosen - top, others.log()], -1) - total.log()
+    with torch.set_grad_enabled(learning):
+        log_q.requires_grad_(learning)
+        loss = task.objective(log_q[:, :-1], log_q[:, -1], where)
+    found = loss.detach(), log_q.detach()[:, 0], right, fifth
+    if learning:
+        (slope,) = torch.autograd.grad(loss, log_q)
+        whole = slope.sum(-1, keepdim=True)
+        wide.mul_(slope[:, -1:] / others - whole / total)
+        # A token that comes twice has one q, and the slopes of both.
+        wide.scatter_(-1, tokens, -whole * log_q.detach()[:, :-1].exp())
+        wide.scatter_add_(-1, tokens, slope[:, :-1])
+        if wide is not logits:
+            logits.copy_(wide)
+    return found
 
 
 def _plus(sum_: Tensor | None, more: Tensor | None) -> Tensor | None:
