@@ -16,6 +16,7 @@ from medusa_chat.training import trainer as module
 from medusa_chat.training.data import PackedRows
 from medusa_chat.training.kept_states import FOLDER, drop_states, keep_states
 from medusa_chat.training.memory import kept_bytes
+from medusa_chat.training.reference import LIKELIEST
 from medusa_chat.training.trainee import Trainee
 from medusa_chat.training.trainer import train
 from tests.helpers.full_disk import full_disk
@@ -77,17 +78,14 @@ def kept(place: Path, out: str = "out") -> Path:
 
 
 @pytest.mark.usefixtures("dtype")
-def test_kept_states_change_no_weight(tmp_path: Path, forwards: list[str]) -> None:
-    settings: dict[str, Any] = {
-        "max_steps": 24,
-        "batch_size": 4,
-        "accumulation": 2,
-        "lm_heads": "own",
-    }
-    do(tiny_run(tmp_path, "plain", **settings, lm_heads="own"))
+@pytest.mark.parametrize("loss", ["ce", "lk", "l1"])
+def test_kept_states_change_no_weight(loss: str, tmp_path: Path, forwards: list[str]) -> None:
+    settings: dict[str, Any] = {"max_steps": 24, "batch_size": 4, "accumulation": 2, "loss": loss}
+    settings["lm_heads"] = "own"
+    do(tiny_run(tmp_path, "plain", **settings))
     assert forwards == ["training"] * 48
     forwards.clear()
-    _, said = do(tiny_run(tmp_path, "out", **settings, lm_heads="own", keep_hidden=True))
+    _, said = do(tiny_run(tmp_path, "out", **settings, keep_hidden=True))
     rows = int(said[0].split(" rows")[0].split()[-1])
     assert forwards == ["keeping"] * -(-rows // 4)
     assert products(tmp_path / "out") == products(tmp_path / "plain")
@@ -123,7 +121,7 @@ def test_a_run_may_go_on_without_its_kept_states(tmp_path: Path, forwards: list[
         assert not kept(tmp_path, out).exists()
 
 
-@pytest.mark.parametrize("change", ["data", "weights", "config", "dtype", "cut", "key"])
+@pytest.mark.parametrize("change", ["data", "weights", "config", "dtype", "loss", "cut", "key"])
 def test_files_that_are_not_this_runs_are_made_anew(change: str, tmp_path: Path) -> None:
     recipe = make_recipe("medusa1", length=LENGTH, batch_size=1)
     backbone = random_model("llama").eval()
@@ -143,6 +141,8 @@ def test_files_that_are_not_this_runs_are_made_anew(change: str, tmp_path: Path)
         backbone.config.rms_norm_eps *= 2
     elif change == "dtype":
         dtype = torch.bfloat16
+    elif change == "loss":
+        recipe = replace(recipe, loss="kl")
     elif change == "cut":
         file.write_bytes(file.read_bytes()[:-1])
     else:
@@ -170,8 +170,13 @@ def test_kept_states_are_the_backbones_own(tmp_path: Path) -> None:
         with torch.no_grad():
             output = backbone.model(input_ids=inputs[0], position_ids=inputs[1], use_cache=False)
         torch.testing.assert_close(hidden, output.last_hidden_state[0])
-    size = (tmp_path / FOLDER / "hidden").stat().st_size
-    assert size == kept_bytes(2 * LENGTH, 32, 4)
+    assert bytes_in(tmp_path / FOLDER) == kept_bytes(2 * LENGTH, 32, 4)
+    keep_states(backbone, rows, replace(recipe, loss="lk"), tmp_path, torch.float32, print)
+    assert bytes_in(tmp_path / FOLDER) == kept_bytes(2 * LENGTH, 32, 4, LIKELIEST)
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name != "key.json")
 
 
 # ---- the disk ----

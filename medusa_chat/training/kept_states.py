@@ -134,8 +134,9 @@ def _is_whole(folder: Path, key: str) -> bool:
 def _key(backbone: Any, rows: PackedRows, recipe: Recipe, dtype: torch.dtype) -> str:
     """Hash all that the hidden states depend on: rows, weights and settings of the backbone."""
     digest = hashlib.sha256()
-    settings = [str(dtype), recipe.quant, str(recipe.compares), backbone.config.to_json_string()]
-    digest.update("\n".join(settings).encode())
+    kept = reference.LIKELIEST if recipe.compares else 0
+    settings = (dtype, recipe.quant, kept, backbone.config.to_json_string())
+    digest.update(repr(settings).encode())
     for name, tensor in (
         ("ids", rows.ids),
         ("positions", rows.positions),
