@@ -210,22 +210,29 @@ def test_vllm_with_a_truncated_vocabulary(tmp_path: Path, own: bool, rows: int) 
     large = {n: t * 1e6 if n.startswith("lm_head") else t for n, t in tensors.items()}
     file = put(large | {"token_map": ids}, tmp_path / "large.safetensors")
     with pytest.raises(UserError, match="too large for float16"):
-        read(file, dtype=torch.float16)
+        read(file, dtype=torch.float16, lm_head=LM_HEAD)
     for name in [name for name in tensors if name.startswith("lm_head")]:
         tensors[name] = tensors[name][ids].clone() if rows == 40 else tensors[name]
     file = put(tensors | {"token_map": ids}, tmp_path / "model.safetensors")
     settings(tmp_path, model_type="medusa", num_heads=3, vocab_size=V, truncated_vocab_size=40)
     found = read(file, lm_head=LM_HEAD)
     assert found.notices == (f"the heads know 40 of {V} tokens and guess no others",)
-    logits, whole = logits_of(found.heads, LM_HEAD), logits_of(heads, LM_HEAD)
-    assert torch.equal(logits[..., ids], whole[..., ids])
-    unknown = [token for token in range(V) if token not in ids]
-    # The logit of an unknown token is the mean of the others', for any hidden state.
-    for rows_of_head in lm_heads_of(found):
-        mean = rows_of_head[ids].mean(0)
-        torch.testing.assert_close(rows_of_head[unknown], mean.expand(len(unknown), -1))
-    known = set(ids.tolist())
-    assert all(set(row.topk(10).indices.tolist()) <= known for row in logits.flatten(0, 1))
+    assert found.heads.vocabulary is not None
+    assert found.heads.vocabulary.tokens.tolist() == sorted(ids.tolist())
+    assert (found.heads.lm_heads is not None) is own
+    hidden = torch.randn(5, H, generator=torch.Generator().manual_seed(4))
+    logits, whole = (each.logits(hidden, BACKBONE.lm_head) for each in (found.heads, heads))
+    torch.testing.assert_close(logits, whole[..., found.heads.vocabulary.tokens])
+    if not own:
+        other = read(file, lm_head=LM_HEAD + 0.1)
+        assert "is not the backbone's LM head" in other.notices[1]
+        assert torch.equal(lm_heads_of(other)[2], LM_HEAD[found.heads.vocabulary.tokens])
+    every = torch.randperm(V, generator=torch.Generator().manual_seed(2))
+    mixed = tensors_of(heads, "vllm") | ({} if own else {"lm_head.weight": LM_HEAD.clone()})
+    mixed = {n: t[every] if n.startswith("lm_head") else t for n, t in mixed.items()}
+    found = read(put(mixed | {"token_map": every}, tmp_path / "all.safetensors"), lm_head=LM_HEAD)
+    assert (found.heads.vocabulary, found.notices) == (None, ())
+    assert same(found, heads)
     for wrong in (
         *([ids[:39]] if rows == 40 else []),
         ids.clone().fill_(3),

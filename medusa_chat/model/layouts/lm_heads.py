@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medusa_chat.model.head_vocabulary import HeadVocabulary
+
 if TYPE_CHECKING:
     from medusa_chat.model.layouts.checked import CheckedTensors
     from medusa_chat.model.layouts.names import Parts
@@ -18,9 +20,10 @@ COMPARED_ROWS = 4096  # rows of an LM head that are compared at a time
 
 
 class LMHeads:
-    """Reads LM heads [V, hidden] into the rows of the backbone's vocabulary.
+    """Reads LM heads [N, hidden] for the backbone's vocabulary, or the part of it that heads rank.
 
     Attributes:
+        heads_vocabulary: that part; None if the heads rank all tokens.
         notices: lines for the user.
     """
 
@@ -31,6 +34,15 @@ class LMHeads:
         self.vocabulary = vocabulary
         self.notices: list[str] = []
         self._ids = self._token_map()
+        self.heads_vocabulary: HeadVocabulary | None = None
+        if self._ids is not None and len(self._ids) < vocabulary:
+            self.heads_vocabulary = HeadVocabulary(self._ids, vocabulary)
+        self._report_vocabulary()
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the heads rank, N."""
+        return self.vocabulary if self.heads_vocabulary is None else len(self.heads_vocabulary)
 
     def own(self, lm_head: Tensor | None) -> bool:
         """Return whether the heads have LM heads of their own.
@@ -43,16 +55,16 @@ class LMHeads:
         return self.parts.shared is not None and not self._is_backbones(self.parts.shared, lm_head)
 
     def fill(self, lm_heads: Tensor) -> None:
-        """Copy all LM heads to `lm_heads` [K, V, hidden]."""
+        """Copy all LM heads to `lm_heads` [K, N, hidden]."""
         names = {head: name for (head, _), name in self.parts.lm_heads.items()}
         for head, target in enumerate(lm_heads):
             name = names.get(head) or self.parts.shared or ""
             if head == 0:
-                self._report_rows(self._rows(name))
+                self._report_padding(self._rows(name))
             self._fill_rows(name, target)
 
     def _token_map(self) -> Tensor | None:
-        """The ids that the rows of truncated LM heads belong to (vLLM's token_map), [rows]."""
+        """The ids that the rows of truncated LM heads belong to, [rows], in the file's order."""
         name = self.parts.token_map
         if name is None:
             return None
@@ -79,47 +91,54 @@ class LMHeads:
             )
         return rows
 
-    def _report_rows(self, rows: int) -> None:
-        if self._ids is not None:
+    def _report_vocabulary(self) -> None:
+        """Tell of other programs' vocabularies; a training of our own has told of its own."""
+        if self.heads_vocabulary is not None and self.parts.naming != "official":
             self.notices.append(
-                f"the heads know {len(self._ids)} of {self.vocabulary} tokens and guess no others"
+                f"the heads know {self.rows} of {self.vocabulary} tokens and guess no others"
             )
-        elif rows != self.vocabulary:
+
+    def _report_padding(self, rows: int) -> None:
+        if self._ids is None and rows != self.vocabulary:
             self.notices.append(
                 f"the heads have {rows} rows for {self.vocabulary} tokens, taken for padding"
             )
 
+    def _in_order(self, name: str) -> Tensor:
+        """Return the rows of an LM head in the order of their tokens' ids, [N, hidden].
+
+        Without a token map there may be more or fewer rows than tokens: padding.
+        """
+        rows = self._rows(name)
+        found = self.tensors.finite(name)
+        if self._ids is None:
+            return found[: self.vocabulary]
+        order = self._ids.argsort()
+        return found[order if rows == len(self._ids) else self._ids[order]]
+
     def _fill_rows(self, name: str, target: Tensor) -> None:
         """Copy an LM head's rows to the rows of their tokens.
 
-        A token without a row gets the mean of all rows. Its logit is the mean of the others',
-        never the largest and, among thousands, never near it. (No row of a layer without bias is
-        below all others for every input.)
+        A token that padding took the row of gets the mean of all rows. Its logit is the mean of
+        the others', never the largest and, among thousands, never near it. (No row of a layer
+        without bias is below all others for every input.)
         """
-        rows = self._rows(name)
-        kept = self.tensors.finite(name)
-        ids = self._ids
-        if ids is None:
-            kept = kept[: self.vocabulary]
-            ids = torch.arange(len(kept))
-        elif rows != len(ids):
-            kept = kept[ids]
-        if len(ids) < self.vocabulary:
+        kept = self._in_order(name)
+        if len(kept) < len(target):
             target[:] = kept.mean(0, dtype=torch.float32)
-        target.index_copy_(0, ids, kept.to(target.dtype))
+        target[: len(kept)] = kept.to(target.dtype)
         self.tensors.check_range(name, target)
 
     def _is_backbones(self, name: str, lm_head: Tensor | None) -> bool:
         """Return whether the LM head that all heads of a file share is the backbone's."""
-        self._rows(name)
-        theirs = self.tensors.finite(name)
-        if self._ids is not None and len(self._ids) < self.vocabulary:
-            return False
+        theirs = self._in_order(name)
         if lm_head is None or not lm_head.is_floating_point():
             self.notices.append(
                 f"{name} is taken to be the backbone's LM head: they cannot be compared"
             )
             return True
+        if self.heads_vocabulary is not None:
+            lm_head = lm_head[self.heads_vocabulary.tokens.to(lm_head.device)]
         rows = min(len(theirs), len(lm_head))
         same = _close(theirs[:rows], lm_head[:rows])
         if not same:

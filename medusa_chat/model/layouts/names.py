@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 COUNT = r"\d{1,9}"
+TOKEN_MAP = "token_map"
+PARENT_BIAS = ("parent_bias.first", "parent_bias.second")  # in our own files only
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Parts:
         blocks: by (head, layer, kind).
         lm_heads: by (head, layer); layer is None if the naming has none.
         shared: one LM head for all heads, in the file (vLLM).
-        token_map: the ids of the rows of LM heads (vLLM).
+        token_map: the ids of the tokens that heads rank (vLLM, and our own).
+        parent_bias: names of PARENT_BIAS that the file has (our own).
         replaced: number of tensors that training replaced, which are left out.
         lora: number of an adapter's tensors, which are left out.
     """
@@ -108,6 +111,7 @@ class Parts:
     lm_heads: dict[tuple[int, int | None], str] = field(default_factory=dict)
     shared: str | None = None
     token_map: str | None = None
+    parent_bias: set[str] = field(default_factory=set)
     replaced: int = 0
     lora: int = 0
 
@@ -205,12 +209,14 @@ def _place(file: str, parts: Parts, name: str) -> None:
 
 
 def _place_other(file: str, parts: Parts, name: str) -> None:
-    """Add a tensor that is neither a block's nor an LM head."""
+    """Add a tensor that is neither a block's nor a head's own LM head."""
     bare = _plain(name).removeprefix("medusa_heads.")
     if parts.naming == "vllm" and bare == "lm_head.weight":
         parts.shared = name
-    elif parts.naming == "vllm" and bare == "token_map":
+    elif parts.naming in ("vllm", "official") and bare == TOKEN_MAP:
         parts.token_map = name
+    elif parts.naming == "official" and name in PARENT_BIAS:
+        parts.parent_bias.add(name)
     elif not NAMINGS[parts.naming].whole or is_heads_tensor(name):
         raise UserError(
             f"{file}: unknown tensor {name!r}; these are no Medusa heads in a known layout"

@@ -15,12 +15,15 @@ from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.layouts.checked import CheckedTensors
 from medusa_chat.model.layouts.config import contradictions
 from medusa_chat.model.layouts.lm_heads import LMHeads
-from medusa_chat.model.layouts.names import NAMINGS, Parts, sort_names
+from medusa_chat.model.layouts.names import NAMINGS, PARENT_BIAS, Parts, sort_names
 from medusa_chat.model.layouts.tensors import TensorFiles
+from medusa_chat.model.parent_bias import ParentBias
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from medusa_chat.model.head_vocabulary import HeadVocabulary
 
 # Layouts whose files look like those of others.
 SAME_FILES = {"tgi": ("v0.1", "v2"), "tensorrt-llm": ("v0.1", "tensorrt-llm engine")}
@@ -72,7 +75,11 @@ def read_heads(
     lm_heads = LMHeads(tensors, parts, hidden, vocabulary)
     own = lm_heads.own(lm_head)
     with _default_dtype(dtype or _stored_dtype(tensors, parts)):  # no float32 copy first
-        heads = MedusaHeads(parts.heads, parts.layers, hidden, vocabulary if own else None)
+        rows = lm_heads.rows if own else None
+        cut = lm_heads.heads_vocabulary
+        heads = MedusaHeads(parts.heads, parts.layers, hidden, rows, vocabulary=cut)
+        if parts.parent_bias:
+            heads.parent_bias = _read_parent_bias(tensors, vocabulary, cut)
     heads.requires_grad_(False)
     for (head, layer, kind), name in parts.blocks.items():
         stack = heads.weight if kind == "weight" else heads.bias
@@ -112,9 +119,29 @@ def _check_complete(tensors: CheckedTensors, parts: Parts) -> bool:
     return biases
 
 
+def _read_parent_bias(
+    tensors: CheckedTensors, vocabulary: int, cut: HeadVocabulary | None
+) -> ParentBias:
+    """Read the bias by the parent's token, in the default dtype."""
+    for name in PARENT_BIAS:
+        if name not in tensors.files.files:
+            raise tensors.fault(f"tensor {name} is missing")
+    first, second = PARENT_BIAS
+    found = tensors.get(first)
+    if found.ndim != 2 or not found.shape[1]:
+        raise tensors.fault(f"tensor {first} has shape {list(found.shape)}, not [tokens, rank]")
+    rank = found.shape[1]
+    rows = vocabulary if cut is None else len(cut)
+    bias = ParentBias(torch.empty(rows + (cut is not None), rank), torch.empty(rows, rank), cut)
+    bias.requires_grad_(False)
+    tensors.fill(first, bias.first)
+    tensors.fill(second, bias.second)
+    return bias
+
+
 def _stored_dtype(tensors: CheckedTensors, parts: Parts) -> torch.dtype:
     """Return the dtype that holds the numbers of all tensors."""
-    names = [*parts.blocks.values(), *parts.lm_heads.values()]
+    names = [*parts.blocks.values(), *parts.lm_heads.values(), *sorted(parts.parent_bias)]
     if parts.shared:
         names.append(parts.shared)
     return reduce(torch.promote_types, [tensors.get(name).dtype for name in names])

@@ -13,7 +13,7 @@ from torch import Tensor
 from medusa_chat.config import UserError
 from medusa_chat.files import replacing
 from medusa_chat.hub.file_names import OWN_HEADS
-from medusa_chat.model.layouts.names import NAMINGS
+from medusa_chat.model.layouts.names import NAMINGS, PARENT_BIAS, TOKEN_MAP
 from medusa_chat.text import reason_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def write_heads(heads: MedusaHeads, folder: Path) -> Path:
     """Write heads in the official layout as bfloat16 safetensors, in a sub-folder of `folder`.
 
+    The vocabulary of heads and the bias by the parent's token come with them.
+
     Returns:
         The file.
 
@@ -34,15 +36,21 @@ def write_heads(heads: MedusaHeads, folder: Path) -> Path:
     """
     file = folder / OWN_HEADS
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = named_tensors(heads, "official")
-    write_tensors({name: tensor.to(torch.bfloat16) for name, tensor in tensors}, file)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in named_tensors(heads, "official")}
+    if heads.vocabulary is not None:
+        tensors[TOKEN_MAP] = heads.vocabulary.tokens
+    if heads.parent_bias is not None:
+        matrices = (heads.parent_bias.first, heads.parent_bias.second)
+        for name, matrix in zip(PARENT_BIAS, matrices, strict=True):
+            tensors[name] = matrix.detach().to(torch.bfloat16)
+    write_tensors(tensors, file)
     return file
 
 
 def named_tensors(
     heads: MedusaHeads, naming: str, lm_head: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of heads with their names.
+    """Yield the tensors of heads with their names, those of blocks and LM heads.
 
     Args:
         heads: the heads.
