@@ -35,19 +35,23 @@ class HeadRows(NamedTuple):
 class ParentProjection(nn.Module):
     """An LM head, and a bias by the parent: [..., hidden + rank] -> [..., N].
 
-    The last columns of a row are the parent's in the bias's first matrix.
+    The last columns of a row are the parent's in the bias's first matrix. The others get no
+    gradient with `frozen`, which spares a matmul with the LM head.
     """
 
-    def __init__(self, projection: Projection, second: Tensor) -> None:
+    def __init__(self, projection: Projection, second: Tensor, *, frozen: bool = False) -> None:
         super().__init__()
         self.projection = projection
         self.second = second
+        self.frozen = frozen
         self.out_features = outputs(projection)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Add the bias to the LM head's logits."""
         rank = self.second.shape[1]
         hidden, parents = rows[..., :-rank], rows[..., -rank:]
+        if self.frozen:
+            hidden = hidden.detach()
         return project(hidden, self.projection) + functional.linear(parents, self.second)
 
 
@@ -71,8 +75,9 @@ def head_rows(
         targets = heads.vocabulary.rows[targets]
     if heads.parent_bias is not None:
         assert parents is not None
+        frozen = not features.requires_grad
         features = torch.cat([features, heads.parent_bias.features(parents)], -1)
-        projection = ParentProjection(projection, heads.parent_bias.second)
+        projection = ParentProjection(projection, heads.parent_bias.second, frozen=frozen)
     return HeadRows(features, targets, projection)
 
 
