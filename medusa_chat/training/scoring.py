@@ -96,7 +96,6 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * upstream[0].to(g.dtype) for g in ctx.gradients]
-        del ctx.gradients
         return (None, *scaled)
 
 
@@ -108,7 +107,7 @@ def _pass(rows: Tensor, task: _Task, *, learning: bool) -> tuple[Any, ...]:
     fifth = torch.empty_like(right)
     of_rows = torch.empty_like(rows)
     of_weights: list[Tensor | None] = [None] * len(task.weights)
-    for start in range(0, len(rows), task.size):
+    for start in range(0, max(len(rows), 1), task.size):  # without rows all gradients are zero
         piece = slice(start, min(start + task.size, len(rows)))
         with torch.set_grad_enabled(learning):
             given = rows[piece].detach().requires_grad_(learning)
