@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from medusa_chat.config import LoadOptions, ModelSpec
 from medusa_chat.model.heads import HeadVocabulary, LinearHeads, MedusaHeads, decoding_heads
 from medusa_chat.model.layouts import OWN_HEADS, find_heads, read_heads, write_heads
+from medusa_chat.model.loading import load_model
 from tests.helpers.complaints import refusal
-from tests.helpers.tiny import random_backbone, random_heads
+from tests.helpers.tiny import random_backbone, random_heads, random_model, save_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,6 +131,30 @@ def test_heads_that_decode_keep_both(own: bool, quant: str, dtype: torch.dtype) 
     assert found.shape == (3, 5, 7)
     error = (found.float() - expected.float()).norm() / expected.float().norm()
     assert error < {"none": 0.02, "int8": 0.05, "nf4": 0.6}[quant]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_loads_with_both(own: bool, dtype: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", random_model(vocabulary=260))
+    vocabulary = HeadVocabulary(torch.tensor(TOKENS), 260)
+    backbone = random_backbone(vocabulary=260)
+    heads = random_heads(backbone, 3, own=own, vocabulary=vocabulary, parent_bias=RANK).bfloat16()
+    write_heads(heads, tmp_path / "heads")
+    spec = ModelSpec("tiny", str(folder), heads=str(tmp_path / "heads"))
+    loaded = load_model(spec, LoadOptions(device="cpu", dtype=dtype, engine="torch"))  # type: ignore[arg-type]
+    assert loaded.notices == ()
+    assert isinstance(loaded.heads, MedusaHeads | LinearHeads)
+    assert loaded.heads.vocabulary is not None
+    assert loaded.heads.vocabulary.tokens.tolist() == sorted(TOKENS)
+    assert loaded.heads.parent_bias is not None
+    hidden = HIDDEN.to(loaded.backbone.dtype)
+    found = loaded.heads.logits(hidden, loaded.backbone.lm_head)
+    plain = heads.to(hidden.dtype).logits(hidden, backbone.lm_head.to(hidden.dtype))
+    torch.testing.assert_close(found, plain, rtol=0.02, atol=0.3 if dtype == "bfloat16" else 1e-4)
+    parents = torch.arange(260)
+    assert heads.parent_bias is not None
+    torch.testing.assert_close(loaded.heads.parent_bias(parents), heads.parent_bias(parents))
 
 
 WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
