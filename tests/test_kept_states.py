@@ -61,7 +61,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             hook.remove()
 
     monkeypatch.setattr(Trainee, "hidden_states", training)
-    monkeypatch.setattr(module, "keep_states", keeping)
+    monkeypatch.setattr(kept_states, "keep_states", keeping)
     return seen
 
 

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,8 @@ from medusa_chat.training.reference import likeliest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
+
+    from transformers import TrainingArguments
 
     from medusa_chat.config import Recipe
 
@@ -59,6 +61,25 @@ class KeptRows(Dataset[dict[str, Tensor]]):
     def place(self, row: int) -> str:
         """The files and lines of a row's documents."""
         return self.rows.place(row)
+
+
+def kept_rows(
+    backbone: Any,
+    rows: PackedRows,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> KeptRows:
+    """Keep the hidden states of a run; the first of several processes computes them.
+
+    See `keep_states`.
+    """
+    run = Path(str(arguments.output_dir))
+    with arguments.main_process_first(local=False):
+        if arguments.process_index:
+            return open_states(rows, run)
+        return keep_states(backbone.to(arguments.device).eval(), rows, recipe, run, dtype, say)
 
 
 def keep_states(

@@ -107,8 +107,7 @@ class Trainee(nn.Module):
         if likely_tokens is not None and likely_log_p is not None:
             likely = Likeliest(likely_tokens, likely_log_p)
         elif self.recipe.compares:
-            wanted = head_targets(labels, position_ids, 0) != IGNORED
-            likely = likeliest(hidden.detach(), output_layer(self.backbone), wanted)
+            likely = self._likeliest(hidden, position_ids, labels)
         heads = heads_loss(
             self.heads,
             lm_head,
@@ -135,6 +134,11 @@ class Trainee(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _likeliest(self, hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Likeliest:
+        """The backbone's own distribution where the next token is a target."""
+        wanted = head_targets(labels, position_ids, 0) != IGNORED
+        return likeliest(hidden.detach(), output_layer(self.backbone), wanted)
 
     def _backbone_loss(
         self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor

@@ -24,7 +24,7 @@ from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, is_last, reported_failures
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
-from medusa_chat.training.kept_states import KeptRows, drop_states, keep_states, open_states
+from medusa_chat.training.kept_states import KeptRows, drop_states, kept_rows
 from medusa_chat.training.memory import check_training
 from medusa_chat.training.optimization import MedusaTrainer, trained_weights, training_arguments
 from medusa_chat.training.outputs import perplexity_of, save_backbone, save_heads
@@ -150,7 +150,7 @@ def _train(
         log = ProgressLog(trainee, progress, run.out / LOG_FILE, _step_tokens(arguments, recipe))
         kept: PackedRows | KeptRows = rows
         if recipe.keep_hidden and not (checkpoint and is_last(checkpoint)):
-            kept = _kept(trainee, rows, arguments, dtype, say)
+            kept = kept_rows(trainee.backbone, rows, recipe, arguments, dtype, say)
         fit(spec, recipe, arguments, kept, log, checkpoint, say)
     del trainee, log  # frees the memory for the backbones to compare
     if packed.unseen is not None and first:
@@ -204,22 +204,6 @@ def fit(
             if recipe.joint:
                 save_backbone(state, spec, recipe, out)
             drop_states(Path(str(arguments.output_dir)))
-
-
-def _kept(
-    trainee: Trainee,
-    rows: PackedRows,
-    arguments: TrainingArguments,
-    dtype: torch.dtype,
-    say: Callable[[str], None],
-) -> KeptRows:
-    """Keep the backbone's hidden states; the first of several processes computes them."""
-    run = Path(str(arguments.output_dir))
-    with arguments.main_process_first(local=False):
-        if arguments.process_index:
-            return open_states(rows, run)
-        backbone = trainee.backbone.to(arguments.device).eval()
-        return keep_states(backbone, rows, trainee.recipe, run, dtype, say)
 
 
 def _run_steps(trainer: MedusaTrainer, checkpoint: Path | None) -> None:
