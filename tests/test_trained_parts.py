@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from medusa_chat.cli import main
 from medusa_chat.config import UserError
 from medusa_chat.files import digest, read_json, write_json
 from medusa_chat.model.layouts import OWN_HEADS, read_heads
@@ -244,6 +245,22 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 # ---- the command ----
+
+
+def test_the_flags_of_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path, "out")
+    words = ["train", "--model", run.model, "--data", str(run.data[0]), "--max-steps", "2"]
+    words += ["--length", "32", "--batch-size", "2"]
+    both = ["--parent-bias", str(RANK), "--head-vocabulary", str(N)]
+    assert main([*words, *both, "--out", str(run.out)]) == 0
+    assert f"the heads rank {N} of {V} tokens" in capsys.readouterr().err
+    second = ["--heads-from", str(run.out), "--out", str(tmp_path / "second")]
+    assert main([*words, *second]) == 0
+    for folder in (run.out, tmp_path / "second"):
+        heads = heads_in(folder)
+        assert heads.vocabulary is not None
+        assert heads.parent_bias is not None
+        assert (len(heads.vocabulary), heads.parent_bias.rank) == (N, RANK)
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Heads without the parts that a layout has no place for."""
+"""Heads without their vocabulary, which most layouts have no place for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ if TYPE_CHECKING:
     from medusa_chat.model.heads import MedusaHeads
 
 
-def fit(heads: MedusaHeads, vocabulary: bool) -> MedusaHeads:
-    """Take the parent bias off heads, and their vocabulary if the layout has none; in place.
+def without_vocabulary(heads: MedusaHeads) -> MedusaHeads:
+    """Let heads rank all of the backbone's tokens; in place.
 
-    LM heads of their own get a row for each token of the backbone. A token that the heads did not
-    rank has the mean of all rows: its logit is the mean of the others', never the largest and,
-    among thousands, never near it. Heads that share the backbone's LM head rank all its tokens.
-
-    Args:
-        heads: as their file has them.
-        vocabulary: the layout can hold a vocabulary of heads.
+    LM heads of their own get a row for each token. One that the heads did not rank has the mean of
+    all rows: its logit is the mean of the others', never the largest and, among thousands, never
+    near it. Heads that share the backbone's LM head rank all its tokens.
     """
-    heads.parent_bias = None
-    if heads.vocabulary is None or vocabulary:
+    if heads.vocabulary is None:
         return heads
     if heads.lm_heads is not None:
         rows = [_expanded(own, heads) for own in heads.lm_heads.detach()]

@@ -17,7 +17,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.export.backbone_files import BackboneFiles
 from medusa_chat.export.card import Card, card_of, licence_of
-from medusa_chat.export.fitting import fit
+from medusa_chat.export.fitting import without_vocabulary
 from medusa_chat.export.folder import RECORD_FILE, check_folder, replaced_folder
 from medusa_chat.export.targets import TARGETS, Facts, Target
 from medusa_chat.files import write_json, write_text
@@ -105,7 +105,8 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
     facts = source.facts
     if refusal := job.target.refusal(facts):
         raise UserError(f"these heads cannot be written in the layout {job.layout}: {refusal}")
-    heads = fit(heads, job.target.token_map)
+    if not job.target.token_map:
+        heads = without_vocabulary(heads)
     with replaced_folder(job.out) as folder:
         _write(folder, job.target, source, heads)
         copy_documents(folder, source)

@@ -80,13 +80,7 @@ def read_heads(
         heads = MedusaHeads(parts.heads, parts.layers, hidden, rows, vocabulary=cut)
         if parts.parent_bias:
             heads.parent_bias = _read_parent_bias(tensors, vocabulary, cut)
-    heads.requires_grad_(False)
-    for (head, layer, kind), name in parts.blocks.items():
-        stack = heads.weight if kind == "weight" else heads.bias
-        tensors.fill(name, stack[layer, head])
-    if heads.lm_heads is not None:
-        lm_heads.fill(heads.lm_heads)
-    heads.requires_grad_(True)
+    _fill(heads, tensors, parts, lm_heads)
     found = _layout(parts, own)
     notices = [
         *lm_heads.notices,
@@ -95,6 +89,17 @@ def read_heads(
         *_left_out(parts, biases),
     ]
     return ReadHeads(heads, found, tuple(notices))
+
+
+def _fill(heads: MedusaHeads, tensors: CheckedTensors, parts: Parts, lm_heads: LMHeads) -> None:
+    """Copy a file's blocks and LM heads to heads of their sizes."""
+    heads.requires_grad_(False)
+    for (head, layer, kind), name in parts.blocks.items():
+        stack = heads.weight if kind == "weight" else heads.bias
+        tensors.fill(name, stack[layer, head])
+    if heads.lm_heads is not None:
+        lm_heads.fill(heads.lm_heads)
+    heads.requires_grad_(True)
 
 
 def _check_complete(tensors: CheckedTensors, parts: Parts) -> bool:
