@@ -20,7 +20,7 @@ from medusa_chat.model.attention.tree_attention import TreeMask, torch_attention
 from medusa_chat.model.fused.rule import choose_operations
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.sampling import MODES, Mode, Sampling
-from medusa_chat.training import losses
+from medusa_chat.training import entropy, losses
 from medusa_chat.training.data import IGNORED
 from tests.helpers.tiny import random_model, random_tree, save_model
 from tests.helpers.tiny_runs import backbone_folder, do, tiny_run
@@ -292,12 +292,12 @@ def test_ligers_kernel_gives_our_loss_and_gradients(
     labels[:, :7] = IGNORED
     positions = torch.arange(50, device="cuda").expand(4, 50)
     trained = [*heads.parameters(), lm_head.weight] if not own else list(heads.parameters())
-    kernel = losses._liger()
+    kernel = entropy._liger()
     assert kernel is not None
     found = []
     for chosen in (kernel, None):
-        monkeypatch.setattr(losses, "_liger", lambda chosen=chosen: chosen)
-        assert (losses._fused(hidden[0], lm_head) is not None) is (chosen is not None)
+        monkeypatch.setattr(entropy, "_liger", lambda chosen=chosen: chosen)
+        assert (entropy._fused(hidden[0], lm_head) is not None) is (chosen is not None)
         total = losses.heads_loss(heads, lm_head, hidden, labels, positions, 0.8).total
         found.append((total, *torch.autograd.grad(total, trained)))
         nothing = torch.full_like(labels, IGNORED)

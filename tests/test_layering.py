@@ -16,7 +16,8 @@ ENGINE = BASE | {"stats", "records", "prompts", "hub", "machine", "model", "nati
 # What each part may import besides itself. `cli`, `commands` and the package's own front door
 # join the parts and may import everything.
 ALLOWED = {
-    "config": {"settings", "sampling"},
+    "config": {"settings", "sampling", "recipes"},
+    "recipes": {"settings", "sampling"},
     "sampling": {"settings"},
     "settings": set[str](),
     "version": set[str](),
@@ -42,6 +43,7 @@ ALLOWED = {
 JOINING = {"cli", "commands", "__init__"}
 NO_TORCH = (
     "config",
+    "recipes",
     "sampling",
     "settings",
     "settings_file",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medusa_chat.config import Recipe, make_recipe
 from medusa_chat.model.heads import HeadVocabulary, MedusaHeads
-from medusa_chat.training import losses
+from medusa_chat.training import losses, scoring
 from medusa_chat.training.data import IGNORED, Example, PackedRows
 from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations
 from tests.helpers.tiny import prompt_ids, random_heads, random_model
@@ -229,9 +229,7 @@ def check_loss_and_gradient(made: Setting, recipe: Recipe, monkeypatch: pytest.M
     )
     assert len(gradients) > (2 if recipe.joint else 1)
     for logits in (2**27, 5 * VOCABULARY * HEADS):  # at once, and five rows at a time
-        monkeypatch.setattr(losses, "LOGITS", logits)
-        monkeypatch.setattr(losses.cross_entropy, "__defaults__", (logits,))
-        monkeypatch.setattr(losses.distillation, "__defaults__", (logits,))
+        monkeypatch.setattr(scoring, "LOGITS", logits)
         made.trainee.zero_grad()
         (loss,) = made.trainee(**batch())
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -51,6 +51,8 @@ def test_the_released_settings() -> None:
         ({"backbone_learning_rate": -1.0}, "backbone_learning_rate must be 0 or more"),
         ({"lm_heads": "mine"}, "lm_heads must be one of auto, own, shared, not 'mine'"),
         ({"ramp": "cosine"}, "ramp must be one of constant, sine"),
+        ({"loss": "mse"}, "loss must be one of ce, until-fail, lk, kl, l1, not 'mse'"),
+        ({"name": "medusa2", "keep_hidden": True}, "keep_hidden needs a frozen backbone"),
         ({"quant": "int3"}, "quant must be one of none, nf4, nf4-double, int8, not 'int3'"),
         ({"length": 5}, "rows of 5 tokens are too short for 4 heads"),
         ({"heads_first": 1.0}, "heads_first must be from 0 to below 1"),
@@ -86,6 +88,8 @@ def test_flags_change_the_recipe_that_they_name(capsys: pytest.CaptureFixture[st
     )
     assert read(*flags) == make_recipe("distilled", lambda_0=0.5, accumulation=3)
     assert read("--gradient-checkpointing").gradient_checkpointing
+    kept = make_recipe("medusa1", loss="until-fail", keep_hidden=True)
+    assert read("--loss", "until-fail", "--keep-hidden") == kept
     assert set(help_of(Recipe)) == set(Recipe.__dataclass_fields__)
     with pytest.raises(SystemExit):
         make_parser().parse_args(["train", "--help"])

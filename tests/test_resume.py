@@ -150,6 +150,18 @@ def test_a_run_with_other_settings_is_not_resumed(
     assert (tmp_path / "out" / "training.json").read_text() == settings
 
 
+def test_a_run_of_an_older_version_had_the_defaults_of_newer_settings(tmp_path: Path) -> None:
+    tiny_run(tmp_path, "out")
+    (tmp_path / "out").mkdir()
+    settings = tiny_run(tmp_path, "out").settings()
+    del settings["loss"]
+    (tmp_path / "out" / "training.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="had loss 'ce', not 'kl'"):
+        do(tiny_run(tmp_path, "out", loss="kl", resume=True))
+    do(tiny_run(tmp_path, "out", resume=True))
+    assert products(tmp_path / "out")
+
+
 def test_there_has_to_be_a_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"there is no run to resume in .*out: training\.json is missing or damaged"

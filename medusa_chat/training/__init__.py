@@ -1,7 +1,14 @@
 """Train Medusa heads, calibrate them, and make the text that they learn from.
 
 data.py            documents, their tokens and targets, packed rows
-losses.py          losses of the heads and of the backbone
+kept_states.py     hidden states of a frozen backbone, kept on the disk
+reference.py       the backbone's own distribution, by its likeliest tokens
+losses.py          the loss of all heads
+guesses.py         one head's rows, targets and LM head
+objectives.py      losses towards the backbone's own distribution
+entropy.py         cross entropy, and the loss of a trained backbone
+scoring.py         a loss over a large vocabulary, with its gradient
+lm_heads.py        LM heads as the losses need them
 schedules.py       learning rates and the weight of the heads' loss over a run
 trainee.py         a backbone with its heads, and the loss of a batch
 optimization.py    transformers' Trainer with two learning rates and a guard against NaN

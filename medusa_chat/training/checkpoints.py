@@ -6,13 +6,14 @@ import errno
 import os
 import shutil
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medusa_chat.config import ACCURACY_FILE, UserError, out_of_memory
+from medusa_chat.config import ACCURACY_FILE, Recipe, UserError, out_of_memory
 from medusa_chat.files import digest, read_json, write_json
 from medusa_chat.hub.file_names import HEAD_FILES
 from medusa_chat.text import reason_of
@@ -162,10 +163,12 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
         raise UserError(
             f"there is no run to resume in {out}: {SETTINGS_FILE} is missing or damaged"
         ) from None
+    older = asdict(Recipe())  # what runs did before they had a setting
     for name, value in settings.items():
-        if name != "digests" and before.get(name) != value:
+        had = before.get(name, older.get(name))
+        if name != "digests" and had != value:
             raise UserError(
-                f"the run in {out} had {name} {before.get(name)!r}, not {value!r};"
+                f"the run in {out} had {name} {had!r}, not {value!r};"
                 " --resume needs the same settings"
             )
     for file, digits in settings.get("digests", {}).items():

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from medusa_chat.training.data import IGNORED, PackedRows
-from medusa_chat.training.losses import cross_entropy, head_targets, output_layer
+from medusa_chat.training.entropy import cross_entropy
+from medusa_chat.training.lm_heads import output_layer
+from medusa_chat.training.losses import head_targets
 
 
 @torch.inference_mode()

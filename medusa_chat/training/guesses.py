@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medusa_chat.model.head_vocabulary import VocabularyRows
+
 if TYPE_CHECKING:
     from medusa_chat.model.heads import MedusaHeads
 
@@ -33,19 +35,23 @@ class HeadRows(NamedTuple):
 class ParentProjection(nn.Module):
     """An LM head, and a bias by the parent: [..., hidden + rank] -> [..., N].
 
-    The last columns of a row are the parent's in the bias's first matrix.
+    The last columns of a row are the parent's in the bias's first matrix. The others get no
+    gradient with `frozen`, which spares a matmul with the LM head.
     """
 
-    def __init__(self, projection: Projection, second: Tensor) -> None:
+    def __init__(self, projection: Projection, second: Tensor, *, frozen: bool = False) -> None:
         super().__init__()
         self.projection = projection
         self.second = second
+        self.frozen = frozen
         self.out_features = outputs(projection)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Add the bias to the LM head's logits."""
         rank = self.second.shape[1]
         hidden, parents = rows[..., :-rank], rows[..., -rank:]
+        if self.frozen:
+            hidden = hidden.detach()
         return project(hidden, self.projection) + functional.linear(parents, self.second)
 
 
@@ -69,8 +75,9 @@ def head_rows(
         targets = heads.vocabulary.rows[targets]
     if heads.parent_bias is not None:
         assert parents is not None
+        frozen = not features.requires_grad
         features = torch.cat([features, heads.parent_bias.features(parents)], -1)
-        projection = ParentProjection(projection, heads.parent_bias.second)
+        projection = ParentProjection(projection, heads.parent_bias.second, frozen=frozen)
     return HeadRows(features, targets, projection)
 
 
@@ -94,3 +101,14 @@ def outputs(projection: Projection) -> int:
     """Return how many logits a projection gives, or computes on the way."""
     rows = projection.shape[0] if isinstance(projection, Tensor) else projection.out_features
     return int(rows)  # type: ignore[arg-type]
+
+
+def trained(projection: Projection) -> list[Tensor]:
+    """Tensors that a projection computes with and that have a gradient."""
+    if isinstance(projection, ParentProjection):
+        found = [*trained(projection.projection), projection.second]
+    elif isinstance(projection, VocabularyRows) and projection.weight is not None:
+        found = [projection.weight]
+    else:
+        found = [projection] if isinstance(projection, Tensor) else list(projection.parameters())
+    return [tensor for tensor in found if tensor.requires_grad]

@@ -1,43 +1,35 @@
-"""Losses of Medusa training (paper, section 2.2). Head k at token t predicts token t + k + 1.
-
-Logits are computed for a few rows at a time and again for the gradient, so that
-[heads, tokens, vocabulary] never exists at once. On CUDA, Liger's fused kernel does the same
-faster if it is installed.
-"""
+"""The loss of Medusa heads (paper, section 2.2). Head k at token t predicts token t + k + 1."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from medusa_chat.training.data import IGNORED
-from medusa_chat.training.guesses import Projection, head_parents, head_rows, outputs, project
+from medusa_chat.training.entropy import score_targets, summed_entropy
+from medusa_chat.training.guesses import HeadRows, head_parents, head_rows
+from medusa_chat.training.objectives import compare, objective_of
+from medusa_chat.training.reference import Likeliest
+from medusa_chat.training.scoring import Scores, score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from medusa_chat.config import Loss
     from medusa_chat.model.heads import MedusaHeads
 
-LOGITS = 2**27  # logits held at once: half a gigabyte in float32
 SAMPLED_ROWS = 512  # rows of a batch that top-1 and top-5 are counted on
 
 
 @dataclass(frozen=True)
 class HeadsLoss:
-    """The loss of all heads. A figure without a row is NaN.
+    """The loss of all heads. A figure without a place is NaN; `until-fail` has fewer places.
 
     Attributes:
         total: the weighted sum to minimize.
         losses: [heads], mean cross entropy of each head.
-        top1: [heads], share of a sample of rows whose target is the head's likeliest guess.
+        top1: [heads], share of a sample of its places whose target is the head's likeliest guess.
         top5: [heads], share of those whose target is among its five likeliest guesses.
     """
 
@@ -68,173 +60,122 @@ def heads_loss(
     positions: Tensor,
     decay: float,
     tokens: Tensor | None = None,
+    loss: Loss = "ce",
+    likely: Likeliest | None = None,
 ) -> HeadsLoss:
-    """Sum over heads of decay ** k times their mean cross entropy (paper, equation 1).
+    """Sum over heads of decay ** k times their mean loss (paper, equation 1).
 
-    `hidden` are the backbone's last hidden states, [rows, length, hidden]; labels, positions and
-    tokens, which heads with a bias by the parent need, are [rows, length]. Targets outside the
-    heads' vocabulary have no loss, and count as missed guesses.
+    Args:
+        heads: the heads. Targets outside their vocabulary have no cross entropy, and count as
+            missed guesses.
+        lm_head: the backbone's.
+        hidden: the backbone's last hidden states, [rows, length, hidden].
+        labels: [rows, length].
+        positions: [rows, length].
+        decay: the weight of a head relative to the one before.
+        tokens: [rows, length], which heads with a bias by the parent need.
+        loss: its name. `until-fail` is the cross entropy where the heads before are right with
+            their likeliest guesses (arXiv:2607.01893). Its sum is divided by the number of all
+            targets of the head, not by that of those that count: a target that counts then pulls
+            as it does in `ce`, a head that is seldom reached learns from few targets but not from
+            their noise made large, and the gradient is that of the expected length of the accepted
+            text, in which head k counts as often as it is reached.
+        likely: the backbone's own distribution of the next token at each place, [rows, length, k],
+            for `lk`, `kl` and `l1`. Head k is compared with the one k tokens later.
     """
     features = heads.features(hidden.flatten(0, 1))  # [heads, rows * length, hidden]
-    own = heads.lm_heads
-    shared = heads.shared(lm_head) if own is None else lm_head
+    shared = heads.shared(lm_head) if heads.lm_heads is None else None
+    batch = _Batch(heads, shared, labels, positions, tokens, loss, likely)
     total = hidden.new_zeros(())
-    losses = []
-    accuracies = []
+    figures = []
+    reached = torch.ones_like(labels, dtype=torch.bool).flatten()
     for k in range(heads.heads):
-        targets = head_targets(labels, positions, k + 1).flatten()
-        answered = targets != IGNORED
-        parents = None if tokens is None else head_parents(tokens, k + 1).flatten()[answered]
-        projection = shared if own is None else own[k]
-        rows, wanted, projection = head_rows(
-            heads, projection, features[k][answered], targets[answered], parents
-        )
-        accuracies.append(_top_1_and_5(rows, wanted, projection))
-        if heads.vocabulary is not None:
-            ranked = wanted < len(heads.vocabulary)
-            rows, wanted = rows[ranked], wanted[ranked]
-        summed = cross_entropy(rows, wanted, projection, budget=LOGITS // heads.heads)
-        loss = summed / max(len(wanted), 1)
-        total = total + decay ** (k + 1) * loss
-        losses.append(loss.detach() if len(wanted) else loss.new_tensor(math.nan))
-    top1, top5 = torch.stack(accuracies).T
-    return HeadsLoss(total, torch.stack(losses), top1, top5)
+        found = _head_loss(batch, k, features[k], reached)
+        total = total + decay ** (k + 1) * found.loss
+        figures.append(torch.stack([found.entropy, found.top1, found.top5]))
+        if loss == "until-fail":
+            reached = found.right
+    losses, top1, top5 = torch.stack(figures).T
+    return HeadsLoss(total, losses, top1, top5)
 
 
-def cross_entropy(
-    features: Tensor, targets: Tensor, projection: Projection, budget: int = LOGITS
-) -> Tensor:
-    """Summed cross entropy of features [n, hidden] and targets [n].
+@dataclass(frozen=True)
+class _Batch:
+    """What the losses of all heads share; see heads_loss."""
 
-    At most `budget` logits exist at once.
-    """
-    if fused := _fused(features, projection):
-        return fused(features, targets)
-
-    def piece(rows: Tensor, wanted: Tensor) -> Tensor:
-        return functional.cross_entropy(_wide(project(rows, projection)), wanted, reduction="sum")
-
-    return _in_pieces(piece, features, targets, outputs(projection), budget)
+    heads: MedusaHeads
+    shared: nn.Module | None
+    labels: Tensor
+    positions: Tensor
+    tokens: Tensor | None
+    loss: Loss
+    likely: Likeliest | None
 
 
-def distillation(
-    features: Tensor,
-    reference: Tensor,
-    student: nn.Module,
-    teacher: Callable[[Tensor], Tensor],
-    budget: int = LOGITS,
-) -> Tensor:
-    """Summed KL(teacher || student) of next-token distributions (paper, section 2.3.2).
+class _HeadLoss(NamedTuple):
+    """The loss of one head; `right` tells for each place if it has a target and guesses it."""
 
-    `features` and `reference` are the last hidden states of student and teacher, [n, hidden].
-    `student` and `teacher` compute logits from them.
-    """
-
-    def piece(rows: Tensor, theirs: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = _wide(teacher(theirs)).log_softmax(-1)
-        ours = _wide(student(rows)).log_softmax(-1)
-        return functional.kl_div(ours, wanted, log_target=True, reduction="sum")
-
-    return _in_pieces(piece, features, reference, 2 * outputs(student), budget)
+    loss: Tensor
+    entropy: Tensor
+    top1: Tensor
+    top5: Tensor
+    right: Tensor
 
 
-def _in_pieces(
-    piece: Callable[[Tensor, Tensor], Tensor],
-    features: Tensor,
-    others: Tensor,
-    width: int,
-    budget: int,
-) -> Tensor:
-    """Sum of `piece` over rows. Rows over the budget are split, and computed again backwards."""
-    size = max(budget // width, 1)
-    if len(features) <= size:
-        return piece(features, others)
-    pieces = zip(torch.split(features, size), torch.split(others, size), strict=True)
-    return torch.stack([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces]).sum()
-
-
-@torch.no_grad()
-def _top_1_and_5(features: Tensor, targets: Tensor, projection: Projection) -> Tensor:
-    """Top-1 and top-5 accuracy over a sample of rows, [2]; NaN without rows."""
-    step = max(len(targets) // SAMPLED_ROWS, 1)
-    logits = project(features[::step], projection)
-    guesses = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    found = guesses == targets[::step, None]
-    return torch.stack([found[:, 0].float().mean(), found.any(-1).float().mean()])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Logits in float32 or wider, as a softmax needs."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _fused(features: Tensor, projection: Projection) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Liger's cross entropy for plain weights on CUDA, if it is installed."""
-    if not features.is_cuda or not len(features):
-        return None
-    if isinstance(projection, Tensor):
-        weight = projection
-    elif type(projection) is nn.Linear and getattr(projection, "bias", None) is None:
-        weight = projection.weight
+def _head_loss(batch: _Batch, k: int, features: Tensor, reached: Tensor) -> _HeadLoss:
+    """Compute the loss of head k, from 0, at the places that are reached; features [n, hidden]."""
+    heads = batch.heads
+    targets = head_targets(batch.labels, batch.positions, k + 1).flatten()
+    answered = targets != IGNORED
+    if heads.vocabulary is not None:
+        ranked = heads.vocabulary.rows[targets.clamp(min=0)] < len(heads.vocabulary)
     else:
-        return None
-    kernel = _liger()
-    if kernel is None:
-        return None
-    dtype = features.dtype
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    return lambda rows, targets: kernel(weight.to(dtype), rows.to(dtype), targets)
+        ranked = torch.ones_like(answered)
+    count = (answered & ranked).sum() if batch.likely is None else answered.sum()
+    asked = answered & reached
+    used = asked & ranked if batch.likely is None else asked
+    places = used.nonzero()[:, 0]
+    projection = batch.shared if heads.lm_heads is None else heads.lm_heads[k]
+    assert projection is not None
+    parents = None
+    if batch.tokens is not None:
+        parents = head_parents(batch.tokens, k + 1).flatten()[places]
+    rows = features.index_select(0, places)
+    head = head_rows(heads, projection, rows, targets[places], parents)
+    found = _score_head(batch, k, head, places, ranked[places])
+    return _figures(found, places, ranked[places], asked, count)
 
 
-@cache
-def _liger() -> nn.Module | None:
-    try:
-        from liger_kernel.transformers import (  # type: ignore[import-not-found]
-            LigerFusedLinearCrossEntropyLoss,
-        )
-    except ImportError:
-        return None
-    kernel: nn.Module = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return kernel
+def _score_head(batch: _Batch, k: int, head: HeadRows, places: Tensor, ranked: Tensor) -> Scores:
+    """Score one head's guesses at `places`, where it ranks the target or not."""
+    count = batch.heads.heads
+    step = _step(places)
+    targets = head.wanted * ranked
+    if batch.loss == "ce":
+        return score_targets(head.rows, targets, head.projection, count, step)
+    if batch.likely is None:  # until-fail needs to know of every row if it is right
+        return score(head.rows, targets[:, None], head.projection, summed_entropy, count, step)
+    tokens, log_p = (part.flatten(0, 1)[places + k + 1] for part in batch.likely)
+    comparison = compare(Likeliest(tokens, log_p), targets, batch.heads.vocabulary)
+    objective = objective_of(batch.loss, comparison, ranked)
+    picked = torch.cat([targets[:, None], comparison.tokens], -1)
+    return score(head.rows, picked, head.projection, objective, count, step)
 
 
-class _Capped(nn.Module):
-    """An LM head with Gemma's softcap on its logits."""
-
-    def __init__(self, lm_head: Any, softcap: float) -> None:
-        super().__init__()
-        self.lm_head = lm_head
-        self.softcap = softcap
-        self.out_features = lm_head.out_features
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
-        return torch.tanh(logits / self.softcap) * self.softcap
-
-
-class Frozen(nn.Module):
-    """An LM head that passes gradients on to its input, but takes none."""
-
-    def __init__(self, lm_head: Any) -> None:
-        super().__init__()
-        self.lm_head = lm_head
-        self.out_features = lm_head.out_features
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., V] of hidden states [..., hidden]."""
-        detached = {
-            name: weight.detach()
-            for name, weight in self.lm_head.named_parameters()
-            if weight.requires_grad
-        }
-        logits: Tensor = functional_call(self.lm_head, detached, (hidden,))
-        return logits
+def _figures(
+    found: Scores, places: Tensor, ranked: Tensor, asked: Tensor, count: Tensor
+) -> _HeadLoss:
+    """Turn sums over `places`, a part of those that are asked, into means. `count` divides."""
+    right = torch.zeros_like(asked)
+    right[places] = found.right & ranked
+    sampled = ranked[:: _step(places)]
+    share = len(places) / asked.sum()  # NaN without targets, as the means of nothing below
+    top1 = right[places][:: _step(places)].float().mean().nan_to_num() * share
+    top5 = (found.fifth & sampled).float().mean().nan_to_num() * share
+    entropy = -found.log_q[ranked].mean()
+    return _HeadLoss(found.loss / count.clamp(min=1), entropy.detach(), top1, top5, right)
 
 
-def output_layer(backbone: Any) -> nn.Module:
-    """The layer from last hidden states to the logits of a transformers causal LM."""
-    lm_head: nn.Module = backbone.get_output_embeddings()
-    softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
-    return _Capped(lm_head, softcap) if softcap else lm_head
+def _step(places: Tensor) -> int:
+    """Distance between the places of a sample."""
+    return max(len(places) // SAMPLED_ROWS, 1)

@@ -6,12 +6,13 @@ time. No torch here.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medusa_chat.config import ModelSpec, Recipe
+from medusa_chat.config import ModelSpec, Recipe, UserError
 from medusa_chat.hub import fetch as hub
 from medusa_chat.machine import memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
@@ -94,6 +95,26 @@ def training_needs(
         del parts["gradients"]
         parts["the copy that is written"] = written
     return _with_program(contents, device, parts, written)
+
+
+def kept_bytes(tokens: int, hidden: int, width: int, likely: int = 0) -> int:
+    """Bytes on the disk that --keep-hidden needs.
+
+    `width` is the bytes of a number of a hidden state. Of the backbone's own distribution `likely`
+    tokens are kept at each place, each with its id and log p.
+    """
+    return tokens * (hidden * width + likely * 8)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise UserError if the disk of a folder has fewer bytes free than `needed`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the hidden states need {memory.gigabytes(needed)} in {folder},"
+            f" {memory.gigabytes(free)} free on that disk; train without --keep-hidden, on fewer"
+            " data, or with another --out"
+        )
 
 
 def _new_heads(contents: Contents, recipe: Recipe, backbone: int) -> int:

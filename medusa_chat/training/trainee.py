@@ -12,14 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from medusa_chat.training.data import IGNORED
-from medusa_chat.training.losses import (
-    Frozen,
-    cross_entropy,
-    distillation,
-    head_targets,
-    heads_loss,
-    output_layer,
-)
+from medusa_chat.training.entropy import cross_entropy, distillation
+from medusa_chat.training.lm_heads import Frozen, output_layer
+from medusa_chat.training.losses import head_targets, heads_loss
+from medusa_chat.training.reference import Likeliest, likeliest
 from medusa_chat.training.schedules import heads_weight, joint_from
 
 if TYPE_CHECKING:
@@ -84,19 +80,44 @@ class Trainee(nn.Module):
         return self
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        rows: Tensor | None = None,
+        hidden: Tensor | None = None,
+        likely_tokens: Tensor | None = None,
+        likely_log_p: Tensor | None = None,
     ) -> tuple[Tensor]:
-        """Compute the loss of packed rows (PackedRows), [rows, length] each."""
+        """Compute the loss of packed rows (PackedRows), [rows, length] each.
+
+        What a frozen backbone makes of them may be given (KeptRows): its last hidden states, and
+        the likeliest next tokens, [rows, length, ...] each.
+        """
         del rows  # their numbers, for the trainer's messages
         joint = self.step >= joint_from(self.recipe, self.total)
-        with nullcontext() if joint else torch.no_grad():
-            hidden = self.hidden_states(input_ids, position_ids)
+        if hidden is None:
+            with nullcontext() if joint else torch.no_grad():
+                hidden = self.hidden_states(input_ids, position_ids)
         lm_head = self.backbone.get_output_embeddings()
         if self.recipe.joint and not joint:
             lm_head = Frozen(lm_head)
         states = hidden.to(self.heads.weight.dtype)
+        likely = None
+        if likely_tokens is not None and likely_log_p is not None:
+            likely = Likeliest(likely_tokens, likely_log_p)
+        elif self.recipe.compares:
+            likely = self._likeliest(hidden, position_ids, labels)
         heads = heads_loss(
-            self.heads, lm_head, states, labels, position_ids, self.recipe.decay, input_ids
+            self.heads,
+            lm_head,
+            states,
+            labels,
+            position_ids,
+            self.recipe.decay,
+            input_ids,
+            self.recipe.loss,
+            likely,
         )
         loss = heads_weight(self.recipe, self.step, self.total) * heads.total
         self.meter.add(head_loss=heads.losses, top1=heads.top1, top5=heads.top5)
@@ -113,6 +134,11 @@ class Trainee(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _likeliest(self, hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Likeliest:
+        """The backbone's own distribution where the next token is a target."""
+        wanted = head_targets(labels, position_ids, 0) != IGNORED
+        return likeliest(hidden.detach(), output_layer(self.backbone), wanted)
 
     def _backbone_loss(
         self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor

@@ -23,6 +23,7 @@ from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.model.templates import ChatTemplate, named_template, resolve_template
 from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, is_last, reported_failures
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
+from medusa_chat.training.kept_states import KeptRows, drop_states, kept_rows
 from medusa_chat.training.memory import check_training
 from medusa_chat.training.optimization import MedusaTrainer, trained_weights, training_arguments
 from medusa_chat.training.outputs import perplexity_of, save_backbone, save_heads
@@ -70,7 +71,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with the one before."""
         recipe = asdict(self.recipe)
-        del recipe["save_every"]
+        for name in ("save_every", "keep_hidden"):  # change no weight
+            del recipe[name]
         read = [*self.data, *(self.held_out if self.recipe.joint else ())]
         return {
             "model": self.model,
@@ -136,7 +138,10 @@ def _train(
         check_resumed(trainee.heads, checkpoint / SAFE_WEIGHTS_NAME)
     with reported_failures(run.out / "checkpoints"):
         log = ProgressLog(trainee, progress, run.out / LOG_FILE, _step_tokens(arguments, recipe))
-        fit(spec, recipe, arguments, rows, log, checkpoint, say)
+        kept: PackedRows | KeptRows = rows
+        if recipe.keep_hidden and not (checkpoint and is_last(checkpoint)):
+            kept = kept_rows(trainee.backbone, rows, recipe, arguments, dtype, say)
+        fit(spec, recipe, arguments, kept, log, checkpoint, say)
     del trainee, log  # frees the memory for the backbones to compare
     if packed.unseen is not None and first:
         kind = "training" if held_out[0] in documents else "held-out"
@@ -160,12 +165,15 @@ def fit(
     spec: ModelSpec,
     recipe: Recipe,
     arguments: TrainingArguments,
-    rows: PackedRows,
+    rows: PackedRows | KeptRows,
     log: ProgressLog,
     checkpoint: Path | None,
     say: Callable[[str], None],
 ) -> None:
-    """Train the log's trainee and write the result beside the log."""
+    """Train the log's trainee and write the result beside the log.
+
+    Hidden states that were kept are deleted then.
+    """
     trainee = log.trainee
     with Stopper(say, recipe.save_every) as stopper:
         trainer = MedusaTrainer(
@@ -185,6 +193,7 @@ def fit(
             save_heads(state, trainee.heads, out)
             if recipe.joint:
                 save_backbone(state, spec, recipe, out)
+            drop_states(Path(str(arguments.output_dir)))
 
 
 def _run_steps(trainer: MedusaTrainer, checkpoint: Path | None) -> None:
