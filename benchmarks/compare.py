@@ -2,11 +2,10 @@
 
     python benchmarks/compare.py NAME=MODEL[:HEADS] ... [--count PROMPTS] [--prompts PROMPTS]
 
-The script counts each model's accuracies on one set of prompts, as `medusa-chat calibrate` does,
-and grows the best trees of 8 to 64 nodes from them. Then the model answers the other set, the
-first two turns of each conversation. Greedy lengths follow from the ranks that the heads gave to
-the answers. Typical ones (temperature 0.7) are decoded. `heads` lists the greedy length with 16
-nodes if only the first 1, 2, ... heads are kept.
+The script counts each model's accuracies on one set of prompts, as `medusa-chat calibrate` does.
+Then the model answers the other set, the first two turns of each conversation, in every mode with
+the dynamic and the static tree of each size, without copies. Typical and exact replies are at
+temperature 0.7. `--kept` reads the accuracies next to the heads instead of counting.
 
 Both sets are the prompts of `medusa-chat bench` unless others are named. Lengths on the prompts
 that were counted are too high, so name two different sets for a comparison that you report.
@@ -22,25 +21,18 @@ from typing import TYPE_CHECKING
 
 import medusa_chat
 from medusa_chat.config import SHIPPED_PROMPTS
-from medusa_chat.decoding.trees.growth import grow
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
-from medusa_chat.training.calibration import (
-    SIZES,
-    Ranks,
-    acceptance_length,
-    answers,
-    calibrate,
-    joint_ranks,
-    rank_reply,
-)
+from medusa_chat.training.calibration import calibrate
+from medusa_chat.training.observations import answers
 
 if TYPE_CHECKING:
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.trees.accuracy import Accuracy
+    from medusa_chat.sampling import Mode
 
-TYPICAL_NODES = (16, 64)
+MODES: tuple[Mode, ...] = ("greedy", "typical", "exact")
 
 
 def main() -> None:
@@ -50,10 +42,18 @@ def main() -> None:
     for named in options.models:
         name, _, source = named.partition("=")
         model, _, heads = source.partition(":")
-        engine = medusa_chat.load(
-            model, heads or None, tree="chain-3", probing=False, measured=False, copies=False
-        )
-        figures = measure(engine, count, prompts, options.max_new_tokens)
+        settings = {"tree": "chain-1", "probing": False, "copies": False}
+        accuracy = None
+        if not options.kept:
+            counting = medusa_chat.load(
+                model or None, heads or None, engine="torch", measured=False, **settings
+            )
+            accuracy = calibrate(counting, count, options.max_new_tokens)
+            counting.close()
+        engine = medusa_chat.load(model or None, heads or None, **settings)
+        if accuracy:
+            engine.trees.use_accuracy(accuracy)
+        figures = measure(engine, prompts, options)
         print(json.dumps({"name": name, **figures}), flush=True)
 
 
@@ -66,53 +66,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", **files, help="prompts to measure lengths on")
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--kinds", nargs="+", default=["dynamic", "static"])
+    parser.add_argument("--kept", action="store_true", help="read the accuracies that were kept")
     return parser.parse_args()
 
 
 def measure(
-    engine: Engine, count: list[Prompt], prompts: list[Prompt], max_new_tokens: int
+    engine: Engine, prompts: list[Prompt], options: argparse.Namespace
 ) -> dict[str, object]:
-    """Count accuracies on `count` and measure acceptance lengths on `prompts`."""
-    accuracy = calibrate(engine, count, max_new_tokens)
-    replies = ranked(engine, prompts, max_new_tokens)
-    fewer_heads = [accuracy.pruned(heads, 20) for heads in range(1, engine.heads + 1)]
-    return {
-        "top1": [round(row[0], 3) for row in accuracy.top],
-        "greedy": {nodes: length(accuracy, nodes, replies) for nodes in SIZES},
-        "heads": [length(fewer, 16, replies) for fewer in fewer_heads],
-        "typical": {
-            nodes: typical(engine, accuracy, nodes, prompts, max_new_tokens)
-            for nodes in TYPICAL_NODES
-        },
-    }
+    """Measure acceptance lengths, by mode, kind of tree and nodes."""
+    accuracy = engine.trees.accuracy
+    found: dict[str, object] = {}
+    for mode in MODES:
+        for kind in options.kinds:
+            found[f"{mode} {kind}"] = {
+                nodes: length(engine, mode, f"{kind}-{nodes}", prompts, options.max_new_tokens)
+                for nodes in options.sizes
+            }
+    return {"top1": top1(accuracy), "exact top1": top1(accuracy and accuracy.exact), **found}
 
 
-def ranked(engine: Engine, prompts: list[Prompt], max_new_tokens: int) -> list[Ranks]:
-    """The ranks that the heads gave to the tokens of every greedy reply."""
-    found = []
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    for prompt in prompts:
-        for ids, steps in answers(engine, prompt, sampling):
-            reply = [token.id for step in steps for token in step.tokens]
-            found.append(joint_ranks(rank_reply(engine, ids, reply)))
-    return found
+def top1(accuracy: Accuracy | None) -> list[float]:
+    return [round(row[0], 3) for row in accuracy.top] if accuracy else []
 
 
-def length(accuracy: Accuracy, nodes: int, replies: list[Ranks]) -> float:
-    """Acceptance length of the best tree of so many nodes."""
-    found = acceptance_length(grow(accuracy, nodes)[0], replies)
-    assert found is not None, "no reply has a second token"
-    return round(found, 3)
-
-
-def typical(
-    engine: Engine, accuracy: Accuracy, nodes: int, prompts: list[Prompt], max_new_tokens: int
-) -> float:
-    """Acceptance length of typical decoding."""
-    engine.trees.use(grow(accuracy, nodes)[0])
-    sampling = Sampling(mode="typical", temperature=0.7, max_new_tokens=max_new_tokens)
+def length(engine: Engine, mode: Mode, tree: str, prompts: list[Prompt], tokens: int) -> float:
+    """Measure the acceptance length of replies in a mode with a tree."""
+    engine.trees.use(tree)
     stats = Stats()
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling(mode=mode, temperature=0.7, seed=number, max_new_tokens=tokens)
         for _, steps in answers(engine, prompt, sampling):
             for step in steps:
                 stats.add(step)

@@ -194,6 +194,8 @@ class Recipe:
     lm_heads: Literal["auto", "own", "shared"] = setting(
         "auto", "own, shared (the backbone's), or auto: own if they are small for the backbone"
     )
+    parent_bias: int = setting(0, "rank of a bias by the token before the guess; 0: none")
+    head_vocabulary: int = setting(0, "tokens that heads rank, the data's most frequent; 0: all")
     decay: float = setting(0.8, "the loss of head k weighs decay ** k")
     learning_rate: float = setting(2e-3, "learning rate of the heads")
     warmup_steps: int = setting(
@@ -239,7 +241,7 @@ class Recipe:
         )
         require_above(self, 0, "logging_steps", "decay", "learning_rate", "lora_alpha")
         require_at_least(self, 0, "warmup_steps", "backbone_learning_rate", "lambda_0", "lora_rank")
-        require_at_least(self, 0, "save_every")
+        require_at_least(self, 0, "save_every", "parent_bias", "head_vocabulary")
         for name in ("heads_first", "lora_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} must be from 0 to below 1, not {value:g}")

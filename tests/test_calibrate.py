@@ -21,15 +21,13 @@ from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.training import calibration
 from medusa_chat.training.calibration import (
-    Ranks,
     acceptance_length,
     calibrate,
     check_forecast,
     held_aside,
-    joint_ranks,
-    rank_reply,
     with_paths,
 )
+from medusa_chat.training.observations import Ranks, guessed, observe
 from tests.helpers.tiny import make_engine, random_backbone, random_heads, random_tree
 
 if TYPE_CHECKING:
@@ -65,6 +63,12 @@ def test_calibrate_counts_what_the_heads_get_right() -> None:
 # ---- walking along a reply, against decoding it ----
 
 
+def ranks_of(engine: Engine, prompt: list[int], reply: list[int]) -> Ranks:
+    ranker = engine.runner.guessing("none", Accuracy(())).ranker()
+    observed = observe(engine, prompt, reply, Sampling())
+    return guessed(observed, ranker, engine.backbone.vocabulary).ranks
+
+
 def decoded_and_walked(
     engine: Engine, tree: Tree, prompts: list[Any], limit: int
 ) -> tuple[Stats, float | None]:
@@ -76,9 +80,8 @@ def decoded_and_walked(
         steps = list(engine.generate(ids, Sampling(max_new_tokens=limit)))
         for step in steps:
             stats.add(step)
-        replies.append(
-            joint_ranks(rank_reply(engine, ids, [t.id for s in steps for t in s.tokens]))
-        )
+        reply = [token.id for step in steps for token in step.tokens]
+        replies.append(ranks_of(engine, ids, reply) if len(reply) > 1 else [])
     return stats, acceptance_length(tree, replies)
 
 

@@ -17,6 +17,8 @@ import medusa_chat
 from medusa_chat.config import Message, UserError
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.draft.copies import CHAIN, Copied
+from medusa_chat.decoding.draft.guesses import Guesses
+from medusa_chat.decoding.draft.ranking import CANDIDATES
 from medusa_chat.decoding.draft.selection import Selector
 from medusa_chat.decoding.trees import copy_gain
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
@@ -26,8 +28,8 @@ from medusa_chat.decoding.trees.tree import DynamicTree, NodePath, Tree
 from medusa_chat.events import COPIED, proposer
 from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
-from medusa_chat.training.calibration import guess_reply, joint_ranks
-from medusa_chat.training.confidence import Guessed, dynamic_length, fit
+from medusa_chat.training.confidence import dynamic_length, fit
+from medusa_chat.training.observations import Observed, observe
 from tests.helpers.tiny import (
     NEW,
     PROMPT,
@@ -99,20 +101,24 @@ def drawn(seed: int, ties: bool) -> Any:
     )
 
 
+def filled(superset: Tree, guesses: Any, log_p: Any, rows: int | None = None) -> Any:
+    """Token and log p of each node of the superset, as the step fills it; 99 is the root's."""
+    places = [(len(path) - 1, path[-1]) for path in superset.paths[1:]]
+    more = (rows or len(superset)) - len(superset)
+    tokens = [99, *(guesses[depth][rank] for depth, rank in places), *[11] * more]
+    steps = [0.0, *(float(log_p[depth][rank]) for depth, rank in places), *[0.0] * more]
+    return torch.tensor(tokens), torch.tensor(steps)
+
+
 @given(seed=st.integers(0, 10**6), ties=st.booleans(), copies=st.booleans())
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_the_choice_is_that_of_a_heap(seed: Any, ties: Any, copies: Any) -> None:
     superset, nodes, guesses, log_p, chain, chain_log_p = drawn(seed, ties)
     chain, chain_log_p = (chain, chain_log_p) if copies else ([], [])
     selector = Selector(superset, nodes, len(chain), CPU)
-    chances = selector.along_paths(torch.tensor(log_p))
-    arguments = (
-        torch.tensor(guesses),
-        chances,
-        torch.tensor(chain, dtype=torch.long),
-        torch.tensor(chain_log_p),
-    )
-    selection = selector.choose(torch.tensor([99]), *arguments)
+    tokens, steps = filled(superset, guesses, log_p)
+    drawn_chain = torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
+    selection = selector.choose(tokens, steps, *drawn_chain)
     paths, tokens = (
         selector.paths(selection.rows.tolist(), int(selection.joint)),
         selection.candidates.tolist(),
@@ -135,31 +141,23 @@ def test_the_choice_is_that_of_a_heap(seed: Any, ties: Any, copies: Any) -> None
     seed=st.integers(0, 10**6),
     ties=st.booleans(),
     copies=st.booleans(),
-    more=st.tuples(*[st.integers(0, 9)] * 3),
+    more=st.tuples(*[st.integers(0, 9)] * 2),
 )
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_buffers_for_other_supersets_change_no_choice(
     seed: Any, ties: Any, copies: Any, more: Any
 ) -> None:
-    """More paths, depth and width than the superset has."""
+    """More paths and depth than the superset has."""
     superset, nodes, guesses, log_p, chain, chain_log_p = drawn(seed, ties)
     chain, chain_log_p = (chain, chain_log_p) if copies else ([], [])
-    size, depth, width = (
-        a + b for a, b in zip((len(superset), superset.depth, superset.width), more, strict=True)
-    )
+    size, depth = (a + b for a, b in zip((len(superset), superset.depth), more, strict=True))
     tight = Selector(superset, nodes, len(chain), CPU)
-    shared = Selector(superset, nodes, len(chain), CPU, (size, depth, width))
-    wide = (
-        torch.full((depth, width), 11),
-        torch.zeros(depth, width),
-    )  # guesses that no path may take
-    for table, values in zip(wide, (guesses, log_p), strict=True):
-        table[: superset.depth, : superset.width] = torch.tensor(values)
+    shared = Selector(superset, nodes, len(chain), CPU, (size, depth))
     found = []
-    for selector, own in ((tight, (torch.tensor(guesses), torch.tensor(log_p))), (shared, wide)):
-        chances = selector.along_paths(own[1])
+    for selector in (tight, shared):
         drawn_chain = torch.tensor(chain, dtype=torch.long), torch.tensor(chain_log_p)
-        chosen = selector.choose(torch.tensor([99]), own[0], chances, *drawn_chain)
+        tokens, steps = filled(superset, guesses, log_p, selector.size)
+        chosen = selector.choose(tokens, steps, *drawn_chain)
         tensors = [
             getattr(chosen.tensors, name).tolist() for name in ("parents", "depths", "ancestors")
         ]
@@ -182,7 +180,7 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
     }
     gain = CopyGain()
     gain.set_paths(sorted(likely.items(), key=lambda known: -known[1]))
-    gain.add(guesses, Copied(tuple(chain), tuple(chain_log_p), 1), followed)
+    gain.add(Guesses(guesses), Copied(tuple(chain), tuple(chain_log_p), 1), followed)
     for nodes in range(1, len(superset) + CHAIN + 1):
         heap = partial(chosen_by_heap, superset, nodes, guesses, log_p)
         with_copies = {branch for _, branch, _ in heap(chain, chain_log_p)}
@@ -198,16 +196,16 @@ def test_what_copies_add_is_judged_for_trees_of_every_size_at_once(seed: Any) ->
 def test_what_copies_add_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_gain, "GAIN_MEMORY", 4)
     gain, copied = CopyGain(), Copied(tuple(range(CHAIN)), (-0.1,) * CHAIN, 8)
-    gain.add([[99]], copied, copied.tokens)
+    gain.add(Guesses([[99]]), copied, copied.tokens)
     assert gain.of(CHAIN + 2) == 0  # nothing was known of the heads
     gain.set_paths([((0,), 0.5)])
     for _ in range(400):  # enough for counts in units of now to be taken anew
-        gain.add([[99]], copied, copied.tokens)
+        gain.add(Guesses([[99]]), copied, copied.tokens)
     held = 4  # steps that count
     assert gain.of(CHAIN + 2) == pytest.approx(CHAIN * held / (held + copy_gain.GAIN_PRIOR))
     assert gain.of(4) == pytest.approx(3 * held / (held + copy_gain.GAIN_PRIOR))
     for _ in range(40):
-        gain.add([[99]], None, [])
+        gain.add(Guesses([[99]]), None, [])
     assert 0 < gain.of(CHAIN + 2) < 1e-3
 
 
@@ -233,14 +231,13 @@ def assert_is_a_tree(tensors: Any, paths: Any, tokens: Any) -> list[tuple[int, .
 def test_rounding_puts_no_child_before_its_parent() -> None:
     """Steps that are nearly certain change a float32 sum by nothing at all."""
     superset = Tree.of([(0,) * n for n in range(1, 9)] + [(1,), (1, 0)])
-    log_p = torch.tensor([[-9.0, -1e-8], *[[-1e-8, -1e-8]] * 7])
-    guesses = torch.tensor([[1, 2]] * 8)
+    log_p = [[-9.0, -1e-8], *[[-1e-8, -1e-8]] * 7]
+    guesses = [[1, 2]] * 8
     for nodes in range(1, len(superset) + 1):
         selector = Selector(superset, nodes, CHAIN, CPU)
         chain = torch.full((CHAIN,), 1), torch.full((CHAIN,), -1e-8)
-        selection = selector.choose(
-            torch.tensor([99]), guesses, selector.along_paths(log_p), *chain
-        )
+        tokens, steps = filled(superset, guesses, log_p)
+        selection = selector.choose(tokens, steps, *chain)
         paths = selector.paths(selection.rows.tolist(), int(selection.joint))
         assert_is_a_tree(selection.tensors, paths, selection.candidates.tolist())
 
@@ -338,7 +335,7 @@ def test_the_nodes_are_what_the_heads_are_surest_of(backbone: Any) -> None:
         chain = (list(copied.tokens), list(copied.log_p)) if copied else ([], [])
         expected = chosen_by_heap(superset, 12, guesses, said, *chain)
         assert set(report.paths) == {path for _, _, path in expected}
-        assert [row[: superset.width] for row in report.guesses] == guesses
+        assert [row[: superset.width] for row in report.guesses.rows] == guesses
         assert report.candidates[0] == root
         seen.add(report.paths)
         text += [report.candidates[row] for row in report.rows]
@@ -423,7 +420,7 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
         "I need a cheap hotel, please.",
     ]
     accuracy = engine.runner.accuracy
-    replies: list[Guessed] = []
+    replies: list[Observed] = []
     lengths: dict[str, float] = {}
     assert len(accuracy.calibration) == engine.heads
     for name in ("static-12", "dynamic-12"):
@@ -436,12 +433,12 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
             for step in steps:
                 stats.add(step)
             if name == "dynamic-12":
-                ranks, log_p = guess_reply(engine, ids, ids_of(steps))
-                replies.append(Guessed(joint_ranks(ranks), log_p))
+                replies.append(observe(engine, ids, ids_of(steps), Sampling()))
         lengths[name] = stats.acceptance_length or 0.0
     tree = engine.trees.current
     assert isinstance(tree, DynamicTree)
-    assert dynamic_length(tree, accuracy, replies) == pytest.approx(lengths["dynamic-12"], rel=0.02)
+    guessing = engine.runner.guessing("none", accuracy)
+    assert dynamic_length(tree, guessing, replies) == pytest.approx(lengths["dynamic-12"], rel=0.02)
     assert lengths["dynamic-12"] > lengths["static-12"] - 0.1
     assert "expected" in engine.trees.describe()
 
@@ -449,8 +446,10 @@ def test_the_walk_of_a_dynamic_tree_is_the_decoding_of_the_bundled_model() -> No
 def test_log_p_of_a_reply_are_the_heads_own(backbone: Any) -> None:
     engine = make_engine(backbone, random_heads(backbone, 2), "chain-2")
     answer = reply(engine, PROMPT, max_new_tokens=9)
-    ranks, log_p = guess_reply(engine, PROMPT, answer)
-    assert (ranks.shape, log_p.shape) == ((2, 9), (8, 2, 20))
+    observed = observe(engine, PROMPT, answer, Sampling())
+    log_p = observed.candidates.log_p
+    assert log_p is not None
+    assert log_p.shape == (8, 2, CANDIDATES)
     assert (log_p.diff(dim=-1) <= 0).all()
     assert float(log_p.exp().sum(-1).max()) <= 1 + 1e-5
     assert exp(float(log_p.max())) <= 1

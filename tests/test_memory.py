@@ -22,6 +22,7 @@ from medusa_chat.machine import devices, memory, plans
 from medusa_chat.machine.contents import Contents, contents_of
 from medusa_chat.machine.memory import remedies, shortage
 from medusa_chat.machine.plans import Load, host_plan, load_of, plan
+from medusa_chat.model.heads import HeadVocabulary
 from medusa_chat.model.layouts import OWN_HEADS, write_heads
 from medusa_chat.shapes import SHAPES
 from tests.helpers.complaints import refusal
@@ -87,6 +88,47 @@ def test_every_weight_of_a_folder_is_counted(kind: str, own: bool, tmp_path: Pat
     assert contents.heads == sum(weight.numel() for weight in heads.parameters())
     file = contents_of(ModelSpec("tiny", str(tmp_path), heads=str(tmp_path / OWN_HEADS)))
     assert file == contents
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_bias_and_vocabulary_of_heads_are_counted_apart(own: bool, tmp_path: Path) -> None:
+    model, backbone = random_model("llama", 260), random_backbone("llama", 260)
+    cut = HeadVocabulary(torch.arange(0, 260, 2), 260)
+    heads = random_heads(backbone, 3, own=own, vocabulary=cut, parent_bias=5)
+    save_model(tmp_path / "a", model)
+    bare = contents_of(ModelSpec("tiny", str(tmp_path / "a")))
+    write_heads(heads, tmp_path / "a")
+    write_heads(heads, tmp_path / "b")
+    contents = contents_of(ModelSpec("tiny", str(tmp_path / "a")))
+    assert contents is not None
+    assert bare is not None
+    assert (contents.layers, contents.plain) == (bare.layers, bare.plain)
+    assert contents.heads == sum(weight.numel() for weight in heads.parameters())
+    assert (contents.parent_bias, contents.head_tokens) == (5 * (131 + 130), 130)
+    assert contents.largest_head == (130 * 32 if own else 32 * 32)
+    spec = ModelSpec("tiny", str(tmp_path / "a"), heads=str(tmp_path / "b"))
+    assert contents_of(spec) == contents
+    matrices = contents.heads - contents.parent_bias + (0 if own else 130 * 32)
+    bias = contents.parent_bias
+    for width in (2, 4):
+        assert plan(contents, Load(width=width)).heads == (matrices + bias) * width
+        quantized = plan(contents, Load(width=width, quant_heads="int8"))
+        assert quantized.heads == matrices + bias * width
+
+
+def test_vllms_token_map_is_no_weight(tmp_path: Path) -> None:
+    backbone = random_backbone(vocabulary=260)
+    save_model(tmp_path, backbone.model)
+    tensors = {
+        "blocks.0.layers.0.weight": torch.zeros(32, 32),
+        "lm_heads.0.weight": torch.zeros(100, 32),
+        "token_map": torch.arange(100),
+    }
+    (tmp_path / "heads").mkdir()
+    save_file(tensors, tmp_path / "heads" / "model.safetensors")
+    found = contents_of(ModelSpec("tiny", str(tmp_path), heads=str(tmp_path / "heads")))
+    assert found is not None
+    assert (found.heads, found.largest_head, found.head_tokens) == (132 * 32, 100 * 32, 100)
 
 
 def test_an_entry_has_the_sizes_of_its_files(tmp_path: Path) -> None:

@@ -35,20 +35,17 @@ def test_the_nodes_are_those_of_a_plain_twin(seed: int, ties: bool) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_the_nodes_are_those_that_torch_selects(seed: int, ties: bool) -> None:
     case = drawn(seed, ties)
-    tree, width = case.superset, len(case.tokens[0])
-    selector = Selector(
-        tree, case.nodes, len(case.chain), CPU, shape=(len(tree), tree.depth, width)
-    )
-    scale, shift, _ = torch.tensor(case.lines).unbind(1)
+    tree = case.superset
+    selector = Selector(tree, case.nodes, len(case.chain), CPU)
+    scale, shift, *_ = torch.tensor(case.lines).unbind(1)
     said = (scale[:, None] * torch.tensor(case.log_p) + shift[:, None]).clamp(max=0)
-    along = selector.along_paths(said)
+    places = [(len(path) - 1, path[-1]) for path in tree.paths[1:]]
+    guesses = [case.tokens[depth][rank] for depth, rank in places]
+    log_p = torch.tensor([0.0, *(float(said[place]) for place in places)])
     if case.measured is not None:
-        along = torch.zeros(tree.depth, len(tree))
-        for row, branch in enumerate(tree.branches):
-            for depth, node in enumerate(branch[1:]):
-                along[depth, row] = case.measured[node]
+        log_p = torch.tensor(case.measured)
     chain = torch.tensor(case.chain, dtype=torch.long), torch.tensor(case.chain_log_p)
-    selection = selector.choose(torch.tensor([ROOT]), torch.tensor(case.tokens), along, *chain)
+    selection = selector.choose(torch.tensor([ROOT, *guesses]), log_p, *chain)
     rows, tokens, parents, joint = chosen(case)
     assert rows == selection.rows.tolist()
     assert tokens == selection.candidates.tolist()

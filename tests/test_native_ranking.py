@@ -58,7 +58,10 @@ def law_of(seed: int, case: Case, biased: bool, coupled: bool, dtype: Any) -> La
             draw.choice([1.0, 1.0, 0.9, 0.5]),
             draw.choice([0.0, 0.0, 0.05, 0.4]),
         )
-    case.lines = [line._replace(sharpness=draw.uniform(0.5, 1.5)) for line in case.lines]
+    case.lines = [
+        line._replace(of_log_p=draw.uniform(0.5, 1.5), of_noise=draw.uniform(0, 1.5))
+        for line in case.lines
+    ]
     return Law(indices, bias, noise)
 
 

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.decoding.draft.copies import CHAIN
+from medusa_chat.decoding.draft.guesses import MISSED, Guesses
 from medusa_chat.decoding.report import StepReport
 from medusa_chat.decoding.trees import costs, pause, policy, tracker
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.choice import StepCost
 from medusa_chat.decoding.trees.pause import PauseRule, speedup_bound
 from medusa_chat.decoding.trees.policy import VANILLA, Choice, Policy
-from medusa_chat.decoding.trees.tracker import MISSED, GuessTracker, OnlineAccuracy
+from medusa_chat.decoding.trees.tracker import GuessTracker, OnlineAccuracy
 from medusa_chat.decoding.trees.tree import Tree, chain
 from medusa_chat.events import Pause, Step, Token
 from medusa_chat.sampling import Sampling
@@ -115,17 +116,17 @@ def test_guesses_are_compared_with_the_tokens_that_followed(
     monkeypatch.setattr(used.accuracy, "add", counted.append)
     used.begin()
     # Two tokens stay: the second is head 1's first guess.
-    used.observe([10, 11], [[11, 1], [12, 2], [3, 13]])
+    used.observe([10, 11], Guesses([[11, 1], [12, 2], [3, 13]]))
     assert counted == []
-    used.observe([12], [])  # a vanilla step
+    used.observe([12], Guesses([]))  # a vanilla step
     assert counted == []
-    used.observe([13, 14, 15, 16], [[14], [15], [16]])
+    used.observe([13, 14, 15, 16], Guesses([[14], [15], [16]]))
     assert counted == [[0, 0, 1], [0, 0, 0]]
-    used.observe([17], [[18], [19], [20]])
-    used.observe([18, 9], [[0], [0], [0]])
+    used.observe([17], Guesses([[18], [19], [20]]))
+    used.observe([18, 9], Guesses([[0], [0], [0]]))
     used.begin()  # the reply ended before all was known
-    used.observe([18], [[20], [1], [19]])
-    used.observe([19, 20, 21], [])
+    used.observe([18], Guesses([[20], [1], [19]]))
+    used.observe([19, 20, 21], Guesses([]))
     assert counted[2:] == [[MISSED, MISSED, MISSED]]
 
 
@@ -136,8 +137,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[list[int]]
     def record(runner: Runner, _: AnyTree, finish: Callable[[], StepReport]) -> StepReport:
         position = runner.cache.length
         report = finish()
-        if report.guesses:
-            steps.append((position, report.guesses))
+        if report.guesses.rows:
+            steps.append((position, report.guesses.rows))
         return report
 
     surround_steps(monkeypatch, record)
@@ -153,7 +154,7 @@ def test_a_conversation_is_counted_as_its_text_says(monkeypatch: pytest.MonkeyPa
     heads = OracleHeads(3, 64, text, (0, 1, 4, -1))
     engine = make_engine(backbone, heads, "mc_sim_7b_63", probing=True)
     counted: list[Sequence[int]] = []
-    monkeypatch.setattr(engine.trees.policy.accuracy, "add", counted.append)
+    monkeypatch.setattr(OnlineAccuracy, "add", lambda _, ranks: counted.append(ranks))
     steps = recorded(monkeypatch)
     expected: list[list[int]] = []
 
@@ -176,7 +177,7 @@ def test_a_conversation_is_counted_as_its_text_says(monkeypatch: pytest.MonkeyPa
     first = talk(PROMPT, max_new_tokens=40)
     talk(PROMPT + first + [5, 6, 7], max_new_tokens=30)
     talk(PROMPT + first, stop_after=4, max_new_tokens=30)
-    talk(PROMPT + first[:9], mode="exact", temperature=1.0, seed=3, max_new_tokens=30)
+    talk(PROMPT + first[:9], mode="typical", temperature=1.0, seed=3, max_new_tokens=30)
     assert len(expected) > 25
     assert len({tuple(each) for each in expected}) > 10
     assert counted == expected
@@ -195,7 +196,8 @@ def step(settled: int, seconds: float, tree: Tree | None = None) -> Step:
 def report(tokens: Sequence[int], guesses: list[list[int]], following: int = 1) -> StepReport:
     """The report of a step that accepted these tokens."""
     paths = tuple((0,) * depth for depth in range(len(tokens)))
-    return StepReport(paths, list(tokens), tuple(range(len(tokens))), following, guesses)
+    rows = tuple(range(len(tokens)))
+    return StepReport(paths, list(tokens), rows, following, Guesses(guesses))
 
 
 def drive(

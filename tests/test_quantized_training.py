@@ -10,7 +10,8 @@ import torch
 from medusa_chat.config import ModelSpec, make_recipe
 from medusa_chat.model.pretrained import load_pretrained
 from medusa_chat.training.data import Example, PackedRows
-from medusa_chat.training.trainee import Trainee, adapt, new_heads
+from medusa_chat.training.starting import new_heads
+from medusa_chat.training.trainee import Trainee, adapt
 from tests.helpers.tiny import random_model
 from tests.helpers.tiny_runs import backbone_folder
 

@@ -14,7 +14,8 @@ from medusa_chat.commands.flags import given_fields
 from medusa_chat.config import RECIPES, Recipe, UserError, make_recipe
 from medusa_chat.settings import help_of
 from medusa_chat.training.schedules import backbone_rate, heads_rate, heads_weight, joint_from
-from medusa_chat.training.trainee import Trainee, adapt, describe, new_heads
+from medusa_chat.training.starting import describe, new_heads
+from medusa_chat.training.trainee import Trainee, adapt
 from tests.helpers.tiny import random_model
 
 

@@ -19,8 +19,8 @@ from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.chat.conversation import read_conversation
-from medusa_chat.training.calibration import answers
 from medusa_chat.training.data import Document, read_documents
+from medusa_chat.training.observations import answers
 from tests.helpers import nasty
 from tests.helpers.complaints import complaint, refusal
 from tests.helpers.tiny import make_engine, random_backbone, tokenizer

@@ -16,7 +16,8 @@ from medusa_chat.config import BUNDLED, UserError, make_recipe
 from medusa_chat.model.pretrained import tokenizer_settings
 from medusa_chat.model.templates import ChatTemplate, named_template
 from medusa_chat.training.data import IGNORED, Document, Example, PackedRows, encode, read_documents
-from medusa_chat.training.trainee import Trainee, new_heads
+from medusa_chat.training.starting import new_heads
+from medusa_chat.training.trainee import Trainee
 from tests.helpers.hub_checkpoints import llama_tokenizer, vicuna_tokenizer
 from tests.helpers.tiny import CHAT_TEMPLATE, END, prompt_ids, random_model, tokenizer
 

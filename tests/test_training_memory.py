@@ -70,6 +70,10 @@ def held(tensors: Any) -> int:
         ("medusa2", {}),
         ("distilled", {"lora_rank": 5}),
         ("medusa2", {"lora_rank": 0, "lm_heads": "own"}),
+        ("medusa1", {"lm_heads": "own", "parent_bias": 3}),
+        ("medusa1", {"lm_heads": "own", "parent_bias": 3, "head_vocabulary": 50}),
+        ("medusa1", {"lm_heads": "shared", "parent_bias": 2, "head_vocabulary": 50}),
+        ("medusa2", {"lm_heads": "auto", "head_vocabulary": 20}),
     ],
     ids=str,
 )
@@ -105,6 +109,30 @@ def test_a_run_holds_as_much_as_forecast(
         assert parts["the copy that is written"] == 4 * sum(
             p.numel() for p in random_model(kind, 320).parameters()
         )
+
+
+@pytest.mark.parametrize("name", ["medusa1", "medusa2"])
+@pytest.mark.parametrize("vocabulary", [0, 50])
+def test_given_heads_with_a_new_bias_are_frozen_or_trained(
+    name: str, vocabulary: int, tmp_path: Path
+) -> None:
+    do(tiny_run(tmp_path, "first", max_steps=1, lm_heads="own", head_vocabulary=vocabulary))
+    spec = ModelSpec("tiny", str(tmp_path / "backbone"), heads=str(tmp_path / "first"))
+    contents = contents_of(spec)
+    assert contents is not None
+    rows = vocabulary or 320
+    assert contents.heads == 2 * (32 * 33 + rows * 32)
+    plain, recipe = (make_recipe(name, parent_bias=rank) for rank in (0, 4))
+    needs = [training_needs(contents, each, "cuda", 2, contents.heads) for each in (plain, recipe)]
+    before, after = (each["cuda"] for each in needs)
+    bias = 4 * (2 * rows + (vocabulary > 0))
+    assert after["weights"] - before["weights"] == 4 * bias
+    trained = bias - (contents.heads if name == "medusa1" else 0)
+    assert after["gradients"] - before["gradients"] == 4 * trained
+    again = replace(contents, heads=contents.heads + bias, parent_bias=bias)  # they have it now
+    assert training_needs(again, recipe, "cuda", 2, again.heads) == training_needs(
+        again, plain, "cuda", 2, again.heads
+    )
 
 
 def test_quantized_backbones_and_given_heads() -> None:

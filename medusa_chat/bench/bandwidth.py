@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_chat.machine.devices import free_memory, last_level_cache
+from medusa_chat.model.heads import HeadVocabulary, ParentBias
 from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
@@ -162,13 +163,17 @@ def step_bytes(runner: Runner, length: int, *, tree: bool) -> int:
 
 
 def heads_bytes(runner: Runner) -> int:
-    """Bytes of weights that the heads read, with the LM head that they share."""
+    """Bytes of weights that the heads read, with the LM head that they share.
+
+    Of a parent bias, and of the tables of a vocabulary, a step reads a few rows.
+    """
     heads, native = runner.heads, runner.backbone.native
     if heads is None:
         return 0
     if isinstance(heads, NativeHeads):
         return native.heads_bytes(heads) if native else 0
-    total = resident_bytes(heads.modules())
+    tables = (HeadVocabulary, ParentBias)
+    total = resident_bytes(part for part in heads.modules() if not isinstance(part, tables))
     own = heads.lm_heads is not None and len(heads.lm_heads) > 0
     if not own and getattr(heads, "lm_head", None) is None:
         total += resident_bytes(runner.backbone.lm_head.modules())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from copy import copy, deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +71,7 @@ def compare_in_float32(load: Callable[..., Engine], conversations: Sequence[Any]
 def same_tree(engine: Engine) -> Iterator[None]:
     """Make the engine verify TREE inside the block."""
     trees = engine.trees
-    engine.trees = copy(trees)
-    engine.trees.policy = deepcopy(trees.policy)
+    engine.trees = trees.separate()
     if engine.heads:
         engine.trees.use(TREE)
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medusa_chat.decoding.noise import gumbel
-from medusa_chat.decoding.numbers import Number, Numbers, single
+from medusa_chat.decoding.numbers import Number, Numbers, integer, single
 from medusa_chat.decoding.penalties import penalize, penalize_paths
 from medusa_chat.decoding.trees.tree import Tree
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # The rules differ in their operations. Truncation is apart because it sorts the scores.
 Kind = Literal["greedy", "typical", "exact", "typical-truncated", "exact-truncated"]
 KINDS: tuple[Kind, ...] = ("greedy", "typical", "exact", "typical-truncated", "exact-truncated")
+Coupling = Literal["none", "noise", "truncated"]
+FILLER_DEPTH = -1  # of rows that fill a step up: no rule takes them for the root or a guess
 NOTHING = float("-inf")  # the score of a token that may not follow
 
 
@@ -100,6 +102,13 @@ class Rule:
     def plain_greedy(self) -> bool:
         """True if the argmax of the logits as they are decides."""
         return self.kind == "greedy" and self.counts is None
+
+    @property
+    def coupling(self) -> Coupling:
+        """The noise that a guess may be ranked with: that of its target's draw."""
+        if not self.kind.startswith("exact"):
+            return "none"
+        return "truncated" if self.kind.endswith("truncated") else "noise"
 
     def first(self, logits: Tensor, position: int) -> int:
         """Choose the token that follows a prompt.
@@ -176,7 +185,7 @@ def exact(
     `scores` are float32 [n, V], tempered and truncated; the rest is as a Rule takes it.
     """
     positions = torch.arange(1, tree.depth + 2, device=scores.device) + position
-    noise = gumbel(_integer(seed), positions, scores.shape[-1])
+    noise = gumbel(integer(seed), positions, scores.shape[-1])
     # Nodes of one depth share their noise.
     return _matching((scores + noise[tree.depths]).argmax(-1), candidates, tree)
 
@@ -205,7 +214,7 @@ def typical(
     # The likeliest token always stays, so that a delta above 1 can't leave nothing to draw from.
     allowed = (p > threshold[last]) | (p == p.max())
     left = log_p[last].masked_fill(~allowed, NOTHING)
-    noise = gumbel(_integer(numbers.seed), tree.depths[last] + position + 1, left.shape[-1])
+    noise = gumbel(integer(numbers.seed), tree.depths[last] + position + 1, left.shape[-1])
     return Verdict(row, (left + noise).argmax())
 
 
@@ -246,10 +255,6 @@ def _least(scores: Tensor, top_k: Number) -> Tensor:
         return scores.topk(min(int(top_k), vocabulary)).values[:, -1:]
     k = top_k.masked_fill(top_k == 0, vocabulary).long().clamp(max=vocabulary)
     return scores.sort(descending=True).values.index_select(-1, k[None] - 1)
-
-
-def _integer(number: Number) -> int | Tensor:
-    return number.long() if isinstance(number, Tensor) else int(number)
 
 
 def _matching(chosen: Tensor, candidates: Tensor, tree: TreeTensors) -> Verdict:

@@ -63,10 +63,10 @@ class EagerStep:
         state = self._state
         device = state.backbone.device
         self.mark("begin")
-        guesses, log_p = state.guesses(draft)
+        candidates = state.candidates(draft)
         # float32 holds every token and position; MPS has no float64. The rule has its own numbers.
         packed = PackedInput(torch.tensor(given.pack(), dtype=torch.float32, device=device))
-        nodes = draft.nodes(packed, guesses, log_p)
+        nodes = draft.nodes(packed, candidates, rule.numbers)
         self.mark("heads")
         positions = self._positions(nodes.tensors, given.position)
         mask = draft.mask(nodes)
@@ -76,7 +76,7 @@ class EagerStep:
         verdict = rule(logits, nodes.candidates, nodes.tensors, given.position)
         result = torch.empty(draft.layout.size, dtype=torch.long, device=device)
         pack_verdict(verdict, result)
-        draft.layout.pack_nodes(nodes.candidates, nodes.selection, guesses, result)
+        draft.layout.pack_nodes(nodes.reported, result)
         report = draft.layout.unpack(result.tolist())
         state.hidden.copy_(hidden[report.rows[-1]])
         self.mark("acceptance")

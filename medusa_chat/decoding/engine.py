@@ -190,7 +190,7 @@ class Engine:
                 tokens = tuple(reply.take([root], [0]))
                 yield Step(tokens, 0, 0.0, "vanilla", finish=reply.finish)
                 return
-            self.trees.policy.begin(sampling)
+            self.trees.begin(sampling)
             yield from self._steps(root, rule, reply)
         finally:
             self._make_consistent()

@@ -10,7 +10,6 @@ from medusa_chat.events import COPIED
 from medusa_chat.native.rows import ChosenRows, Line, Noise
 
 if TYPE_CHECKING:
-    from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.report import StepInput
     from medusa_chat.decoding.trees.tree import NodePath
@@ -21,14 +20,15 @@ class Choices:
 
     def __init__(self, draft: Draft) -> None:
         """Describe what a draft chooses from."""
+        lines = [Line(*line) for line in draft.ranker.lines]
         if isinstance(draft, FixedDraft):
-            self._superset, lines, self._copied = draft.tree, [], False
+            self._superset, self._copied = draft.tree, False
             measured: list[float] | None = [0.0] * len(draft.tree)  # all nodes are taken
         else:
             assert isinstance(draft, DynamicDraft)
             self._superset, self._copied = draft.superset, draft.copied
-            lines, measured = [Line(*line) for line in draft.lines], draft.measured
-        self._coupled = draft.coupled
+            measured = None if draft.measured is None else draft.measured.tolist()
+        self._coupled = draft.ranked > 0 and draft.ranker.coupling != "none"
         paths = self._superset.paths
         self._rows = ChosenRows(
             self._superset.parents,
@@ -39,10 +39,9 @@ class Choices:
             measured=measured,
         )
 
-    def rows_for(self, given: StepInput, rule: Rule) -> ChosenRows:
-        """Return the rows, with what is new at a step; only exact rules have noise to couple to."""
-        exact = rule.kind.startswith("exact")
-        noise = _noise_of(given) if self._coupled and exact else None
+    def rows_for(self, given: StepInput) -> ChosenRows:
+        """Return the rows, with what is new at a step."""
+        noise = _noise_of(given) if self._coupled else None
         if self._copied and given.copied is not None:
             self._rows.set(given.copied.tokens, given.copied.log_p, noise)
         else:

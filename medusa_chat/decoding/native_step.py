@@ -12,6 +12,8 @@ import torch
 from medusa_chat.decoding.acceptance import TreeTensors
 from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.draft.guesses import Guesses, ScoredGuesses
+from medusa_chat.decoding.draft.ranking import Noise
 from medusa_chat.decoding.native_choice import Choices
 from medusa_chat.decoding.noise import token_keys
 from medusa_chat.decoding.report import StepInput, StepReport
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.state import State
     from medusa_chat.native.packed import Packed
+    from medusa_chat.native.rows import ChosenRows
     from medusa_chat.native.step import Settled
 
 
@@ -65,7 +68,7 @@ class NativeProgram:
 
     def step(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Verify a draft's nodes in one forward, and commit the accepted path."""
-        if isinstance(draft, FixedDraft) and not self._ranks_anew(draft):
+        if isinstance(draft, FixedDraft) and not draft.needs_log_p:
             report = self._fixed(draft, given, rule)
         else:
             report = self._chosen(draft, given, rule)
@@ -79,32 +82,50 @@ class NativeProgram:
     def _fixed(self, draft: FixedDraft, given: StepInput, rule: Rule) -> StepReport:
         """Run a fixed tree: its heads and its rows in one call."""
         if draft not in self._rows:
-            places = draft.places.tolist()
+            places = draft.filling.places.tolist()
             self._rows[draft] = FixedRows(draft.tree.parents, places, draft.ranked)
         settled = self._step.fixed(given.root, self._rows[draft], rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, draft.tree.parents, given, rule)
-        tree, layout = draft.tree, draft.layout
-        guesses = _shown(settled.guesses, draft.ranked, layout.heads)
+        tree = draft.tree
+        guesses = Guesses(self._shown(draft, settled))
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
-
-    def _ranks_anew(self, draft: Draft) -> bool:
-        """Tell if a head's guesses may have other ranks behind each node."""
-        heads = self._step.heads
-        return draft.ranked > 0 and (draft.coupled or (heads is not None and heads.biased))
 
     def _chosen(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
         """Run the heads, choose nodes among their guesses and the copies, and run those."""
         if draft not in self._choices:
             self._choices[draft] = Choices(draft)
         choices = self._choices[draft]
-        rows = choices.rows_for(given, rule)
+        rows = choices.rows_for(given)
         settled = self._step.choose(given.root, rows, rule.plain_greedy)
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         parents = rows.parents
         row, following = self._verdict(settled, parents, given, rule)
-        guesses = _shown(settled.guesses, draft.ranked, draft.layout.heads)
+        guesses = self._guesses(draft, settled, rows, given)
         return StepReport(choices.paths, settled.tokens, _branch(row, parents), following, guesses)
+
+    def _guesses(
+        self, draft: Draft, settled: Settled, rows: ChosenRows, given: StepInput
+    ) -> Guesses:
+        """Report the guesses that rows were chosen from, with what orders them."""
+        ranker = draft.ranker
+        if not draft.needs_log_p or not ranker.reorders:
+            return Guesses(self._shown(draft, settled))
+        scores = self._step.log_p(draft.ranked)
+        if ranker.coupling != "none":
+            values = torch.frombuffer(rows.noise, dtype=torch.float32)[: scores.numel()]
+            scores = ranker.host_scores(scores, Noise(values.view_as(scores), given.numbers))
+        bias = None if ranker.bias is None else ranker.bias.host
+        tokens = self._listed(settled, draft.ranked, draft.ranked)
+        return ScoredGuesses(tokens, given.root, scores.tolist(), bias)
+
+    def _shown(self, draft: Draft, settled: Settled) -> list[list[int]]:
+        """List the guesses of each head that a report shows."""
+        return self._listed(settled, draft.ranked, min(draft.ranked, RANKED))
+
+    def _listed(self, settled: Settled, ranked: int, shown: int) -> list[list[int]]:
+        heads = self._state.head_count if ranked else 0
+        return [settled.guesses[head * ranked :][:shown] for head in range(heads)]
 
     def _verdict(
         self,
@@ -150,9 +171,3 @@ def _heads_of(state: State, packed: Packed) -> NativeHeads | None:
     if not isinstance(state.heads, MedusaHeads):
         raise TypeError(f"the native step does not run {type(state.heads).__name__}")
     return NativeHeads(state.heads, packed.model, plain_format(state.backbone.dtype))
-
-
-def _shown(guesses: Sequence[int], ranked: int, heads: int) -> list[list[int]]:
-    """List the guesses of each head that a report shows."""
-    shown = min(ranked, RANKED)
-    return [list(guesses[head * ranked :][:shown]) for head in range(heads)]

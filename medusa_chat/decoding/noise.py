@@ -30,9 +30,19 @@ def gumbel(seed: int | Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     Returns:
         float32 [m, V]
     """
+    return _drawn(seed, positions, token_keys(vocabulary, positions.device))
+
+
+def gumbel_of(seed: int | Tensor, positions: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """The noise of `gumbel` for some tokens of each position: [m, c] -> float32 [m, c]."""
+    return _drawn(seed, positions, token_keys(vocabulary, positions.device)[tokens])
+
+
+def _drawn(seed: int | Tensor, positions: Tensor, keys_of_tokens: Tensor) -> Tensor:
+    """Draw the noise of [m] positions and the tokens of these keys, [V] or [m, c]."""
     keys = positions * _POSITION_STRIDE + seed * _SEED_STRIDE
     rows = _mix((keys ^ (keys >> 32)).int())[:, None]
-    bits = _mix(token_keys(vocabulary, positions.device) ^ rows)
+    bits = _mix(keys_of_tokens ^ rows)
     uniform = bits.bitwise_and_(2**31 - 1).float().mul_(2.0**-31)
     # Float32 is finest near 0, where the large values come from; 0 and 1 have none.
     uniform = uniform.clamp_(2.0**-32, 1 - 2.0**-24)

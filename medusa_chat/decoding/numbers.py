@@ -35,3 +35,8 @@ class Numbers(NamedTuple):
 def single(number: Number) -> Number:
     """Return a number of the device as float32; floats stay as they are."""
     return number.float() if isinstance(number, Tensor) else number
+
+
+def integer(number: Number) -> int | Tensor:
+    """Return a number as an integer, or as a tensor of one."""
+    return number.long() if isinstance(number, Tensor) else int(number)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from medusa_chat.decoding.acceptance import Verdict
+    from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath
 
 _ROOT = 1 + len(Numbers._fields)
@@ -91,15 +92,14 @@ class StepReport:
         candidates: the token of every node.
         rows: rows of the accepted path, root first; their keys and values are committed.
         next: the token after the path, root of the next step.
-        guesses: guesses[k - 1]: the likeliest tokens of head k, likeliest first; empty if no
-            heads ran.
+        guesses: of the heads behind the root; those of no head if none ran.
     """
 
     paths: tuple[NodePath, ...]
     candidates: list[int]
     rows: tuple[int, ...]
     next: int
-    guesses: list[list[int]]
+    guesses: Guesses
 
     @property
     def tokens(self) -> list[int]:
@@ -144,47 +144,37 @@ class ReportLayout:
     Attributes:
         nodes: candidates of the step, with those that fill a step up to its rows.
         selection: numbers that say which nodes were selected; 0 if these are always the same.
-        heads: heads that guess.
-        ranked: guesses that are reported of each head.
+        shown: numbers that say what the heads guessed.
         paths: gives the nodes' paths for a selection.
+        guesses: gives the guesses for those numbers and the root.
     """
 
     nodes: int
     selection: int
-    heads: int
-    ranked: int
+    shown: int
     paths: Callable[[list[int]], tuple[NodePath, ...]]
+    guesses: Callable[[list[int], int], Guesses]
 
     @property
     def size(self) -> int:
         """Numbers in all."""
-        return report_size(self.nodes, self.selection, self.heads * self.ranked)
+        return report_size(self.nodes, self.selection, self.shown)
 
-    def pack_nodes(
-        self, candidates: Tensor, selection: tuple[Tensor, ...], guesses: Tensor, report: Tensor
-    ) -> None:
-        """Write the nodes and the guesses to their place in `report` [size].
-
-        Args:
-            candidates: [nodes]
-            selection: tensors of as many numbers as the layout says.
-            guesses: [heads, ranked or more], likeliest first.
-            report: int64 [size].
-        """
-        shown = guesses[:, : self.ranked].flatten()
-        report[_VERDICT : self.size].copy_(torch.cat([candidates, *selection, shown]))
+    def pack_nodes(self, parts: tuple[Tensor, ...], report: Tensor) -> None:
+        """Write candidates, selection and guesses to their place in `report`, int64 [size]."""
+        report[_VERDICT : self.size].copy_(torch.cat(parts))
 
     def unpack(self, values: list[int]) -> StepReport:
         """Read a report from its numbers."""
-        row, following, *nodes = values
-        chosen = nodes[self.nodes : self.nodes + self.selection]
-        guesses = nodes[self.nodes + self.selection :]
+        row, following, *rest = values
+        chosen = rest[self.nodes : self.nodes + self.selection]
+        guesses = rest[self.nodes + self.selection :]
         paths = self.paths(chosen)
         accepted = paths[row]
         return StepReport(
             paths,
-            nodes[: len(paths)],
+            rest[: len(paths)],
             tuple(paths.index(accepted[:depth]) for depth in range(len(accepted) + 1)),
             following,
-            [guesses[head * self.ranked :][: self.ranked] for head in range(self.heads)],
+            self.guesses(guesses, rest[0]),
         )

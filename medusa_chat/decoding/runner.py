@@ -10,8 +10,10 @@ import torch
 
 from medusa_chat.decoding import penalties
 from medusa_chat.decoding.acceptance import Rule, make_rule
+from medusa_chat.decoding.draft.base import Guessing
 from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
+from medusa_chat.decoding.draft.ranking import bias_of
 from medusa_chat.decoding.eager import EagerStep
 from medusa_chat.decoding.fast import fast_step
 from medusa_chat.decoding.report import StepInput, StepReport
@@ -22,6 +24,7 @@ from medusa_chat.decoding.trees.tree import AnyTree, Tree
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from medusa_chat.decoding.acceptance import Coupling
     from medusa_chat.decoding.draft.base import Draft
     from medusa_chat.decoding.draft.copies import Copied
     from medusa_chat.decoding.trees.policy import Choice
@@ -86,7 +89,8 @@ class Runner:
         self.eager = EagerStep(self.state)
         self.fast: StepProgram | None = fast_step(self.state, eager)
         self.notices: list[str] = []
-        self._drafts: dict[tuple[AnyTree, bool], Draft] = {}
+        self._bias = bias_of(heads, backbone.device, backbone.vocabulary)
+        self._drafts: dict[tuple[AnyTree, bool, Coupling], Draft] = {}
 
     def trust(self, accuracy: Accuracy) -> None:
         """Replace the figures for how likely the heads' guesses are right."""
@@ -136,10 +140,10 @@ class Runner:
         copied = given.copied is not None
         if self.fast is not None:
             try:
-                return self.fast.launch(self._draft(tree, copied), given, rule)
+                return self.fast.launch(self._draft(tree, copied, rule.coupling), given, rule)
             except StepUnavailableError as reason:
                 self._step_eagerly(reason)
-        return self.eager.launch(self._draft(tree, copied), given, rule)
+        return self.eager.launch(self._draft(tree, copied, rule.coupling), given, rule)
 
     @torch.inference_mode()
     def _finish(self, finish: Callable[[], StepReport], rule: Rule) -> StepReport:
@@ -165,24 +169,30 @@ class Runner:
         self._drafts.clear()
         self.notices.append(str(reason))
 
-    def _draft(self, tree: AnyTree, copied: bool) -> Draft:
-        key = (tree, copied)
+    def _draft(self, tree: AnyTree, copied: bool, coupling: Coupling) -> Draft:
+        key = (tree, copied, coupling)
         if key not in self._drafts:
             if len(self._drafts) >= MOST_DRAFTS:
                 self._drafts.clear()
-            self._drafts[key] = self._new_draft(tree, copied)
+            self._drafts[key] = self._new_draft(tree, copied, coupling)
         return self._drafts[key]
 
-    def _new_draft(self, tree: AnyTree, copied: bool) -> Draft:
-        shared = self.fast is not None and self.fast.shared_buffers
-        heads = self.state.head_count
+    def _new_draft(self, tree: AnyTree, copied: bool, coupling: Coupling) -> Draft:
+        accuracy = self.accuracy.of_guesses(coupled=coupling != "none")
+        guessing = self.guessing(coupling, accuracy)
         if isinstance(tree, Tree) and not copied:
-            return FixedDraft(tree, heads, self.backbone, shared_buffers=shared)
-        return DynamicDraft(
-            tree,
-            copied=copied,
-            heads=heads,
-            accuracy=self.accuracy,
-            backbone=self.backbone,
-            shared_buffers=shared,
+            return FixedDraft(tree, guessing)
+        return DynamicDraft(tree, guessing, copied=copied)
+
+    def guessing(self, coupling: Coupling, accuracy: Accuracy) -> Guessing:
+        """Describe the heads to drafts, with these figures for how far they are to be trusted."""
+        vocabulary = None if self.heads is None else self.heads.vocabulary
+        return Guessing(
+            self.backbone,
+            self.state.head_count,
+            self.backbone.vocabulary if vocabulary is None else len(vocabulary),
+            accuracy,
+            self._bias,
+            coupling,
+            self.fast is not None and self.fast.shared_buffers,
         )

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from medusa_chat.decoding.draft.ranking import Candidates
 from medusa_chat.decoding.penalties import new_counts
 from medusa_chat.native.model import NativeHeads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
     from medusa_chat.decoding.acceptance import Rule
     from medusa_chat.decoding.draft.base import Draft
@@ -45,22 +44,21 @@ class State:
         )
         self.counts = new_counts(backbone.vocabulary, backbone.device)
 
-    def guesses(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """Let the heads guess the tokens after the root.
-
-        Returns:
-            the likeliest tokens of each head, [heads, ranked], and the natural logarithms of the
-            probabilities that the head gives them, float32, or None if the draft reads none.
-        """
+    def candidates(self, draft: Draft) -> Candidates:
+        """Let the heads guess the tokens after the root: the likeliest of each, `draft.ranked`."""
         if self.heads is None or draft.ranked == 0:
-            return torch.empty(0, 0, dtype=torch.long, device=self.backbone.device), None
+            nothing = torch.empty(0, 0, dtype=torch.long, device=self.backbone.device)
+            return Candidates(nothing, None, nothing)
         assert not isinstance(self.heads, NativeHeads), "only the native step runs packed heads"
         logits = self.heads.logits(self.hidden, self.backbone.lm_head)[:, 0]
         likeliest = logits.topk(draft.ranked)
-        if not draft.uses_confidence:
-            return likeliest.indices, None
+        indices = likeliest.indices
+        vocabulary = self.heads.vocabulary
+        tokens = indices if vocabulary is None else vocabulary.tokens[indices]
+        if not draft.needs_log_p:
+            return Candidates(tokens, None, indices)
         log_p = likeliest.values.float() - logits.float().logsumexp(-1, keepdim=True)
-        return likeliest.indices, log_p
+        return Candidates(tokens, log_p, indices)
 
 
 class StepProgram(Protocol):

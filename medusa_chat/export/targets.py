@@ -10,7 +10,7 @@ from medusa_chat.hub.file_names import HEADS_FILE, PICKLE_FILE
 from medusa_chat.text import size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Facts:
 
     Attributes:
         layers: residual blocks of a head.
+        vocabulary: tokens of the backbone.
+        ranked: tokens that the heads rank, all or some.
+        parent_bias: rank of the bias by the parent's token; 0 if there is none.
         own: each head has an LM head of its own; else all use the backbone's.
         base: hub id, or folder, of the backbone.
         width: bytes of a number.
@@ -28,6 +31,8 @@ class Facts:
     layers: int
     hidden: int
     vocabulary: int
+    ranked: int
+    parent_bias: int
     own: bool
     base: str
     width: int
@@ -39,9 +44,13 @@ class Facts:
         return not Path(self.base).is_absolute()
 
     @property
-    def lm_head_bytes(self) -> int:
+    def cut(self) -> bool:
+        """True if the heads rank a part of the vocabulary only."""
+        return self.ranked < self.vocabulary
+
+    def lm_head_bytes(self, rows: int) -> int:
         """Size of an LM head."""
-        return self.vocabulary * self.hidden * self.width
+        return rows * self.hidden * self.width
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Target:
         one_block: the program applies one residual block repeatedly if a head has several.
         only_shared: heads cannot have LM heads of their own.
         one_layer_shared: heads of several blocks need LM heads of their own.
+        token_map: heads may rank a part of the vocabulary only.
         backbones: prefixes of the model types that the program takes; () for any.
     """
 
@@ -73,6 +83,7 @@ class Target:
     one_block: bool = False
     only_shared: bool = False
     one_layer_shared: bool = False
+    token_map: bool = False
     backbones: tuple[str, ...] = ()
 
     def refusal(self, facts: Facts) -> str:
@@ -99,17 +110,7 @@ class Target:
 
     def notices(self, facts: Facts) -> list[str]:
         """Return what a user should know, a line each."""
-        lines = []
-        if self.copies(facts):
-            size = size_text(facts.heads * facts.lm_head_bytes)
-            lines.append(
-                f"each head gets a copy of the LM head, which this layout needs: {size} more"
-            )
-        elif self.shared == "once" and not facts.own:
-            size = size_text(facts.lm_head_bytes)
-            lines.append(
-                f"the file holds a copy of the LM head, which this layout needs: {size} more"
-            )
+        lines = [*self._lost(facts), *self._added(facts)]
         if self.one_block and facts.layers > 1:
             lines.append(
                 f"the program that reads this layout applies one block {facts.layers} times, not"
@@ -120,6 +121,34 @@ class Target:
                 f"the program that reads this layout may not take {facts.model_type} models"
             )
         return lines
+
+    def _lost(self, facts: Facts) -> Iterator[str]:
+        """Yield what the layout has no place for."""
+        if facts.parent_bias:
+            yield (
+                f"the bias by the parent's token, of rank {facts.parent_bias}, is lost, and so are"
+                " accuracies that were measured with it: only medusa-chat's own files hold one, and"
+                " heads that were trained with it guess worse without"
+            )
+        if facts.cut and not self.token_map:
+            after = (
+                "their LM heads have rows for all tokens, of which they guess no others"
+                if facts.own
+                else "they rank all tokens of the LM head"
+            )
+            yield (
+                f"the heads' vocabulary of {facts.ranked} tokens is lost, which this layout has no"
+                f" place for: {after}"
+            )
+
+    def _added(self, facts: Facts) -> Iterator[str]:
+        """Yield what the layout needs in addition, with its size."""
+        if self.copies(facts):
+            size = size_text(facts.heads * facts.lm_head_bytes(facts.vocabulary))
+            yield f"each head gets a copy of the LM head, which this layout needs: {size} more"
+        elif self.shared == "once" and not facts.own:
+            size = size_text(facts.lm_head_bytes(facts.ranked))
+            yield f"the file holds a copy of the LM head, which this layout needs: {size} more"
 
 
 def _counts(facts: Facts) -> dict[str, Any]:
@@ -155,7 +184,7 @@ def _vllm(facts: Facts) -> dict[str, Any]:
         "model_type": "medusa",
         "hidden_size": facts.hidden,
         "vocab_size": facts.vocabulary,
-        "truncated_vocab_size": None,
+        "truncated_vocab_size": facts.ranked if facts.cut else None,
         "num_heads": facts.heads,
         "num_hidden_layers": facts.layers,
         "medusa_fc_bias": True,
@@ -226,6 +255,7 @@ TARGETS = {
         file="model.safetensors",
         shared="once",
         config=_vllm,
+        token_map=True,
         program="vLLM",
         command=VLLM_SERVE,
     ),

@@ -17,6 +17,7 @@ from medusa_chat.config import ACCURACY_FILE, ModelSpec, UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.export.backbone_files import BackboneFiles
 from medusa_chat.export.card import Card, card_of, licence_of
+from medusa_chat.export.fitting import fit
 from medusa_chat.export.folder import RECORD_FILE, check_folder, replaced_folder
 from medusa_chat.export.targets import TARGETS, Facts, Target
 from medusa_chat.files import write_json, write_text
@@ -25,6 +26,7 @@ from medusa_chat.hub.file_names import model_folder
 from medusa_chat.hub.model_list import split_revision
 from medusa_chat.machine.devices import choose_dtype
 from medusa_chat.model.layouts import find_heads, read_heads
+from medusa_chat.model.layouts.names import TOKEN_MAP
 from medusa_chat.model.layouts.write import named_tensors, write_tensors
 from medusa_chat.model.loading import heads_file
 from medusa_chat.text import reason_of
@@ -75,6 +77,7 @@ class Source:
     Attributes:
         folder: of its heads.
         lm_head: [V, hidden], the backbone's; None if the heads have LM heads of their own.
+        facts: of the heads as their own file has them.
     """
 
     spec: ModelSpec
@@ -102,6 +105,7 @@ def export(spec: ModelSpec, job: Export) -> list[str]:
     facts = source.facts
     if refusal := job.target.refusal(facts):
         raise UserError(f"these heads cannot be written in the layout {job.layout}: {refusal}")
+    heads = fit(heads, job.target.token_map)
     with replaced_folder(job.out) as folder:
         _write(folder, job.target, source, heads)
         copy_documents(folder, source)
@@ -137,6 +141,8 @@ def _read(spec: ModelSpec, job: Export) -> tuple[Source, MedusaHeads]:
         layers=heads.layers,
         hidden=files.hidden,
         vocabulary=files.vocabulary,
+        ranked=files.vocabulary if heads.vocabulary is None else len(heads.vocabulary),
+        parent_bias=0 if heads.parent_bias is None else heads.parent_bias.rank,
         own=heads.lm_heads is not None,
         base=_base(spec, files),
         width=heads.weight.element_size(),
@@ -162,14 +168,20 @@ def _write(folder: Path, target: Target, source: Source, heads: MedusaHeads) -> 
     if target.file is None:
         source.files.copy_with(tensors, folder, config)
         return
-    if target.shared == "once" and source.lm_head is not None:
-        tensors["lm_head.weight"] = source.lm_head
+    shared = _ranked(heads, source.lm_head)
+    if target.shared == "once" and shared is not None:
+        tensors["lm_head.weight"] = shared
+    if heads.vocabulary is not None:
+        tensors[TOKEN_MAP] = heads.vocabulary.tokens
     write_tensors(tensors, folder / target.file)
     write_json(folder / "config.json", config, indent=2)
 
 
 def copy_documents(folder: Path, source: Source) -> None:
-    """Copy the base's licence and card, which may ask for attribution, and the accuracies."""
+    """Copy the base's licence and card, which may ask for attribution, and the accuracies.
+
+    Accuracies of heads whose parent bias is lost would not be those of the copy.
+    """
     base = source.files.folder
     for pattern in LICENCES:
         for file in base.glob(pattern):
@@ -178,7 +190,7 @@ def copy_documents(folder: Path, source: Source) -> None:
     if card := card_of(base):
         shutil.copyfile(card, folder / "BASE_MODEL_CARD.md")
     accuracy = source.folder / ACCURACY_FILE
-    if accuracy.is_file():
+    if accuracy.is_file() and not source.facts.parent_bias:
         shutil.copyfile(accuracy, folder / ACCURACY_FILE)
 
 
@@ -197,14 +209,30 @@ def check_written(folder: Path, source: Source, expected: Tensor) -> None:
 
 
 def _logits(heads: MedusaHeads, lm_head: Tensor | None) -> Tensor:
-    """Guess for random hidden states, alike whoever owns the LM heads: [K, n, V]."""
+    """Guess for random hidden states, alike whoever owns the LM heads: [K, n, V].
+
+    A token that the heads do not rank has -inf.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = heads.weight
+    own = heads.lm_heads
     with torch.inference_mode():
         hidden = torch.randn(COMPARED_ROWS, weight.shape[-1], generator=generator).to(weight.dtype)
-        projections = [lm_head] * heads.heads if heads.lm_heads is None else heads.lm_heads
+        projections = [_ranked(heads, lm_head)] * heads.heads if own is None else own
         pairs = zip(heads.features(hidden), projections, strict=True)
-        return torch.stack([functional.linear(x, w) for x, w in pairs if w is not None])
+        logits = torch.stack([functional.linear(x, w) for x, w in pairs if w is not None])
+        if heads.vocabulary is None:
+            return logits
+        every = logits.new_full((*logits.shape[:2], heads.vocabulary.size), -torch.inf)
+        every[..., heads.vocabulary.tokens] = logits
+        return every
+
+
+def _ranked(heads: MedusaHeads, lm_head: Tensor | None) -> Tensor | None:
+    """Return the rows of the backbone's LM head, if given, that the heads rank."""
+    if lm_head is None or heads.vocabulary is None:
+        return lm_head
+    return lm_head[heads.vocabulary.tokens]
 
 
 def write_card(folder: Path, job: Export, source: Source) -> None:
@@ -219,6 +247,8 @@ def write_card(folder: Path, job: Export, source: Source) -> None:
         "LM heads": "one for each head" if own else "the base model's",
         "layout": f"{job.layout}: {target.description}",
     }
+    if facts.cut and target.token_map:
+        rows["tokens that the heads rank"] = f"{facts.ranked} of {facts.vocabulary}"
     whole = target.file is None
     title, command = f"Medusa heads for {base}", f"medusa-chat --model {base} --heads {job.name}"
     if whole:

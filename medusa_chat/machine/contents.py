@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"\.\d+\.")
 _HEADS = re.compile(r"medusa_heads?\.|\d+\.\d+\.")
+_BACKBONE = ("layers", "plain")  # parts
 _PLAIN_FORMATS = ("F64", "F32", "F16", "BF16")  # the names that safetensors has
 
 
@@ -33,8 +34,10 @@ class Contents:
         plain: in embeddings, LM head and norms, which stay unquantized.
         largest: in the largest matrix of a layer.
         packed: bytes of the tensors that the files hold quantized.
-        heads: in the Medusa heads.
+        heads: in the Medusa heads, with their parent bias.
         largest_head: in the largest matrix of a head.
+        parent_bias: in the bias by the parent's token, which stays unquantized.
+        head_tokens: tokens that the heads rank; 0 for all.
         unpacked: True if the files (GGUF) hold them in a form that loading turns into plain ones.
     """
 
@@ -45,6 +48,8 @@ class Contents:
     packed: int = 0
     heads: int = 0
     largest_head: int = 0
+    parent_bias: int = 0
+    head_tokens: int = 0
     unpacked: bool = False
 
 
@@ -56,6 +61,10 @@ class _Tensor(NamedTuple):
     @property
     def part(self) -> str:
         """The part of the model that a tensor belongs to, by its name."""
+        if self.name.startswith("parent_bias."):
+            return "parent bias"
+        if self.name.removeprefix("medusa_heads.") == "token_map":
+            return "token map"
         if _HEADS.match(self.name):
             return "heads"
         return "layers" if _LAYER.search(self.name) else "plain"
@@ -77,7 +86,7 @@ def contents_of(spec: ModelSpec) -> Contents | None:
     if shape is None:
         return None
     tensors = list(_tensors_of(folder)) if folder.is_dir() else []
-    backbone = [tensor for tensor in tensors if tensor.part != "heads"]
+    backbone = [tensor for tensor in tensors if tensor.part in _BACKBONE]
     if any(tensor.part == "layers" for tensor in backbone):
         contents = _counted(shape, backbone)
     else:
@@ -90,14 +99,24 @@ def contents_of(spec: ModelSpec) -> Contents | None:
     if spec.heads and Path(spec.heads).exists():
         heads = _heads_in(Path(spec.heads))
     else:
-        heads = [tensor.weights for tensor in tensors if tensor.part == "heads"]
-    heads = heads or _heads_of_entry(spec, shape)
+        heads = [tensor for tensor in tensors if tensor.part not in _BACKBONE]
+    return _with_heads(contents, heads or _heads_of_entry(spec, shape), folder)
+
+
+def _with_heads(contents: Contents, tensors: list[_Tensor], folder: Path) -> Contents:
+    """Add the heads to what a folder's backbone holds."""
+    sizes: dict[str, list[int]] = {"parent bias": [], "token map": [], "heads": []}
+    for tensor in tensors:
+        sizes.get(tensor.part, sizes["heads"]).append(tensor.weights)
+    bias = sum(sizes["parent bias"])
     # A pickle counts as one number, but its matrices are no larger than an LM head.
-    limit = max(shape.embedding_parameters, shape.hidden**2)
+    limit = max(contents.shape.embedding_parameters, contents.shape.hidden**2)
     return replace(
         contents,
-        heads=sum(heads),
-        largest_head=min(max(heads, default=0), limit),
+        heads=sum(sizes["heads"]) + bias,
+        largest_head=min(max(sizes["heads"], default=0), limit),
+        parent_bias=bias,
+        head_tokens=sum(sizes["token map"]),
         unpacked=(folder / WEIGHTS_FILE).is_file(),
     )
 
@@ -163,20 +182,22 @@ def _width(name: str) -> int:
     return int(bits[0]) // 8 if bits else 1
 
 
-def _heads_in(place: Path) -> list[int]:
-    """Count the weights of the heads in a file or folder of their own, tensor by tensor."""
+def _heads_in(place: Path) -> list[_Tensor]:
+    """List the tensors of the heads in a file or folder of their own; a pickle counts as one."""
     files = [place] if place.is_file() else _weight_files(place)
     tensors = list(_tensors(files))
     # A model's folder names the heads among other weights; a file of heads may name them freely.
-    heads = [tensor for tensor in tensors if tensor.part == "heads"] or tensors
+    if any(tensor.part == "heads" for tensor in tensors):
+        tensors = [tensor for tensor in tensors if tensor.part not in _BACKBONE]
     pickles = [] if files else list(place.glob("*.pt"))
     if place.suffix == ".pt":
         pickles = [place]
-    return [tensor.weights for tensor in heads] + [file.stat().st_size // 2 for file in pickles]
+    unread = [_Tensor(file.name, "F16", [file.stat().st_size // 2]) for file in pickles]
+    return tensors + unread
 
 
-def _heads_of_entry(spec: ModelSpec, shape: Shape) -> list[int]:
-    heads = [shape.hidden * (shape.hidden + 1)] * spec.medusa_heads
+def _heads_of_entry(spec: ModelSpec, shape: Shape) -> list[_Tensor]:
+    sizes = [[shape.hidden, shape.hidden + 1]] * spec.medusa_heads
     if spec.lm_heads == "own":
-        heads += [shape.hidden * shape.vocabulary] * spec.medusa_heads
-    return heads
+        sizes += [[shape.hidden, shape.vocabulary]] * spec.medusa_heads
+    return [_Tensor(spec.name, "F16", size) for size in sizes]

@@ -117,12 +117,9 @@ def plan(contents: Contents, load: Load) -> MemoryPlan:
     plain = contents.plain
     if on_cpu and shape.tied:
         plain += shape.embedding_parameters  # a copy of the LM head, laid out for the CPU's matmul
-    heads = contents.heads
-    if load.quant_heads != "none" and heads and contents.largest_head < shape.embedding_parameters:
-        heads += shape.embedding_parameters  # a quantized copy of the LM head that heads share
     context = load.context or min(shape.context, MAX_CONTEXT)
     cache = shape.cache_bytes(context + MAX_NODES, width)
-    head_bytes = weight_bytes(heads, load.quant_heads, width, kept)
+    head_bytes = _heads_bytes(contents, load, kept)
     # Layers are quantized first, then heads, then the cache is made: while weights are quantized,
     # the memory of what comes later is free.
     workspace = max(
@@ -161,7 +158,7 @@ def _native_plan(contents: Contents, load: Load) -> MemoryPlan:
         plain += weight_bytes(embedding, lm_head, width, NATIVE)
     else:
         plain += weight_bytes(embedding, lm_head, width, NATIVE) - embedding * width
-    heads = weight_bytes(contents.heads, load.quant_heads, width, NATIVE)
+    heads = _heads_bytes(contents, load, NATIVE)
     matrix = max(contents.largest, embedding) * width
     reading_heads = contents.heads * width
     unpacked = 0
@@ -178,6 +175,21 @@ def _native_plan(contents: Contents, load: Load) -> MemoryPlan:
         workspace=max(workspace, _native_step_bytes(shape, contents)),
         process=PROCESS["cpu"],
     )
+
+
+def _heads_bytes(contents: Contents, load: Load, each: Mapping[str, float]) -> int:
+    """Return the bytes of the heads, with a copy of the LM head that they share, if they make one.
+
+    They do if theirs is quantized, but for the native step, or has rows for their tokens only.
+    """
+    shape = contents.shape
+    matrices = contents.heads - contents.parent_bias
+    lm_head = (contents.head_tokens or shape.vocabulary) * shape.hidden
+    copied = contents.head_tokens or (load.quant_heads != "none" and not load.native)
+    if contents.heads and copied and contents.largest_head < lm_head:
+        matrices += lm_head
+    matrix_bytes = weight_bytes(matrices, load.quant_heads, load.width, each)
+    return matrix_bytes + contents.parent_bias * load.width
 
 
 def _native_step_bytes(shape: Shape, contents: Contents) -> int:

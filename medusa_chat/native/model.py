@@ -167,7 +167,8 @@ class NativeHeads:
         heads: how many.
         own_lm_heads: they have LM heads of their own.
         cut: they share a part of the backbone's LM head, which is copied for them.
-        biased: the token before a guess adds to its logits.
+        vocabulary: the tokens that they rank; None for all.
+        parent_bias: what the token before a guess adds to its logits; None if nothing.
         structure: what the library reads.
         store: owns the packed weights.
     """
@@ -189,7 +190,7 @@ class NativeHeads:
         self.heads, self.store = heads.heads, Store()
         self.own_lm_heads = heads.lm_heads is not None
         self.cut = heads.vocabulary is not None and not self.own_lm_heads
-        self.biased = heads.parent_bias is not None
+        self.vocabulary, self.parent_bias = heads.vocabulary, heads.parent_bias
         self._tables = Store()  # of which a step reads a few rows
         self.structure = HeadsOf(heads.heads, heads.layers, vocabulary=model.structure.vocabulary)
         blocks = [

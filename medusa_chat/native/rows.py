@@ -5,7 +5,14 @@ from __future__ import annotations
 from ctypes import addressof, c_float, c_int32
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa_chat.native.structures import MOST_CHAIN, MOST_GUESSES, MOST_ROWS, Choice, Coupling
+from medusa_chat.native.structures import (
+    MOST_CHAIN,
+    MOST_DEPTH,
+    MOST_GUESSES,
+    MOST_ROWS,
+    Choice,
+    Coupling,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,12 +45,13 @@ class FixedRows:
 class Line(NamedTuple):
     """How a head's log p becomes that of its guess being right: min(0, scale * log p + shift).
 
-    In a coupled step, `sharpness` scales log p before the noise is added.
+    In a coupled step the last two weigh the tempered log p and the noise before.
     """
 
     scale: float = 1.0
     shift: float = 0.0
-    sharpness: float = 1.0
+    of_log_p: float = 1.0
+    of_noise: float = 1.0
 
 
 class Noise(NamedTuple):
@@ -66,6 +74,7 @@ class ChosenRows:
         measured: the likelihood of each path is known; how sure the heads are decides at most
             which token has which rank.
         choice: what the library reads and writes.
+        noise: of each candidate of the last coupled step, [heads * ranked] and unused numbers.
     """
 
     def __init__(
@@ -93,12 +102,18 @@ class ChosenRows:
             raise ValueError(f"at most {MOST_ROWS} rows of {MOST_GUESSES} guesses of each head")
         self.size, self.ranked, self.measured = size, ranked, measured is not None
         each_depth = [*lines, *[Line()] * (len(parents) - len(lines))]
-        scale, shift, sharpness = map(_floats, zip(*each_depth, strict=True))
+        scale, shift, of_log_p, of_noise = map(_floats, zip(*each_depth, strict=True))
         ints, rows = c_int32 * len(parents), c_int32 * size
-        self._read = ints(*parents), ints(*ranks), scale, shift, sharpness, _floats(measured or ())
+        self._read = ints(*parents), ints(*ranks), _floats(measured or ())
+        self._lines = scale, shift, of_log_p, of_noise
+        self.noise = (c_float * (MOST_DEPTH * MOST_GUESSES))()
         self._chain = (c_int32 * MOST_CHAIN)(), (c_float * MOST_CHAIN)()
         self._rows, self._tokens, self._parents = rows(), rows(), rows()
-        self._coupling = Coupling(sharpness=addressof(sharpness))
+        self._coupling = Coupling(
+            of_log_p=addressof(of_log_p),
+            of_noise=addressof(of_noise),
+            noise=addressof(self.noise),
+        )
         self.choice = Choice(
             len(parents),
             addressof(self._read[0]),
@@ -106,7 +121,7 @@ class ChosenRows:
             size,
             addressof(scale),
             addressof(shift),
-            addressof(self._read[5]) if self.measured else None,
+            addressof(self._read[2]) if self.measured else None,
             0,
             addressof(self._chain[0]),
             addressof(self._chain[1]),

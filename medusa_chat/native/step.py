@@ -164,7 +164,7 @@ class NativeStep:
         step = self._step
         step.tokens, step.table, step.root = None, None, root
         step.ranked, step.choice = rows.ranked, addressof(rows.choice)
-        biased = self.heads is not None and self.heads.biased
+        biased = self.heads is not None and self.heads.parent_bias is not None
         reads = not rows.measured or biased or rows.choice.coupling
         step.log_p = self._log_p.data_ptr() if reads else None
         try:
@@ -213,7 +213,12 @@ class NativeStep:
         step.log_p = self._log_p.data_ptr()
         self._call()
         count = len(self._guesses) // MOST_GUESSES * ranked
-        return self._guesses[:count], self._log_p[:count].view(-1, ranked)
+        return self._guesses[:count], self.log_p(ranked)
+
+    def log_p(self, ranked: int) -> Tensor:
+        """The heads' log p of the last step's guesses: [heads, ranked], a view."""
+        count = len(self._guesses) // MOST_GUESSES * ranked
+        return self._log_p[:count].view(-1, ranked)
 
     def logits(self, count: int) -> Tensor:
         """Those of the last step's rows from `logits_from` on: float32 [count, V], a view."""

@@ -10,6 +10,7 @@ FORMATS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8, "nf4": NF4}
 MOST_ROWS = 256  # of a step
 MOST_GUESSES = 64  # of a head
 MOST_CHAIN = 64  # copied tokens
+MOST_DEPTH = 32  # of a tree that is chosen
 
 
 class Matrix(ctypes.Structure):
@@ -175,7 +176,9 @@ class Coupling(ctypes.Structure):
         ("position", c_int64),
         ("top_p", c_double),
         ("min_p", c_double),
-        ("sharpness", c_void_p),
+        ("of_log_p", c_void_p),
+        ("of_noise", c_void_p),
+        ("noise", c_void_p),
         ("temperature", c_float),
         ("top_k", c_int32),
     )

@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from medusa_chat.config import Message, UserError
+from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.accuracy import Accuracy
 from medusa_chat.decoding.trees.growth import dynamic_tree, grow, likeliest
 from medusa_chat.decoding.trees.tree import AnyTree, NodePath, Tree
-from medusa_chat.native.model import NativeHeads
 from medusa_chat.sampling import Sampling
 from medusa_chat.stats import Stats
-from medusa_chat.training.confidence import Guessed, calibrated
+from medusa_chat.training.confidence import calibrated, coupling_weights
+from medusa_chat.training.observations import (
+    PAST_END,
+    Guessed,
+    Observed,
+    Ranks,
+    answers,
+    guessed,
+    observe_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from medusa_chat.decoding.acceptance import Coupling
     from medusa_chat.decoding.engine import Engine
-    from medusa_chat.events import Step
     from medusa_chat.prompts import Prompt
 
-RANKED_GUESSES = 20  # of each head
+RANKED_GUESSES = 20  # of each head whose accuracy is kept
 SIZES = (8, 16, 32, 64)  # nodes of the trees to count steps of, and to check the forecast with
 STORED = 256  # most frequent paths to keep
 PRIOR_VISITS = 10  # visits of each path that are added to its count, with independent heads
-NO_GUESS = -1  # rank of a token that is not among the guesses
-PAST_END = -2  # rank of a token after the reply's end
-
-# Ranks of a reply: for each token but the last, the ranks that heads 1, 2, ... gave to the tokens
-# that followed.
-Ranks = list[NodePath]
 
 
 def held_aside(prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
@@ -56,106 +57,79 @@ def calibrate(
     max_new_tokens: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Measure the heads over replies to the prompts' first two turns.
+    """Measure the heads over replies to the prompts' first two turns, greedy and in mode exact.
 
     Returns:
-        The accuracy of each head, of their most frequent joint guesses, and their calibration.
+        The accuracy of each head, of their most frequent joint guesses, and their calibration;
+        `exact` has the same for guesses that are coupled to the noise of the draws.
 
     Raises:
         UserError: no reply has a second token, so no guess was tested.
     """
-    width = min(RANKED_GUESSES, engine.backbone.vocabulary)
-    hits = torch.zeros(engine.heads, width, dtype=torch.long)
-    tested = torch.zeros(engine.heads, dtype=torch.long)
-    replies: list[Guessed] = []
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    for done, prompt in enumerate(prompts, 1):
-        for ids, steps in answers(engine, prompt, sampling):
-            reply = [token.id for step in steps for token in step.tokens]
-            ranks, log_p = guess_reply(engine, ids, reply)
-            tested += (ranks != PAST_END).sum(1)
-            hits += torch.stack([row[row >= 0].bincount(minlength=width) for row in ranks])
-            replies.append(Guessed(joint_ranks(ranks), log_p))
+
+    def report(done: int) -> None:
         if progress:
-            progress(done, len(prompts))
-    if not tested[0]:
+            progress(done, 2 * len(prompts))
+
+    plain = Sampling(max_new_tokens=max_new_tokens)
+    greedy = observe_all(engine, prompts, lambda _: plain, report)
+    if not greedy:
         raise UserError(
             "no reply has a second token, which a head would guess: nothing is measured; try other"
             " prompts"
         )
-    top = hits.cumsum(1) / tested[:, None].clamp(min=1)
-    single = Accuracy(tuple(tuple(row) for row in top.tolist()))
-    joint = with_paths(single, [reply.ranks for reply in replies])
-    return calibrated(joint, replies, _step_starts(joint, replies), SIZES)
+    drawn = observe_all(
+        engine,
+        prompts,
+        lambda number: replace(plain, mode="exact", seed=number),
+        lambda done: report(len(prompts) + done),
+    )
+    figures = figures_of(engine, greedy, "none")
+    if not drawn:
+        return figures
+    return replace(figures, exact=figures_of(engine, drawn, "noise"))
 
 
-def _step_starts(accuracy: Accuracy, replies: Sequence[Guessed]) -> list[list[int]]:
+def figures_of(engine: Engine, observed: Sequence[Observed], coupling: Coupling) -> Accuracy:
+    """Measure the heads over replies, with their guesses in the order of a coupling."""
+
+    def in_order(accuracy: Accuracy) -> list[Guessed]:
+        ranker = engine.runner.guessing(coupling, accuracy).ranker()
+        return [guessed(each, ranker, engine.backbone.vocabulary) for each in observed]
+
+    bare = Accuracy(())
+    if coupling != "none":
+        ranker = engine.runner.guessing(coupling, bare).ranker()
+        weights = coupling_weights(observed, ranker, engine.backbone.vocabulary)
+        bare = replace(bare, coupling=weights)
+    replies = in_order(bare)
+    ranks = [reply.ranks for reply in replies]
+    joint = with_paths(replace(bare, top=_top(replies)), ranks)
+    return calibrated(
+        joint,
+        replies,
+        _step_starts(joint, ranks),
+        SIZES,
+        lambda accuracy: engine.runner.guessing(coupling, accuracy),
+    )
+
+
+def _top(replies: Sequence[Guessed]) -> tuple[tuple[float, ...], ...]:
+    """Accuracy of each head's 1, 2, ... likeliest guesses."""
+    table = torch.cat([reply.table for reply in replies], dim=1)
+    width = min(RANKED_GUESSES, replies[0].log_p.shape[-1])
+    hits = torch.stack([row[row >= 0].bincount(minlength=width)[:width] for row in table])
+    tested = (table != PAST_END).sum(1, keepdim=True).clamp(min=1)
+    return tuple(tuple(row) for row in (hits.cumsum(1) / tested).tolist())
+
+
+def _step_starts(accuracy: Accuracy, replies: Sequence[Ranks]) -> list[list[int]]:
     """The tokens of each reply at which a step begins with the best tree of any of SIZES."""
     trees = [grow(accuracy, size)[0] for size in SIZES]
-    starts = []
-    for reply in replies:
-        places = {place for tree in trees for place in places_along(tree, reply.ranks)}
-        starts.append(sorted(places))
-    return starts
-
-
-def answers(
-    engine: Engine, prompt: Prompt, sampling: Sampling
-) -> Iterator[tuple[list[int], list[Step]]]:
-    """Answer a prompt's first two turns. Yields the ids before each reply, and its steps."""
-    messages: list[Message] = prompt.system
-    for turn in prompt.turns[:2]:
-        messages.append({"role": "user", "content": turn})
-        ids = engine.encode(messages)
-        if len(ids) + 2 >= engine.context:
-            return
-        steps = list(engine.generate(ids, sampling))
-        yield ids, steps
-        text = "".join(step.text for step in steps)
-        if not text.strip():  # templates refuse an empty reply
-            return
-        messages.append({"role": "assistant", "content": text})
-
-
-def rank_reply(engine: Engine, prompt: list[int], reply: list[int]) -> Tensor:
-    """The heads' ranks along a reply, [heads, n].
-
-    Entry [k, i] is the rank that head k + 1 gave to token i + k + 1 when token i was chosen, or
-    NO_GUESS or PAST_END.
-    """
-    return guess_reply(engine, prompt, reply)[0]
-
-
-@torch.inference_mode()
-def guess_reply(engine: Engine, prompt: list[int], reply: list[int]) -> tuple[Tensor, Tensor]:
-    """The ranks of `rank_reply`, and the log p of the heads' guesses.
-
-    Returns:
-        ranks: [heads, n].
-        log_p: [n - 1, heads, RANKED_GUESSES], natural logarithms.
-    """
-    heads = engine.runner.heads
-    if heads is None or isinstance(heads, NativeHeads):
-        raise UserError("calibration needs Medusa heads, loaded with engine='torch'")
-    backbone = engine.backbone
-    text = torch.tensor(prompt + reply, device=backbone.device)
-    # The first state is that of the prompt's last token, which the reply's first token follows.
-    hidden = backbone.hidden_of_text(text)[len(prompt) - 1 : -1]
-    logits = heads.logits(hidden, backbone.lm_head)
-    top = logits.float().log_softmax(-1).topk(min(RANKED_GUESSES, backbone.vocabulary))
-    guesses = top.indices.cpu()  # [heads, n, ranked]
-    ranks = torch.full(guesses.shape[:2], PAST_END)
-    for head in range(1, engine.heads + 1):
-        following = torch.tensor(reply[head:])
-        found = guesses[head - 1, : len(following)] == following[:, None]
-        rank = torch.where(found.any(1), found.int().argmax(1), NO_GUESS)
-        ranks[head - 1, : len(following)] = rank
-    return ranks, top.values.transpose(0, 1)[:-1].cpu()
-
-
-def joint_ranks(ranks: Tensor) -> Ranks:
-    """Convert `rank_reply`'s ranks: at each token those before the first head that missed."""
-    return [tuple(takewhile(lambda rank: rank >= 0, column)) for column in ranks.T.tolist()[:-1]]
+    return [
+        sorted({place for tree in trees for place in places_along(tree, ranks)})
+        for ranks in replies
+    ]
 
 
 def steps_along(tree: Tree, reply: Ranks) -> Iterator[tuple[NodePath, int]]:
@@ -200,7 +174,7 @@ def with_paths(accuracy: Accuracy, replies: Sequence[Ranks]) -> Accuracy:
     trees = [grow(rough, size)[0] for size in SIZES]
     begun = [ranks for tree in trees for reply in replies for ranks, _ in steps_along(tree, reply)]
     prior = PRIOR_VISITS * len(trees)
-    return Accuracy(accuracy.top, _frequencies(begun, accuracy.widths, prior))
+    return replace(accuracy, paths=_frequencies(begun, accuracy.widths, prior))
 
 
 def _frequencies(

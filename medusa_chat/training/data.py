@@ -192,14 +192,21 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         """`input_ids`, `position_ids`, `labels`: [length] each; `rows`: the row's own number."""
         ids = self.ids[row].long()
         positions = self.positions[row].long()
-        # Nothing in a document predicts its first token.
-        target = self.trained[row] & (positions > 0)
+        target = self._is_target(row)
         return {
             "input_ids": ids,
             "position_ids": positions,
             "labels": ids.masked_fill(~target, IGNORED),
             "rows": torch.tensor(row),
         }
+
+    def targets(self) -> torch.Tensor:
+        """Ids of all targets, [n]."""
+        return self.ids[self._is_target(slice(None))]
+
+    def _is_target(self, rows: int | slice) -> torch.Tensor:
+        """Nothing in a document predicts its first token."""
+        return self.trained[rows] & (self.positions[rows] > 0)
 
     def place(self, row: int) -> str:
         """The files and lines of a row's documents."""

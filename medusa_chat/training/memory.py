@@ -70,14 +70,16 @@ def training_needs(
     """Bytes that a recipe needs. `heads` counts the weights to start from; None for new ones."""
     shape = contents.shape
     backbone = shape.parameters if contents.packed else contents.layers + contents.plain
+    bias = _new_bias(contents, recipe, given=heads is not None)
+    alone = bias > 0 and heads is not None and not recipe.joint
     if heads is None:
         heads = _new_heads(contents, recipe, backbone)
-    trained = heads
-    frozen = 0
+    trained = bias if alone else heads + bias
+    frozen = TRAINED_BYTES * heads if alone else 0
     if recipe.whole:
         trained += backbone
     else:
-        frozen = _weights(contents, recipe.quant, width)
+        frozen += _weights(contents, recipe.quant, width)
     if recipe.joint:
         trained += shape.adapter_parameters(recipe.lora_rank)
     parts = {
@@ -87,7 +89,7 @@ def training_needs(
     }
     # Heads, and after them a backbone with its adapter merged, are written from a copy on the
     # host in full precision. The gradients are gone by then.
-    written = TRAINED_BYTES * max(heads, backbone if recipe.joint else 0)
+    written = TRAINED_BYTES * max(heads + bias, backbone if recipe.joint else 0)
     if device == "cpu" and written > parts["gradients"]:
         del parts["gradients"]
         parts["the copy that is written"] = written
@@ -95,12 +97,22 @@ def training_needs(
 
 
 def _new_heads(contents: Contents, recipe: Recipe, backbone: int) -> int:
-    """Weights of new heads."""
+    """Weights of new heads, but for their parent bias."""
     shape = contents.shape
     heads = recipe.heads * recipe.layers * shape.hidden * (shape.hidden + 1)
-    if recipe.owns_lm_heads(shape.embedding_parameters, backbone):
-        heads += recipe.heads * shape.embedding_parameters
+    lm_head = (recipe.head_vocabulary or shape.vocabulary) * shape.hidden
+    if recipe.owns_lm_heads(lm_head, backbone):
+        heads += recipe.heads * lm_head
     return heads
+
+
+def _new_bias(contents: Contents, recipe: Recipe, *, given: bool) -> int:
+    """Weights of a new parent bias; given heads may have one, or a vocabulary, already."""
+    if given and contents.parent_bias:
+        return 0
+    ranked = contents.head_tokens if given else recipe.head_vocabulary
+    rows = 2 * ranked + 1 if ranked else 2 * contents.shape.vocabulary
+    return recipe.parent_bias * rows
 
 
 def answer_needs(contents: Contents, device: str, tokens: int) -> Needs:

@@ -82,11 +82,13 @@ class MedusaTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Save the trained weights only: a frozen backbone does not change."""
-        trained = trained_weights(self.model)
+        """Save the trained weights and the whole heads: a frozen backbone does not change."""
+        trainee: Any = self.model
+        heads = {f"heads.{name}": part for name, part in trainee.heads.state_dict().items()}
+        kept = heads | trained_weights(trainee)
         if state_dict is not None:
-            trained = {name: tensor for name, tensor in state_dict.items() if name in trained}
-        super()._save(output_dir, trained)
+            kept = {name: tensor for name, tensor in state_dict.items() if name in kept}
+        super()._save(output_dir, kept)
 
 
 def trained_weights(model: Any, *, detach: bool = True) -> dict[str, Tensor]:

@@ -29,12 +29,22 @@ State = dict[str, Any]  # a trainee's trained weights by name
 def save_heads(state: State, like: MedusaHeads, out: Path) -> Path:
     """Write the heads of a trainee's state in the sizes of `like`; returns the file.
 
-    Accuracies that were measured with other heads are removed.
+    What the state lacks was frozen, and is as in `like`. Accuracies that were measured with other
+    heads are removed.
     """
     before = digest(out / OWN_HEADS)
-    vocabulary = None if like.lm_heads is None else like.lm_heads.shape[1]
-    heads = MedusaHeads(like.heads, like.layers, like.weight.shape[-1], vocabulary)
-    heads.load_state_dict(_part(state, "heads."))
+    own = None if like.lm_heads is None else like.lm_heads.shape[1]
+    bias = like.parent_bias
+    heads = MedusaHeads(
+        like.heads,
+        like.layers,
+        like.weight.shape[-1],
+        own,
+        vocabulary=like.vocabulary,
+        parent_bias=0 if bias is None else bias.rank,
+        size=None if bias is None else len(bias.first),
+    )
+    heads.load_state_dict(like.state_dict() | _part(state, "heads."))
     file = write_heads(heads, out)
     if digest(file) != before:
         (out / ACCURACY_FILE).unlink(missing_ok=True)

@@ -11,8 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from medusa_chat.model.heads import MedusaHeads
-from medusa_chat.text import size_text
 from medusa_chat.training.data import IGNORED
 from medusa_chat.training.losses import (
     Frozen,
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from medusa_chat.config import Recipe
+    from medusa_chat.model.heads import MedusaHeads
 
 
 @dataclass
@@ -187,48 +186,3 @@ def checkpoint_activations(backbone: Any) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         settings = {"use_reentrant": False}
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
-def new_heads(backbone: Any, recipe: Recipe) -> MedusaHeads:
-    """Make untrained heads, whose guesses are the LM head's (paper, section 2.1.1).
-
-    Their blocks are zero. Their LM heads are the backbone's or copies of it.
-    """
-    lm_head = backbone.get_output_embeddings()
-    hidden, vocabulary = heads_shape(backbone)
-    own = recipe.owns_lm_heads(lm_head.weight.numel(), backbone.num_parameters())
-    heads = MedusaHeads(recipe.heads, recipe.layers, hidden, vocabulary if own else None)
-    if heads.lm_heads is not None:
-        with torch.no_grad():
-            heads.lm_heads.copy_(lm_head.weight.float())
-    return heads
-
-
-def heads_shape(backbone: Any) -> tuple[int, int]:
-    """Hidden size and vocabulary of heads for a transformers causal LM."""
-    lm_head = backbone.get_output_embeddings()
-    return lm_head.in_features, lm_head.out_features
-
-
-def describe(trainee: Trainee) -> str:
-    """Describe the heads in one line: their size, and the size of LM heads of their own."""
-    heads = trainee.heads
-    hidden, vocabulary = heads_shape(trainee.backbone)
-    blocks = 2 * heads.weight.numel()
-    lm_heads = 2 * heads.heads * hidden * vocabulary
-    if heads.lm_heads is None:
-        kind = (
-            f"share the LM head ({size_text(blocks)};"
-            f" LM heads of their own would add {size_text(lm_heads)}"
-        )
-    else:
-        kind = (
-            f"own their LM heads ({size_text(blocks + lm_heads)},"
-            f" {size_text(lm_heads)} of it LM heads"
-        )
-    trained = sum(p.numel() for p in trainee.parameters() if p.requires_grad)
-    depth = f"{heads.layers} block{'s' * (heads.layers > 1)}"
-    return (
-        f"{heads.heads} heads of {depth} {kind}, read at every step);"
-        f" {trained:,} parameters are trained"
-    )

@@ -28,15 +28,18 @@ from medusa_chat.training.memory import check_training
 from medusa_chat.training.optimization import MedusaTrainer, trained_weights, training_arguments
 from medusa_chat.training.outputs import perplexity_of, save_backbone, save_heads
 from medusa_chat.training.progress import LOG_FILE, ProgressLog
-from medusa_chat.training.stopping import Stopper
-from medusa_chat.training.trainee import (
-    Trainee,
-    adapt,
-    checkpoint_activations,
+from medusa_chat.training.starting import (
+    check_resumed,
+    choose_vocabulary,
+    coverage,
     describe,
     heads_shape,
     new_heads,
+    special_ids,
+    start_from,
 )
+from medusa_chat.training.stopping import Stopper
+from medusa_chat.training.trainee import Trainee, adapt, checkpoint_activations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -134,17 +137,20 @@ def _train(
         if not run.ignore_memory:
             check_training(spec, recipe, str(device), dtype.itemsize, bool(run.heads))
     torch.manual_seed(recipe.seed)
-    trainee, template = make_trainee(spec, recipe, dtype, device, given=bool(run.heads))
-    rows = _packed(template, documents, recipe)
-    unseen = _packed(template, held_out, recipe) if recipe.joint else None
+    trainee, packed = make_trainee(spec, recipe, dtype, device, texts, given=bool(run.heads))
+    rows = packed.rows
     say(f"{len(rows) * recipe.length:,} tokens in {len(rows):,} rows; {describe(trainee)}")
+    if trainee.heads.vocabulary is not None:
+        say(coverage(rows, trainee.heads.vocabulary))
+    if checkpoint:
+        check_resumed(trainee.heads, checkpoint / SAFE_WEIGHTS_NAME)
     with reported_failures(run.out / "checkpoints"):
         log = ProgressLog(trainee, progress, run.out / LOG_FILE, _step_tokens(arguments, recipe))
         fit(spec, recipe, arguments, rows, log, checkpoint, say)
     del trainee, log  # frees the memory for the backbones to compare
-    if unseen is not None and first:
+    if packed.unseen is not None and first:
         kind = "training" if held_out[0] in documents else "held-out"
-        _compare_backbones(spec, run, unseen, device, kind, say)
+        _compare_backbones(spec, run, packed.unseen, device, kind, say)
     return first
 
 
@@ -201,21 +207,42 @@ def _run_steps(trainer: MedusaTrainer, checkpoint: Path | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class PackedTexts:
+    """The text of a run as rows: to train on, and for a trained backbone's perplexity."""
+
+    rows: PackedRows
+    unseen: PackedRows | None
+
+
 def make_trainee(
-    spec: ModelSpec, recipe: Recipe, dtype: torch.dtype, device: torch.device, *, given: bool
-) -> tuple[Trainee, ChatTemplate]:
-    """Load the backbone, make its heads or load `given` ones, and find the model's template."""
+    spec: ModelSpec,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    texts: tuple[list[Document], list[Document]],
+    *,
+    given: bool,
+) -> tuple[Trainee, PackedTexts]:
+    """Load the backbone, pack the text in its template, make its heads or load `given` ones."""
     quant = recipe.quant.replace("none", "auto")
     backbone, tokenizer = load_pretrained(spec, dtype, quant, device)
     template = resolve_template(tokenizer, spec)
-    heads = new_heads(backbone, recipe)
+    documents, held_out = texts
+    rows = _packed(template, documents, recipe)
+    unseen = _packed(template, held_out, recipe) if recipe.joint else None
+    hidden, size = heads_shape(backbone)
     if given and (file := heads_file(spec)):
-        heads = read_heads(file, *heads_shape(backbone)).heads.float()
+        heads = start_from(read_heads(file, hidden, size).heads.float(), recipe, size)
+    else:
+        special = special_ids(backbone, template)
+        vocabulary = choose_vocabulary(rows, recipe.head_vocabulary, special, size)
+        heads = new_heads(backbone, recipe, vocabulary)
     backbone.requires_grad_(recipe.whole)
     adapter = adapt(backbone, recipe) if recipe.joint and not recipe.whole else None
     if recipe.gradient_checkpointing and recipe.joint:
         checkpoint_activations(backbone)
-    return Trainee(backbone, heads, recipe, adapter), template
+    return Trainee(backbone, heads, recipe, adapter), PackedTexts(rows, unseen)
 
 
 def split_documents(run: Run) -> tuple[list[Document], list[Document]]:

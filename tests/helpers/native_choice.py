@@ -229,18 +229,18 @@ class Law:
             biased = z + second @ self.bias.first[row].double()
             z = biased - (biased.exp().sum() + rest).log()
         if self.noise is not None:
-            z = self.drawn(z, case.lines[depth].sharpness, depth, case.tokens[depth])
+            z = self.drawn(z, case.lines[depth], depth, case.tokens[depth])
         order = sorted(range(len(z)), key=lambda place: (-float(z[place]), place))
         gaps = [float(z[a] - z[b]) for a, b in pairwise(order) if z[b] > NEVER]
         assume(min(gaps, default=1) > 1e-4)
         return order, [single(value) for value in z.tolist()]
 
-    def drawn(self, z: Tensor, sharpness: float, depth: int, tokens: list[int]) -> Tensor:
+    def drawn(self, z: Tensor, line: Line, depth: int, tokens: list[int]) -> Tensor:
         assert self.noise is not None
         seed, position, temperature, *truncation = self.noise
-        tempered = (sharpness * z / temperature).float()
+        tempered = (line.of_log_p * z / temperature).float()
         kept = truncate(tempered[None], *truncation)[0].double()
         place = torch.tensor([position + depth + 1])
-        scores = kept + gumbel(seed, place, 128)[0, tokens].double()
+        scores = kept + line.of_noise * gumbel(seed, place, 128)[0, tokens].double()
         drawn: Tensor = scores - scores.logsumexp(-1)
         return drawn

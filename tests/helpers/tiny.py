@@ -169,7 +169,8 @@ class OracleHeads:
         ranks: Sequence[int] = (0,),
         seed: int = 0,
     ) -> None:
-        self.heads, self.vocabulary = heads, vocabulary
+        self.heads, self.tokens = heads, vocabulary
+        self.vocabulary = self.parent_bias = None
         self.text, self.ranks, self.random = list(text), list(ranks), random.Random(seed)
         self.engine: Engine | None = None
 
@@ -182,13 +183,13 @@ class OracleHeads:
         return torch.stack(rows)[:, None]
 
     def _guesses(self, position: int) -> Tensor:
-        order = self.random.sample(range(self.vocabulary), self.vocabulary)
+        order = self.random.sample(range(self.tokens), self.tokens)
         rank = self.random.choice(self.ranks)
         if position < len(self.text):
             order.remove(self.text[position])
-            order.insert(rank if rank >= 0 else self.vocabulary - 1, self.text[position])
-        logits = torch.empty(self.vocabulary)
-        logits[order] = -torch.arange(self.vocabulary, dtype=torch.float32)
+            order.insert(rank if rank >= 0 else self.tokens - 1, self.text[position])
+        logits = torch.empty(self.tokens)
+        logits[order] = -torch.arange(self.tokens, dtype=torch.float32)
         return logits
 
 

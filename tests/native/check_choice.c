@@ -80,7 +80,8 @@ static void make(made *m, int heads, int ranked, int most, int chain, int rank) 
     m->bias = (mc_bias){rank, (int32_t)format, 20, 50, matrix(20, rank + 1, format),
                         matrix(50, rank + 1, format), numbers(VOCABULARY, 20)};
     m->coupling = (mc_coupling){draw(1 << 20), draw(1 << 20), draw(2) ? 1 : 0.8,
-                                draw(2) ? 0 : 0.05, floats(heads, near_one), near_one(),
+                                draw(2) ? 0 : 0.05, floats(heads, near_one),
+                                floats(heads, near_one), floats(guesses, near_one), near_one(),
                                 (int32_t)draw(8)};
     m->candidates = (mc_candidates){heads, ranked, VOCABULARY, numbers(guesses, VOCABULARY),
                                     numbers(guesses, 50), floats(guesses, likely),
@@ -102,7 +103,8 @@ static void make(made *m, int heads, int ranked, int most, int chain, int rank) 
 }
 
 static void drop(made *m) {
-    const void *owned[] = {m->bias.first, m->bias.second, m->bias.rows, m->coupling.sharpness,
+    const void *owned[] = {m->bias.first, m->bias.second, m->bias.rows, m->coupling.of_log_p,
+                           m->coupling.of_noise, m->coupling.noise,
                            m->candidates.tokens, m->candidates.indices, m->candidates.log_p,
                            m->choice.parents, m->choice.ranks, m->choice.scale, m->choice.shift,
                            m->choice.measured, m->choice.chain_tokens, m->choice.chain_log_p,

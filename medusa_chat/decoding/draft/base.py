@@ -6,6 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
+from medusa_chat.config import MAX_NODES
+from medusa_chat.decoding.draft.guesses import Guesses, ScoredGuesses
+from medusa_chat.decoding.draft.ranking import CANDIDATES, Ranker
 from medusa_chat.decoding.report import PackedInput, ReportLayout
 
 if TYPE_CHECKING:
@@ -13,15 +19,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from medusa_chat.decoding.acceptance import TreeTensors
+    from medusa_chat.decoding.acceptance import Coupling, TreeTensors
+    from medusa_chat.decoding.draft.filling import Filled, Filling
+    from medusa_chat.decoding.draft.ranking import Candidates, TokenBias
+    from medusa_chat.decoding.numbers import Numbers
+    from medusa_chat.decoding.trees.accuracy import Accuracy
     from medusa_chat.decoding.trees.tree import NodePath, Tree
     from medusa_chat.model.backbone import Backbone
 
 RANKED = 10  # guesses of each head that a step takes at least, and reports at most
+MOST_SHOWN = 2 * MAX_NODES  # numbers of a report for each head
 ROWS = 64  # paths that shared buffers hold at least
 # Rows of steps that are recorded: few of them, so that trees of most sizes share a recording.
 BUCKETS = (1, 8, 16, 32, 64, 128, 256)
-FILLER_DEPTH = -1  # of rows that fill a step up: no rule takes them for the root or a guess
 
 
 def next_size(least: int, wanted: int) -> int:
@@ -36,11 +46,40 @@ def bucket_of(nodes: int) -> int:
     return next(rows for rows in BUCKETS if rows >= nodes)
 
 
-def ranked_guesses(tree: Tree, heads: int, backbone: Backbone) -> int:
-    """Count the guesses that a tree takes of each head; trees of about one width take as many."""
-    if not heads or not tree.width:
-        return 0
-    return min(next_size(RANKED, tree.width), backbone.vocabulary)
+@dataclass(frozen=True)
+class Guessing:
+    """All that drafts need to know of heads and their backbone.
+
+    Attributes:
+        backbone: gives device, dtype and vocabulary.
+        heads: how many there are.
+        tokens: N, how many the heads rank.
+        accuracy: how far the heads are to be trusted, or how often paths are right.
+        bias: of guesses by their parent, or None.
+        coupling: the noise that guesses are ranked with.
+        shared_buffers: fill steps up to a number of rows that other trees have too, so that more
+            drafts have one shape.
+    """
+
+    backbone: Backbone
+    heads: int
+    tokens: int
+    accuracy: Accuracy
+    bias: TokenBias | None = None
+    coupling: Coupling = "none"
+    shared_buffers: bool = False
+
+    def ranker(self) -> Ranker:
+        """Make what ranks the heads' candidates."""
+        device = self.backbone.device
+        return Ranker(self.accuracy, self.heads, device, self.bias, self.coupling)
+
+    def ranked(self, tree: Tree) -> int:
+        """Count the guesses that a tree takes of each head; trees of about one width take alike."""
+        if not self.heads or not tree.width:
+            return 0
+        least = RANKED if self.bias is None and self.coupling == "none" else CANDIDATES
+        return min(next_size(least, tree.width), self.tokens)
 
 
 @dataclass(frozen=True)
@@ -51,11 +90,18 @@ class Nodes:
         candidates: [rows], the token of each node.
         tensors: the topology of the rows.
         selection: says which nodes were selected, for the report.
+        guesses: the heads' guesses, for the report.
     """
 
     candidates: Tensor
     tensors: TreeTensors
-    selection: tuple[Tensor, ...] = ()
+    selection: tuple[Tensor, ...]
+    guesses: tuple[Tensor, ...]
+
+    @property
+    def reported(self) -> tuple[Tensor, ...]:
+        """The parts that a report lists, in its order."""
+        return self.candidates, *self.selection, *self.guesses
 
 
 class Draft(ABC):
@@ -69,28 +115,55 @@ class Draft(ABC):
         rows: rows of the forward: as many, or more if steps of several sizes share a recording. A
             row that fills up sees the text and itself, and lies at FILLER_DEPTH.
         ranked: guesses that it takes of each head; 0 if it needs no heads.
-        uses_confidence: whether it reads how sure the heads are.
-        coupled: whether its guesses are ranked by the noise that their targets will be drawn with.
+        needs_log_p: whether it reads how sure the heads are.
         deepest: no draft of this shape is deeper.
         shape: equal for drafts that differ in the values of their buffers alone.
         layout: of a step's report.
+        ranker: ranks the heads' candidates.
+        filling: puts them to the nodes of a tree.
     """
 
     size: int
     rows: int
     ranked: int
-    uses_confidence: bool
-    coupled: bool = False
+    needs_log_p: bool
     deepest: int
     shape: Hashable
     layout: ReportLayout
+    ranker: Ranker
+    filling: Filling
+    _vocabulary: int
 
     def _layout(
         self, heads: int, selection: int, paths: Callable[[list[int]], tuple[NodePath, ...]]
     ) -> ReportLayout:
-        """Lay the report out for so many heads, once `rows` and `ranked` are set."""
-        ranked = min(self.ranked, RANKED)
-        return ReportLayout(self.rows, selection, heads if ranked else 0, ranked, paths)
+        """Lay the report out for so many heads, once `rows`, `ranked` and `ranker` are set."""
+        if not self.ranked:
+            return ReportLayout(self.rows, selection, 0, paths, no_guesses)
+        if not self.ranker.reorders:
+            shown = min(self.ranked, RANKED)
+            return ReportLayout(self.rows, selection, heads * shown, paths, _listed(heads))
+        numbers = 2 * heads * self.ranked
+        return ReportLayout(self.rows, selection, numbers, paths, _scored(heads, self.ranker))
+
+    def _coupling(self, guessing: Guessing) -> Coupling:
+        """The noise that this draft's shape depends on."""
+        return guessing.coupling if self.ranked else "none"
+
+    def _filled(
+        self, given: PackedInput, candidates: Candidates, numbers: Numbers
+    ) -> tuple[Filled, tuple[Tensor, ...]]:
+        """Fill the tree with guesses; returns also what the report says of them."""
+        if not self.needs_log_p:
+            shown = candidates.tokens[:, :RANKED].flatten()
+            return self.filling.plain(given.root, candidates), (shown,)
+        ranker = self.ranker
+        noise = ranker.noise(candidates, given.position, numbers, self._vocabulary)
+        filled = self.filling.ranked(given.root, candidates, ranker, noise)
+        if not ranker.reorders:
+            return filled, (candidates.tokens[:, :RANKED].flatten(),)
+        scores = ranker.shown(candidates, noise).contiguous().view(torch.int32).long()
+        return filled, (candidates.tokens.flatten(), scores.flatten())
 
     @property
     @abstractmethod
@@ -98,15 +171,43 @@ class Draft(ABC):
         """Tensors that differ between drafts of one shape."""
 
     @abstractmethod
-    def nodes(self, given: PackedInput, guesses: Tensor, log_p: Tensor | None, /) -> Nodes:
+    def nodes(self, given: PackedInput, candidates: Candidates, numbers: Numbers, /) -> Nodes:
         """Lay out the nodes of a step.
 
         Args:
             given: the step's input.
-            guesses: [heads, ranked], the likeliest tokens of each head.
-            log_p: [heads, ranked], how sure the heads are; None without `uses_confidence`.
+            candidates: the likeliest tokens of each head, with log p if `needs_log_p`.
+            numbers: of the sampling.
         """
 
     @abstractmethod
     def mask(self, nodes: Nodes, /) -> Tensor | None:
         """Return the additive mask [rows, rows] of the nodes; None for the root alone."""
+
+
+def no_guesses(_numbers: list[int], _root: int) -> Guesses:
+    """Return the guesses of a step without heads."""
+    return Guesses([])
+
+
+def _listed(heads: int) -> Callable[[list[int], int], Guesses]:
+    def read(numbers: list[int], _root: int) -> Guesses:
+        return Guesses(_in_rows(numbers, heads))
+
+    return read
+
+
+def _scored(heads: int, ranker: Ranker) -> Callable[[list[int], int], Guesses]:
+    host = None if ranker.bias is None else ranker.bias.host
+
+    def read(numbers: list[int], root: int) -> Guesses:
+        half = len(numbers) // 2
+        scores = np.array(numbers[half:], dtype=np.int32).view(np.float32).reshape(heads, -1)
+        return ScoredGuesses(_in_rows(numbers[:half], heads), root, scores.tolist(), host)
+
+    return read
+
+
+def _in_rows(numbers: list[int], heads: int) -> list[list[int]]:
+    width = len(numbers) // heads
+    return [numbers[head * width :][:width] for head in range(heads)]

@@ -1,10 +1,9 @@
 """Selection of the nodes that a step verifies: the likeliest of a superset and of a copied chain.
 
 It runs on the device, in fixed shapes and without a copy to the host. Shapes: S paths of the
-superset (the root included), D its depth, W its width, C tokens of the chain, E = S + C rows to
-choose from, n nodes that are chosen, R rows of the step. S, D and W may be more than the superset
-has: then there are paths that are never chosen, and guesses that no path takes. R may be more than
-n: then fillers come last, which are row E.
+superset (the root included), D its depth, C tokens of the chain, E = S + C rows to choose from, n
+nodes that are chosen, R rows of the step. S and D may be more than the superset has: then there are
+paths that are never chosen. R may be more than n: then fillers come last, which are row E.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_chat.decoding.acceptance import TreeTensors, ancestors_of
-from medusa_chat.decoding.draft.base import FILLER_DEPTH
+from medusa_chat.decoding.acceptance import FILLER_DEPTH, TreeTensors, ancestors_of
 from medusa_chat.events import COPIED
 
 if TYPE_CHECKING:
@@ -58,32 +56,26 @@ class Selector:
         nodes: int,
         chain: int,
         device: torch.device,
-        shape: tuple[int, int, int] | None = None,
+        shape: tuple[int, int] | None = None,
         step_rows: int | None = None,
     ) -> None:
-        """Make the tables; `shape` is S, D and W, by default those of the superset.
+        """Make the tables; `shape` is S and D, by default those of the superset.
 
         `step_rows` is R, by default n.
         """
         self.superset, self.nodes, self.chain = superset, nodes, chain
         self.step_rows = step_rows or nodes
-        self.size, depth, width = shape or (len(superset), superset.depth, superset.width)
+        self.size, depth = shape or (len(superset), superset.depth)
         self.deepest = max(depth, chain)
         rows = self.size + chain
         more = self.size - len(superset)
-        # The table of tokens holds all guesses, no token (after a path's end), no token (on a path
-        # that is never chosen), the root's, and the chain's.
-        end = depth * width
-        root = end + 2
-        paths = [_places(path, width) for path in superset.paths]
-        padded = [path + [end] * (depth - len(path)) for path in paths]
-        padded += [[end + 1] * depth] * more
-        # [D, S]: for each path the places of its guesses, depth by depth
-        places = torch.tensor(padded, dtype=torch.long, device=device)
-        self._guesses = places.view(self.size, depth).T.contiguous()
-        last = [path[-1] for path in paths[1:]]
-        own = [root, *last, *[end] * more, *range(root + 1, root + 1 + chain), root]
-        self._own = torch.tensor(own, device=device)  # [E + 1]: the place of each row's own token
+        # [D, S]: for each path its nodes' rows, depth by depth. After a path's end comes row S, and
+        # on a path that is never chosen row S + 1.
+        above = [branch[1:] for branch in superset.branches]
+        padded = [[*rows, *[self.size] * (depth - len(rows))] for rows in above]
+        padded += [[self.size + 1] * depth] * more
+        along = torch.tensor(padded, dtype=torch.long, device=device)
+        self._along = along.view(self.size, depth).T.contiguous()
         depths = [*superset.depths, *[1] * more, *range(1, chain + 1), FILLER_DEPTH]
         self._depths = torch.tensor(depths, device=device)
         before = [0, *range(self.size, rows)][:chain]
@@ -104,35 +96,31 @@ class Selector:
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Tensors that differ between supersets of one shape."""
-        tables = (self._guesses, self._own, self._depths, self._parents, self._ancestors)
+        tables = (self._along, self._depths, self._parents, self._ancestors)
         return *tables, self._chosen
 
-    def along_paths(self, log_p: Tensor) -> Tensor:
-        """Look up the log p of each path's guesses, 0 after the last: log_p [D, W] -> [D, S]."""
-        return torch.cat([log_p.flatten(), self._no_log_p])[self._guesses]
-
     def choose(
-        self, root: Tensor, guesses: Tensor, log_p: Tensor, chain: Tensor, chain_log_p: Tensor
+        self, tokens: Tensor, log_p: Tensor, chain: Tensor, chain_log_p: Tensor
     ) -> Selection:
         """Choose the n likeliest rows.
 
         Args:
-            root: [1], its token.
-            guesses: [D, W], the likeliest tokens of each head, no token twice.
-            log_p: [D, S], from `along_paths`: of each guess if those before it are right.
+            tokens: [S], the token of each of the superset's nodes, the root's first.
+            log_p: float32 [S], of each node's guess if those before it are right.
             chain: [C], copied tokens.
             chain_log_p: [C], of each copied token if those before it are right.
         """
-        tokens = torch.cat([guesses.flatten(), self._no_token, root, chain])
+        steps = torch.cat([log_p, self._no_log_p])[self._along]  # [D, S]
         if not self.chain:
-            return self._laid_out(tokens, _summed(log_p), self._root)
-        agreed = min(len(self._guesses), self.chain)
-        same = tokens[self._guesses[:agreed]] == chain[:agreed, None]
+            return self._laid_out(tokens, _summed(steps), self._root)
+        agreed = min(len(self._along), self.chain)
+        text = torch.cat([tokens, self._no_token])[self._along[:agreed]]
+        same = text == chain[:agreed, None]
         # Along each path, whether it is the chain's beginning so far.
         shared = same.cumprod(0, dtype=torch.uint8)
-        surer = torch.maximum(log_p[:agreed], chain_log_p[:agreed, None])
-        joined = torch.where(shared.bool(), surer, log_p[:agreed])
-        scores = _summed(torch.cat([joined, log_p[agreed:]]))
+        surer = torch.maximum(steps[:agreed], chain_log_p[:agreed, None])
+        joined = torch.where(shared.bool(), surer, steps[:agreed])
+        scores = _summed(torch.cat([joined, steps[agreed:]]))
         whole = shared.sum(0) == self._depths[: self.size]
         # One path of each depth agrees with the chain, and rows go by depth.
         joint = (whole * self._rows[: self.size]).amax()[None]
@@ -140,13 +128,13 @@ class Selector:
         tail = chain_log_p.masked_fill(in_superset, 0.0).cumsum(0) + scores[joint]
         # The minimum keeps rounding from putting a child first.
         tail = tail.cummin(0).values.masked_fill(in_superset, NEVER)
-        return self._laid_out(tokens, torch.cat([scores, tail]), joint)
+        return self._laid_out(torch.cat([tokens, chain]), torch.cat([scores, tail]), joint)
 
     def _laid_out(self, tokens: Tensor, scores: Tensor, joint: Tensor) -> Selection:
         """Lay the likeliest rows out as a tree.
 
         Args:
-            tokens: [D * W + 3 + C], the table of tokens.
+            tokens: [E], of each row.
             scores: [E], log p of each row's path.
             joint: [1], as a Selection has it.
         """
@@ -166,7 +154,8 @@ class Selector:
             ancestors[:, rows] | self._itself,
             self.deepest,
         )
-        return Selection(rows, tokens[self._own[rows]], tensors, joint)
+        filled = torch.cat([tokens, tokens[:1]])  # a filler has the root's token
+        return Selection(rows, filled[rows], tensors, joint)
 
     def paths(self, rows: list[int], joint: int) -> tuple[NodePath, ...]:
         """Turn chosen rows into paths; COPIED replaces a rank where the chain alone guessed.
@@ -181,11 +170,6 @@ class Selector:
             return known[row] if row < self.size else stem + (COPIED,) * (row - before)
 
         return tuple(map(path, rows[: self.nodes]))
-
-
-def _places(path: NodePath, width: int) -> list[int]:
-    """List the places of a path's guesses in the flattened table of guesses."""
-    return [depth * width + rank for depth, rank in enumerate(path)]
 
 
 def _summed(log_p: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medusa_chat.decoding.acceptance import TreeTensors, path_to
-from medusa_chat.decoding.draft.base import RANKED
+from medusa_chat.decoding.draft.base import MOST_SHOWN
 from medusa_chat.decoding.report import PackedInput, pack_verdict, report_size
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Buffers:
         backbone = state.backbone
         device, dtype = backbone.device, backbone.dtype
         candidates, parents, depths = torch.zeros(3, rows, dtype=torch.long, device=device)
-        size = report_size(rows, 1 + rows, state.head_count * RANKED)
+        size = report_size(rows, 1 + rows, state.head_count * MOST_SHOWN)
         report = torch.zeros(size, dtype=torch.long, device=device)
         return cls(
             candidates,
@@ -79,14 +79,14 @@ class Programs:
 
     def lay_out(self, draft: Draft) -> None:
         """Find the nodes and put them into the buffers."""
-        guesses, log_p = self.state.guesses(draft)
-        nodes = draft.nodes(self.given, guesses, log_p)
+        candidates = self.state.candidates(draft)
+        nodes = draft.nodes(self.given, candidates, self.given.numbers)
         buffers = self.buffers
         buffers.candidates.copy_(nodes.candidates)
         buffers.parents.copy_(nodes.tensors.parents)
         buffers.depths.copy_(nodes.tensors.depths)
         buffers.ancestors.copy_(nodes.tensors.ancestors)
-        draft.layout.pack_nodes(nodes.candidates, nodes.selection, guesses, buffers.report)
+        draft.layout.pack_nodes(nodes.reported, buffers.report)
 
     def forward(self, span: int) -> None:
         """Run the backbone over the rows, which reads `span` positions of the cache."""

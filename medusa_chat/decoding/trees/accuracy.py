@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import inf, log
@@ -21,7 +21,9 @@ MEANING = (
     "accuracy[k][i]: the model's own greedy token is among the i + 1 likeliest guesses of"
     " head k + 1; paths: every guess along a path of head ranks (from 0) is right in this share of"
     " the steps; calibration[k]: scale and shift that turn head k + 1's log p into that of its"
-    " guess being right; dynamic: acceptance length by nodes of trees chosen at each step"
+    " guess being right; dynamic: acceptance length by nodes of trees chosen at each step;"
+    " coupling[k]: weights of head k + 1's tempered log p and of the noise of a draw; exact: the"
+    " same figures for mode exact, whose guesses are ranked with that noise"
 )
 
 
@@ -66,12 +68,27 @@ class Accuracy(Frequencies):
         calibration: calibration[k]: scale and shift that turn head k + 1's log p into that of its
             guess being right after right guesses: min(0, scale * log p + shift). Empty: unchanged.
         dynamic: acceptance length by nodes of trees that are chosen at each step.
+        coupling: coupling[k]: weights of head k + 1's tempered log p and of the noise in the score
+            of a guess that is coupled to a draw. Empty: 1 and 1.
+        exact: the same figures for guesses that are coupled to that noise, as mode exact ranks
+            them; None if they were not measured.
     """
 
     top: tuple[tuple[float, ...], ...]
     paths: Mapping[NodePath, float] = field(default_factory=dict)
     calibration: tuple[tuple[float, float], ...] = ()
     dynamic: Mapping[int, float] = field(default_factory=dict)
+    coupling: tuple[tuple[float, float], ...] = ()
+    exact: Accuracy | None = None
+
+    def of_guesses(self, *, coupled: bool) -> Accuracy:
+        """The figures of guesses that are coupled to the noise of the draws, or are not.
+
+        Coupled ones that were not measured are taken to be right as often.
+        """
+        if not coupled:
+            return self
+        return self.exact or Accuracy(self.top, self.paths)
 
     @property
     def widths(self) -> list[int]:
@@ -95,6 +112,8 @@ class Accuracy(Frequencies):
             paths,
             self.calibration[:heads],
             self.dynamic if heads >= len(self.top) else {},
+            self.coupling[:heads],
+            self.exact and self.exact.pruned(heads, width),
         )
 
     def frequency(self, path: NodePath) -> float:
@@ -119,6 +138,10 @@ class Accuracy(Frequencies):
     def calibration_of(self, head: int) -> tuple[float, float]:
         """Scale and shift of a head's log p."""
         return self.calibration[head - 1] if head <= len(self.calibration) else (1.0, 0.0)
+
+    def coupling_of(self, head: int) -> tuple[float, float]:
+        """Weights of a head's log p and of the noise."""
+        return self.coupling[head - 1] if head <= len(self.coupling) else (1.0, 1.0)
 
     def forecast_dynamic(self, nodes: int) -> float | None:
         """Acceptance length as measured, interpolated over the logarithm of the nodes."""
@@ -150,21 +173,26 @@ def write_accuracy(accuracy: Accuracy, file: Path, source: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    document = {
-        "source": source,
-        "meaning": MEANING,
+    document = {"source": source, "meaning": MEANING, **_figures(accuracy)}
+    if accuracy.exact is not None:
+        document["exact"] = _figures(accuracy.exact)
+    write_json(file, document, indent=None)
+
+
+def _figures(accuracy: Accuracy) -> dict[str, Any]:
+    return {
         "accuracy": [[round(value, 5) for value in row] for row in accuracy.top],
         "paths": [[list(path), round(share, 5)] for path, share in accuracy.paths.items()],
         "calibration": [list(line) for line in accuracy.calibration],
         "dynamic": [[nodes, round(length, 5)] for nodes, length in accuracy.dynamic.items()],
+        "coupling": [list(weights) for weights in accuracy.coupling],
     }
-    write_json(file, document, indent=None)
 
 
 def read_accuracy(file: Path) -> Accuracy | None:
     """Read a file of `write_accuracy`; None if there is no such file.
 
-    Files of older versions have neither paths nor calibration.
+    Files of older versions have accuracies alone.
 
     Raises:
         UserError: the file cannot be read or is damaged.
@@ -173,17 +201,25 @@ def read_accuracy(file: Path) -> Accuracy | None:
         return None
     try:
         document = read_json(file)
-        top = _top(document["accuracy"])
-        return Accuracy(
-            top,
-            _paths(document.get("paths", []), top),
-            tuple(_calibration(*line) for line in document.get("calibration", [])),
-            dict(_dynamic(*pair) for pair in document.get("dynamic", [])),
-        )
+        accuracy = _read_figures(document)
+        if "exact" not in document:
+            return accuracy
+        return replace(accuracy, exact=_read_figures(document["exact"]))
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"cannot read the head accuracies {file}: {error!r}; run medusa-chat calibrate again"
         ) from None
+
+
+def _read_figures(document: Any) -> Accuracy:
+    top = _top(document["accuracy"])
+    return Accuracy(
+        top,
+        _paths(document.get("paths", []), top),
+        tuple(_calibration(*line) for line in document.get("calibration", [])),
+        dict(_dynamic(*pair) for pair in document.get("dynamic", [])),
+        tuple(_coupling(*weights) for weights in document.get("coupling", [])),
+    )
 
 
 def _top(rows: Any) -> tuple[tuple[float, ...], ...]:
@@ -203,6 +239,13 @@ def _calibration(scale: Any, shift: Any) -> tuple[float, float]:
     if not (0 < float(scale) < inf and -inf < float(shift) < inf):
         raise ValueError(f"calibration {scale}, {shift}")
     return float(scale), float(shift)
+
+
+def _coupling(log_p: Any, noise: Any) -> tuple[float, float]:
+    """Check a head's weights; raises ValueError or TypeError."""
+    if not (0 < float(log_p) < inf and 0 <= float(noise) < inf):
+        raise ValueError(f"coupling {log_p}, {noise}")
+    return float(log_p), float(noise)
 
 
 def _dynamic(nodes: Any, length: Any) -> tuple[int, float]:

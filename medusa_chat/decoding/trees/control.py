@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import MAX_NODES, LoadOptions, UserError
 from medusa_chat.decoding.draft.base import RANKED
-from medusa_chat.decoding.draft.copies import CHAIN
+from medusa_chat.decoding.draft.copies import CHAIN, Copies
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
 from medusa_chat.decoding.trees.costs import step_costs
 from medusa_chat.decoding.trees.growth import shaped_tree
@@ -14,11 +15,14 @@ from medusa_chat.decoding.trees.policy import COPIES_ALONE, VANILLA, Policy
 from medusa_chat.decoding.trees.tree import AnyTree, paper_trees
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from medusa_chat.decoding.runner import Runner
     from medusa_chat.decoding.trees.choice import StepCost
+    from medusa_chat.sampling import Mode, Sampling
 
+SPECULATIVE: tuple[Mode, ...] = ("greedy", "typical", "exact")
 SIZES = (8, 16, 32, 64)  # of the trees that completion offers
 
 
@@ -26,7 +30,7 @@ class TreeControl:
     """The trees of one engine.
 
     Attributes:
-        policy: chooses what each step verifies.
+        policy: chooses what each step verifies, in the mode of the last reply.
         accuracy: how often the heads are right, or None if these heads are not calibrated.
     """
 
@@ -55,13 +59,35 @@ class TreeControl:
         self._folder = costs
         self._notices = notices
         self._costs: dict[bool, dict[str, StepCost]] = {}  # with copies or without, by kind of tree
-        self.policy = Policy(
-            self._ranked_accuracy(),
-            calibrated=accuracy is not None,
-            probing=options.probing,
-            copying=options.copies,
-        )
+        copies = Copies()
+        # A rank means another thing where guesses are coupled to noise, and another mode accepts
+        # more or fewer of them.
+        self._policies = {
+            mode: Policy(
+                self._ranked_accuracy(mode),
+                calibrated=accuracy is not None,
+                probing=options.probing,
+                copying=options.copies,
+                copies=copies,
+            )
+            for mode in SPECULATIVE
+        }
+        self.policy = self._policies["greedy"]
         self.use(options.tree)
+
+    def begin(self, sampling: Sampling) -> None:
+        """Begin a reply: the policy of its mode chooses from here on."""
+        mode: Mode = "greedy" if sampling.greedy else sampling.mode
+        self.policy = self._policies.get(mode, self.policy)
+        self.policy.begin(sampling)
+
+    def separate(self) -> TreeControl:
+        """Return a copy that learns and switches on its own."""
+        mode = next(mode for mode, policy in self._policies.items() if policy is self.policy)
+        other = copy(self)
+        other._policies = deepcopy(self._policies)
+        other.policy = other._policies[mode]
+        return other
 
     @property
     def current(self) -> AnyTree:
@@ -88,13 +114,16 @@ class TreeControl:
         elif self._runner.heads is None:
             raise UserError(f"{self._name} has no Medusa heads to fill a tree")
         else:
-            self.policy.fix(self._fitting(tree))
+            fitting = {mode: self._fitting(tree, mode) for mode in self._policies}
+            self._check(tree, fitting["greedy"])
+            self._fix(fitting)
 
     def use_copies(self, on: bool) -> None:
         """Propose copied text from now on, or no longer."""
         if on == self.copies:
             return
-        self.policy.use_copies(on)
+        for policy in self._policies.values():
+            policy.use_copies(on)
         if self.policy.adapts or self._runner.heads is None:
             self._use_auto()  # steps with copies cost more than steps without
 
@@ -102,8 +131,9 @@ class TreeControl:
         """Replace the figures for how often the heads are right; the tree in use stays."""
         self.accuracy = accuracy
         self._runner.trust(accuracy)
-        self.policy.use_accuracy(self._ranked_accuracy(), calibrated=True)
-        self.policy.fix(self.current)
+        for mode, policy in self._policies.items():
+            policy.use_accuracy(self._ranked_accuracy(mode), calibrated=True)
+            policy.fix(policy.tree)
 
     def describe(self) -> str:
         """Describe the tree in use in one line."""
@@ -130,20 +160,27 @@ class TreeControl:
         accuracy = self.accuracy or PUBLISHED
         return accuracy.pruned(self._heads, self._runner.backbone.vocabulary)
 
-    def _ranked_accuracy(self) -> Accuracy:
+    def _ranked_accuracy(self, mode: Mode) -> Accuracy:
         """Prune to the guesses that a step reports: the conversation teaches about no others."""
-        return self._known_accuracy().pruned(self._heads, RANKED)
+        known = self._known_accuracy().pruned(self._heads, RANKED)
+        return known.of_guesses(coupled=mode == "exact")
+
+    def _fix(self, trees: Mapping[Mode, AnyTree]) -> None:
+        for mode, policy in self._policies.items():
+            policy.fix(trees[mode])
 
     def _use_auto(self, *, anew: bool = False) -> None:
         if self._runner.heads is None:
-            self.policy.fix(COPIES_ALONE if self.copies else VANILLA)
+            self._fix(dict.fromkeys(SPECULATIVE, COPIES_ALONE if self.copies else VANILLA))
             return
         if self.accuracy is None:
             self._notices.append(
                 "these heads are not calibrated: auto uses published accuracies;"
                 " see `medusa-chat calibrate`"
             )
-        self.policy.adapt(self._step_costs(anew=anew))
+        costs = self._step_costs(anew=anew)
+        for policy in self._policies.values():
+            policy.adapt(costs)
 
     def _step_costs(self, *, anew: bool) -> dict[str, StepCost]:
         """Step costs by the kind of tree: known from earlier, or measured now."""
@@ -155,20 +192,27 @@ class TreeControl:
             )
         return self._costs[copies]
 
-    def _fitting(self, tree: str | AnyTree) -> AnyTree:
-        """The part of a tree that these heads can fill; raises UserError for none or too much."""
-        wanted = shaped_tree(tree, self._known_accuracy()) if isinstance(tree, str) else tree
-        vocabulary = self._runner.backbone.vocabulary
-        fitting = wanted.pruned(self._heads, vocabulary)
+    def _fitting(self, tree: str | AnyTree, mode: Mode) -> AnyTree:
+        """The part of a tree that these heads can fill."""
+        wanted = self._named(tree, mode) if isinstance(tree, str) else tree
+        return wanted.pruned(self._heads, self._runner.backbone.vocabulary)
+
+    def _named(self, name: str, mode: Mode) -> AnyTree:
+        accuracy = self._known_accuracy().of_guesses(coupled=mode == "exact")
+        return shaped_tree(name, accuracy)
+
+    def _check(self, tree: str | AnyTree, fitting: AnyTree) -> None:
+        """Say if a tree had to be pruned; raises UserError if nothing is left, or too much."""
+        wanted = self._named(tree, "greedy") if isinstance(tree, str) else tree
         if len(fitting) < len(wanted):
             self._notices.append(
                 f"tree {wanted.origin} was pruned from {len(wanted)} nodes to {len(fitting)}:"
                 f" it is {wanted.depth} deep and {wanted.width} wide,"
-                f" {self._name} has {self._heads} heads over {vocabulary} tokens"
+                f" {self._name} has {self._heads} heads over"
+                f" {self._runner.backbone.vocabulary} tokens"
             )
         if not 1 < len(fitting) <= MAX_NODES:
             raise UserError(
                 f"tree {wanted.origin} has {len(fitting) - 1} guesses;"
                 f" 1 to {MAX_NODES - 1} are possible"
             )
-        return fitting

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from medusa_chat.decoding.draft.copies import Copied
+    from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath
 
 GAIN_PRIOR = 30  # steps without a gain that count before the first step
@@ -45,13 +46,11 @@ class CopyGain:
                 below[path[:depth]].append(-log_p)
         self._below = below
 
-    def add(
-        self, guesses: Sequence[Sequence[int]], copied: Copied | None, followed: Sequence[int]
-    ) -> None:
+    def add(self, guesses: Guesses, copied: Copied | None, followed: Sequence[int]) -> None:
         """Count a step; without effect until the heads' paths are set.
 
         Args:
-            guesses: guesses[k - 1] of head k, likeliest first.
+            guesses: of the heads behind the root.
             copied: the chain that was copied.
             followed: the tokens after the root, as many as heads or copies could have guessed.
         """
@@ -94,16 +93,14 @@ class CopyGain:
                 count -= bisect_left(self._below[path[: depth + 1]], limit)
         return count
 
-    def _along(
-        self, guesses: Sequence[Sequence[int]], tokens: Sequence[int]
-    ) -> tuple[NodePath, list[float]]:
+    def _along(self, guesses: Guesses, tokens: Sequence[int]) -> tuple[NodePath, list[float]]:
         """Follow tokens as far as the heads guess them: the path, and its log p at each depth."""
         path: NodePath = ()
         log_p = []
-        for row, token in zip(guesses, tokens, strict=False):
-            if token not in row or (*path, row.index(token)) not in self._log_p:
+        for rank in guesses.ranks(tokens):
+            if (*path, rank) not in self._log_p:
                 break
-            path = (*path, row.index(token))
+            path = (*path, rank)
             log_p.append(self._log_p[path])
         return path, log_p
 

@@ -45,7 +45,7 @@ class Choice:
 
 
 class Policy:
-    """Chooses what each step verifies, and learns from its result.
+    """Chooses what each step of one mode verifies, and learns from its result.
 
     A named tree stays (`fix`); with `adapt`, measurements choose the tree and may pause the heads.
 
@@ -57,7 +57,13 @@ class Policy:
     """
 
     def __init__(
-        self, accuracy: Accuracy, *, calibrated: bool, probing: bool = True, copying: bool = True
+        self,
+        accuracy: Accuracy,
+        *,
+        calibrated: bool,
+        probing: bool = True,
+        copying: bool = True,
+        copies: Copies | None = None,
     ) -> None:
         """Start with vanilla steps.
 
@@ -66,10 +72,11 @@ class Policy:
             calibrated: the accuracies were measured with these heads.
             probing: take vanilla steps now and then, to measure the speedup.
             copying: propose copied text too.
+            copies: an index to share with other policies of the text.
         """
         self.tree: AnyTree = VANILLA
         self.copying = copying
-        self.copies = Copies()
+        self.copies = copies or Copies()
         self._copied: Copied | None = None  # of the last choice
         self._pauses = PauseRule(probing=probing)
         self._costs: Mapping[str, StepCost] = {}  # by kind of tree

@@ -17,11 +17,11 @@ from medusa_chat.decoding.trees.growth import grow
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath, Tree
 
 ACCURACY_PRIOR = 200  # steps that the accuracies from before count for
 ACCURACY_MEMORY = 1000  # steps after which a step counts 1/e of a new one
-MISSED = -1  # rank of a token that is not among a head's guesses
 
 
 class OnlineAccuracy(Frequencies):
@@ -95,14 +95,9 @@ class OnlineAccuracy(Frequencies):
 class _Pending:
     """A step's guesses and copies, and the tokens that have followed its root so far."""
 
-    guesses: Sequence[Sequence[int]]
+    guesses: Guesses
     copied: Copied | None
     followed: list[int]
-
-    def ranks(self) -> list[int]:
-        """Rank at which each head guessed the token that followed."""
-        pairs = zip(self.guesses, self.followed, strict=False)
-        return [row.index(token) if token in row else MISSED for row, token in pairs]
 
 
 class GuessTracker:
@@ -129,22 +124,22 @@ class GuessTracker:
         self._for_copies.clear()
 
     def observe(
-        self, tokens: Sequence[int], guesses: Sequence[Sequence[int]], copied: Copied | None = None
+        self, tokens: Sequence[int], guesses: Guesses, copied: Copied | None = None
     ) -> None:
         """Take in a step.
 
         Args:
             tokens: the tokens that stay in the text, its root first.
-            guesses: each head's guesses after the root, likeliest first; empty for a vanilla step.
+            guesses: of the heads after the root; those of no head for a vanilla step.
             copied: the copies that were proposed after the root.
         """
         for pending in (*self._for_heads, *self._for_copies):
             pending.followed += tokens
-        if tokens and guesses and len(guesses) == self._heads:
+        if tokens and self._heads and len(guesses.rows) == self._heads:
             self._for_heads.append(_Pending(guesses, copied, list(tokens[1:])))
             self._for_copies.append(_Pending(guesses, copied, list(tokens[1:])))
         for done in _complete(self._for_heads, self._heads):
-            self.accuracy.add(done.ranks())
+            self.accuracy.add(done.guesses.ranks(done.followed))
         for done in _complete(self._for_copies, CHAIN):
             self.gain.add(done.guesses, done.copied, done.followed)
 

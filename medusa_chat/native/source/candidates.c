@@ -39,6 +39,17 @@ static void look(mc_ranker *ranker, int depth) {
     }
 }
 
+void mc_write_noise(mc_ranker *ranker) {
+    const mc_coupling *coupling = ranker->coupling;
+    size_t count = (size_t)ranker->candidates->ranked;
+    if (!coupling || !coupling->noise) return;
+    for (int depth = 0; depth < ranker->candidates->heads; depth++) {
+        if (!ranker->level[depth].looked) look(ranker, depth);
+        memcpy(coupling->noise + (size_t)depth * count, ranker->level[depth].noise,
+               count * sizeof(float));
+    }
+}
+
 /* Adds the bias by the parent's token; tokens that are no candidates keep their probability. */
 static void add_bias(const mc_ranker *ranker, int depth, int32_t token, float *log_p) {
     const mc_candidates *candidates = ranker->candidates;
@@ -113,11 +124,11 @@ static void couple(const mc_ranker *ranker, int depth, float *log_p) {
     const float *noise = ranker->level[depth].noise;
     int count = ranker->candidates->ranked;
     for (int i = 0; i < count; i++) {
-        log_p[i] = coupling->sharpness[depth] * log_p[i] / coupling->temperature;
+        log_p[i] = coupling->of_log_p[depth] * log_p[i] / coupling->temperature;
         if (!(log_p[i] > -INFINITY)) log_p[i] = -INFINITY; /* NaN has no place in an order */
     }
     truncate_scores(coupling, log_p, count);
-    for (int i = 0; i < count; i++) log_p[i] += noise[i];
+    for (int i = 0; i < count; i++) log_p[i] += coupling->of_noise[depth] * noise[i];
     float sum = ranker->operations->log_sum(log_p, count);
     for (int i = 0; i < count; i++) log_p[i] -= sum;
 }

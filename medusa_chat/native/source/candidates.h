@@ -29,7 +29,9 @@ typedef struct {
     int64_t position; /* of the root */
     double top_p;     /* 1 for none */
     double min_p;     /* 0 for none */
-    const float *sharpness; /* [depth] */
+    const float *of_log_p;  /* [depth], weights of log p and of the noise in a score */
+    const float *of_noise;
+    float *noise;           /* [heads, ranked], of each candidate, written; NULL if not wanted */
     float temperature;
     int32_t top_k; /* 0 for none */
 } mc_coupling;
@@ -71,6 +73,9 @@ int mc_candidates_in_range(const mc_candidates *candidates);
 
 void mc_ranker_begin(mc_ranker *ranker, const mc_candidates *candidates,
                      const mc_coupling *coupling);
+
+/* Write the noise of all candidates, if the coupling wants it. */
+void mc_write_noise(mc_ranker *ranker);
 
 /* Rank the children of a node at `depth` with a token. It stands until the next call. */
 const mc_ranking *mc_rank_children(mc_ranker *ranker, int depth, int32_t token);

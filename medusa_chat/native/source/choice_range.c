@@ -31,11 +31,14 @@ static int depth_of(const mc_choice *choice, int ranked) {
     return depth[choice->paths - 1];
 }
 
-static int coupling_in_range(const mc_coupling *coupling, int depth) {
+static int coupling_in_range(const mc_coupling *coupling, int heads, int depth) {
     if (!coupling) return 1;
+    if (coupling->noise && heads > MC_MOST_DEPTH) return 0;
     if (!isfinite(coupling->temperature) || !(coupling->temperature > 0)) return 0;
     if (isnan(coupling->top_p) || isnan(coupling->min_p) || coupling->top_k < 0) return 0;
-    return !depth || (coupling->sharpness && all_finite(coupling->sharpness, depth));
+    if (!depth) return 1;
+    return coupling->of_log_p && all_finite(coupling->of_log_p, depth) && coupling->of_noise &&
+           all_finite(coupling->of_noise, depth);
 }
 
 static int chain_in_range(const mc_choice *choice, int vocabulary) {
@@ -66,7 +69,7 @@ int mc_choice_in_range(const mc_choice *choice, const mc_candidates *candidates,
     int most = choice->paths == 1 ? 1 + choice->chain : choice->paths;
     if (choice->nodes < 1 || choice->nodes > most) return 0;
     return likelihood_in_range(choice, candidates, depth) &&
-           coupling_in_range(choice->coupling, depth);
+           coupling_in_range(choice->coupling, candidates->heads, depth);
 }
 
 int mc_candidates_in_range(const mc_candidates *candidates) {

@@ -154,5 +154,6 @@ int mc_choose(mc_choice *choice, const mc_candidates *candidates, int32_t root) 
         else offer_chain(&s, row);
     }
     finish(&s);
+    mc_write_noise(&s.ranker);
     return 0;
 }
