@@ -134,11 +134,12 @@ def test_typical_replies_do_not_depend_on_threads(engine: Engine) -> None:
 # ---- the twin ----
 
 
-def test_the_native_step_writes_what_torch_writes_in_float32() -> None:
+@pytest.mark.parametrize("tree", ["mc_sim_7b_63", "dynamic-16"])
+def test_the_native_step_writes_what_torch_writes_in_float32(tree: str) -> None:
     load: dict[str, Any] = {
         "device": "cpu",
         "dtype": "float32",
-        "tree": "mc_sim_7b_63",
+        "tree": tree,
         "probing": False,
     }
     native = medusa_chat.load(**load, engine="native")
@@ -148,6 +149,7 @@ def test_the_native_step_writes_what_torch_writes_in_float32() -> None:
         ours, theirs = (decode(each, ASKED[1], mode=mode) for each in (native, torchs))
         assert ids_of(ours) == ids_of(theirs), mode
         assert [step.depth for step in ours] == [step.depth for step in theirs]
+        assert [step.accepted for step in ours] == [step.accepted for step in theirs]
 
 
 # ---- choosing a step ----

@@ -189,7 +189,8 @@ def drawn(seed: int, ties: bool = False) -> Case:
     depth, width = superset.depth, superset.width + draw.randint(0, 3)
 
     def likely() -> float:
-        return draw.choice((0.0, -0.25, -0.5)) if ties else -draw.expovariate(1)
+        # Sums of these are equal or not by their last places.
+        return draw.choice((0.0, -0.1, -0.2, -0.3, -0.7)) if ties else -draw.expovariate(1)
 
     tokens = [draw.sample(range(20), width) for _ in range(depth)]
     log_p = [sorted((likely() for _ in range(width)), reverse=True) for _ in range(depth)]

@@ -7,8 +7,8 @@
 enum { MOST = MC_MOST_PATHS + MC_MOST_CHAIN };
 
 typedef struct {
-    double sum; /* log p of its path, added up as torch adds up float32: in double */
-    float score; /* the same in float32; in the chain no more than the parent's */
+    double sum; /* log p of its path, or of the chain behind it: added up as torch does */
+    float score; /* in float32; rounding lifts none above its parent's */
     int32_t token;
     int32_t depth;
     uint8_t agrees; /* its path is the beginning of the chain */
@@ -65,7 +65,7 @@ static void offer_chain(search *s, int before) {
     if (depth >= choice->chain) return;
     node *next = &s->node[choice->paths + depth];
     next->sum = (before < choice->paths ? 0 : parent->sum) + choice->chain_log_p[depth];
-    next->score = fminf((float)next->sum + joint->score, parent->score);
+    next->score = (float)next->sum + joint->score;
     next->token = choice->chain_tokens[depth];
     next->depth = depth + 1;
     push(s, choice->paths + depth);
