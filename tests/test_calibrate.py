@@ -54,6 +54,8 @@ def test_calibrate_counts_what_the_heads_get_right() -> None:
             messages.append({"role": "assistant", "content": "".join(s.text for s in steps)})
     assert accuracy.top[0][0] == pytest.approx(right / tested)
     assert all(list(row) == sorted(row) for row in accuracy.top)
+    assert accuracy.exact is not None
+    assert len(accuracy.exact.coupling) == len(accuracy.exact.top) == 2
     assert set(accuracy.paths) >= {path[:-1] for path in accuracy.paths if len(path) > 1}
     assert all(
         share <= accuracy.frequency(path[:-1]) <= 1 for path, share in accuracy.paths.items()

@@ -145,6 +145,7 @@ def test_bars_fit_the_screen_and_show_ranks_without_colour(
         monkeypatch,
         width,
         top,
+        [],
         [{"tree": "fixed", "nodes": 16, "forecast": 2.0, "measured": 1.9, "error": 0.04}],
     )
     assert max(map(len, lines)) <= width
@@ -159,6 +160,9 @@ def test_bars_fit_the_screen_and_show_ranks_without_colour(
     row = next(line for line in lines if "1.90 ± 0.04" in line)
     assert "-5.0%" in row
     assert "16" in row
+    both = shown(monkeypatch, width, top, top[:1], [])
+    title = next(number for number, line in enumerate(both) if line.startswith("exact mode"))
+    assert both[title + 1 : title + 5] == [*both[:4]]
 
 
 def test_models_shows_how_good_the_heads_are(

@@ -85,6 +85,10 @@ def test_accuracies_are_read_from_their_file(tmp_path: Path) -> None:
     accuracy = Accuracy(((0.5, 0.6), (0.25, 1 / 3)), {(0,): 0.48, (1,): 0.1, (0, 1): 0.1})
     write_accuracy(accuracy, file, "test")
     assert read_accuracy(file) == Accuracy(((0.5, 0.6), (0.25, 0.33333)), accuracy.paths)
+    weights = ((0.9, 0.4), (1.0, 0.0))
+    both = Accuracy(((0.5,), (0.4,)), exact=Accuracy(((0.3,), (0.2,)), coupling=weights))
+    write_accuracy(both, file, "test")
+    assert read_accuracy(file) == both
     assert [each.name for each in tmp_path.iterdir()] == ["head_accuracy.json"]
 
 

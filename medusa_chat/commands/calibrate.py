@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     with progress_bar("checking") as progress:
         found = check_forecast(engine, accuracy, aside, options.max_new_tokens, progress)
     checks = [vars(check) for check in found]
-    show_accuracy(accuracy.top, checks)
+    show_accuracy(accuracy.top, accuracy.exact.top if accuracy.exact else (), checks)
     say(f"wrote {file}")
     if not checks and not options.no_check:
         say(

@@ -13,28 +13,40 @@ from medusa_chat.terminal.theme import head_style
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    Rows = Sequence[Sequence[float]]
+
 RANKS = ((1, "█"), (5, "▒"), (10, "░"))  # up to which rank a part of the bar counts
 OTHER_COLUMNS = 47  # cells of the table without the bar
 
 
-def show_accuracy(top: Sequence[Sequence[float]], checks: Sequence[Mapping[str, Any]]) -> None:
+def show_accuracy(top: Rows, exact: Rows, checks: Sequence[Mapping[str, Any]]) -> None:
     """Print each head's top-i accuracy as figures and a bar, and the check of the forecast.
 
-    The arguments are those of `charts.plot`; each check has a forecast too.
+    Args:
+        top: as `charts.plot` has it.
+        exact: the same in exact mode; empty if it was not measured.
+        checks: as `charts.plot` has them, each with a forecast too.
     """
     console = SafeConsole()
-    columns = (Column(f"{block} top-{rank}", justify="right") for rank, block in RANKS)
-    table = Table("head", *columns, "")
-    width = min(max(console.width - OTHER_COLUMNS, 10), 50)
-    for head, row in enumerate(top, 1):
-        name = Text(f"■ {head} (+{head})", head_style(head))
-        figures = (f"{100 * _at_rank(row, rank):.1f}%" for rank, _ in RANKS)
-        table.add_row(name, *figures, _bar(head, row, width))
-    console.print(table)
+    console.print(_table(top, console.width))
+    if exact:
+        console.print("exact mode, guesses ranked with the noise of the draws:", highlight=False)
+        console.print(_table(exact, console.width))
     if checks:
         title = "acceptance length, forecast and measured on prompts set aside:"
         console.print(title, highlight=False)
         console.print(_check_table(checks))
+
+
+def _table(top: Rows, screen: int) -> Table:
+    columns = (Column(f"{block} top-{rank}", justify="right") for rank, block in RANKS)
+    table = Table("head", *columns, "")
+    width = min(max(screen - OTHER_COLUMNS, 10), 50)
+    for head, row in enumerate(top, 1):
+        name = Text(f"■ {head} (+{head})", head_style(head))
+        figures = (f"{100 * _at_rank(row, rank):.1f}%" for rank, _ in RANKS)
+        table.add_row(name, *figures, _bar(head, row, width))
+    return table
 
 
 def _at_rank(row: Sequence[float], rank: int) -> float:
