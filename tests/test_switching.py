@@ -79,8 +79,8 @@ def test_the_conversation_goes_along(chat: Chat) -> None:
     present = chat.session.engine
     shown = change(chat, FakeModels(None))
     assert shown.startswith("you now chat with other; it reads the 2 messages of the conversation")
-    assert "2 ahead" in shown.replace("\N{NO-BREAK SPACE}", " ")
-    assert "3 ahead" not in shown.replace("\N{NO-BREAK SPACE}", " ")
+    assert "2 ahead" in shown
+    assert "3 ahead" not in shown
     assert chat.session.conversation == Stats()
     assert chat.keeper.place == Place("other")
     list(chat.session.ask("two"))

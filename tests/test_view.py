@@ -535,3 +535,7 @@ def test_thoughts_come_before_the_answer(shown: bool) -> None:
     hint = "" if shown else " · Ctrl+T shows"
     expected = [f"thought for 5 tokens{hint}", "", "The fox was red."]
     assert screen.lines[: 3 + shown] == ["A fox, a red one."] * shown + expected
+
+
+def test_the_legend_of_five_heads_and_copies_fits_a_line() -> None:
+    assert cell_len(legend(5, copied=True).plain) <= 80

@@ -12,7 +12,6 @@ from medusa_chat.events import COPIED
 HEAD_COLOURS = ("#2c64ed", "#e37814", "#1a9e68", "#b95796", "#87651a")
 COPIED_COLOUR = "#00879a"  # cyan on a screen of 16 colours, where grey may be the background
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 
 LABEL = Style(dim=True)
 VALUE = Style()
@@ -50,17 +49,16 @@ def legend(heads: int, *, marks: bool = False, colour: bool = True, copied: bool
     shown = [*range(heads + 1)]
     if copied:
         shown.append(COPIED)
-    line = Text("  ").join(_entry(head, marks) for head in shown)
+    # One space: with five heads and copies the line has 78 cells.
+    line = Text(" ").join(_entry(head, marks) for head in shown)
     if not colour and not marks:
         line.append("\ncolours are off: /marks on shows which head proposed a token", LABEL)
     return line
 
 
 def _entry(head: int, marks: bool) -> Text:
-    # Only the first head is spelled out: the line should fit in 80 columns.
+    # Only the first head is spelled out, for the same reason.
     name = {COPIED: "copied", 0: "the model", 1: "guessed 1 ahead"}.get(head, f"{head} ahead")
-    # A narrow terminal breaks the line only between entries.
-    name = name.replace(" ", NO_BREAK_SPACE)
     style = head_style(head)
     mark = head_mark(head) if marks else ""
-    return Text.assemble((f"■{NO_BREAK_SPACE}", style), (name, LABEL), (mark, style))
+    return Text.assemble(("■ ", style), (name, LABEL), (mark, style))
