@@ -29,6 +29,7 @@ MAX_THREADS = 256
 PREFILL_ROWS = 512  # rows of one prefill forward: bounds the mask and the activations
 
 BUNDLED = Path(__file__).parent / "bundled"
+SHIPPED_HEADS = Path(__file__).parent / "heads"
 SHIPPED_PROMPTS = Path(__file__).parent / "bench" / "prompts.jsonl"
 ACCURACY_FILE = "head_accuracy.json"  # next to the heads: what `calibrate` measured
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from medusa_chat.cli import main
-from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, UserError
+from medusa_chat.config import BUNDLED, LAYOUTS, SHIPPED_HEADS, ModelSpec, UserError
 from medusa_chat.hub import model_list
 from medusa_chat.hub.model_list import (
     is_hub_id,
@@ -250,6 +250,12 @@ def test_other_heads_than_the_listed_ones() -> None:
         0,
         "vicuna-7b",
     )
+
+
+def test_heads_that_come_with_medusa_chat(tmp_path: Path) -> None:
+    assert resolve_model("vicuna-7b", "shipped:mine").heads == str(SHIPPED_HEADS / "mine")
+    (tmp_path / "list.yaml").write_text("models: {a: {backbone: b/c, heads: 'shipped:mine'}}")
+    assert read_models(tmp_path / "list.yaml")["a"].heads == str(SHIPPED_HEADS / "mine")
 
 
 def test_quantization_named_and_not() -> None:

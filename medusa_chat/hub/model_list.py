@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 from platformdirs import user_config_path
 
-from medusa_chat.config import BUNDLED, LAYOUTS, ModelSpec, QuantChoice, UserError
+from medusa_chat.config import BUNDLED, LAYOUTS, SHIPPED_HEADS, ModelSpec, QuantChoice, UserError
 from medusa_chat.files import expanded, read_text
 from medusa_chat.hub.gguf.folder import is_gguf
 from medusa_chat.hub.wheels import parse_source
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_ALIASES = 20
+SHIPPED = "shipped:"
 _QUANTS: tuple[str, ...] = get_args(QuantChoice)
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "quant": _QUANTS,
@@ -123,9 +124,16 @@ def _wanted(field: Field[Any], value: Any) -> str:
 
 
 def _resolve_place(path: Path, value: str) -> str:
-    """Expand `~`, and resolve a place that starts with a dot from the folder of the list."""
+    """Return the place that an entry means; one that starts with a dot is in the list's folder."""
     if value.startswith("."):
         return os.path.normpath(path.parent.absolute() / value)
+    return _placed(value)
+
+
+def _placed(value: str) -> str:
+    """Expand `~`, and `shipped:NAME`: heads that come with medusa-chat."""
+    if value.startswith(SHIPPED):
+        return str(SHIPPED_HEADS / value.removeprefix(SHIPPED))
     return os.path.expanduser(value)
 
 
@@ -143,7 +151,7 @@ def resolve_model(
 
     Args:
         model: names the model.
-        heads: a file, folder or hub id of other heads.
+        heads: a file, folder or hub id of other heads, or shipped:NAME.
         quant: quantization of the backbone; auto keeps that of the list.
         quant_heads: quantization of the heads, likewise.
         models: a list that replaces the one in the settings folder.
@@ -158,7 +166,7 @@ def resolve_model(
     spec = _named("bundled" if model is None else model, known_models(models))
     if heads:
         # Layout and number are those of the listed heads: other heads may have others.
-        spec = replace(spec, heads=os.path.expanduser(heads), layout="", medusa_heads=0)
+        spec = replace(spec, heads=_placed(heads), layout="", medusa_heads=0)
     for key, value in (("quant", quant), ("quant_heads", quant_heads)):
         if value not in _QUANTS:
             raise UserError(f"{key} must be one of {', '.join(_QUANTS)}, not {value!r}")
