@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from medusa_chat.decoding.acceptance import TreeTensors
@@ -116,16 +117,14 @@ class NativeProgram:
             values = torch.frombuffer(rows.noise, dtype=torch.float32)[: scores.numel()]
             scores = ranker.host_scores(scores, Noise(values.view_as(scores), given.numbers))
         bias = None if ranker.bias is None else ranker.bias.host
-        tokens = self._listed(settled, draft.ranked, draft.ranked)
-        return ScoredGuesses(tokens, given.root, scores.tolist(), bias)
+        tokens = np.array(settled.guesses, dtype=np.int32).reshape(-1, draft.ranked)
+        return ScoredGuesses(tokens, scores.numpy().copy(), given.root, bias)
 
     def _shown(self, draft: Draft, settled: Settled) -> list[list[int]]:
         """List the guesses of each head that a report shows."""
-        return self._listed(settled, draft.ranked, min(draft.ranked, RANKED))
-
-    def _listed(self, settled: Settled, ranked: int, shown: int) -> list[list[int]]:
+        ranked = draft.ranked
         heads = self._state.head_count if ranked else 0
-        return [settled.guesses[head * ranked :][:shown] for head in range(heads)]
+        return [settled.guesses[head * ranked :][: min(ranked, RANKED)] for head in range(heads)]
 
     def _verdict(
         self,

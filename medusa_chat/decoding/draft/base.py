@@ -201,9 +201,8 @@ def _scored(heads: int, ranker: Ranker) -> Callable[[list[int], int], Guesses]:
     host = None if ranker.bias is None else ranker.bias.host
 
     def read(numbers: list[int], root: int) -> Guesses:
-        half = len(numbers) // 2
-        scores = np.array(numbers[half:], dtype=np.int32).view(np.float32).reshape(heads, -1)
-        return ScoredGuesses(_in_rows(numbers[:half], heads), root, scores.tolist(), host)
+        tokens, bits = np.array(numbers, dtype=np.int32).reshape(2, heads, -1)
+        return ScoredGuesses(tokens, bits.view(np.float32), root, host)
 
     return read
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,22 +13,34 @@ if TYPE_CHECKING:
 MISSED = -1  # rank of a token that is not among a head's guesses
 
 
-@dataclass(frozen=True)
 class Guesses:
-    """The likeliest tokens of each head behind one root.
+    """The likeliest tokens of each head behind one root."""
 
-    Attributes:
-        rows: rows[k - 1] of head k, likeliest first.
-    """
+    def __init__(self, rows: list[list[int]]) -> None:
+        """Take the guesses of each head, likeliest first."""
+        self._rows = rows
 
-    rows: list[list[int]]
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guesses) and self.rows == other.rows
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Guesses of each head, the likeliest for the head alone first."""
+        return self._rows
+
+    @property
+    def heads(self) -> int:
+        """How many heads guessed."""
+        return len(self._rows)
 
     def ranks(self, followed: Sequence[int]) -> list[int]:
         """Rank tokens that follow the root among the guesses of heads 1, 2, ...
 
         A token's rank is the one that it has if those before it are right.
         """
-        pairs = zip(self.rows, followed, strict=False)
+        pairs = zip(self._rows, followed, strict=False)
         return [row.index(token) if token in row else MISSED for row, token in pairs]
 
 
@@ -53,31 +65,54 @@ class HostBias:
         return bias
 
 
-@dataclass(frozen=True)
 class ScoredGuesses(Guesses):
-    """Guesses whose order is not the heads' own, or depends on the token before them.
+    """Guesses whose order is not the heads' own, or depends on the token before them."""
 
-    Attributes:
-        root: the token that they follow.
-        scores: scores[k - 1] of head k's guesses, by which they are ranked.
-        bias: is added to the scores, by a guess and its parent; None without.
-    """
+    def __init__(
+        self, tokens: np.ndarray, scores: np.ndarray, root: int, bias: HostBias | None
+    ) -> None:
+        """Take the guesses of K heads.
 
-    root: int
-    scores: list[list[float]] = field(compare=False)  # equal steps may round them in two ways
-    bias: HostBias | None = field(compare=False)
+        Args:
+            tokens: [K, C], no token twice in a row.
+            scores: [K, C], by which the guesses of each head are ranked.
+            root: the token that they follow.
+            bias: is added to the scores, by a guess and its parent; None without.
+        """
+        super().__init__([])
+        self._tokens, self._scores = tokens, scores
+        self._root, self._bias = root, bias
+        self._known: tuple[Sequence[int], list[int]] = ((), [])  # the last that were ranked
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Guesses of each head, the likeliest for the head alone first."""
+        return [[int(token) for token in row] for row in self._tokens]
+
+    @property
+    def heads(self) -> int:
+        """How many heads guessed."""
+        return len(self._tokens)
 
     def ranks(self, followed: Sequence[int]) -> list[int]:
         """Rank tokens as `Guesses.ranks` does, each behind the token before it."""
-        wanted = np.array(followed[: len(self.rows)])
-        count = len(wanted)
+        wanted = followed[: self.heads]
+        if self._known[0] != wanted:
+            self._known = (wanted, self._ranks(wanted))
+        return self._known[1]
+
+    def _ranks(self, followed: Sequence[int]) -> list[int]:
+        count = len(followed)
         if not count:
             return []
-        tokens = np.array(self.rows[:count])
-        scores = np.array(self.scores[:count], dtype=np.float32)
-        if self.bias is not None:
-            scores = scores + self.bias.of(np.array([self.root, *followed])[:count], tokens)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        found = np.take_along_axis(tokens, order, 1) == wanted[:, None]
-        ranks = np.where(found.any(1), found.argmax(1), MISSED)
+        tokens, scores = self._tokens[:count], self._scores[:count]
+        if self._bias is not None:
+            parents = np.array([self._root, *followed[:-1]])
+            scores = scores + self._bias.of(parents, tokens)
+        found = tokens == np.array(followed)[:, None]
+        place = found.argmax(1)[:, None]
+        own = np.take_along_axis(scores, place, 1)
+        earlier = np.arange(tokens.shape[1]) < place
+        before = (scores > own) | ((scores == own) & earlier)
+        ranks = np.where(found.any(1), before.sum(1), MISSED)
         return [int(rank) for rank in ranks]

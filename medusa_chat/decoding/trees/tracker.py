@@ -135,7 +135,7 @@ class GuessTracker:
         """
         for pending in (*self._for_heads, *self._for_copies):
             pending.followed += tokens
-        if tokens and self._heads and len(guesses.rows) == self._heads:
+        if tokens and self._heads and guesses.heads == self._heads:
             self._for_heads.append(_Pending(guesses, copied, list(tokens[1:])))
             self._for_copies.append(_Pending(guesses, copied, list(tokens[1:])))
         for done in _complete(self._for_heads, self._heads):
