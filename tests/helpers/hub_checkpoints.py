@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medusa_chat.hub.model_list import split_revision
 from tests.helpers.tiny import random_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from medusa_chat.config import ModelSpec
     from tests.helpers.hub_server import HubServer
@@ -158,6 +158,25 @@ def heads_only(folder: Path, form: str, base: str, own: bool = True) -> Path:
     return folder
 
 
+def smollm2(folder: Path) -> Path:
+    """Write one layer of SmolLM2-135M's shape, which the heads that ship for it fit."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    llama_tokenizer(ZEPHYR).save_pretrained(folder)
+    return folder
+
+
 def vicuna(folder: Path) -> Path:
     return backbone(folder, "pytorch_model.bin")
 
@@ -183,9 +202,7 @@ def mistral(folder: Path) -> Path:
 
 
 REPOSITORIES: dict[str, Callable[[Path], Path]] = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": lambda folder: backbone(
-        folder, "model.safetensors", template=ZEPHYR
-    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": smollm2,
     **{f"lmsys/vicuna-{size}-v1.3": vicuna for size in ("7b", "13b", "33b")},
     **{
         f"FasterDecoding/medusa-vicuna-{size}-v1.3": lambda folder: heads_only(
@@ -209,6 +226,8 @@ REPOSITORIES: dict[str, Callable[[Path], Path]] = {
 def serve(server: HubServer, spec: ModelSpec, folder: Path) -> None:
     """Add a spec's repositories to the server; a revision of heads holds safetensors."""
     for source in filter(None, (spec.backbone, spec.heads)):
+        if Path(source).exists():  # heads that ship
+            continue
         name, revision = split_revision(source)
         if name not in server.repositories:
             server.add(name, REPOSITORIES[name](folder / name))
