@@ -5,6 +5,7 @@ runner      prefill and steps over one text
 eager       the step, operation by operation
 fast        chooses a faster step, if there is one
 native_step the step in one call of the native library
+native_choice  a draft's nodes as that step chooses them
 native_texts  many texts at once on the native step
 state       model, cache and last hidden state, as every step uses them
 report      StepInput and StepReport: the numbers that enter and leave a step

@@ -114,14 +114,19 @@ class ChosenRows:
             of_noise=addressof(of_noise),
             noise=addressof(self.noise),
         )
-        self.choice = Choice(
+        self.choice = self._choice()
+
+    def _choice(self) -> Choice:
+        scale, shift, *_ = self._lines
+        parents, ranks, measured = self._read
+        return Choice(
             len(parents),
-            addressof(self._read[0]),
-            addressof(self._read[1]),
-            size,
+            addressof(parents),
+            addressof(ranks),
+            self.size,
             addressof(scale),
             addressof(shift),
-            addressof(self._read[2]) if self.measured else None,
+            addressof(measured) if self.measured else None,
             0,
             addressof(self._chain[0]),
             addressof(self._chain[1]),

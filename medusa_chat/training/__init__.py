@@ -10,6 +10,7 @@ entropy.py         cross entropy, and the loss of a trained backbone
 scoring.py         a loss over a large vocabulary, with its gradient
 lm_heads.py        LM heads as the losses need them
 schedules.py       learning rates and the weight of the heads' loss over a run
+starting.py        the heads that a run begins with
 trainee.py         a backbone with its heads, and the loss of a batch
 optimization.py    transformers' Trainer with two learning rates and a guard against NaN
 trainer.py         `medusa-chat train`: a run from its data to its files
@@ -26,6 +27,7 @@ invention.py       user turns that the model invents
 local_model.py     answers of a model on this machine
 server.py          answers of a model behind an HTTP server
 calibration.py     `medusa-chat calibrate`: accuracies of the heads, and the check of a forecast
+observations.py    replies with all that the heads guessed along them
 confidence.py      calibration of the heads' probabilities, for dynamic trees
 bundled.py         the recipe of the bundled backbone
 stories.py         fairy tales for it
