@@ -36,7 +36,13 @@ ACCURACY_FILE = "head_accuracy.json"  # next to the heads: what `calibrate` meas
 
 def out_of_memory(error: BaseException) -> bool:
     """Recognize the ways in which Python and torch, on a GPU or a CPU, run out of memory."""
-    signs = ("out of memory", "not enough memory", "n't allocate memory", "cannot allocate memory")
+    signs = (
+        "out of memory",
+        "not enough memory",
+        "n't allocate memory",
+        "cannot allocate memory",
+        "could not create a primitive",  # oneDNN, which has no other words for it
+    )
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 

@@ -143,6 +143,7 @@ def test_any_text_is_a_value_or_a_user_error(name: Any, text: Any) -> None:
             True,
         ),
         (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("could not create a primitive"), True),
         (RuntimeError("shape mismatch"), False),
         (UserError("no"), False),
     ],

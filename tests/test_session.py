@@ -229,6 +229,8 @@ def test_save_overwrites_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=expected):
         Session(FakeEngine(), Sampling()).save(path)
     assert path.read_text() == "years of work"
+    with pytest.raises(UserError, match=r"^cannot write .*x: File name too long$"):
+        Session(FakeEngine(), Sampling()).save(tmp_path / ("x" * 300))
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,18 +48,27 @@ def split(conversation: Conversation) -> tuple[Conversation, str]:
 
 def write_conversation(path: Path, conversation: Conversation) -> None:
     """Write a conversation, whole or not at all, over nothing but a saved conversation."""
-    if path.exists():
-        try:
-            read_conversation(path)
-        except UserError:
-            complaint = f"{path} is not a saved conversation; choose another name"
-            raise UserError(complaint) from None
+    _check_replaceable(path)
     text = json.dumps(asdict(conversation), ensure_ascii=False, indent=2) + "\n"
     encodable = text.encode(errors="replace").decode()  # a paste may hold half a surrogate pair
     try:
         write_text(path.resolve(), encodable, private=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise UserError for a file that is no conversation, or a name that no file can have."""
+    try:
+        present = path.exists()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    if not present:
+        return
+    try:
+        read_conversation(path)
+    except UserError:
+        raise UserError(f"{path} is not a saved conversation; choose another name") from None
 
 
 def read_conversation(path: Path) -> Conversation:
