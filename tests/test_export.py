@@ -19,6 +19,7 @@ from medusa_chat.sampling import Sampling
 from medusa_chat.training import trainer as module
 from medusa_chat.training.data import PackedRows, encode, read_documents
 from medusa_chat.training.evaluate import perplexity
+from tests.helpers.made_trainees import made_by_runs
 from tests.helpers.tiny import END, random_model, save_model, tokenizer
 from tests.helpers.tiny_runs import backbone_folder, do, tiny_run, write_talks
 
@@ -32,19 +33,10 @@ TEMPLATE = ChatTemplate(tokenizer(), "tiny")
 
 
 @pytest.fixture
-def trainees(monkeypatch: pytest.MonkeyPatch) -> list[Trainee]:
-    """The trainees that runs make, in float32 whatever the processor has."""
-    made: list[Trainee] = []
-    plain = module.make_trainee
-
-    def spy(*arguments: Any, **named: Any) -> tuple[Trainee, Any]:
-        trainee, tok = plain(*arguments, **named)
-        made.append(trainee)
-        return trainee, tok
-
-    monkeypatch.setattr(module, "make_trainee", spy)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainee, Any]]:
+    """What runs make, in float32 whatever the processor has."""
     monkeypatch.setattr(module, "choose_dtype", lambda *_: torch.float32)
-    return made
+    return made_by_runs(monkeypatch)
 
 
 @torch.no_grad()
@@ -65,7 +57,7 @@ def logits_of(model: Any) -> torch.Tensor:
     ids=str,
 )
 def test_the_written_model_answers_like_the_trained_one(
-    kind: str, changes: dict[str, Any], tmp_path: Path, trainees: list[Trainee]
+    kind: str, changes: dict[str, Any], tmp_path: Path, made: list[tuple[Trainee, Any]]
 ) -> None:
     backbone_folder(tmp_path / "backbone", kind)
     rates = {"backbone_learning_rate": 0.01, "heads_first": 0.0}
@@ -76,7 +68,7 @@ def test_the_written_model_answers_like_the_trained_one(
         )
         for name in ("backbone", "out")
     )
-    trained = logits_of(trainees[0].backbone)
+    trained = logits_of(made[0][0].backbone)
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(after, trained, rtol=1e-4, atol=1e-4)
     tensors = load_file(tmp_path / "out" / "model.safetensors")

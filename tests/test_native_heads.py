@@ -10,7 +10,6 @@ import torch
 from medusa_chat.decoding.acceptance import TreeTensors, greedy, truncate
 from medusa_chat.decoding.noise import gumbel
 from medusa_chat.model.head_vocabulary import HeadVocabulary
-from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.native.rows import ChosenRows, Noise
 from tests.helpers.native_library import need_library
 from tests.helpers.native_tiny import Native, backbone_of
@@ -53,20 +52,7 @@ def some_heads(backbone: Backbone, own: bool, cut: bool, rank: int, seed: int = 
     vocabulary = None
     if cut:
         vocabulary = HeadVocabulary(torch.arange(0, backbone.vocabulary, 3), backbone.vocabulary)
-    size = len(vocabulary) if vocabulary else backbone.vocabulary
-    heads = MedusaHeads(
-        4,
-        1,
-        backbone.hidden_size,
-        size if own else None,
-        vocabulary=vocabulary,
-        parent_bias=rank,
-        size=backbone.vocabulary,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in heads.parameters():
-        parameter.data.normal_(0, 0.5, generator=generator)
-    return heads.requires_grad_(False)
+    return random_heads(backbone, own=own, seed=seed, vocabulary=vocabulary, parent_bias=rank)
 
 
 @pytest.mark.parametrize("weights", FORMATS)

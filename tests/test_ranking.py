@@ -35,9 +35,11 @@ from tests.helpers.tiny import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from medusa_chat.decoding.engine import Engine
     from medusa_chat.decoding.report import StepReport
-    from medusa_chat.decoding.trees.tree import NodePath
+    from medusa_chat.decoding.trees.tree import AnyTree, NodePath
     from medusa_chat.model.heads import MedusaHeads
 
 LINES = ((1.4, 0.2), (0.8, -0.1), (1.1, 0.3), (0.6, 0.0))
@@ -143,6 +145,21 @@ def twin_of(runner: Runner, heads: MedusaHeads, text: list[int], sampling: Sampl
     return PlainTwin(heads, logits.tolist(), sampling, len(text))
 
 
+def steps_of(
+    heads: MedusaHeads, sampling: Sampling, tree: AnyTree, copies: list[Copied | None]
+) -> Iterator[tuple[PlainTwin, StepReport]]:
+    """Take a step with each of the copies; yields the twin of its root and its report."""
+    runner = Runner(random_backbone(), heads, 400, FIGURES)
+    rule, text = make_rule(sampling), [*PROMPT]
+    root = runner.prefill(PROMPT, rule)
+    for copied in copies:
+        twin = twin_of(runner, heads, text, sampling)
+        report = runner.step(root, tree, rule, copied)
+        yield twin, report
+        text += report.tokens
+        root = report.next
+
+
 KINDS = ["plain", "bias", "cut plain", "cut bias"]
 
 
@@ -151,17 +168,11 @@ KINDS = ["plain", "bias", "cut plain", "cut bias"]
 def test_a_fixed_tree_is_filled_as_a_plain_twin_fills_it(kind: str, how: str) -> None:
     sampling, heads = Sampling(**SETTINGS[how]), heads_of(kind, 3)
     tree = random_tree(5, 40, 4, 6, spine=4)
-    runner = Runner(random_backbone(), heads, 400, FIGURES)
-    rule, text = make_rule(sampling), [*PROMPT]
-    root = runner.prefill(PROMPT, rule)
-    for _ in range(6):
-        twin = twin_of(runner, heads, text, sampling)
-        report = runner.step(root, tree, rule)
+    for twin, report in steps_of(heads, sampling, tree, [None] * 6):
+        root = report.candidates[0]
         assert report.candidates == expected_tokens(twin, tree, root)
         if "bias" not in kind or "top" not in how:
             check_ranks(report, twin, root)
-        text += report.tokens
-        root = report.next
 
 
 def check_ranks(report: StepReport, twin: PlainTwin, root: int) -> None:
@@ -181,13 +192,11 @@ def check_ranks(report: StepReport, twin: PlainTwin, root: int) -> None:
 def test_a_dynamic_tree_has_the_nodes_that_a_plain_twin_chooses(kind: str, how: str) -> None:
     sampling, heads = Sampling(**SETTINGS[how]), heads_of(kind, 7)
     superset = random_tree(4, 60, 4, 5, spine=4)
-    runner = Runner(random_backbone(), heads, 400, FIGURES)
-    rule, text = make_rule(sampling), [*PROMPT]
-    root = runner.prefill(PROMPT, rule)
-    for number in range(6):
-        twin = twin_of(runner, heads, text, sampling)
-        copied = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2) if number % 2 else None
-        report = runner.step(root, DynamicTree(superset, 12), rule, copied)
+    chain = Copied(tuple(range(CHAIN)), (-0.7,) * CHAIN, 2)
+    copies = [None, chain] * 3
+    steps = steps_of(heads, sampling, DynamicTree(superset, 12), copies)
+    for (twin, report), copied in zip(steps, copies, strict=True):
+        root = report.candidates[0]
         best = likeliest_scores(twin, superset, root, copied)
         own = scores_of(twin, report, copied)
         assert sorted(own, reverse=True) == pytest.approx(best[:12], abs=1e-4)
@@ -196,8 +205,6 @@ def test_a_dynamic_tree_has_the_nodes_that_a_plain_twin_chooses(kind: str, how: 
             for row, path in enumerate(report.paths)
             if path
         )
-        text += report.tokens
-        root = report.next
 
 
 def scored(twin: PlainTwin, superset: Tree, root: int) -> dict[tuple[int, ...], float]:

@@ -15,10 +15,10 @@ from medusa_chat.config import UserError
 from medusa_chat.files import digest, read_json, write_json
 from medusa_chat.model.layouts import OWN_HEADS, read_heads
 from medusa_chat.model.templates import ChatTemplate
-from medusa_chat.training import trainer as module
 from medusa_chat.training.data import Example, PackedRows
 from medusa_chat.training.starting import choose_vocabulary, coverage, special_ids
 from tests.helpers.complaints import complaint, refusal
+from tests.helpers.made_trainees import made_by_runs
 from tests.helpers.tiny import END, random_model, tokenizer
 from tests.helpers.tiny_runs import do, products, tiny_run
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa_chat.model.heads import MedusaHeads
+    from medusa_chat.training.trainee import Trainee
     from medusa_chat.training.trainer import PackedTexts
 
 H, V, N, RANK = 32, 320, 40, 3
@@ -35,18 +36,9 @@ BOTH: dict[str, Any] = {"parent_bias": RANK, "head_vocabulary": N}
 
 
 @pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> list[PackedTexts]:
-    """The packed texts of the runs."""
-    made: list[PackedTexts] = []
-    plain = module.make_trainee
-
-    def spy(*arguments: Any, **named: Any) -> tuple[Any, PackedTexts]:
-        trainee, packed = plain(*arguments, **named)
-        made.append(packed)
-        return trainee, packed
-
-    monkeypatch.setattr(module, "make_trainee", spy)
-    return made
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainee, PackedTexts]]:
+    """What the runs make."""
+    return made_by_runs(monkeypatch)
 
 
 def heads_in(folder: Path) -> MedusaHeads:
@@ -88,11 +80,13 @@ def test_the_share_of_the_targets_is_told() -> None:
     )
 
 
-def test_a_run_chooses_the_vocabulary_of_its_text(tmp_path: Path, texts: list[PackedTexts]) -> None:
+def test_a_run_chooses_the_vocabulary_of_its_text(
+    tmp_path: Path, made: list[tuple[Trainee, PackedTexts]]
+) -> None:
     _, said = do(tiny_run(tmp_path, "out", head_vocabulary=N))
     found = heads_in(tmp_path / "out").vocabulary
     assert found is not None
-    rows = texts[0].rows
+    rows = made[0][1].rows
     labels = [label for i in range(len(rows)) for label in rows[i]["labels"].tolist()]
     counts = Counter(label for label in labels if label >= 0)
     special = set(tokenizer().all_special_ids)

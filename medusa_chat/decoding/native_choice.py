@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from medusa_chat.decoding.draft.dynamic import DynamicDraft
 from medusa_chat.decoding.draft.fixed import FixedDraft
-from medusa_chat.events import COPIED
 from medusa_chat.native.rows import ChosenRows, Line, Noise
 
 if TYPE_CHECKING:
@@ -22,17 +21,17 @@ class Choices:
         """Describe what a draft chooses from."""
         lines = [Line(*line) for line in draft.ranker.lines]
         if isinstance(draft, FixedDraft):
-            self._superset, self._copied = draft.tree, False
+            superset, self._copied = draft.tree, False
             measured: list[float] | None = [0.0] * len(draft.tree)  # all nodes are taken
         else:
             assert isinstance(draft, DynamicDraft)
-            self._superset, self._copied = draft.superset, draft.copied
+            superset, self._copied = draft.superset, draft.copied
             measured = None if draft.measured is None else draft.measured.tolist()
         self._coupled = draft.ranked > 0 and draft.ranker.coupling != "none"
-        paths = self._superset.paths
+        self._paths = draft.layout.paths
         self._rows = ChosenRows(
-            self._superset.parents,
-            [path[-1] if path else 0 for path in paths],
+            superset.parents,
+            [path[-1] if path else 0 for path in superset.paths],
             draft.size,
             draft.ranked,
             lines=lines,
@@ -50,15 +49,8 @@ class Choices:
 
     @property
     def paths(self) -> tuple[NodePath, ...]:
-        """The chosen nodes' paths; COPIED replaces a rank where the chain alone guessed."""
-        known, joint = self._superset.paths, self._rows.joint
-        stem = known[joint]
-        before = len(known) + len(stem) - 1
-
-        def path(row: int) -> NodePath:
-            return known[row] if row < len(known) else stem + (COPIED,) * (row - before)
-
-        return tuple(map(path, self._rows.rows))
+        """The chosen nodes' paths."""
+        return self._paths([self._rows.joint, *self._rows.rows])
 
 
 def _noise_of(given: StepInput) -> Noise:

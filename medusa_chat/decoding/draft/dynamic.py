@@ -58,20 +58,19 @@ class DynamicDraft(Draft):
         depth, paths = superset.depth, len(superset)
         if shared and self.ranked:
             depth, paths = heads, next_size(ROWS, paths)
-        self._selector = Selector(superset, self.size, chain, device, (paths, depth), self.rows)
+        selector = Selector(superset, self.size, chain, device, (paths, depth), self.rows)
+        self._selector = selector
         levels = heads if shared else 0
         self.filling = Filling(superset, self.ranked, device, paths, levels)
         self.deepest = min(self.rows - 1, max(heads, chain))
         sizes = (self.rows, self.ranked, chain, paths, depth)
         self.shape = ("dynamic", *sizes, measured, self._coupling(guessing))
-        self.layout = self._layout(heads, 1 + self.rows, self._paths)
+        self.layout = self._layout(
+            heads, 1 + self.rows, lambda selection: selector.paths(selection[1:], selection[0])
+        )
         self.measured: Tensor | None = None
         if measured:
             self.measured = measured_log_p(superset, guessing.accuracy, paths).to(device)
-
-    def _paths(self, selection: list[int]) -> tuple[tuple[int, ...], ...]:
-        joint, *rows = selection
-        return self._selector.paths(rows, joint)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
