@@ -164,13 +164,15 @@ def multiply_prepared(
     y = np.full((rows, stride), np.float32(7.5))
     matrix = packed.matrix
     bounds = [0, *(split * TILE for split in splits), packed.outputs]
-    for first, last in pairwise(bounds):
+    following = [*bounds[1:-1], -1]
+    for (first, last), next_first in zip(pairwise(bounds), following, strict=True):
         library().mc_matmul(
             ctypes.byref(matrix),
             pointer(prepared),
             rows,
             first,
             last,
+            next_first,
             pointer(y),
             ctypes.c_size_t(stride),
         )

@@ -37,12 +37,12 @@ static void run_product(void *context, mc_team *team, int index) {
     product *self = context;
     int outputs = self->matrix.outputs;
     (void)index;
-    for (int unit; (unit = mc_team_next(team, (outputs + MC_TILE - 1) / MC_TILE)) >= 0;) {
+    for (int unit; (unit = mc_team_next(team, index, (outputs + MC_TILE - 1) / MC_TILE)) >= 0;) {
         int first = unit * MC_TILE;
         int last = first + MC_TILE < outputs ? first + MC_TILE : outputs;
-        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, self->y, (size_t)outputs);
+        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, -1, self->y, (size_t)outputs);
     }
-    mc_team_barrier(team);
+    mc_team_barrier(team, index);
 }
 
 /* 1 where a row of plain C is further away than its roundings explain. */
@@ -56,7 +56,7 @@ static int differs_from_twin(const char *name, product *work, const float *x, in
     void *prepared = allocate(mc_rows_bytes(matrix->format, 1, inputs));
     const float *values = x + (size_t)row * inputs;
     mc_prepare_rows(matrix->format, inputs, 1, 0, 1, values, (size_t)inputs, prepared);
-    mc_matmul(matrix, prepared, 1, 0, outputs, twin, (size_t)outputs);
+    mc_matmul(matrix, prepared, 1, 0, outputs, -1, twin, (size_t)outputs);
     for (int output = 0; output < outputs; output++) {
         differs |= fabsf(twin[output] - work->y[(size_t)row * outputs + output]) > 1e-4f;
     }
@@ -85,7 +85,7 @@ static int check(const char *name, mc_team *team, mc_format format, int outputs,
     mc_prepare_rows(format, inputs, rows, 0, rows, x, (size_t)inputs, prepared);
     product work = {{format, outputs, inputs, packed, bias}, prepared, rows, y};
     mc_team_run(team, run_product, &work);
-    mc_matmul(&work.matrix, prepared, 1, 0, outputs, alone, (size_t)outputs);
+    mc_matmul(&work.matrix, prepared, 1, 0, outputs, -1, alone, (size_t)outputs);
     int differs = memcmp(y, alone, (size_t)outputs * sizeof *y) != 0;
     differs |= differs_from_twin(name, &work, x, rows - 1);
     free(weights);

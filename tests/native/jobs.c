@@ -38,18 +38,18 @@ static void count(void *context, mc_team *team, int index) {
         self->signals_open = 1;
     }
     for (int phase = 0; phase < self->phases; phase++) {
-        for (int unit; (unit = mc_team_next(team, self->units)) >= 0;) {
+        for (int unit; (unit = mc_team_next(team, index, self->units)) >= 0;) {
             atomic_fetch_add(&self->done[unit], 1);
             self->members[index]++;
             be_busy(self->busy_nanoseconds);
         }
-        mc_team_barrier(team);
+        mc_team_barrier(team, index);
         for (int unit = 0; unit < self->units; unit++) {
             if (atomic_load(&self->done[unit]) != phase + 1) {
                 self->failed++;
             }
         }
-        mc_team_barrier(team);
+        mc_team_barrier(team, index);
     }
 }
 

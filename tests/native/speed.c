@@ -27,12 +27,12 @@ static void run(void *context, mc_team *team, int index) {
     product *self = context;
     int outputs = self->matrix.outputs;
     (void)index;
-    for (int unit; (unit = mc_team_next(team, (outputs + UNIT - 1) / UNIT)) >= 0;) {
+    for (int unit; (unit = mc_team_next(team, index, (outputs + UNIT - 1) / UNIT)) >= 0;) {
         int first = unit * UNIT;
         int last = first + UNIT < outputs ? first + UNIT : outputs;
-        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, self->y, (size_t)outputs);
+        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, -1, self->y, (size_t)outputs);
     }
-    mc_team_barrier(team);
+    mc_team_barrier(team, index);
 }
 
 /* Copies of the matrix in turn, so that its weights come from memory as in a model. */

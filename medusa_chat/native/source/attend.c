@@ -57,7 +57,7 @@ static void attend_texts(mc_worker *worker, int index) {
     mc_engine *engine = worker->engine;
     const mc_model *model = engine->model;
     int group = model->heads / model->kv_heads, units = engine->step->rows * model->kv_heads;
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
+    for (int unit; (unit = mc_team_next(engine->team, worker->index, units)) >= 0;) {
         int row = unit / model->kv_heads, most = MC_SHARED_SCORES / (engine->step->places[row] + 1);
         int size = most < 1 ? 1 : most < MC_QUERIES ? most : MC_QUERIES;
         mc_attention attention = attention_of_text(engine, index, unit % model->kv_heads, row);
@@ -66,7 +66,7 @@ static void attend_texts(mc_worker *worker, int index) {
             engine->operations->attend(&attention, first, last, worker->scratch);
         }
     }
-    mc_team_barrier(engine->team);
+    mc_team_barrier(engine->team, worker->index);
 }
 
 static void attend_text(mc_worker *worker, int index) {
@@ -75,13 +75,13 @@ static void attend_text(mc_worker *worker, int index) {
     int queries = engine->step->rows * (model->heads / model->kv_heads);
     int size = queries_of_unit(engine), blocks = (queries + size - 1) / size;
     int units = blocks * model->kv_heads;
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
+    for (int unit; (unit = mc_team_next(engine->team, worker->index, units)) >= 0;) {
         mc_attention attention = attention_of(engine, index, unit / blocks);
         int first = unit % blocks * size;
         int last = first + size < queries ? first + size : queries;
         engine->operations->attend(&attention, first, last, worker->scratch);
     }
-    mc_team_barrier(engine->team);
+    mc_team_barrier(engine->team, worker->index);
 }
 
 void mc_attend(mc_worker *worker, int index) {

@@ -43,7 +43,7 @@ static void multiply(mc_format format, uint8_t *space, float *products) {
     mc_pack(format, OUTPUTS, INPUTS, 0, OUTPUTS, weights, MC_FLOAT32, space);
     mc_prepare_rows(format, INPUTS, ROWS, 0, ROWS, x, INPUTS, rows);
     mc_matrix matrix = {format, OUTPUTS, INPUTS, space, NULL};
-    mc_matmul(&matrix, rows, ROWS, 0, OUTPUTS, products, OUTPUTS);
+    mc_matmul(&matrix, rows, ROWS, 0, OUTPUTS, -1, products, OUTPUTS);
 }
 
 static void change_rows(const mc_operations *operations, float *changed) {

@@ -152,6 +152,15 @@ void mc_prepare_rows(mc_format format, int inputs, int rows, int first_row, int 
 }
 
 void mc_matmul(const mc_matrix *matrix, const void *prepared, int rows, int first, int last,
-               float *y, size_t y_stride) {
-    kernel_of(matrix->format)->matmul(matrix, prepared, rows, first, last, y, y_stride);
+               int following, float *y, size_t y_stride) {
+    const mc_kernel *kernel = kernel_of(matrix->format);
+    kernel->matmul(matrix, prepared, rows, first, last, following, y, y_stride);
+}
+
+void mc_fetch(const mc_matrix *matrix, int output) {
+    size_t group = mc_group_bytes(matrix->format, matrix->inputs);
+    const char *tile = (const char *)matrix->packed + (size_t)(output / MC_GROUP) * group;
+    for (size_t byte = 0; byte < MC_TILE / MC_GROUP * group; byte += 64) {
+        __builtin_prefetch(tile + byte, 0, 2);
+    }
 }

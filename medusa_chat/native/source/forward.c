@@ -14,8 +14,8 @@ static void each_row(mc_worker *worker, row_work work, int layer) {
         for (int row = 0; row < rows; row++) work(worker, layer, row);
         return;
     }
-    for (int row; (row = mc_team_next(engine->team, rows)) >= 0;) work(worker, layer, row);
-    mc_team_barrier(engine->team);
+    for (int row; (row = mc_team_next(engine->team, worker->index, rows)) >= 0;) work(worker, layer, row);
+    mc_team_barrier(engine->team, worker->index);
 }
 
 static void prepare(mc_worker *worker, const mc_matrix *matrix, int rows, int row, const float *x) {
@@ -148,21 +148,24 @@ static int common_multiple(int a, int b) {
     return a / x * b;
 }
 
+/* Outputs of a unit of queries, keys and values: whole heads and whole tiles. */
+static int heads_piece(const mc_model *model) { return common_multiple(model->head_dim, MC_TILE); }
+
 /* Queries, keys and values, whole heads a unit, so that their thread can settle them. */
 static void project(mc_worker *worker, int index) {
     mc_engine *engine = worker->engine;
     const mc_model *model = engine->model;
     const mc_matrix *qkv = &model->layer[index].qkv;
     int rows = engine->step->rows, outputs = qkv->outputs;
-    int piece = common_multiple(model->head_dim, MC_TILE);
-    int units = (outputs + piece - 1) / piece;
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
-        int first = unit * piece, last = first + piece < outputs ? first + piece : outputs;
-        mc_matmul(qkv, worker->prepared, rows, first, last, engine->qkv, (size_t)outputs);
-        for (int head = first / model->head_dim; head < last / model->head_dim; head++)
+    mc_units units = mc_units_of(worker, outputs, heads_piece(model));
+    for (; units.first >= 0; mc_advance(&units)) {
+        mc_matmul(qkv, worker->prepared, rows, units.first, units.last, units.following,
+                  engine->qkv, (size_t)outputs);
+        int last = units.last / model->head_dim;
+        for (int head = units.first / model->head_dim; head < last; head++)
             for (int row = 0; row < rows; row++) settle_head(engine, index, head, row);
     }
-    mc_team_barrier(engine->team);
+    mc_team_barrier(engine->team, worker->index);
 }
 
 static void gate(mc_worker *worker, int index) {
@@ -170,18 +173,31 @@ static void gate(mc_worker *worker, int index) {
     const mc_layer *layer = &engine->model->layer[index];
     int rows = engine->step->rows, outputs = layer->gate.outputs;
     size_t stride = (size_t)outputs;
-    int units = (outputs + MC_PIECE - 1) / MC_PIECE;
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
-        int first = unit * MC_PIECE;
-        int last = first + MC_PIECE < outputs ? first + MC_PIECE : outputs;
-        mc_matmul(&layer->gate, worker->prepared, rows, first, last, engine->gated, stride);
-        mc_matmul(&layer->up, worker->prepared, rows, first, last, worker->piece, MC_PIECE);
+    mc_units units = mc_units_of(worker, outputs, MC_PIECE);
+    for (; units.first >= 0; mc_advance(&units)) {
+        int first = units.first, last = units.last, next = units.following;
+        mc_matmul(&layer->gate, worker->prepared, rows, first, last, next, engine->gated, stride);
+        mc_matmul(&layer->up, worker->prepared, rows, first, last, next, worker->piece, MC_PIECE);
         for (int row = 0; row < rows; row++)
             engine->operations->gate((mc_activation)engine->model->activation,
                                      engine->gated + (size_t)row * stride + first,
                                      worker->piece + row * MC_PIECE + first, last - first);
     }
-    mc_team_barrier(engine->team);
+    mc_team_barrier(engine->team, worker->index);
+}
+
+/* What a thread multiplies first is fetched while rows are normed, prepared and attended. */
+static void fetch_piece(const mc_worker *worker, const mc_matrix *matrix) {
+    mc_fetch_first(worker, matrix, mc_piece(matrix->outputs, worker->engine->threads));
+}
+
+static void fetch_next(const mc_worker *worker, int index) {
+    const mc_model *model = worker->engine->model;
+    if (index < model->layers) {
+        mc_fetch_first(worker, &model->layer[index].qkv, heads_piece(model));
+    } else {
+        mc_fetch_first(worker, &model->lm_head, MC_PIECE);
+    }
 }
 
 static void run_layer(mc_worker *worker, int index) {
@@ -191,13 +207,18 @@ static void run_layer(mc_worker *worker, int index) {
     int rows = engine->step->rows;
     size_t stride = (size_t)model->hidden;
     project(worker, index);
+    fetch_piece(worker, &layer->output);
     mc_attend(worker, index);
     each_row(worker, mixed_row, index);
     mc_multiply(worker, &layer->output, worker->prepared, rows, engine->product, stride);
+    mc_fetch_first(worker, &layer->gate, MC_PIECE);
+    mc_fetch_first(worker, &layer->up, MC_PIECE);
     each_row(worker, attended_row, index);
     gate(worker, index);
+    fetch_piece(worker, &layer->down);
     each_row(worker, gated_row, index);
     mc_multiply(worker, &layer->down, worker->prepared, rows, engine->product, stride);
+    fetch_next(worker, index + 1);
     each_row(worker, index + 1 < model->layers ? next_row : last_row, index);
 }
 

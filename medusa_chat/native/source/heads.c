@@ -15,14 +15,14 @@ static void multiply_each(mc_worker *worker, const mc_matrix *matrix, int one_ro
     mc_engine *engine = worker->engine;
     int outputs = matrix->outputs, heads = engine->heads->heads;
     int piece = mc_piece(outputs, engine->threads), pieces = (outputs + piece - 1) / piece;
-    for (int unit; (unit = mc_team_next(engine->team, heads * pieces)) >= 0;) {
+    for (int unit; (unit = mc_team_next(engine->team, worker->index, heads * pieces)) >= 0;) {
         int k = unit / pieces, first = unit % pieces * piece;
         int last = first + piece < outputs ? first + piece : outputs;
         float *to = y + (size_t)k * (size_t)outputs;
-        mc_matmul(&matrix[k], single(worker, matrix, one_row ? 0 : k), 1, first, last, to,
+        mc_matmul(&matrix[k], single(worker, matrix, one_row ? 0 : k), 1, first, last, -1, to,
                   (size_t)outputs);
     }
-    mc_team_barrier(engine->team);
+    mc_team_barrier(engine->team, worker->index);
 }
 
 static void run_blocks(mc_worker *worker) {
@@ -125,6 +125,6 @@ void mc_guess(mc_worker *worker) {
     mc_engine *engine = worker->engine;
     run_blocks(worker);
     run_lm_heads(worker);
-    for (int k; (k = mc_team_next(engine->team, engine->heads->heads)) >= 0;) rank(worker, k);
-    mc_team_barrier(engine->team);
+    for (int k; (k = mc_team_next(engine->team, worker->index, engine->heads->heads)) >= 0;) rank(worker, k);
+    mc_team_barrier(engine->team, worker->index);
 }

@@ -8,7 +8,7 @@ typedef struct {
     size_t (*row_bytes)(int inputs);
     void (*prepare)(int inputs, int count, const float *x, size_t x_stride, uint8_t *prepared);
     void (*matmul)(const mc_matrix *matrix, const uint8_t *prepared, int rows, int first, int last,
-                   float *y, size_t y_stride);
+                   int following, float *y, size_t y_stride);
 } mc_kernel;
 
 /* The packed forms. All variants share them, so that a packed file serves every processor.

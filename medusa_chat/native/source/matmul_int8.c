@@ -85,6 +85,7 @@ MC_INLINE const block_of_row *row_block(const mc_work *work, int row, size_t blo
 MC_INLINE void add_steps(const mc_work *work, const int rows, const int groups, size_t first,
                          size_t last, ints sum[MC_ROWS][2]) {
     size_t step = first;
+    MC_UNROLL_STEPS
     do {
         codes weights[2];
         tile_prefetch(work, groups, step - (size_t)work->start / 4);

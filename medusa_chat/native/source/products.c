@@ -9,16 +9,42 @@ int mc_piece(int outputs, int threads) {
     return (each > 1 ? each : 1) * MC_TILE;
 }
 
+static int count_units(int outputs, int piece) { return (outputs + piece - 1) / piece; }
+
+static int claim(const mc_units *units) {
+    const mc_worker *worker = units->worker;
+    int count = count_units(units->outputs, units->piece);
+    int unit = mc_team_next(worker->engine->team, worker->index, count);
+    return unit < 0 ? -1 : unit * units->piece;
+}
+
+void mc_advance(mc_units *units) {
+    int last = units->following + units->piece;
+    units->first = units->following;
+    units->last = last < units->outputs ? last : units->outputs;
+    units->following = units->first < 0 ? -1 : claim(units);
+}
+
+mc_units mc_units_of(mc_worker *worker, int outputs, int piece) {
+    mc_units units = {.worker = worker, .outputs = outputs, .piece = piece};
+    units.following = claim(&units);
+    mc_advance(&units);
+    return units;
+}
+
+void mc_fetch_first(const mc_worker *worker, const mc_matrix *matrix, int piece) {
+    int count = count_units(matrix->outputs, piece);
+    int unit = mc_team_first(worker->engine->team, worker->index, count);
+    if (unit < count) mc_fetch(matrix, unit * piece);
+}
+
 void mc_multiply(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows,
                  float *y, size_t stride) {
-    mc_engine *engine = worker->engine;
-    int outputs = matrix->outputs, piece = mc_piece(outputs, engine->threads);
-    int units = (outputs + piece - 1) / piece;
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
-        int first = unit * piece, last = first + piece < outputs ? first + piece : outputs;
-        mc_matmul(matrix, prepared, rows, first, last, y, stride);
-    }
-    mc_team_barrier(engine->team);
+    int piece = mc_piece(matrix->outputs, worker->engine->threads);
+    mc_units units = mc_units_of(worker, matrix->outputs, piece);
+    for (; units.first >= 0; mc_advance(&units))
+        mc_matmul(matrix, prepared, rows, units.first, units.last, units.following, y, stride);
+    mc_team_barrier(worker->engine->team, worker->index);
 }
 
 /* The likeliest token of a row so far, the first of equals. Units come to a thread in order. */
@@ -41,17 +67,17 @@ static void settle_piece(mc_worker *worker, int row, float *logits, int first, i
 
 void mc_logits(mc_worker *worker, const mc_matrix *matrix, const void *prepared, int rows) {
     mc_engine *engine = worker->engine;
-    int outputs = matrix->outputs, units = (outputs + MC_PIECE - 1) / MC_PIECE;
+    int outputs = matrix->outputs;
     float *to = engine->step->logits ? engine->step->logits : worker->piece;
     size_t stride = engine->step->logits ? (size_t)outputs : MC_PIECE;
     for (int row = 0; row < rows; row++) {
         worker->best[row] = -INFINITY;
         worker->best_token[row] = outputs;
     }
-    for (int unit; (unit = mc_team_next(engine->team, units)) >= 0;) {
-        int first = unit * MC_PIECE;
-        int last = first + MC_PIECE < outputs ? first + MC_PIECE : outputs;
-        mc_matmul(matrix, prepared, rows, first, last, to, stride);
+    mc_units units = mc_units_of(worker, outputs, MC_PIECE);
+    for (; units.first >= 0; mc_advance(&units)) {
+        int first = units.first, last = units.last;
+        mc_matmul(matrix, prepared, rows, first, last, units.following, to, stride);
         for (int row = 0; row < rows; row++)
             settle_piece(worker, row, to + (size_t)row * stride + first, first, last - first);
     }

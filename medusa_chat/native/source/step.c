@@ -107,7 +107,7 @@ static void run(void *context, mc_team *team, int index) {
     mc_worker *worker = &engine->workers[index];
     if (engine->step->ranked) mc_guess(worker);
     if (index == 0) settle_rows(engine);
-    if (engine->step->choice) mc_team_barrier(team);
+    if (engine->step->choice) mc_team_barrier(team, index);
     if (engine->step->rows) mc_forward(worker);
 }
 

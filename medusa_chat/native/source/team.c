@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -33,11 +34,17 @@ typedef struct {
 #endif
 } signal_word;
 
+/* Units that a member has taken of its own share. */
+typedef struct {
+    _Alignas(CACHE_LINE) int taken;
+} own_share;
+
 struct mc_team {
     int threads;
     int started; /* threads beside the caller that exist */
     pid_t process;
     pthread_t *members;
+    own_share *shares; /* [threads] */
     mc_job job;
     void *context;
     int stopping;
@@ -139,7 +146,8 @@ static void advance(signal_word *word) {
     }
 }
 
-void mc_team_barrier(mc_team *team) {
+void mc_team_barrier(mc_team *team, int index) {
+    team->shares[index].taken = 0;
     if (team->threads == 1) {
         atomic_store_explicit(&team->next, 0, memory_order_relaxed);
         return;
@@ -154,8 +162,19 @@ void mc_team_barrier(mc_team *team) {
     }
 }
 
-int mc_team_next(mc_team *team, int units) {
-    int unit = atomic_fetch_add(&team->next, 1);
+static int own_units(const mc_team *team, int units) { return units * 3 / (4 * team->threads); }
+
+int mc_team_first(const mc_team *team, int index, int units) {
+    return index * own_units(team, units);
+}
+
+int mc_team_next(mc_team *team, int index, int units) {
+    int own = own_units(team, units);
+    int *taken = &team->shares[index].taken;
+    if (*taken < own) {
+        return index * own + (*taken)++;
+    }
+    int unit = own * team->threads + atomic_fetch_add(&team->next, 1);
     return unit < units ? unit : -1;
 }
 
@@ -170,7 +189,7 @@ static void *member_main(void *argument) {
             return NULL;
         }
         self.team->job(self.team->context, self.team, self.index);
-        mc_team_barrier(self.team);
+        mc_team_barrier(self.team, self.index);
     }
 }
 
@@ -207,10 +226,14 @@ static mc_team *allocate(int threads) {
     }
     *team = (mc_team){.threads = threads, .process = getpid()};
     team->members = calloc((size_t)threads, sizeof *team->members);
-    if (!team->members) {
+    team->shares = aligned_alloc(CACHE_LINE, (size_t)threads * sizeof *team->shares);
+    if (!team->members || !team->shares) {
+        free(team->members);
+        free(team->shares);
         free(team);
         return NULL;
     }
+    memset(team->shares, 0, (size_t)threads * sizeof *team->shares);
     word_open(&team->round);
     word_open(&team->barrier);
     return team;
@@ -234,6 +257,7 @@ static void become_alone(mc_team *team) {
     team->process = getpid();
     team->threads = 1;
     team->started = 0;
+    team->shares[0].taken = 0;
     atomic_store(&team->arrived, 0);
     atomic_store(&team->next, 0);
 }
@@ -253,6 +277,7 @@ void mc_team_free(mc_team *team) {
     word_close(&team->round);
     word_close(&team->barrier);
     free(team->members);
+    free(team->shares);
     free(team);
 }
 
@@ -269,5 +294,5 @@ void mc_team_run(mc_team *team, mc_job job, void *context) {
         advance(&team->round);
     }
     job(context, team, 0);
-    mc_team_barrier(team);
+    mc_team_barrier(team, 0);
 }

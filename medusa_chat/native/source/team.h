@@ -13,10 +13,14 @@ int mc_team_threads(const mc_team *team);
 void mc_team_run(mc_team *team, mc_job job, void *context);
 
 /* Inside a job: wait until all members are here. Spins briefly, then sleeps. */
-void mc_team_barrier(mc_team *team);
+void mc_team_barrier(mc_team *team, int index);
 
-/* Inside a job: the next unit of work below `units`, or -1 when none is left. Units are handed out
- * in order, to whichever member asks first; a barrier starts the count anew. */
-int mc_team_next(mc_team *team, int units);
+/* Inside a job: the next unit of work below `units` for a member, or -1 when none is left. Three
+ * quarters are split beforehand, a run of units for each; the rest goes to whichever member asks
+ * first. A member's units come in order; a barrier starts the count anew. */
+int mc_team_next(mc_team *team, int index, int units);
+
+/* The first unit of a member's own, known beforehand; some other unit if it has none. */
+int mc_team_first(const mc_team *team, int index, int units);
 
 #endif

@@ -143,7 +143,6 @@ MC_INLINE mc_work tile_second_group(const mc_work *work) {
 #endif
 
 enum {
-    MC_NEAR = 2048,             /* bytes ahead in a group while one pass streams it */
     MC_CACHED_BYTES = 16 << 10, /* of weights that several passes read one after another */
     MC_CARRIED_ROWS = 64        /* rows whose sums are carried along at most */
 };
@@ -156,6 +155,7 @@ typedef struct {
     int rows;
     int first;
     int last;
+    int following; /* the output wanted after these, or -1 */
     float *y;
     size_t y_stride;
     const mc_tile_function *functions;
@@ -170,22 +170,16 @@ MC_INLINE int inputs_of_part(const mc_call *call) {
     return 64 * (int)(MC_CACHED_BYTES / block);
 }
 
-/* With one pass over a tile, fetch a little ahead. With several, the later ones find the part in
- * the cache, so spread the fetching of the next part over all of them. */
-MC_INLINE void look_ahead(mc_work *work, mc_format format, int pass, int passes, int is_last) {
-    size_t here = mc_group_bytes(format, work->start);
-    size_t next = mc_group_bytes(format, work->end);
-    if (passes == 1) {
-        work->ahead = work->weights + here + MC_NEAR;
-        work->ahead_step = 64;
-    } else if (work->end == work->inputs && is_last) {
-        work->ahead = work->weights + here;
-        work->ahead_step = 0;
-    } else {
-        size_t start = work->end < work->inputs ? next : 2 * work->group_bytes;
-        work->ahead_step = 64 / (size_t)passes;
-        work->ahead = work->weights + start + (next - here) / 64 * work->ahead_step * (size_t)pass;
-    }
+/* While a part is computed, the same part of the tile after it is fetched. Several passes over a
+ * part share the fetching. */
+MC_INLINE void look_ahead(mc_work *work, const mc_call *call, int output, int pass, int passes) {
+    size_t here = mc_group_bytes(call->matrix->format, work->start);
+    size_t lines = (mc_group_bytes(call->matrix->format, work->end) - here) / 64;
+    int next = output + MC_TILE < call->last ? output + MC_TILE : call->following;
+    ptrdiff_t groups = next < 0 ? 0 : (next - output) / MC_GROUP;
+    work->ahead_step = next < 0 ? 0 : 64 / (size_t)passes;
+    work->ahead = work->weights + groups * (ptrdiff_t)work->group_bytes + here
+        + lines * work->ahead_step * (size_t)pass;
 }
 
 /* What a tile's work has in common for all rows and inputs. */
@@ -221,7 +215,7 @@ MC_INLINE void run_tile(const mc_call *call, int output, int row, int count) {
             work.rows = call->prepared + (size_t)(row + done) * call->row_bytes;
             work.y = call->y + (size_t)(row + done) * call->y_stride + output;
             work.carried = carried + done * MC_TILE;
-            look_ahead(&work, call->matrix->format, pass, passes, output + MC_TILE >= call->last);
+            look_ahead(&work, call, output, pass, passes);
             call->functions[left - 1](&work);
         }
     }
@@ -240,9 +234,9 @@ MC_INLINE void run_tiles(const mc_call *call) {
 #define MC_DEFINE_KERNEL(name)                                                                   \
     MC_DEFINE_TILES                                                                              \
     static void matmul(const mc_matrix *matrix, const uint8_t *prepared, int rows, int first,    \
-                       int last, float *y, size_t y_stride) {                                    \
-        mc_call call = {matrix, prepared, row_bytes(matrix->inputs), rows, first, last, y,       \
-                        y_stride, tiles};                                                        \
+                       int last, int following, float *y, size_t y_stride) {                     \
+        mc_call call = {matrix, prepared, row_bytes(matrix->inputs), rows, first, last,          \
+                        following, y, y_stride, tiles};                                          \
         run_tiles(&call);                                                                        \
     }                                                                                            \
     const mc_kernel name = {row_bytes, prepare, matmul};

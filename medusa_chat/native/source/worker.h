@@ -79,6 +79,22 @@ void mc_multiply(mc_worker *worker, const mc_matrix *matrix, const void *prepare
 /* Outputs of a unit when `threads` share `outputs`. */
 int mc_piece(int outputs, int threads);
 
+/* The units of a product that a thread takes, `piece` outputs each, known one ahead. */
+typedef struct {
+    mc_worker *worker;
+    int outputs;
+    int piece;
+    int first; /* output of this unit, or -1 behind the last one */
+    int last;
+    int following; /* first output of the next unit, or -1 */
+} mc_units;
+
+mc_units mc_units_of(mc_worker *worker, int outputs, int piece);
+void mc_advance(mc_units *units);
+
+/* Fetch the weights that a thread will take first. */
+void mc_fetch_first(const mc_worker *worker, const mc_matrix *matrix, int piece);
+
 void mc_guess(mc_worker *worker);             /* heads.c */
 void mc_forward(mc_worker *worker);           /* forward.c */
 void mc_attend(mc_worker *worker, int index); /* attend.c */
