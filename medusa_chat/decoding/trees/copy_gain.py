@@ -36,6 +36,7 @@ class CopyGain:
         self._below: Mapping[NodePath, list[float]] = {}
         # Nodes that a tree needs at least -> tokens that it accepts more per step.
         self._gains: FadingCounter[int] = FadingCounter(GAIN_MEMORY, GAIN_PRIOR)
+        self._rates: dict[int, float] | None = None  # of the gains, until a step changes them
 
     def set_paths(self, likeliest: Sequence[tuple[NodePath, float]]) -> None:
         """Set the heads' most frequent paths with their frequencies, most frequent first."""
@@ -57,6 +58,7 @@ class CopyGain:
         if not self._log_p:
             return
         self._gains.begin_step()
+        self._rates = None
         if copied is None:
             return
         path, log_p = self._along(guesses, copied.tokens)
@@ -75,10 +77,13 @@ class CopyGain:
     def forget(self) -> None:
         """Forget all steps: nothing is copied from now on."""
         self._gains.clear()
+        self._rates = None
 
     def of(self, nodes: int) -> float:
         """Tokens per step that copies add to a tree of `nodes` nodes, the root included."""
-        return sum(self._gains.rate(needed) for needed in self._gains if needed <= nodes)
+        if self._rates is None:
+            self._rates = {needed: self._gains.rate(needed) for needed in self._gains}
+        return sum(rate for needed, rate in self._rates.items() if needed <= nodes)
 
     def _likelier(self, score: float, path: NodePath, lifts: Sequence[float]) -> int:
         """Count the heads' guesses that are likelier than `score`.

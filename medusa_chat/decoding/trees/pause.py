@@ -85,8 +85,10 @@ class PauseRule:
             self._shorten(self.pause, len(step.tokens))
             return
         self.stats.add(step)
+        if step.kind == "tree" or not may_pause:
+            return  # judged at the probes, which bring the comparisons
         speedup = self.stats.speedup
-        if speedup is None or not may_pause:
+        if speedup is None:
             return
         if speedup_bound(self.stats) < 1:
             self.pause = Pause(speedup, self.stats.tree_steps, self._next_pause)

@@ -41,6 +41,7 @@ class OnlineAccuracy(Frequencies):
         # By depth and rank.
         self._ranks: FadingCounter[tuple[int, int]] = FadingCounter(ACCURACY_MEMORY, ACCURACY_PRIOR)
         self._updated: Accuracy | None = None
+        self._changed: float | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -50,7 +51,7 @@ class OnlineAccuracy(Frequencies):
     def add(self, ranks: Sequence[int]) -> None:
         """Count a step: ranks[k - 1] is where head k ranked the token that followed, or MISSED."""
         self.seen += 1
-        self._updated = None
+        self._updated = self._changed = None
         self._paths.begin_step()
         self._ranks.begin_step()
         right_so_far = True
@@ -71,14 +72,19 @@ class OnlineAccuracy(Frequencies):
     def forecast_dynamic(self, nodes: int) -> float | None:
         """Acceptance length as measured before, scaled by the change of a fixed tree's."""
         before = self._before.forecast_dynamic(nodes)
-        if before is None:
-            return None
-        fixed = self._reference_tree
-        return before * self.forecast_static(fixed) / self._before.forecast_static(fixed)
+        return None if before is None else before * self._change()
+
+    def _change(self) -> float:
+        """Acceptance length of a fixed tree now, over that from before."""
+        if self._changed is None:
+            tree, before = self._reference
+            self._changed = self.forecast_static(tree) / before
+        return self._changed
 
     @cached_property
-    def _reference_tree(self) -> Tree:
-        return grow(self._before, 16)[0]
+    def _reference(self) -> tuple[Tree, float]:
+        tree = grow(self._before, 16)[0]
+        return tree, self._before.forecast_static(tree)
 
     def _with_updated_ranks(self) -> Accuracy:
         """Blend the chance of each rank with its count; measured paths stay."""
