@@ -81,6 +81,10 @@ class Recipe:
     keep_hidden: bool = setting(
         False, "medusa1: compute the backbone's hidden states once, and keep them on the disk"
     )
+    hidden_engine: Literal["torch", "native"] = setting(
+        "torch",
+        "keep-hidden: torch, or native: as the chat runs the model on a CPU, and faster",
+    )
     save_steps: int = setting(500, "steps between checkpoints")
     save_every: Duration = setting(
         Duration(600), "time between checkpoints too, such as 90s, 10m or 2h; 0 counts steps alone"
@@ -116,6 +120,10 @@ class Recipe:
         require(
             not self.joint or not self.keep_hidden,
             f"keep_hidden needs a frozen backbone: recipe medusa1, not {self.name}",
+        )
+        require(
+            self.keep_hidden or self.hidden_engine == "torch",
+            f"hidden_engine {self.hidden_engine} computes states that are kept: add keep_hidden",
         )
 
     @property

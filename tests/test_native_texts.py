@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -74,3 +76,17 @@ def test_rows_outside_of_the_cache_are_refused() -> None:
     texts.fill([[1, 2, 3, 4], [5, 6, 7, 8]])
     with pytest.raises(ValueError, match="out of range"):
         texts.extend([1], [3], 0.0)
+
+
+def test_memory_of_texts_is_free_once_they_are_done() -> None:
+    """A cycle would keep gigabytes until Python's collector finds it."""
+    backbone = packed_backbone("llama")
+    texts = NativeTexts(backbone, 2, 4)
+    texts.fill([[1, 2], [3]])
+    cache = weakref.ref(texts._step.cache)
+    gc.disable()
+    try:
+        del texts
+        assert cache() is None
+    finally:
+        gc.enable()

@@ -74,7 +74,7 @@ def choose(logits: Tensor, temperature: float) -> list[int]:
     if temperature < COLD:
         chosen = logits.argmax(-1)
     else:
-        # One uniform number a row; multinomial() draws one a token, which takes as long as the step.
+        # One uniform number a row: multinomial() draws one a token, and takes as long as the step.
         sums = (logits / temperature).softmax(-1).cumsum(-1)
         drawn = torch.rand(len(sums), 1) * sums[:, -1:]
         chosen = torch.searchsorted(sums, drawn, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)

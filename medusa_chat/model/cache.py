@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,8 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache: KVCache, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache = cache
+        # The cache holds its layers. A reference back would keep both until Python finds the cycle.
+        self.cache: KVCache = weakref.proxy(cache)
         self.keys: Tensor = cache.buffer[0, layer].unsqueeze(0)
         self.values: Tensor = cache.buffer[1, layer].unsqueeze(0)
         self.is_initialized = True

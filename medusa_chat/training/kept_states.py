@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from medusa_chat.training.memory import check_disk, kept_bytes
 from medusa_chat.training.reference import likeliest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from transformers import TrainingArguments
 
@@ -37,6 +38,9 @@ FOLDER = "kept"  # in the folder of checkpoints
 KEY_FILE = "key.json"  # written last: files without it are not whole
 PAUSE = 10.0  # seconds at least between two lines of progress
 SHARE = 0.05  # of the rows at least between two of them
+
+# Ids and positions, [rows, length] each -> last hidden states, [rows, length, hidden].
+Reader = Callable[[Tensor, Tensor], Tensor]
 
 
 class KeptRows(Dataset[dict[str, Tensor]]):
@@ -70,6 +74,7 @@ def kept_rows(
     arguments: TrainingArguments,
     dtype: torch.dtype,
     say: Callable[[str], None],
+    native: Callable[[], Reader] | None = None,
 ) -> KeptRows:
     """Keep the hidden states of a run; the first of several processes computes them.
 
@@ -79,7 +84,8 @@ def kept_rows(
     with arguments.main_process_first(local=False):
         if arguments.process_index:
             return open_states(rows, run)
-        return keep_states(backbone.to(arguments.device).eval(), rows, recipe, run, dtype, say)
+        backbone = backbone.to(arguments.device).eval()
+        return keep_states(backbone, rows, recipe, run, dtype, say, native)
 
 
 def keep_states(
@@ -89,11 +95,12 @@ def keep_states(
     run: Path,
     dtype: torch.dtype,
     say: Callable[[str], None],
+    native: Callable[[], Reader] | None = None,
 ) -> KeptRows:
     """Compute the hidden states of all rows in `dtype`, or take those that an earlier run kept.
 
     They are in the folder `run`/kept. Files of other rows, of another backbone, or cut off, are
-    made anew.
+    made anew. `native` loads what computes them in place of the backbone.
 
     Raises:
         UserError: the disk has too little space.
@@ -112,7 +119,8 @@ def keep_states(
     check_disk(run, kept_bytes(len(rows) * rows.length, hidden, width, likely))
     folder.mkdir()
     try:
-        _make(backbone, rows, recipe, folder, dtype, key, say)
+        read = native() if native else _reader(backbone)
+        _make(backbone, read, rows, recipe, folder, dtype, key, say)
     except BaseException:
         drop_states(run)
         raise
@@ -156,7 +164,8 @@ def _key(backbone: Any, rows: PackedRows, recipe: Recipe, dtype: torch.dtype) ->
     """Hash all that the hidden states depend on: rows, weights and settings of the backbone."""
     digest = hashlib.sha256()
     kept = reference.LIKELIEST if recipe.compares else 0
-    settings = (dtype, recipe.quant, kept, backbone.config.to_json_string())
+    engine = recipe.hidden_engine
+    settings = (dtype, recipe.quant, engine, kept, backbone.config.to_json_string())
     digest.update(repr(settings).encode())
     for name, tensor in (
         ("ids", rows.ids),
@@ -171,6 +180,7 @@ def _key(backbone: Any, rows: PackedRows, recipe: Recipe, dtype: torch.dtype) ->
 
 def _make(
     backbone: Any,
+    read: Reader,
     rows: PackedRows,
     recipe: Recipe,
     folder: Path,
@@ -185,7 +195,7 @@ def _make(
         files: dict[str, Any] = {}
         for start in range(0, len(rows), recipe.batch_size):
             batch = range(start, min(start + recipe.batch_size, len(rows)))
-            for name, tensor in _states(backbone, rows, recipe, batch, dtype).items():
+            for name, tensor in _states(backbone, read, rows, recipe, batch, dtype).items():
                 if name not in files:
                     files[name] = stack.enter_context((folder / name).open("wb"))
                     tensors[name] = _described(tensor, len(rows))
@@ -204,9 +214,25 @@ def _described(batch: Tensor, rows: int) -> dict[str, Any]:
     }
 
 
+def _reader(backbone: Any) -> Reader:
+    """Let the backbone itself compute the states."""
+
+    def read(ids: Tensor, positions: Tensor) -> Tensor:
+        output = backbone.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    return read
+
+
 @torch.no_grad()
 def _states(
-    backbone: Any, rows: PackedRows, recipe: Recipe, batch: range, dtype: torch.dtype
+    backbone: Any,
+    read: Reader,
+    rows: PackedRows,
+    recipe: Recipe,
+    batch: range,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """What is kept of a batch of rows, [rows, length, ...] each, on the host."""
     items = [rows[row] for row in batch]
@@ -216,11 +242,11 @@ def _states(
     )
     half = dtype != torch.float32
     with torch.autocast(backbone.device.type, dtype if half else None, enabled=half):
-        output = backbone.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        kept = {"hidden": output.last_hidden_state}
+        hidden = read(ids, positions).to(backbone.device)
+        kept = {"hidden": hidden}
         if recipe.compares:
             wanted = head_targets(labels, positions, 0) != IGNORED
-            found = likeliest(output.last_hidden_state, output_layer(backbone), wanted)
+            found = likeliest(hidden, output_layer(backbone), wanted)
             kept |= {"likely_tokens": found.tokens, "likely_log_p": found.log_p}
     return {name: tensor.cpu() for name, tensor in kept.items()}
 

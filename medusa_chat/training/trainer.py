@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from medusa_chat.training.checkpoints import SETTINGS_FILE, begin, is_last, repo
 from medusa_chat.training.data import Document, PackedRows, encode, read_documents
 from medusa_chat.training.kept_states import KeptRows, drop_states, kept_rows
 from medusa_chat.training.memory import check_training
+from medusa_chat.training.native_states import NativeReader
 from medusa_chat.training.optimization import MedusaTrainer, trained_weights, training_arguments
 from medusa_chat.training.outputs import perplexity_of, save_backbone, save_heads
 from medusa_chat.training.progress import LOG_FILE, ProgressLog
@@ -140,7 +142,10 @@ def _train(
         log = ProgressLog(trainee, progress, run.out / LOG_FILE, _step_tokens(arguments, recipe))
         kept: PackedRows | KeptRows = rows
         if recipe.keep_hidden and not (checkpoint and is_last(checkpoint)):
-            kept = kept_rows(trainee.backbone, rows, recipe, arguments, dtype, say)
+            native = None
+            if recipe.hidden_engine == "native":
+                native = partial(NativeReader, spec, recipe.quant, recipe.length, dtype)
+            kept = kept_rows(trainee.backbone, rows, recipe, arguments, dtype, say, native)
         fit(spec, recipe, arguments, kept, log, checkpoint, say)
     del trainee, log  # frees the memory for the backbones to compare
     if packed.unseen is not None and first:
