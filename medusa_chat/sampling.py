@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -157,6 +157,21 @@ def choose_settings(
     sampling = make(Sampling, {**defaults, **given})
     lines = (describe_defaults(defaults, given), sampling.unused(given))
     return sampling, [line for line in lines if line]
+
+
+def change_defaults(
+    sampling: Sampling, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[Sampling, str]:
+    """Exchange the defaults of one model for those of another; what the user changed stays.
+
+    Returns:
+        The settings, and a line for the user on the defaults that hold now; maybe empty.
+    """
+    usual = asdict(Sampling())
+    mine = [name for name in ("mode", *OF_MODELS) if name in before or name in after]
+    kept = [name for name in mine if getattr(sampling, name) != before.get(name, usual[name])]
+    taken = {name: after.get(name, usual[name]) for name in mine if name not in kept}
+    return replace(sampling, **taken), describe_defaults(after, kept)
 
 
 def describe_defaults(defaults: Mapping[str, Any], given: Iterable[str]) -> str:

@@ -52,6 +52,17 @@ def test_the_models_settings_hold_where_the_user_gave_none(
     assert cold["ids"] == third["ids"]
 
 
+def test_a_race_has_the_models_settings_too(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["race", "--model", str(folder), "--tree", "chain-2", "--max-new-tokens", "8", "Hi"]
+    assert main(words) == 0
+    output = capsys.readouterr()
+    assert "defaults of the model: mode exact, temperature 0.6" in output.err
+    assert main([*words, "--temperature", "0.3"]) == 0
+    assert "defaults of the model: mode exact, top-p 0.95" in capsys.readouterr().err
+
+
 def test_the_engine_tells_the_models_settings(folder: Path) -> None:
     engine = medusa_chat.load(str(folder), tree="chain-2", dtype="float32", engine="torch")
     expected = Sampling(mode="exact", temperature=0.6, top_p=0.95, top_k=20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
@@ -40,6 +40,7 @@ class FakeModels:
     def __init__(self, *outcomes: BaseException | None) -> None:
         self.outcomes = list(outcomes)
         self.asked: list[str | None] = []
+        self.defaults: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         return ["bundled", "other", "vicuna-7b"]
@@ -51,6 +52,7 @@ class FakeModels:
         engine = FakeEngine(["reply of the other"], heads=2)
         engine.name = str(place.model)
         engine.system = "You are the other."
+        engine.defaults = self.defaults
         return engine
 
     def size(self, place: Place) -> int:
@@ -91,6 +93,19 @@ def test_the_conversation_goes_along(chat: Chat) -> None:
     assert isinstance(present, FakeEngine)
     assert not present.freed  # both fitted
     assert chat.session.record().model == "other"
+
+
+def test_defaults_of_the_other_model_hold_where_nothing_was_set(chat: Chat) -> None:
+    session = chat.session
+    session.engine.defaults = {"mode": "exact", "temperature": 0.6, "top_k": 20}
+    session.sampling = Sampling(mode="exact", temperature=0.6, top_k=5)
+    models = FakeModels(None)
+    models.defaults = {"temperature": 0.2, "repetition_penalty": 1.1}
+    shown = change(chat, models)
+    assert session.sampling == Sampling(temperature=0.2, top_k=5, repetition_penalty=1.1)
+    assert "defaults of the model: temperature 0.2, repetition-penalty 1.1" in shown
+    assert "defaults of the model" not in change(chat, FakeModels(None))
+    assert session.sampling == Sampling(top_k=5)
 
 
 def test_a_reply_of_the_other_model_is_not_continued(chat: Chat) -> None:

@@ -9,10 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_chat.commands.flags import add_decoding, add_fields, add_model, load_engine, read_fields
+from medusa_chat.commands.flags import (
+    add_decoding,
+    add_fields,
+    add_model,
+    given_fields,
+    load_engine,
+    read_fields,
+)
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
 from medusa_chat.config import LoadOptions, UserError
-from medusa_chat.sampling import Sampling
+from medusa_chat.sampling import Sampling, choose_settings
+from medusa_chat.settings import make
 from medusa_chat.terminal.output import SafeConsole, warn
 
 if TYPE_CHECKING:
@@ -43,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     from medusa_chat.terminal.race.recording import check_recording, record
     from medusa_chat.terminal.race.screen import show_race
 
-    sampling = read_fields(options, Sampling)
+    given = given_fields(options, Sampling)
+    make(Sampling, given)  # a wrong setting fails before the load
     if options.record:
         check_recording(options.record)
     check_text("--system", options.system or "")
@@ -51,6 +60,9 @@ def run(options: argparse.Namespace) -> int:
     if prompt is None:
         raise UserError('race needs a prompt: medusa-chat race "Tell me a fairy tale."')
     engine = load_engine(options.model, options.heads, read_fields(options, LoadOptions))
+    sampling, lines = choose_settings(engine.defaults, given)
+    for line in lines:
+        warn(line)
     race = Race(engine, messages_of(prompt, options.system, engine.system), sampling)
     console = SafeConsole(highlight=False)
     if not show_race(console, race, marks=options.marks):

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from medusa_chat.config import MemoryShortageError, UserError, out_of_memory
+from medusa_chat.sampling import change_defaults
 from medusa_chat.terminal.chat.errors import LoadError, error_line
 from medusa_chat.terminal.chat.kept import Place
 from medusa_chat.terminal.chat.loading import DownloadProgress, Loading
@@ -62,12 +63,15 @@ def switch(
         if not _fits_alone(models, chat.keeper.place, error.reason):
             raise _refusal(error, present.name) from None
         engine = _in_its_place(chat, models, place, wait)
-    chat.session.use(engine)
+    session = chat.session
+    session.use(engine)
+    session.sampling, line = change_defaults(session.sampling, present.defaults, engine.defaults)
     chat.keeper.place = place
     words = f"you now chat with {engine.name}"
-    if count := len(chat.session.messages):
+    if count := len(session.messages):
         words += f"; it reads the {count} messages of the conversation before it answers"
-    return Group(Text(words, LABEL), chat.legend())
+    lines = [Text(each, LABEL) for each in (words, line) if each]
+    return Group(*lines, chat.legend())
 
 
 def _begin(models: Models, place: Place) -> Loading:
