@@ -1,0 +1,96 @@
+"""Hold the panel's speedup against a stop-watch, over many replies of one conversation.
+
+    python benchmarks/panel.py [--model MODEL] [--replies N] [--busy] FILE ...
+
+Each prompt is answered with heads, as the chat does it, and by vanilla decoding; a clock outside of
+the engine times both from the first step to the last. --busy keeps one core busy meanwhile. The
+result is a line of JSON: the conversation's figure, that of the clock, and the largest share by
+which a shown speedup exceeded its acceptance length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import medusa_chat
+from medusa_chat.prompts import read_prompts
+from medusa_chat.terminal.chat.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from medusa_chat.events import Step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--model")
+    parser.add_argument("--replies", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--busy", action="store_true")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        if options.busy:
+            loop = [sys.executable, "-c", "while True: pass"]
+            stack.callback(stack.enter_context(subprocess.Popen(loop)).kill)
+        print(json.dumps({"busy": options.busy} | measure(options)))
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    engine = medusa_chat.load(options.model)
+    sampling = medusa_chat.Sampling(max_new_tokens=options.tokens)
+    vanilla = replace(sampling, mode="vanilla")
+    session = Session(engine, sampling)
+    heads, plain = Clock(), Clock()
+    excess = []
+    for prompt in read_prompts(options.files, options.replies):
+        text = prompt.opening()[-1]["content"]
+        heads.time(session.ask(text))
+        shown = session.last.shown_speedup(session.conversation)
+        source = session.last if shown and shown.of_reply else session.conversation
+        if shown and source.acceptance_length:
+            excess.append(shown.value / source.acceptance_length - 1)
+        session.undo()
+        plain.time(engine.generate(session.question(text), vanilla))
+    figure = session.conversation.speedup or 0.0
+    by_clock = heads.rate / plain.rate
+    return {
+        "replies": options.replies,
+        "acceptance_length": round(session.conversation.acceptance_length or 0.0, 3),
+        "shown_speedup": round(figure, 3),
+        "speedup_by_clock": round(by_clock, 3),
+        "shown_over_clock": round(figure / by_clock, 3),
+        "largest_excess_over_length": round(max(excess), 3),
+    }
+
+
+class Clock:
+    """Tokens and seconds of replies behind their first step, which holds the prefill."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def time(self, steps: Iterable[Step]) -> None:
+        """Take in a reply."""
+        moments = [(time.perf_counter(), len(step.tokens)) for step in steps]
+        self.seconds += moments[-1][0] - moments[0][0]
+        self.tokens += sum(count for _, count in moments[1:])
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+if __name__ == "__main__":
+    main()
