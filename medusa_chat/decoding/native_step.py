@@ -112,13 +112,14 @@ class NativeProgram:
         ranker = draft.ranker
         if not draft.needs_log_p or not ranker.reorders:
             return Guesses(self._shown(draft, settled))
-        scores = self._step.log_p(draft.ranked)
+        scores = self._step.log_p(draft.ranked).copy()
         if ranker.coupling != "none":
-            values = torch.frombuffer(rows.noise, dtype=torch.float32)[: scores.numel()]
-            scores = ranker.host_scores(scores, Noise(values.view_as(scores), given.numbers))
+            values = torch.frombuffer(rows.noise, dtype=torch.float32)[: scores.size]
+            noise = Noise(values.view(scores.shape), given.numbers)
+            scores = ranker.host_scores(torch.from_numpy(scores), noise).numpy()
         bias = None if ranker.bias is None else ranker.bias.host
         tokens = np.array(settled.guesses, dtype=np.int32).reshape(-1, draft.ranked)
-        return ScoredGuesses(tokens, scores.numpy().copy(), given.root, bias)
+        return ScoredGuesses(tokens, scores, given.root, bias)
 
     def _shown(self, draft: Draft, settled: Settled) -> list[list[int]]:
         """List the guesses of each head that a report shows."""

@@ -78,6 +78,8 @@ class Reply:
             self.finish = "loop"
         if token in self._eos:
             return self._released([])
+        if not self._stop:
+            return self._piece(token)
         # A stop string may name special tokens, which are searched and not shown.
         text = [(char, True) for char in self._piece(token)]
         return self._released(text + [(char, False) for char in self._special.get(token, "")])

@@ -171,11 +171,12 @@ class Runner:
 
     def _draft(self, tree: AnyTree, copied: bool, coupling: Coupling) -> Draft:
         key = (tree, copied, coupling)
-        if key not in self._drafts:
+        draft = self._drafts.get(key)
+        if draft is None:
             if len(self._drafts) >= MOST_DRAFTS:
                 self._drafts.clear()
-            self._drafts[key] = self._new_draft(tree, copied, coupling)
-        return self._drafts[key]
+            draft = self._drafts[key] = self._new_draft(tree, copied, coupling)
+        return draft
 
     def _new_draft(self, tree: AnyTree, copied: bool, coupling: Coupling) -> Draft:
         accuracy = self.accuracy.of_guesses(coupled=coupling != "none")

@@ -7,6 +7,7 @@ from ctypes import addressof, byref, c_int32
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +101,8 @@ class NativeStep:
         self._tokens, self._parents = ints(), ints()
         self._row_tokens, self._argmax = ints(), ints()
         self._guesses = (c_int32 * (count * MOST_GUESSES))()
-        self._log_p = torch.zeros(count * MOST_GUESSES)
+        self._log_p = np.zeros(count * MOST_GUESSES, np.float32)
+        self._log_p_address = self._log_p.ctypes.data
         self._step = Step()
         self._step.last, self._step.hidden = self.last.data_ptr(), self.hidden.data_ptr()
         self._step.guesses = addressof(self._guesses)
@@ -166,7 +168,7 @@ class NativeStep:
         step.ranked, step.choice = rows.ranked, addressof(rows.choice)
         biased = self.heads is not None and self.heads.parent_bias is not None
         reads = not rows.measured or biased or rows.choice.coupling
-        step.log_p = self._log_p.data_ptr() if reads else None
+        step.log_p = self._log_p_address if reads else None
         try:
             self._want_logits(rows.size, 0, wanted=not greedy)
             return self._settle(rows.size, rows.ranked, greedy)
@@ -210,15 +212,15 @@ class NativeStep:
         """The heads' likeliest tokens [heads * ranked], and their log p [heads, ranked]."""
         step = self._step
         step.rows, step.ranked, step.accept = 0, ranked, 0
-        step.log_p = self._log_p.data_ptr()
+        step.log_p = self._log_p_address
         self._call()
         count = len(self._guesses) // MOST_GUESSES * ranked
-        return self._guesses[:count], self.log_p(ranked)
+        return self._guesses[:count], torch.from_numpy(self.log_p(ranked))
 
-    def log_p(self, ranked: int) -> Tensor:
+    def log_p(self, ranked: int) -> np.ndarray:
         """The heads' log p of the last step's guesses: [heads, ranked], a view."""
         count = len(self._guesses) // MOST_GUESSES * ranked
-        return self._log_p[:count].view(-1, ranked)
+        return self._log_p[:count].reshape(-1, ranked)
 
     def logits(self, count: int) -> Tensor:
         """Those of the last step's rows from `logits_from` on: float32 [count, V], a view."""

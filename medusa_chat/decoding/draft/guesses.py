@@ -110,9 +110,9 @@ class ScoredGuesses(Guesses):
             parents = np.array([self._root, *followed[:-1]])
             scores = scores + self._bias.of(parents, tokens)
         found = tokens == np.array(followed)[:, None]
-        place = found.argmax(1)[:, None]
-        own = np.take_along_axis(scores, place, 1)
-        earlier = np.arange(tokens.shape[1]) < place
+        heads, place = np.arange(count), found.argmax(1)
+        own = scores[heads, place][:, None]
+        earlier = np.arange(tokens.shape[1]) < place[:, None]
         before = (scores > own) | ((scores == own) & earlier)
-        ranks = np.where(found.any(1), before.sum(1), MISSED)
-        return [int(rank) for rank in ranks]
+        ranks: list[int] = np.where(found[heads, place], before.sum(1), MISSED).tolist()
+        return ranks
