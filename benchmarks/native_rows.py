@@ -70,7 +70,7 @@ def make_step(options: argparse.Namespace, name: str) -> NativeStep:
     settings = LoadOptions(device="cpu", dtype=dtype, engine="native", threads=options.threads)
     backbone: Backbone
     if options.model in SHAPES:
-        wanted = RandomModel(options.model, quant, quant, 0)
+        wanted = RandomModel(options.model, quant, quant, heads=1)
         backbone = random_engine(wanted, capacity, CPU, settings).backbone
     else:
         backbone = load_model(resolve_model(options.model, None, quant), settings).backbone

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 OUT = ROOT / "docs" / "pictures"
 QUESTION = "Tell me a fairy tale."
+LETTER = "Write a short letter that thanks a neighbour for watering my plants."
 CODE = """Here is the **Fibonacci** sequence:
 
 ```python
@@ -109,6 +110,13 @@ def raced(terminal: Terminal) -> None:
     rested(terminal)
 
 
+def listed(terminal: Terminal) -> None:
+    answered(QUESTION)(terminal)
+    for line in ("/name The river and the mill", "/reset", "How are you today?", "/chats"):
+        terminal.say(line)
+        rested(terminal)
+
+
 def answered_plainly(terminal: Terminal) -> None:
     terminal.see("\n>")
     terminal.send(f"{QUESTION}\r")
@@ -124,11 +132,13 @@ def viewed(view: str) -> Picture:
 PICTURES = [
     Picture("first-screen", BUNDLED, greeted, rows=14),
     Picture("reply", BUNDLED, answered(QUESTION)),
+    Picture("smollm2", (*BUNDLED, "--model", "smollm2"), answered(LETTER)),
     viewed("heads"),
     viewed("markdown"),
     viewed("both"),
     Picture("thoughts", (*FAKE, "--reply", THINKING), answered("Capital of France?"), rows=16),
     Picture("race", BUNDLED, raced),
+    Picture("chats", BUNDLED, listed),
     Picture("plain", (*BUNDLED, "--plain"), answered_plainly),
     Picture("narrow", BUNDLED, answered(QUESTION), columns=40),
     Picture("light", BUNDLED, answered(QUESTION), light=True),
