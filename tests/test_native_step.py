@@ -241,7 +241,7 @@ def test_layers_of_bitsandbytes_are_read_with_their_own_values(quant: Any) -> No
     again = "int8" if quant == "int8" else "bfloat16"
     native = Native(plain, again, lm_head="bfloat16")
     reference = native.tree(tokens, None)[1]
-    most = 0.001 if quant == "int8" else 0.05
+    most = 0.001 if quant == "int8" else 0.12  # nf4 meets inputs of 8 bits, its twin of 16
     assert (ours - reference).abs().max() < most * reference.abs().max()
 
 

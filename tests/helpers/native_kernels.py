@@ -218,8 +218,8 @@ def nf4_codes(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nf4_weights(codes: np.ndarray, absmax: np.ndarray) -> Any:
-    """Return the weights that the kernel multiplies with: 15-bit values times absmax."""
-    values = np.rint(NF4_VALUES * np.float32(16383)).astype(np.float64) / 16383
+    """Return the weights that the kernel multiplies with: values of 112 levels times absmax."""
+    values = np.rint(NF4_VALUES * np.float32(112)).astype(np.float64) / 112
     return values[codes] * np.repeat(absmax.astype(np.float64), 64, axis=1)
 
 
@@ -229,13 +229,13 @@ def rounded_rows(kind: int, x: np.ndarray) -> Any:
     if kind == BFLOAT16:
         return from_bfloat16(to_bfloat16(x)).astype(np.float64)
     if kind in (INT8, NF4):
-        levels = np.float32(127 if kind == INT8 else 2047)
         blocks = range(0, x.shape[1], 64)
-        return np.concatenate([_rounded_block(x[:, i : i + 64], levels) for i in blocks], axis=1)
+        return np.concatenate([_rounded_block(x[:, i : i + 64]) for i in blocks], axis=1)
     return x.astype(np.float64)
 
 
-def _rounded_block(block: np.ndarray, levels: np.float32) -> Any:
+def _rounded_block(block: np.ndarray) -> Any:
+    levels = np.float32(127)
     most = np.abs(block).max(axis=1, keepdims=True)
     inverse = np.divide(levels, most, out=np.zeros_like(most), where=most >= 1e-30)
     return np.rint(block * inverse).astype(np.float64) * np.where(most >= 1e-30, most / levels, 0)

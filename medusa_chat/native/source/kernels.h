@@ -16,13 +16,12 @@ typedef struct {
  *   float32   [inputs][16]
  *   bfloat16  [inputs / 2][16][2]
  *   int8      [inputs / 4][16][4], code + 128; a scale an output behind all groups
- *   nf4       [inputs / 64] of 16 absmax and [8][16][2] words, see pack.c */
+ *   nf4       [inputs / 64] of 16 absmax and [8][16][4] bytes; a byte holds inputs i and i + 4 */
 enum {
     MC_GROUP = 16,
-    MC_INT8_BLOCK = 64,   /* inputs that share a scale of the activations */
-    MC_NF4_BLOCK = 64,    /* inputs that share an absmax */
+    MC_BLOCK = 64,        /* inputs that share a scale of the activations, and an absmax of nf4 */
     MC_NF4_CHUNK = 64,    /* bytes that hold eight inputs of a group */
-    MC_NF4_BLOCK_BYTES = MC_GROUP * sizeof(float) + MC_GROUP * MC_NF4_BLOCK / 2,
+    MC_NF4_BLOCK_BYTES = MC_GROUP * sizeof(float) + MC_GROUP * MC_BLOCK / 2,
 };
 
 static inline int mc_steps(int inputs, int width) { return (inputs + width - 1) / width; }
@@ -37,7 +36,7 @@ static inline size_t mc_group_bytes(mc_format format, int inputs) {
     case MC_FLOAT32: return (size_t)inputs * 64;
     case MC_BFLOAT16: return (size_t)mc_steps(inputs, 2) * 64;
     case MC_INT8: return (size_t)mc_steps(inputs, 4) * 64;
-    case MC_NF4: return (size_t)(inputs / MC_NF4_BLOCK) * MC_NF4_BLOCK_BYTES;
+    case MC_NF4: return (size_t)(inputs / MC_BLOCK) * MC_NF4_BLOCK_BYTES;
     }
     return 0;
 }

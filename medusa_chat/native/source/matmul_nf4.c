@@ -1,117 +1,69 @@
-/* nf4 weights meet activations of 12 bits, a scale for each 64 of both.
+/* nf4 weights meet the same rows as int8.
  *
- * The values of nf4 are kept as 15-bit integers, closer to bitsandbytes' own than bfloat16 is. The
- * sums of a block are exact integers, and the largest one just fits: 64 * 16383 * 2047 < 2^31. */
-#include "rounding.h"
-#include "tiles.h"
+ * The values of nf4 are bytes here: times 112 they lie nearest to whole numbers, within 0.004 of
+ * bitsandbytes' own, a twentieth of the distance between two of them. */
+#include "byte_rows.h"
 
-enum {
-    CHUNKS = MC_NF4_BLOCK / 8,
-    STEPS_OF_CHUNK = 4,
-    WEIGHT_LEVELS = 16383,
-    INPUT_LEVELS = 2047,
-};
+enum { CHUNKS = MC_BLOCK / 8, LEVELS = 112 };
 
-static size_t input_bytes(int inputs) { return (size_t)inputs * sizeof(int16_t); }
-
-/* Integers of all inputs, then a scale for each block. */
-static size_t row_bytes(int inputs) {
-    return mc_row_stride(input_bytes(inputs) + (size_t)(inputs / MC_NF4_BLOCK) * sizeof(float));
-}
-
-/* Rounds a block and returns the scale that also brings the weights back. */
-static float prepare_block(const float *restrict x, int16_t *restrict to) {
-    float most = magnitude(x, MC_NF4_BLOCK);
-    if (most < MC_NEGLIGIBLE) {
-        memset(to, 0, MC_NF4_BLOCK * sizeof *to);
-        return 0;
+static nf4_table table_of_values(void) {
+    uint8_t values[16];
+    for (int code = 0; code < 16; code++) {
+        values[code] = (uint8_t)(nearest(mc_nf4_values[code] * LEVELS) + MC_CODE_OFFSET);
     }
-    float inverse = INPUT_LEVELS / most;
-    for (int input = 0; input < MC_NF4_BLOCK; input++) {
-        to[input] = (int16_t)nearest(x[input] * inverse);
-    }
-    return most / INPUT_LEVELS / WEIGHT_LEVELS;
+    return nf4_table_of(values);
 }
 
-static void prepare(int inputs, int count, const float *x, size_t x_stride, uint8_t *prepared) {
-    for (int row = 0; row < count; row++) {
-        const float *from = x + (size_t)row * x_stride;
-        uint8_t *start = prepared + (size_t)row * row_bytes(inputs);
-        float *scales = (float *)(start + input_bytes(inputs));
-        for (int first = 0; first < inputs; first += MC_NF4_BLOCK) {
-            scales[first / MC_NF4_BLOCK] = prepare_block(from + first, (int16_t *)start + first);
-        }
-    }
-}
-
-MC_INLINE words2 row_words(const mc_work *work, int row, size_t step) {
-    const uint8_t *start = work->rows + (size_t)row * work->row_bytes;
-    return words2_load((const int16_t *)start + step * 2);
-}
-
-MC_INLINE floats row_scale(const mc_work *work, int row, size_t block) {
-    const uint8_t *start = work->rows + (size_t)row * work->row_bytes + input_bytes(work->inputs);
-    return floats_splat(((const float *)start)[block]);
-}
-
-/* Two of a chunk's four pairs of inputs: 0 and 2, or 1 and 3. first_step counts pairs. */
-MC_INLINE void add_pairs(const mc_work *work, const int rows, const int groups, nf4_table table,
-                         const uint8_t *chunk, size_t first_step, const int odd,
-                         ints sum[MC_ROWS][2]) {
-    words weights[2][2];
+/* Four of a chunk's eight inputs: the first ones, or those in the high half of each byte. */
+MC_INLINE void add_half(const mc_work *work, const int rows, const int groups, nf4_table table,
+                        const uint8_t *chunk, size_t input, const int high,
+                        ints sum[MC_ROWS][2]) {
+    codes weights[2];
     MC_EACH_GROUP(groups, {
-        nf4_unpack(table, chunk + group * work->group_bytes, odd, weights[group]);
+        weights[group] = nf4_load(table, chunk + group * work->group_bytes, high);
     })
     MC_EACH_ROW(rows, {
-        words2 x = row_words(work, row, first_step + odd);
-        words2 later = row_words(work, row, first_step + odd + 2);
-        MC_EACH_GROUP(groups, {
-            sum[row][group] = ints_dot_words(sum[row][group], weights[group][0], x);
-            sum[row][group] = ints_dot_words(sum[row][group], weights[group][1], later);
-        })
+        const uint8_t *start = work->rows + (size_t)row * work->row_bytes;
+        inputs4 x = inputs4_load(start + (input + 4 * high) * sizeof(mc_int8_input));
+        MC_EACH_GROUP(groups, { sum[row][group] = ints_dot(sum[row][group], weights[group], x); })
     })
 }
 
 /* Sums of one block, before its scales. */
 MC_INLINE void add_block(const mc_work *work, const int rows, const int groups, nf4_table table,
                          size_t block, ints sum[MC_ROWS][2]) {
-    size_t line = (block - (size_t)work->start / MC_NF4_BLOCK) * (CHUNKS + 1);
+    size_t line = (block - (size_t)work->start / MC_BLOCK) * (CHUNKS + 1);
     const uint8_t *chunks = work->weights + block * MC_NF4_BLOCK_BYTES + MC_NF4_CHUNK;
     MC_EACH_ROW(rows, {
         MC_EACH_GROUP(groups, {
-            sum[row][group] = ints_splat(0);
+            sum[row][group] = ints_splat(row_block(work, row, block)->start);
         })
     })
     tile_prefetch(work, groups, line);
     for (size_t chunk = 0; chunk < CHUNKS; chunk++) {
         const uint8_t *from = chunks + chunk * MC_NF4_CHUNK;
-        size_t first_step = (block * CHUNKS + chunk) * STEPS_OF_CHUNK;
+        size_t input = block * MC_BLOCK + chunk * 8;
         tile_prefetch(work, groups, line + chunk + 1);
-        add_pairs(work, rows, groups, table, from, first_step, 0, sum);
-        add_pairs(work, rows, groups, table, from, first_step, 1, sum);
+        add_half(work, rows, groups, table, from, input, 0, sum);
+        add_half(work, rows, groups, table, from, input, 1, sum);
     }
-}
-
-static nf4_table table_of_values(void) {
-    int16_t values[16];
-    for (int code = 0; code < 16; code++) {
-        values[code] = (int16_t)nearest(mc_nf4_values[code] * WEIGHT_LEVELS);
-    }
-    return nf4_table_of(values);
 }
 
 MC_INLINE void compute_tile(const mc_work *work, const int rows, const int groups) {
     nf4_table table = table_of_values();
+    floats unit = floats_splat(1.0f / LEVELS);
     tile_clear_totals(work, rows, groups);
-    size_t last_block = (size_t)(work->end / MC_NF4_BLOCK);
-    for (size_t block = (size_t)(work->start / MC_NF4_BLOCK); block < last_block; block++) {
+    size_t last_block = (size_t)(work->end / MC_BLOCK);
+    for (size_t block = (size_t)(work->start / MC_BLOCK); block < last_block; block++) {
         const uint8_t *start = work->weights + block * MC_NF4_BLOCK_BYTES;
         ints sum[MC_ROWS][2];
         add_block(work, rows, groups, table, block, sum);
         MC_EACH_GROUP(groups, {
             floats absmax = floats_load(start + group * work->group_bytes);
+            floats weight = floats_multiply(absmax, unit);
             MC_EACH_ROW(rows, {
-                floats scale = floats_multiply(absmax, row_scale(work, row, block));
+                floats own = floats_splat(row_block(work, row, block)->scale);
+                floats scale = floats_multiply(weight, own);
                 tile_add(work, row, group, floats_of_ints(sum[row][group]), scale);
             })
         })

@@ -12,7 +12,7 @@ const float mc_nf4_values[16] = {
 };
 
 size_t mc_packed_bytes(mc_format format, int outputs, int inputs) {
-    if (outputs < 1 || inputs < 1 || (format == MC_NF4 && inputs % MC_NF4_BLOCK)) {
+    if (outputs < 1 || inputs < 1 || (format == MC_NF4 && inputs % MC_BLOCK)) {
         return 0;
     }
     size_t padded = (size_t)mc_padded_outputs(outputs);
@@ -107,45 +107,44 @@ static float put_int8(int inputs, const void *row, mc_format source, uint8_t *la
     return scale;
 }
 
-/* Inputs 8c to 8c + 7 of a group share chunk c: input 8c + 2v + p of an output is in the word
- * [output][p], at bits 4v and up, so that one shift gives the indices of a pair of inputs. */
+/* Inputs 8c to 8c + 7 of a group share chunk c: byte j of an output holds input 8c + j in its low
+ * half and input 8c + 4 + j in its high half. */
 static void put_nf4_block(uint8_t *group, int lane, int block, float absmax, const uint8_t *codes) {
     uint8_t *start = group + (size_t)block * MC_NF4_BLOCK_BYTES;
     ((float *)start)[lane] = absmax;
-    uint16_t *words = (uint16_t *)(start + MC_GROUP * sizeof(float)) + lane * 2;
-    for (int input = 0; input < MC_NF4_BLOCK; input += 8) {
-        for (int odd = 0; odd < 2; odd++) {
-            const uint8_t *pair = codes + input + odd;
-            words[odd] = (uint16_t)(pair[0] | pair[2] << 4 | pair[4] << 8 | pair[6] << 12);
+    uint8_t *bytes = start + MC_GROUP * sizeof(float) + lane * 4;
+    for (int input = 0; input < MC_BLOCK; input += 8) {
+        for (int j = 0; j < 4; j++) {
+            bytes[j] = (uint8_t)(codes[input + j] | codes[input + 4 + j] << 4);
         }
-        words += MC_NF4_CHUNK / sizeof *words;
+        bytes += MC_NF4_CHUNK;
     }
 }
 
 /* bitsandbytes compares with the middles between its values. */
 static void nf4_codes(const float *weights, float absmax, uint8_t *codes) {
     float inverse = absmax > 0 ? 1 / absmax : 0;
-    int32_t above[MC_NF4_BLOCK] = {0};
+    int32_t above[MC_BLOCK] = {0};
     for (int code = 0; code < 15; code++) {
         float middle = (mc_nf4_values[code] + mc_nf4_values[code + 1]) / 2;
-        for (int input = 0; input < MC_NF4_BLOCK; input++) {
+        for (int input = 0; input < MC_BLOCK; input++) {
             above[input] += weights[input] * inverse > middle;
         }
     }
-    for (int input = 0; input < MC_NF4_BLOCK; input++) {
+    for (int input = 0; input < MC_BLOCK; input++) {
         codes[input] = (uint8_t)above[input];
     }
 }
 
 static void put_nf4(int inputs, const void *row, mc_format source, uint8_t *group, int lane) {
     float weights[PIECE];
-    uint8_t codes[MC_NF4_BLOCK];
+    uint8_t codes[MC_BLOCK];
     for (int first = 0; first < inputs; first += PIECE) {
         int count = widen(inputs, row, source, first, weights);
-        for (int index = 0; index < count; index += MC_NF4_BLOCK) {
-            float absmax = magnitude(weights + index, MC_NF4_BLOCK);
+        for (int index = 0; index < count; index += MC_BLOCK) {
+            float absmax = magnitude(weights + index, MC_BLOCK);
             nf4_codes(weights + index, absmax, codes);
-            put_nf4_block(group, lane, (first + index) / MC_NF4_BLOCK, absmax, codes);
+            put_nf4_block(group, lane, (first + index) / MC_BLOCK, absmax, codes);
         }
     }
 }
@@ -212,15 +211,15 @@ void mc_pack_int8(int outputs, int inputs, int first_output, int count, const in
 
 void mc_pack_nf4(int outputs, int inputs, int first_output, int count, const uint8_t *codes,
                  const float *absmax, void *packed) {
-    int blocks = inputs / MC_NF4_BLOCK;
+    int blocks = inputs / MC_BLOCK;
     for (int index = 0; index < count; index++) {
         int output = first_output + index;
         int lane = output % MC_GROUP;
         uint8_t *group = group_of(MC_NF4, inputs, output, packed);
         for (int block = 0; block < blocks; block++) {
-            uint8_t nibbles[MC_NF4_BLOCK];
-            size_t first = (size_t)index * inputs + (size_t)block * MC_NF4_BLOCK;
-            for (int input = 0; input < MC_NF4_BLOCK; input += 2) {
+            uint8_t nibbles[MC_BLOCK];
+            size_t first = (size_t)index * inputs + (size_t)block * MC_BLOCK;
+            for (int input = 0; input < MC_BLOCK; input += 2) {
                 unsigned both = codes[(first + input) / 2];
                 nibbles[input] = (uint8_t)(both >> 4);
                 nibbles[input + 1] = both & 15;

@@ -1,8 +1,8 @@
 /* Sixteen outputs at a time: the operations that the matmul kernels are written in.
  *
- * floats and ints hold 16 lanes. codes are unsigned bytes, four inputs of 16 outputs; pairs are
- * bfloat16 weights, and words integers of 16 bits, two inputs of 16 outputs. The inputs that meet
- * them are the same for all outputs, so they are spread over the lanes.
+ * floats and ints hold 16 lanes. codes are bytes, four inputs of 16 outputs; pairs are bfloat16
+ * weights, two inputs of 16 outputs. The inputs that meet them are the same for all outputs, so
+ * they are spread over the lanes.
  *
  * MC_ROWS is the number of rows that the registers hold beside 16 or 32 outputs.
  * MC_WIDE_ROWS is the largest number of rows computed with 32 outputs at a time. */
@@ -25,7 +25,7 @@
 #define MC_EACH_GROUP(groups, ...) \
     MC_GROUP_OF(0, groups, __VA_ARGS__) MC_GROUP_OF(1, groups, __VA_ARGS__)
 
-/* Bits of the activations that meet int8 weights: 8 or 16. */
+/* Bits of the activations that meet int8 and nf4 weights: 8 or 16. */
 #ifndef MC_ACTIVATION_BITS
 #define MC_ACTIVATION_BITS 8
 #endif

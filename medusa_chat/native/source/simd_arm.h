@@ -107,45 +107,18 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return sum;
 }
 
-/* Four words of even and four of odd inputs a quarter. */
-typedef struct { int16x4_t even[4], odd[4]; } words;
-typedef struct { int16x4_t even, odd; } words2;
+typedef int8x16_t nf4_table;
 
-MC_INLINE words2 words2_load(const int16_t *from) {
-    words2 result = {vdup_n_s16(from[0]), vdup_n_s16(from[1])};
-    return result;
+MC_INLINE nf4_table nf4_table_of(const uint8_t *values) {
+    return vreinterpretq_s8_u8(vld1q_u8(values));
 }
 
-MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
-    MC_QUARTERS { sum.quarter[i] = vmlal_s16(sum.quarter[i], weights.even[i], x.even); }
-    MC_QUARTERS { sum.quarter[i] = vmlal_s16(sum.quarter[i], weights.odd[i], x.odd); }
-    return sum;
-}
-
-/* The low and the high bytes of nf4's values. */
-typedef struct { uint8x16_t low, high; } nf4_table;
-
-MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
-    uint8x16x2_t bytes = vld2q_u8((const uint8_t *)values);
-    nf4_table result = {bytes.val[0], bytes.val[1]};
-    return result;
-}
-
-/* Splits four outputs' pairs of words into even and odd inputs. */
-MC_INLINE void mc_split(uint8x16_t pairs_of_words, int quarter, words *to) {
-    int16x8_t all = vreinterpretq_s16_u8(pairs_of_words);
-    to->even[quarter] = vget_low_s16(vuzp1q_s16(all, all));
-    to->odd[quarter] = vget_low_s16(vuzp2q_s16(all, all));
-}
-
-/* Pairs 0 and 2 of a chunk, or 1 and 3. */
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
+MC_INLINE codes nf4_load(nf4_table table, const uint8_t *chunk, int high) {
+    codes result;
     MC_QUARTERS {
         uint8x16_t both = vld1q_u8(chunk + i * 16);
-        uint8x16_t indices = odd ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
-        uint8x16_t low = vqtbl1q_u8(table.low, indices);
-        uint8x16_t high = vqtbl1q_u8(table.high, indices);
-        mc_split(vtrn1q_u8(low, high), i, &unpacked[0]);
-        mc_split(vtrn2q_u8(low, high), i, &unpacked[1]);
+        uint8x16_t indices = high ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
+        result.quarter[i] = vqtbl1q_s8(table, indices);
     }
+    return result;
 }

@@ -63,8 +63,8 @@ MC_INLINE __m256i mc_load256(const void *from) { return _mm256_loadu_si256(from)
 typedef struct { __m256i low, high; } codes;
 typedef __m256i inputs4;
 
-MC_INLINE codes codes_load(const uint8_t *from) {
-    codes result = {mc_load256(from), mc_load256(from + 32)};
+MC_INLINE codes codes_of(__m256i low, __m256i high) {
+    codes result = {low, high};
     return result;
 }
 
@@ -85,10 +85,8 @@ MC_INLINE ints ints_dot(ints sum, codes weights, inputs4 x) {
 typedef struct { __m256i low_even, low_odd, high_even, high_odd; } codes;
 typedef struct { __m256i even, odd; } inputs4;
 
-MC_INLINE codes codes_load(const uint8_t *from) {
+MC_INLINE codes codes_of(__m256i low, __m256i high) {
     __m256i bytes = _mm256_set1_epi16(0xff);
-    __m256i low = mc_load256(from);
-    __m256i high = mc_load256(from + 32);
     codes result = {_mm256_and_si256(low, bytes), _mm256_srli_epi16(low, 8),
                     _mm256_and_si256(high, bytes), _mm256_srli_epi16(high, 8)};
     return result;
@@ -107,6 +105,10 @@ MC_INLINE ints ints_dot(ints sum, codes weights, inputs4 x) {
     return sum;
 }
 #endif
+
+MC_INLINE codes codes_load(const uint8_t *from) {
+    return codes_of(mc_load256(from), mc_load256(from + 32));
+}
 
 typedef struct { floats even, odd; } pairs;
 typedef struct { __m256 even, odd; } inputs2;
@@ -141,50 +143,17 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return sum;
 }
 
-typedef struct { __m256i low, high; } words;
-typedef __m256i words2;
+typedef __m256i nf4_table;
 
-MC_INLINE words2 words2_load(const int16_t *from) {
-    int32_t both;
-    memcpy(&both, from, sizeof both);
-    return _mm256_set1_epi32(both);
+MC_INLINE nf4_table nf4_table_of(const uint8_t *values) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)values));
 }
 
-MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
-    sum.low = MC_MADD(sum.low, weights.low, x);
-    sum.high = MC_MADD(sum.high, weights.high, x);
-    return sum;
+MC_INLINE __m256i mc_look_up(nf4_table table, const uint8_t *from, int high) {
+    __m256i indices = _mm256_srli_epi16(mc_load256(from), high ? 4 : 0);
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(indices, _mm256_set1_epi8(15)));
 }
 
-/* The low and the high bytes of nf4's values, each twice for the halves of a register. */
-typedef struct { __m256i low, high; } nf4_table;
-
-MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
-    uint8_t low[16];
-    uint8_t high[16];
-    for (int code = 0; code < 16; code++) {
-        low[code] = (uint8_t)values[code];
-        high[code] = (uint8_t)((uint16_t)values[code] >> 8);
-    }
-    nf4_table result = {_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)low)),
-                        _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)high))};
-    return result;
-}
-
-/* indices: codes of one pair in the low and of another in the high byte of each word. */
-MC_INLINE void mc_look_up(nf4_table table, __m256i indices, __m256i *first, __m256i *second) {
-    __m256i bytes = _mm256_set1_epi16(0xff);
-    __m256i low = _mm256_shuffle_epi8(table.low, indices);
-    __m256i high = _mm256_shuffle_epi8(table.high, indices);
-    *first = _mm256_or_si256(_mm256_and_si256(low, bytes), _mm256_slli_epi16(high, 8));
-    *second = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(bytes, high));
-}
-
-/* Pairs 0 and 2 of a chunk, or 1 and 3. */
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
-    __m256i nibbles = _mm256_set1_epi8(15);
-    __m256i low = _mm256_srli_epi16(mc_load256(chunk), 4 * odd);
-    __m256i high = _mm256_srli_epi16(mc_load256(chunk + 32), 4 * odd);
-    mc_look_up(table, _mm256_and_si256(low, nibbles), &unpacked[0].low, &unpacked[1].low);
-    mc_look_up(table, _mm256_and_si256(high, nibbles), &unpacked[0].high, &unpacked[1].high);
+MC_INLINE codes nf4_load(nf4_table table, const uint8_t *chunk, int high) {
+    return codes_of(mc_look_up(table, chunk, high), mc_look_up(table, chunk + 32, high));
 }

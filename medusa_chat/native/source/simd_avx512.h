@@ -27,8 +27,7 @@ MC_INLINE floats floats_of_ints(ints value) { return _mm512_cvtepi32_ps(value); 
 typedef struct { __m512i even, odd; } codes;
 typedef struct { __m512i even, odd; } inputs4;
 
-MC_INLINE codes codes_load(const uint8_t *from) {
-    __m512i bytes = _mm512_loadu_si512(from);
+MC_INLINE codes codes_of(__m512i bytes) {
     codes result = {_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(bytes, 8)};
     return result;
 }
@@ -48,7 +47,7 @@ MC_INLINE ints ints_dot(ints sum, codes weights, inputs4 x) {
 typedef __m512i codes;
 typedef __m512i inputs4;
 
-MC_INLINE codes codes_load(const uint8_t *from) { return _mm512_loadu_si512(from); }
+MC_INLINE codes codes_of(__m512i bytes) { return bytes; }
 
 MC_INLINE inputs4 inputs4_load(const void *from) {
     int32_t word;
@@ -73,29 +72,15 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
 }
 
-typedef __m512i words;
-typedef __m512i words2;
-
-MC_INLINE words2 words2_load(const int16_t *from) {
-    int32_t both;
-    memcpy(&both, from, sizeof both);
-    return _mm512_set1_epi32(both);
-}
-
-MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
-    return _mm512_dpwssd_epi32(sum, weights, x);
-}
+MC_INLINE codes codes_load(const uint8_t *from) { return codes_of(_mm512_loadu_si512(from)); }
 
 typedef __m512i nf4_table;
 
-/* vpermw reads five bits of an index: the table is there twice, so the fifth may be anything. */
-MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)values));
+MC_INLINE nf4_table nf4_table_of(const uint8_t *values) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)values));
 }
 
-/* Pairs 0 and 2 of a chunk, or 1 and 3. */
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
-    __m512i packed = _mm512_loadu_si512(chunk);
-    unpacked[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * odd), table);
-    unpacked[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8 + 4 * odd), table);
+MC_INLINE codes nf4_load(nf4_table table, const uint8_t *chunk, int high) {
+    __m512i indices = _mm512_srli_epi16(_mm512_loadu_si512(chunk), high ? 4 : 0);
+    return codes_of(_mm512_shuffle_epi8(table, _mm512_and_si512(indices, _mm512_set1_epi8(15))));
 }

@@ -123,38 +123,18 @@ MC_INLINE floats floats_dot(floats sum, pairs weights, inputs2 x) {
     return sum;
 }
 
-typedef struct { int16_t even[16], odd[16]; } words;
-typedef struct { int16_t even, odd; } words2;
+typedef struct { uint8_t value[16]; } nf4_table;
 
-MC_INLINE words2 words2_load(const int16_t *from) {
-    words2 result = {from[0], from[1]};
-    return result;
-}
-
-MC_INLINE ints ints_dot_words(ints sum, words weights, words2 x) {
-    for (int lane = 0; lane < 16; lane++) {
-        sum.lane[lane] += weights.even[lane] * x.even + weights.odd[lane] * x.odd;
-    }
-    return sum;
-}
-
-typedef struct { int16_t value[16]; } nf4_table;
-
-MC_INLINE nf4_table nf4_table_of(const int16_t *values) {
+MC_INLINE nf4_table nf4_table_of(const uint8_t *values) {
     nf4_table result;
     memcpy(&result, values, sizeof result);
     return result;
 }
 
-/* Pairs 0 and 2 of a chunk, or 1 and 3. */
-MC_INLINE void nf4_unpack(nf4_table table, const uint8_t *chunk, int odd, words unpacked[2]) {
-    uint16_t packed[32];
-    memcpy(packed, chunk, sizeof packed);
-    for (int pair = 0; pair < 2; pair++) {
-        int shift = 8 * pair + 4 * odd;
-        for (int lane = 0; lane < 16; lane++) {
-            unpacked[pair].even[lane] = table.value[packed[lane * 2] >> shift & 15];
-            unpacked[pair].odd[lane] = table.value[packed[lane * 2 + 1] >> shift & 15];
-        }
+MC_INLINE codes nf4_load(nf4_table table, const uint8_t *chunk, int high) {
+    codes result;
+    for (int byte = 0; byte < 64; byte++) {
+        result.byte[byte] = table.value[high ? chunk[byte] >> 4 : chunk[byte] & 15];
     }
+    return result;
 }
