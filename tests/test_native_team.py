@@ -67,6 +67,19 @@ def test_members_share_the_work(jobs: ctypes.CDLL) -> None:
     assert min(members) > 50
 
 
+def test_the_caller_works_alone_while_the_others_hold_it_up(jobs: ctypes.CDLL) -> None:
+    """One unit a phase, which sleeps: the other member waits, as if a program had its core."""
+    members = (ctypes.c_int * 8)()
+    with team_of(2) as team:
+        for _ in range(3):
+            assert jobs.count_units(team, 20, 1, -1_000_000, None) >= 0
+        for _ in range(64):
+            assert jobs.count_units(team, 3, 50, 0, members) >= 0
+            assert list(members[:2]) == [150, 0]
+        assert jobs.count_units(team, 5, 200, 20_000, members) >= 0
+        assert members[1] > 0
+
+
 def test_a_team_that_slept_works_again(jobs: ctypes.CDLL) -> None:
     with team_of(2) as team:
         for _ in range(5):

@@ -10,7 +10,7 @@
 typedef struct {
     int phases;
     int units;
-    int busy_nanoseconds; /* of a unit */
+    int busy_nanoseconds; /* of a unit; it sleeps for as long if they are below 0 */
     int failed;           /* units not done exactly once when a phase ended */
     atomic_int done[4096];
     int members[64]; /* units that each member took */
@@ -18,7 +18,11 @@ typedef struct {
 } counting;
 
 static void be_busy(int nanoseconds) {
-    struct timespec now;
+    struct timespec now = {0, -nanoseconds};
+    if (nanoseconds < 0) {
+        nanosleep(&now, NULL);
+        return;
+    }
     clock_gettime(CLOCK_MONOTONIC, &now);
     long long end = now.tv_sec * 1000000000LL + now.tv_nsec + nanoseconds;
     do {

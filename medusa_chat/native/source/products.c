@@ -70,10 +70,6 @@ void mc_logits(mc_worker *worker, const mc_matrix *matrix, const void *prepared,
     int outputs = matrix->outputs;
     float *to = engine->step->logits ? engine->step->logits : worker->piece;
     size_t stride = engine->step->logits ? (size_t)outputs : MC_PIECE;
-    for (int row = 0; row < rows; row++) {
-        worker->best[row] = -INFINITY;
-        worker->best_token[row] = outputs;
-    }
     mc_units units = mc_units_of(worker, outputs, MC_PIECE);
     for (; units.first >= 0; mc_advance(&units)) {
         int first = units.first, last = units.last;

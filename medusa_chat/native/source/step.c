@@ -1,6 +1,7 @@
 /* What a step is made of, from its checks to greedy acceptance. */
 #include "step.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -111,6 +112,14 @@ static void run(void *context, mc_team *team, int index) {
     if (engine->step->rows) mc_forward(worker);
 }
 
+static void forget_best(const mc_engine *engine) {
+    for (int i = 0; i < engine->threads; i++)
+        for (int row = 0; row < engine->step->rows; row++) {
+            engine->workers[i].best[row] = -INFINITY;
+            engine->workers[i].best_token[row] = engine->model->vocabulary;
+        }
+}
+
 /* The first of the likeliest tokens that the threads found. */
 static void join_best(const mc_engine *engine) {
     const mc_step *step = engine->step;
@@ -146,6 +155,7 @@ int mc_engine_step(mc_engine *engine, const mc_cache *cache, mc_step *step) {
     engine->cache = cache;
     engine->step = step;
     if (!step->choice) lay_paths(engine);
+    if (step->argmax) forget_best(engine);
     double begin = now();
     mc_team_run(engine->team, run, engine);
     if (step->rows && step->argmax) join_best(engine);

@@ -21,7 +21,10 @@
 enum {
     CACHE_LINE = 64,
     SPIN_NANOSECONDS = 30000,
-    PAUSES_PER_CLOCK = 16
+    PAUSES_PER_CLOCK = 16,
+    WAITED_SHARE = 4, /* a job is held up if its members wait at barriers for 1 / 4 of their time */
+    HELD_UP = 3,      /* so many held up in succession tell of another busy program */
+    ALONE_JOBS = 64   /* that the caller then runs by itself, before it tries the team again */
 };
 
 /* A number that threads wait on. */
@@ -48,6 +51,10 @@ struct mc_team {
     mc_job job;
     void *context;
     int stopping;
+    int held_up;  /* jobs in succession */
+    int alone;    /* jobs left that the caller runs by itself */
+    int is_alone; /* it does so now */
+    atomic_llong waited; /* nanoseconds at the barriers of this job, of all members */
     signal_word round;   /* counts jobs */
     signal_word barrier; /* counts barriers passed */
     _Alignas(CACHE_LINE) atomic_int arrived;
@@ -73,9 +80,9 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Whether the value changed while spinning. */
-static int spin(signal_word *word, unsigned old) {
-    int64_t end = 0;
+/* Whether the value changed while spinning; `begin` gets the time, once some of it has passed. */
+static int spin(signal_word *word, unsigned old, int64_t *begin) {
+    *begin = 0;
     for (unsigned count = 0;; count++) {
         if (atomic_load_explicit(&word->value, memory_order_acquire) != old) {
             return 1;
@@ -83,8 +90,8 @@ static int spin(signal_word *word, unsigned old) {
         pause_briefly();
         if (count % PAUSES_PER_CLOCK == PAUSES_PER_CLOCK - 1) {
             int64_t now = nanoseconds();
-            end = end ? end : now + SPIN_NANOSECONDS;
-            if (now >= end) {
+            *begin = *begin ? *begin : now;
+            if (now >= *begin + SPIN_NANOSECONDS) {
                 return 0;
             }
         }
@@ -128,15 +135,17 @@ static void wake_all(signal_word *word) {
 }
 #endif
 
-static void wait_while(signal_word *word, unsigned old) {
-    if (spin(word, old)) {
-        return;
+/* Returns the nanoseconds that this took; 0 for a moment. */
+static int64_t wait_while(signal_word *word, unsigned old) {
+    int64_t begin;
+    if (!spin(word, old, &begin)) {
+        atomic_fetch_add(&word->sleepers, 1);
+        while (atomic_load(&word->value) == old) {
+            sleep_while(word, old);
+        }
+        atomic_fetch_sub(&word->sleepers, 1);
     }
-    atomic_fetch_add(&word->sleepers, 1);
-    while (atomic_load(&word->value) == old) {
-        sleep_while(word, old);
-    }
-    atomic_fetch_sub(&word->sleepers, 1);
+    return begin ? nanoseconds() - begin : 0;
 }
 
 static void advance(signal_word *word) {
@@ -146,9 +155,12 @@ static void advance(signal_word *word) {
     }
 }
 
+/* Members that take part in the job. */
+static int working(const mc_team *team) { return team->is_alone ? 1 : team->threads; }
+
 void mc_team_barrier(mc_team *team, int index) {
     team->shares[index].taken = 0;
-    if (team->threads == 1) {
+    if (working(team) == 1) {
         atomic_store_explicit(&team->next, 0, memory_order_relaxed);
         return;
     }
@@ -158,11 +170,14 @@ void mc_team_barrier(mc_team *team, int index) {
         atomic_store(&team->next, 0);
         advance(&team->barrier);
     } else {
-        wait_while(&team->barrier, passed);
+        int64_t waited = wait_while(&team->barrier, passed);
+        if (waited) {
+            atomic_fetch_add(&team->waited, waited);
+        }
     }
 }
 
-static int own_units(const mc_team *team, int units) { return units * 3 / (4 * team->threads); }
+static int own_units(const mc_team *team, int units) { return units * 3 / (4 * working(team)); }
 
 int mc_team_first(const mc_team *team, int index, int units) {
     return index * own_units(team, units);
@@ -174,7 +189,7 @@ int mc_team_next(mc_team *team, int index, int units) {
     if (*taken < own) {
         return index * own + (*taken)++;
     }
-    int unit = own * team->threads + atomic_fetch_add(&team->next, 1);
+    int unit = own * working(team) + atomic_fetch_add(&team->next, 1);
     return unit < units ? unit : -1;
 }
 
@@ -258,6 +273,7 @@ static void become_alone(mc_team *team) {
     team->threads = 1;
     team->started = 0;
     team->shares[0].taken = 0;
+    team->alone = 0;
     atomic_store(&team->arrived, 0);
     atomic_store(&team->next, 0);
 }
@@ -283,10 +299,24 @@ void mc_team_free(mc_team *team) {
 
 int mc_team_threads(const mc_team *team) { return team->threads; }
 
+/* Members whose cores another program uses hold up every barrier: one thread is faster then. */
+static void run_alone(mc_team *team, mc_job job, void *context) {
+    team->is_alone = 1;
+    job(context, team, 0);
+    mc_team_barrier(team, 0);
+    team->is_alone = 0;
+}
+
 void mc_team_run(mc_team *team, mc_job job, void *context) {
     if (team->process != getpid()) {
         become_alone(team);
     }
+    if (team->alone > 0) {
+        team->alone--;
+        run_alone(team, job, context);
+        return;
+    }
+    int64_t begin = nanoseconds();
     team->job = job;
     team->context = context;
     atomic_store(&team->next, 0);
@@ -295,4 +325,10 @@ void mc_team_run(mc_team *team, mc_job job, void *context) {
     }
     job(context, team, 0);
     mc_team_barrier(team, 0);
+    int64_t taken = (nanoseconds() - begin) * team->threads;
+    int is_held_up = atomic_exchange(&team->waited, 0) > taken / WAITED_SHARE;
+    team->held_up = is_held_up ? team->held_up + 1 : 0;
+    if (team->held_up >= HELD_UP) {
+        team->alone = ALONE_JOBS;
+    }
 }
