@@ -40,7 +40,8 @@ static void run_product(void *context, mc_team *team, int index) {
     for (int unit; (unit = mc_team_next(team, index, (outputs + MC_TILE - 1) / MC_TILE)) >= 0;) {
         int first = unit * MC_TILE;
         int last = first + MC_TILE < outputs ? first + MC_TILE : outputs;
-        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, -1, self->y, (size_t)outputs);
+        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, -1, self->y,
+                  (size_t)outputs);
     }
     mc_team_barrier(team, index);
 }

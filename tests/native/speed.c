@@ -30,7 +30,8 @@ static void run(void *context, mc_team *team, int index) {
     for (int unit; (unit = mc_team_next(team, index, (outputs + UNIT - 1) / UNIT)) >= 0;) {
         int first = unit * UNIT;
         int last = first + UNIT < outputs ? first + UNIT : outputs;
-        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, -1, self->y, (size_t)outputs);
+        mc_matmul(&self->matrix, self->prepared, self->rows, first, last, -1, self->y,
+                  (size_t)outputs);
     }
     mc_team_barrier(team, index);
 }

@@ -14,7 +14,8 @@ static void each_row(mc_worker *worker, row_work work, int layer) {
         for (int row = 0; row < rows; row++) work(worker, layer, row);
         return;
     }
-    for (int row; (row = mc_team_next(engine->team, worker->index, rows)) >= 0;) work(worker, layer, row);
+    for (int row; (row = mc_team_next(engine->team, worker->index, rows)) >= 0;)
+        work(worker, layer, row);
     mc_team_barrier(engine->team, worker->index);
 }
 

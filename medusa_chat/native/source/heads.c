@@ -123,8 +123,9 @@ mc_candidates mc_candidates_of(const mc_engine *engine, const mc_step *step) {
 
 void mc_guess(mc_worker *worker) {
     mc_engine *engine = worker->engine;
+    int heads = engine->heads->heads;
     run_blocks(worker);
     run_lm_heads(worker);
-    for (int k; (k = mc_team_next(engine->team, worker->index, engine->heads->heads)) >= 0;) rank(worker, k);
+    for (int k; (k = mc_team_next(engine->team, worker->index, heads)) >= 0;) rank(worker, k);
     mc_team_barrier(engine->team, worker->index);
 }

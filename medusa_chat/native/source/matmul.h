@@ -48,8 +48,9 @@ size_t mc_rows_bytes(mc_format format, int rows, int inputs);
 void mc_prepare_rows(mc_format format, int inputs, int rows, int first_row, int count,
                      const float *x, size_t x_stride, void *prepared);
 
-/* Outputs first to last - 1 (first a multiple of MC_TILE) of all rows into y[row * y_stride + output].
- * Meanwhile the weights of output `following` and those behind it are fetched; -1 for none. */
+/* Outputs first to last - 1 (first a multiple of MC_TILE) of all rows into
+ * y[row * y_stride + output]. Meanwhile the weights of output `following` and those behind it are
+ * fetched; -1 for none. */
 void mc_matmul(const mc_matrix *matrix, const void *prepared, int rows, int first, int last,
                int following, float *y, size_t y_stride);
 
