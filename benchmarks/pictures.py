@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OUT = ROOT / "docs" / "pictures"
 QUESTION = "Tell me a fairy tale."
-LETTER = "Write a short letter that thanks a neighbour for watering my plants."
+LIST = "List five things to take on a camping trip."
 CODE = """Here is the **Fibonacci** sequence:
 
 ```python
@@ -111,10 +111,14 @@ def raced(terminal: Terminal) -> None:
 
 
 def listed(terminal: Terminal) -> None:
+    name = "The woodcutter"
     answered(QUESTION)(terminal)
-    for line in ("/name The river and the mill", "/reset", "How are you today?", "/chats"):
+    for line in (f"/name {name}", "/reset", "How are you today?"):
         terminal.say(line)
         rested(terminal)
+    terminal.say("/chats")
+    terminal.see(lambda text: text.count(name) == 3)  # typed, confirmed, listed
+    rested(terminal)
 
 
 def answered_plainly(terminal: Terminal) -> None:
@@ -132,7 +136,7 @@ def viewed(view: str) -> Picture:
 PICTURES = [
     Picture("first-screen", BUNDLED, greeted, rows=14),
     Picture("reply", BUNDLED, answered(QUESTION)),
-    Picture("smollm2", (*BUNDLED, "--model", "smollm2"), answered(LETTER)),
+    Picture("smollm2", (*BUNDLED, "--model", "smollm2"), answered(LIST)),
     viewed("heads"),
     viewed("markdown"),
     viewed("both"),
