@@ -10,6 +10,7 @@ import torch
 from medusa_chat.config import UserError, make_recipe
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model import native_weights
+from medusa_chat.native import library
 from medusa_chat.training.data import Example, PackedRows
 from medusa_chat.training.native_states import NativeReader
 from tests.helpers.tiny import random_model, save_model
@@ -54,7 +55,7 @@ def test_heads_learn_from_them_nearly_the_same(tmp_path: Path) -> None:
 
 
 def test_a_missing_native_step_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_weights.library, "available", lambda: "it was not built")
+    monkeypatch.setattr(library, "available", lambda: "it was not built")
     with pytest.raises(UserError, match=r"^--engine native: it was not built$"):
         do(tiny_run(tmp_path, "out", keep_hidden=True, hidden_engine="native"))
 

@@ -6,6 +6,7 @@
 
 int mc_piece(int outputs, int threads) {
     int tiles = (outputs + MC_TILE - 1) / MC_TILE, each = tiles / (threads * 4);
+    while (each > 1 && (tiles + each - 1) / each % threads) each--; /* the same for every thread */
     return (each > 1 ? each : 1) * MC_TILE;
 }
 
