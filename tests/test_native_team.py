@@ -71,9 +71,9 @@ def test_the_caller_works_alone_while_the_others_hold_it_up(jobs: ctypes.CDLL) -
     """One unit a phase, which sleeps: the other member waits, as if a program had its core."""
     members = (ctypes.c_int * 8)()
     with team_of(2) as team:
-        for _ in range(3):
+        for _ in range(16):
             assert jobs.count_units(team, 20, 1, -1_000_000, None) >= 0
-        for _ in range(64):
+        for _ in range(128):
             assert jobs.count_units(team, 3, 50, 0, members) >= 0
             assert list(members[:2]) == [150, 0]
         assert jobs.count_units(team, 5, 200, 20_000, members) >= 0

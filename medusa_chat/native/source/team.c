@@ -11,9 +11,10 @@
 #include "waiting.h"
 
 enum {
-    WAITED_SHARE = 4, /* a job is held up if its members wait at barriers for 1 / 4 of their time */
-    HELD_UP = 3,      /* so many held up in succession tell of another busy program */
-    ALONE_JOBS = 64   /* that the caller then runs by itself, before it tries the team again */
+    WAITED_SHARE = 3, /* a job is held up if its members wait at barriers for 1 / 3 of their time */
+    HELD_UP = 16,     /* so many held up in succession tell of another busy program: */
+    ALONE_JOBS = 128, /* so many then run on the caller alone, before it tries the team again */
+    TRIES = 4         /* jobs of a try: members that slept long may take a while to wake */
 };
 
 /* Units that a member has taken of its own share. */
@@ -220,5 +221,6 @@ void mc_team_run(mc_team *team, mc_job job, void *context) {
     team->held_up = is_held_up ? team->held_up + 1 : 0;
     if (team->held_up >= HELD_UP) {
         team->alone = ALONE_JOBS;
+        team->held_up = HELD_UP - TRIES;
     }
 }
