@@ -11,10 +11,11 @@ from medusa_chat.commands.flags import (
     given_fields,
     load_engine,
     read_fields,
+    sampling_for,
 )
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
 from medusa_chat.config import ChatOptions, LoadOptions, UserError
-from medusa_chat.sampling import CHAT_DEFAULTS, Sampling, choose_settings
+from medusa_chat.sampling import CHAT_DEFAULTS, Sampling
 from medusa_chat.settings import make
 from medusa_chat.settings_file import read_settings, settings_file
 from medusa_chat.terminal.output import print_json, say, warn
@@ -77,9 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.latest or options.resume:
         raise UserError("--continue and --resume open the chat: leave --prompt and pipes out")
     engine = load_engine(options.model, options.heads, load_options)
-    sampling, lines = choose_settings(engine.defaults, given)
-    for line in lines:
-        warn(line)
+    sampling = sampling_for(engine, given)
     messages = messages_of(prompt, chosen.system, engine.system)
     with closing(engine.generate(messages, sampling)) as steps:
         if options.json:

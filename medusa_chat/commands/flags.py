@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from medusa_chat.config import RECIPES, LoadOptions, Recipe
-from medusa_chat.sampling import CHAT_ONLY, Sampling
+from medusa_chat.sampling import CHAT_ONLY, Sampling, choose_settings
 from medusa_chat.settings import Duration, help_of, make, parse_value
-from medusa_chat.terminal.output import say
+from medusa_chat.terminal.output import say, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from medusa_chat.decoding.engine import Engine
 
@@ -170,6 +170,14 @@ def load_engine(
 
     with nullcontext(progress) if progress else downloads() as shown:
         return medusa_chat.load(model, heads, progress=shown, **asdict(options))
+
+
+def sampling_for(engine: Engine, given: Mapping[str, Any]) -> Sampling:
+    """Join a loaded model's defaults with the settings that the user gave; tell what holds."""
+    sampling, lines = choose_settings(engine.defaults, given)
+    for line in lines:
+        warn(line)
+    return sampling
 
 
 class _Template(argparse.Action):

@@ -16,10 +16,11 @@ from medusa_chat.commands.flags import (
     given_fields,
     load_engine,
     read_fields,
+    sampling_for,
 )
 from medusa_chat.commands.prompt import check_text, messages_of, read_prompt
 from medusa_chat.config import LoadOptions, UserError
-from medusa_chat.sampling import Sampling, choose_settings
+from medusa_chat.sampling import Sampling
 from medusa_chat.settings import make
 from medusa_chat.terminal.output import SafeConsole, warn
 
@@ -60,10 +61,8 @@ def run(options: argparse.Namespace) -> int:
     if prompt is None:
         raise UserError('race needs a prompt: medusa-chat race "Tell me a fairy tale."')
     engine = load_engine(options.model, options.heads, read_fields(options, LoadOptions))
-    sampling, lines = choose_settings(engine.defaults, given)
-    for line in lines:
-        warn(line)
-    race = Race(engine, messages_of(prompt, options.system, engine.system), sampling)
+    messages = messages_of(prompt, options.system, engine.system)
+    race = Race(engine, messages, sampling_for(engine, given))
     console = SafeConsole(highlight=False)
     if not show_race(console, race, marks=options.marks):
         return 130
