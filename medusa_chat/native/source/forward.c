@@ -150,7 +150,7 @@ static int common_multiple(int a, int b) {
 }
 
 /* Outputs of a unit of queries, keys and values: whole heads and whole tiles. */
-static int heads_piece(const mc_model *model) { return common_multiple(model->head_dim, MC_TILE); }
+static int qkv_piece(const mc_model *model) { return common_multiple(model->head_dim, MC_TILE); }
 
 /* Queries, keys and values, whole heads a unit, so that their thread can settle them. */
 static void project(mc_worker *worker, int index) {
@@ -158,7 +158,7 @@ static void project(mc_worker *worker, int index) {
     const mc_model *model = engine->model;
     const mc_matrix *qkv = &model->layer[index].qkv;
     int rows = engine->step->rows, outputs = qkv->outputs;
-    mc_units units = mc_units_of(worker, outputs, heads_piece(model));
+    mc_units units = mc_units_of(worker, outputs, qkv_piece(model));
     for (; units.first >= 0; mc_advance(&units)) {
         mc_matmul(qkv, worker->prepared, rows, units.first, units.last, units.following,
                   engine->qkv, (size_t)outputs);
@@ -195,7 +195,7 @@ static void fetch_piece(const mc_worker *worker, const mc_matrix *matrix) {
 static void fetch_next(const mc_worker *worker, int index) {
     const mc_model *model = worker->engine->model;
     if (index < model->layers) {
-        mc_fetch_first(worker, &model->layer[index].qkv, heads_piece(model));
+        mc_fetch_first(worker, &model->layer[index].qkv, qkv_piece(model));
     } else {
         mc_fetch_first(worker, &model->lm_head, MC_PIECE);
     }
