@@ -46,6 +46,12 @@ def figures(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells if len(row) == 3}
 
 
+def lines_below_cursor(terminal: Terminal) -> list[str]:
+    """Lines of the screen; none while the panel is half drawn, with the cursor at its end."""
+    display: list[str] = terminal.screen.display
+    return display[terminal.screen.cursor.y + 1 :]
+
+
 def test_a_conversation_as_a_user_has_it(terminal: Terminal, tmp_path: Path) -> None:
     steps = expected_steps()
     stats = Stats.of(steps)
@@ -72,7 +78,7 @@ def test_a_conversation_as_a_user_has_it(terminal: Terminal, tmp_path: Path) -> 
     terminal.say("/set max_new_tokens 900")
     terminal.say("/set ignore_eos on")
     terminal.say("Tell me a long story.")
-    terminal.see(lambda _: "tokens/s" in terminal.screen.display[terminal.screen.cursor.y + 2])
+    terminal.see(lambda _: "tokens/s" in "".join(lines_below_cursor(terminal)[1:2]))
     terminal.send(CTRL_C)
     terminal.see("[stopped]")
     terminal.see(lambda _: terminal.at_prompt)
