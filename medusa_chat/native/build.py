@@ -56,6 +56,7 @@ class Variant:
 
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16"))
+AMX_FLAGS = tuple(f"-mamx-{part}" for part in ("tile", "int8", "bf16"))
 VARIANTS = {
     "x86_64": (
         Variant("portable", "MC_PORTABLE", (), "x86_64", "portable"),
@@ -67,6 +68,12 @@ VARIANTS = {
             (*AVX2_FLAGS, *AVX512_FLAGS),
             "x86_64_v4+avx512vnni+avx512bf16",
             "avx512",
+        ),
+        Variant(
+            "amx",
+            "MC_AVX512",
+            (*AVX2_FLAGS, *AVX512_FLAGS, *AMX_FLAGS),
+            "x86_64_v4+avx512vnni+avx512bf16+amx_tile+amx_int8+amx_bf16",
         ),
     ),
     "aarch64": (

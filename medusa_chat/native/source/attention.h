@@ -17,6 +17,7 @@ typedef struct {
     float *queries; /* [count, padded] */
     float *sums;    /* [count, padded] */
     float *tile;    /* [16, padded] */
+    float *columns; /* [padded, 16], of keys */
     float *scores;  /* [count, stride] */
 } block;
 
@@ -45,24 +46,44 @@ static void load_row(const block *b, const void *from, int slot, float *to) {
         vector_store(to + i, load_as(row, a->format, i, a->head_dim - i));
 }
 
-/* Sixteen scores of a query, one for each row of the tile. */
-static inline vector score_tile(const float *query, const float *tile, int padded) {
-    vector sums[SIZE];
-    for (int row = 0; row < SIZE; row++) {
-        vector sum = vector_all(0.0f);
-        for (int i = 0; i < padded; i += SIZE) {
-            vector key = vector_load(tile + row * padded + i);
-            sum = vector_multiply_add(vector_load(query + i), key, sum);
-        }
-        sums[row] = sum;
-    }
-    return vector_sums(sums);
+/* The tile's rows as columns, so that a vector holds one number of 16 keys. */
+static void turn_tile(block *b) {
+    for (int i = 0; i < b->padded; i += SIZE)
+        vector_transpose(b->tile + i, b->padded, b->columns + i * SIZE);
 }
 
-static inline void score_queries(block *b, int position, int padded) {
-    for (int query = 0; query < b->count; query++) {
-        vector scores = score_tile(b->queries + query * padded, b->tile, padded);
-        vector_store(b->scores + (size_t)query * (size_t)b->stride + position - b->base, scores);
+/* Sixteen scores of each of a few queries: the sum of the first half and of the second one. */
+static inline void score_some(const float *queries, const float *columns, int padded,
+                              vector *scores, const int count) {
+    vector second[QUERIES_AT_ONCE];
+    int half = padded / 2;
+    for (int query = 0; query < count; query++) scores[query] = second[query] = vector_all(0.0f);
+    for (int i = 0; i < half; i++) {
+        vector low = vector_load(columns + i * SIZE);
+        vector high = vector_load(columns + (half + i) * SIZE);
+        for (int query = 0; query < count; query++) {
+            const float *x = queries + query * padded + i;
+            scores[query] = vector_multiply_add(vector_all(x[0]), low, scores[query]);
+            second[query] = vector_multiply_add(vector_all(x[half]), high, second[query]);
+        }
+    }
+    for (int query = 0; query < count; query++)
+        scores[query] = vector_add(scores[query], second[query]);
+}
+
+/* Scores of queries first to last - 1 with `keys` rows of the tile, from `place` on. */
+static void score_queries(block *b, int first, int last, int place, int keys) {
+    turn_tile(b);
+    for (int query = first, count; query < last; query += count) {
+        vector scores[QUERIES_AT_ONCE];
+        const float *queries = b->queries + query * b->padded;
+        count = last - query < QUERIES_AT_ONCE ? 1 : QUERIES_AT_ONCE;
+        /* A constant count lets the compiler keep the scores in registers. */
+        if (count == 1) score_some(queries, b->columns, b->padded, scores, 1);
+        else score_some(queries, b->columns, b->padded, scores, QUERIES_AT_ONCE);
+        float *to = b->scores + (size_t)query * (size_t)b->stride + place;
+        for (int i = 0; i < count; i++)
+            store_up_to(to + (size_t)i * (size_t)b->stride, scores[i], keys);
     }
 }
 
@@ -70,10 +91,7 @@ static void score_common(block *b) {
     for (int position = b->base; position < b->common; position += SIZE) {
         for (int i = 0; i < SIZE && position + i < b->common; i++)
             load_row(b, b->a->keys, position + i, b->tile + i * b->padded);
-        /* A constant size lets the compiler keep a query in registers. */
-        if (b->padded == 64) score_queries(b, position, 64);
-        else if (b->padded == 128) score_queries(b, position, 128);
-        else score_queries(b, position, b->padded);
+        score_queries(b, 0, b->count, position - b->base, SIZE);
     }
 }
 
@@ -98,12 +116,7 @@ static void score_paths(block *b) {
         end = end_of_row(b, query);
         for (int depth = 0; depth <= b->a->depth[row]; depth += SIZE) {
             int count = load_path(b, row, depth, b->a->keys);
-            for (int each = query; each < end; each++) {
-                vector scores = score_tile(b->queries + each * b->padded, b->tile, b->padded);
-                size_t place = (size_t)(b->a->start + depth - b->base);
-                float *to = b->scores + (size_t)each * (size_t)b->stride + place;
-                store_up_to(to, scores, count);
-            }
+            score_queries(b, query, end, b->a->start + depth - b->base, count);
         }
     }
 }
@@ -199,7 +212,7 @@ static void mix_paths(block *b) {
 
 static size_t attend_scratch(int queries, int positions, int head_dim) {
     size_t padded = (size_t)whole(head_dim);
-    return (size_t)queries * (2 * padded + (size_t)positions + 4 * SIZE) + SIZE * padded;
+    return (size_t)queries * (2 * padded + (size_t)positions + 4 * SIZE) + 2 * SIZE * padded;
 }
 
 static void lay_out(block *b, float *scratch) {
@@ -215,7 +228,8 @@ static void lay_out(block *b, float *scratch) {
     b->common = a->path ? a->start : highest + 1;
     b->stride = whole(highest + 1 - b->base) + SIZE;
     b->tile = scratch;
-    b->queries = b->tile + SIZE * b->padded;
+    b->columns = b->tile + SIZE * b->padded;
+    b->queries = b->columns + SIZE * b->padded;
     b->sums = b->queries + b->count * b->padded;
     b->scores = b->sums + b->count * b->padded;
     for (int query = 0; query < b->count; query++) {

@@ -54,8 +54,27 @@ static int has_avx512(void) {
         && has(cpuid_of(7, 0).c, 1u << 11) && has(cpuid_of(7, 1).a, 1u << 5);
 }
 
-static const char *const names[] = {"portable", "avx2", "avx2vnni", "avx512"};
-static int (*const supported[])(void) = {always, has_avx2, has_avx2vnni, has_avx512};
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* A process asks the kernel for tiles once; its threads inherit the permission. */
+static int may_use_tiles(void) {
+    const long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#else
+static int may_use_tiles(void) { return 0; }
+#endif
+
+static int has_amx(void) {
+    unsigned bf16_tile_int8 = 1u << 22 | 1u << 24 | 1u << 25;
+    return has_avx512() && saves(0x60000) && has(cpuid_of(7, 0).d, bf16_tile_int8)
+        && may_use_tiles();
+}
+
+static const char *const names[] = {"portable", "avx2", "avx2vnni", "avx512", "amx"};
+static int (*const supported[])(void) = {always, has_avx2, has_avx2vnni, has_avx512, has_amx};
 
 #elif defined(__aarch64__)
 
@@ -138,8 +157,10 @@ static const mc_kernel *kernel_of(mc_format format) {
     return NULL;
 }
 
+/* More than 16 rows may be read in sixteens. */
 size_t mc_rows_bytes(mc_format format, int rows, int inputs) {
-    return (size_t)rows * kernel_of(format)->row_bytes(inputs);
+    int read = rows > 16 ? mc_steps(rows, 16) * 16 : rows;
+    return (size_t)read * kernel_of(format)->row_bytes(inputs);
 }
 
 /* rows, the size of the whole block, is for forms that interleave rows; none does today. */

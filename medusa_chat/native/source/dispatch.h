@@ -16,8 +16,9 @@
 
 #if defined(__x86_64__)
 #define MC_DECLARE_VARIANTS(type, name) \
-    extern const type name##_portable, name##_avx2, name##_avx2vnni, name##_avx512
-#define MC_VARIANTS(name) {&name##_portable, &name##_avx2, &name##_avx2vnni, &name##_avx512}
+    extern const type name##_portable, name##_avx2, name##_avx2vnni, name##_avx512, name##_amx
+#define MC_VARIANTS(name) \
+    {&name##_portable, &name##_avx2, &name##_avx2vnni, &name##_avx512, &name##_amx}
 #elif defined(__aarch64__)
 #define MC_DECLARE_VARIANTS(type, name) extern const type name##_portable, name##_arm
 #define MC_VARIANTS(name) {&name##_portable, &name##_arm}

@@ -1,4 +1,5 @@
-/* bfloat16 weights and activations, summed in float32: the even input of a pair, then the odd. */
+/* bfloat16 weights and activations, summed in float32: in vectors the even input of a pair, then the
+ * odd; in tiles of AMX the even inputs of 32, and then the odd ones. */
 #include "tiles.h"
 
 static size_t row_bytes(int inputs) {
@@ -28,6 +29,11 @@ static void prepare(int inputs, int count, const float *x, size_t x_stride, uint
     }
 }
 
+#if defined(__AMX_TILE__)
+#include "amx_bfloat16.h"
+
+MC_DEFINE_KERNEL_OF(MC_VARIANT(mc_bfloat16), amx_matmul)
+#else
 /* The two inputs of a step of a row. */
 MC_INLINE inputs2 row_inputs(const mc_work *work, int row, size_t step) {
     const uint8_t *start = work->rows + (size_t)row * work->row_bytes;
@@ -68,3 +74,4 @@ MC_INLINE void compute_tile(const mc_work *work, const int rows, const int group
 }
 
 MC_DEFINE_KERNEL(MC_VARIANT(mc_bfloat16))
+#endif

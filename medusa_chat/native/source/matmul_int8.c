@@ -56,4 +56,23 @@ MC_INLINE void compute_tile(const mc_work *work, const int rows, const int group
     })
 }
 
+#if defined(__AMX_TILE__)
+#include "amx_bytes.h"
+
+static void many_rows(const mc_work *work) {
+    for (int group = 0; group < 2; group++) {
+        const uint8_t *bytes = work->weights + (size_t)group * work->group_bytes;
+        add_rows(work, group, &(amx_weights){bytes, NULL});
+        floats bias = tile_bias(work, group);
+        floats scales = floats_load(work->scales + group * MC_GROUP);
+        for (int row = 0; row < work->count; row++) {
+            floats value = floats_multiply(floats_load(tile_total(work, row, group)), scales);
+            tile_store(work, row, group, floats_add(value, bias));
+        }
+    }
+}
+
+MC_DEFINE_AMX_KERNEL(MC_VARIANT(mc_int8), MC_CARRIED_ROWS)
+#else
 MC_DEFINE_KERNEL(MC_VARIANT(mc_int8))
+#endif

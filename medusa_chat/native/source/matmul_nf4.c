@@ -80,4 +80,45 @@ MC_INLINE void compute_tile(const mc_work *work, const int rows, const int group
     })
 }
 
+#if defined(__AMX_TILE__)
+#include "amx_bytes.h"
+
+enum { PART_BLOCKS = MC_CACHED_BYTES / (2 * MC_NF4_BLOCK_BYTES) };
+
+/* The bytes of a group's part, as int8 has them, and its scales. */
+static void unpack(const mc_work *work, int group, uint8_t *bytes, float *scales) {
+    nf4_table table = table_of_values();
+    size_t first = (size_t)(work->start / MC_BLOCK), last = (size_t)(work->end / MC_BLOCK);
+    const uint8_t *from = work->weights + (size_t)group * work->group_bytes;
+    for (size_t block = first; block < last; block++) {
+        const uint8_t *start = from + block * MC_NF4_BLOCK_BYTES;
+        floats weight = floats_multiply(floats_load(start), floats_splat(1.0f / LEVELS));
+        floats_store(scales + (block - first) * MC_GROUP, weight);
+        for (size_t half = 0; half < 2 * CHUNKS; half++) {
+            const uint8_t *chunk = start + MC_NF4_CHUNK + half / 2 * MC_NF4_CHUNK;
+            codes weights = nf4_load(table, chunk, half % 2);
+            _mm512_storeu_si512(bytes + half * MC_AMX_WIDTH, weights);
+        }
+        bytes += MC_AMX_BYTES;
+    }
+    amx_settle();
+}
+
+static void many_rows(const mc_work *work) {
+    uint8_t bytes[PART_BLOCKS * MC_AMX_BYTES] __attribute__((aligned(64)));
+    float scales[PART_BLOCKS * MC_GROUP];
+    for (int group = 0; group < 2; group++) {
+        unpack(work, group, bytes, scales);
+        add_rows(work, group, &(amx_weights){bytes, scales});
+        floats bias = tile_bias(work, group);
+        for (int row = 0; row < work->count && work->end == work->inputs; row++) {
+            floats value = floats_load(tile_total(work, row, group));
+            tile_store(work, row, group, floats_add(value, bias));
+        }
+    }
+}
+
+MC_DEFINE_AMX_KERNEL(MC_VARIANT(mc_nf4), MC_ROWS)
+#else
 MC_DEFINE_KERNEL(MC_VARIANT(mc_nf4))
+#endif

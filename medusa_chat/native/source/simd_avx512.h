@@ -20,6 +20,8 @@ MC_INLINE floats floats_multiply(floats a, floats b) { return _mm512_mul_ps(a, b
 MC_INLINE floats floats_fma(floats a, floats b, floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 
 MC_INLINE ints ints_splat(int32_t value) { return _mm512_set1_epi32(value); }
+MC_INLINE ints ints_load(const int32_t *from) { return _mm512_loadu_si512(from); }
+MC_INLINE ints ints_add(ints a, ints b) { return _mm512_add_epi32(a, b); }
 MC_INLINE floats floats_of_ints(ints value) { return _mm512_cvtepi32_ps(value); }
 
 #if MC_ACTIVATION_BITS == 16

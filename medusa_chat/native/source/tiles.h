@@ -21,12 +21,13 @@ typedef struct {
     int end;
     const uint8_t *rows; /* prepared */
     size_t row_bytes;
+    int count; /* of rows */
     const float *scales; /* of int8, from the first output on */
     const float *bias;   /* from the first output on, or NULL */
     int outputs;         /* that exist, from the first on */
     float *y;
     size_t y_stride;
-    float *carried;       /* [MC_ROWS, MC_TILE] sums of the inputs before `start` */
+    float *carried;       /* [count, MC_TILE] sums of the inputs before `start` */
     const uint8_t *ahead; /* weights wanted next */
     size_t ahead_step;    /* bytes to go ahead for each 64 bytes of a group */
 } mc_work;
@@ -158,12 +159,14 @@ typedef struct {
     int following; /* the output wanted after these, or -1 */
     float *y;
     size_t y_stride;
-    const mc_tile_function *functions;
+    mc_tile_function tile;
+    int pass;  /* rows that `tile` takes at once */
+    int whole; /* rows up to which all inputs are one part */
 } mc_call;
 
 /* Inputs of a part of a tile that stays in the first cache while all rows pass over it. */
 MC_INLINE int inputs_of_part(const mc_call *call) {
-    if (call->rows <= MC_ROWS) {
+    if (call->rows <= call->whole) {
         return call->matrix->inputs;
     }
     size_t block = 2 * mc_group_bytes(call->matrix->format, 64);
@@ -205,18 +208,18 @@ MC_INLINE mc_work work_of_tile(const mc_call *call, int output) {
 MC_INLINE void run_tile(const mc_call *call, int output, int row, int count) {
     float carried[MC_CARRIED_ROWS * MC_TILE];
     mc_work work = work_of_tile(call, output);
-    int passes = mc_steps(count, MC_ROWS);
+    int passes = mc_steps(count, call->pass);
     int part = inputs_of_part(call);
     for (work.start = 0; work.start < work.inputs; work.start = work.end) {
         work.end = work.inputs - work.start < part ? work.inputs : work.start + part;
         for (int pass = 0; pass < passes; pass++) {
-            int done = pass * MC_ROWS;
-            int left = count - done < MC_ROWS ? count - done : MC_ROWS;
+            int done = pass * call->pass;
+            work.count = count - done < call->pass ? count - done : call->pass;
             work.rows = call->prepared + (size_t)(row + done) * call->row_bytes;
             work.y = call->y + (size_t)(row + done) * call->y_stride + output;
             work.carried = carried + done * MC_TILE;
             look_ahead(&work, call, output, pass, passes);
-            call->functions[left - 1](&work);
+            call->tile(&work);
         }
     }
 }
@@ -230,15 +233,22 @@ MC_INLINE void run_tiles(const mc_call *call) {
     }
 }
 
-/* Defines the kernel that the dispatcher calls; needs compute_tile, row_bytes and prepare. */
-#define MC_DEFINE_KERNEL(name)                                                                   \
+/* Defines the kernel that the dispatcher calls; needs row_bytes, prepare and matmul. */
+#define MC_DEFINE_KERNEL_OF(name, matmul) const mc_kernel name = {row_bytes, prepare, matmul};
+
+/* Defines the matmul of a tile function that knows the number of its rows when it is compiled. */
+#define MC_DEFINE_MATMUL                                                                         \
     MC_DEFINE_TILES                                                                              \
+    static void few_rows(const mc_work *work) { tiles[work->count - 1](work); }                  \
     static void matmul(const mc_matrix *matrix, const uint8_t *prepared, int rows, int first,    \
                        int last, int following, float *y, size_t y_stride) {                     \
         mc_call call = {matrix, prepared, row_bytes(matrix->inputs), rows, first, last,          \
-                        following, y, y_stride, tiles};                                          \
+                        following, y, y_stride, few_rows, MC_ROWS, MC_ROWS};                     \
         run_tiles(&call);                                                                        \
-    }                                                                                            \
-    const mc_kernel name = {row_bytes, prepare, matmul};
+    }
+
+#define MC_DEFINE_KERNEL(name) \
+    MC_DEFINE_MATMUL           \
+    MC_DEFINE_KERNEL_OF(name, matmul)
 
 #endif

@@ -1,5 +1,7 @@
 /* Sixteen floats at a time, in the registers that a variant has: what attention and the operations
- * on rows are written in. Sums of lanes have one order, the same in every variant. */
+ * on rows are written in. Sums of lanes have one order, the same in every variant.
+ *
+ * The registers hold VECTORS_AT_ONCE of each of two queries, or two of each of QUERIES_AT_ONCE. */
 #if defined(MC_AVX512)
 #include "vector_avx512.h"
 #elif defined(MC_AVX2)

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
-enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2 };
 
 typedef struct {
     float32x4_t part[4];
@@ -116,10 +116,20 @@ static inline float vector_sum(vector v) {
     return first + second;
 }
 
-static inline vector vector_sums(const vector *v) {
-    float sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = vector_sum(v[i]);
-    return vector_load(sums);
+static inline void transpose_four(const float *from, int stride, float *to) {
+    float32x4x2_t upper = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + stride));
+    float32x4x2_t lower = vtrnq_f32(vld1q_f32(from + 2 * stride), vld1q_f32(from + 3 * stride));
+    for (int i = 0; i < 2; i++) {
+        float32x4_t a = upper.val[i], b = lower.val[i];
+        vst1q_f32(to + 16 * i, vcombine_f32(vget_low_f32(a), vget_low_f32(b)));
+        vst1q_f32(to + 16 * (i + 2), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+    }
+}
+
+static inline void vector_transpose(const float *from, int stride, float *to) {
+    for (int row = 0; row < 16; row += 4)
+        for (int i = 0; i < 16; i += 4)
+            transpose_four(from + stride * row + i, stride, to + 16 * i + row);
 }
 
 static inline float vector_largest(vector v) {

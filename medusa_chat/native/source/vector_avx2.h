@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2 };
 
 typedef struct {
     __m256 low, high;
@@ -108,26 +108,32 @@ static inline float vector_sum(vector v) {
     return _mm_cvtss_f32(_mm_add_ss(first, second));
 }
 
-static inline __m256 halves(__m256 a, __m256 b) {
-    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+/* Four rows of eight numbers become the first and the second half of eight of four. */
+static inline void transpose_halves(const float *from, int stride, __m256 *columns) {
+    __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + stride);
+    __m256 c = _mm256_loadu_ps(from + 2 * stride), d = _mm256_loadu_ps(from + 3 * stride);
+    __m256 low = _mm256_unpacklo_ps(a, b), next = _mm256_unpacklo_ps(c, d);
+    __m256 high = _mm256_unpackhi_ps(a, b), last = _mm256_unpackhi_ps(c, d);
+    columns[0] = _mm256_shuffle_ps(low, next, 0x44);
+    columns[1] = _mm256_shuffle_ps(low, next, 0xEE);
+    columns[2] = _mm256_shuffle_ps(high, last, 0x44);
+    columns[3] = _mm256_shuffle_ps(high, last, 0xEE);
 }
 
-/* The sums of four registers, in order. */
-static inline __m128 register_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
-    __m256d one = _mm256_castps_pd(halves(a, b)), two = _mm256_castps_pd(halves(c, d));
-    __m256 low = _mm256_castpd_ps(_mm256_unpacklo_pd(one, two));
-    __m256 both = _mm256_add_ps(low, _mm256_castpd_ps(_mm256_unpackhi_pd(one, two)));
-    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+static inline void transpose_eight(const float *from, int stride, float *to) {
+    __m256 upper[4], lower[4];
+    transpose_halves(from, stride, upper);
+    transpose_halves(from + 4 * stride, stride, lower);
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + 16 * i, _mm256_permute2f128_ps(upper[i], lower[i], 0x20));
+        _mm256_storeu_ps(to + 16 * (i + 4), _mm256_permute2f128_ps(upper[i], lower[i], 0x31));
+    }
 }
 
-static inline __m128 four_sums(const vector *v) {
-    return _mm_add_ps(register_sums(v[0].low, v[1].low, v[2].low, v[3].low),
-                      register_sums(v[0].high, v[1].high, v[2].high, v[3].high));
-}
-
-static inline vector vector_sums(const vector *v) {
-    return (vector){_mm256_set_m128(four_sums(v + 4), four_sums(v)),
-                    _mm256_set_m128(four_sums(v + 12), four_sums(v + 8))};
+static inline void vector_transpose(const float *from, int stride, float *to) {
+    for (int row = 0; row < 16; row += 8)
+        for (int i = 0; i < 16; i += 8)
+            transpose_eight(from + stride * row + i, stride, to + 16 * i + row);
 }
 
 static inline float vector_largest(vector v) {

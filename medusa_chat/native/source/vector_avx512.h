@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { VECTORS_AT_ONCE = 4 }; /* of each of two queries that the registers hold */
+enum { VECTORS_AT_ONCE = 4, QUERIES_AT_ONCE = 4 };
 
 typedef __m512 vector;
 
@@ -46,30 +46,35 @@ static inline vector vector_zero_below(vector x, float bound, vector y) {
 static inline vector vector_round(vector x) { return _mm512_roundscale_ps(x, 0); }
 static inline vector vector_scale(vector y, vector n) { return _mm512_scalef_ps(y, n); }
 
-/* Adds lanes 0 and 2, 1 and 3 of each quarter, of two vectors at once. */
-static inline vector vector_halves(vector a, vector b) {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-}
-
-static inline vector vector_quarters(vector a, vector b) {
-    __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-    vector low = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-    return _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
-}
-
 static inline vector vector_across(vector a, vector b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 
-/* The sums of four vectors, quarter by quarter. */
-static inline vector vector_four(const vector *v) {
-    return vector_quarters(vector_halves(v[0], v[1]), vector_halves(v[2], v[3]));
+/* Four rows become four columns in each quarter. */
+static inline void transpose_quarters(const float *from, int stride, vector *columns) {
+    vector a = vector_load(from), b = vector_load(from + stride);
+    vector c = vector_load(from + 2 * stride), d = vector_load(from + 3 * stride);
+    vector low = _mm512_unpacklo_ps(a, b), next = _mm512_unpacklo_ps(c, d);
+    vector high = _mm512_unpackhi_ps(a, b), last = _mm512_unpackhi_ps(c, d);
+    columns[0] = _mm512_shuffle_ps(low, next, 0x44);
+    columns[1] = _mm512_shuffle_ps(low, next, 0xEE);
+    columns[2] = _mm512_shuffle_ps(high, last, 0x44);
+    columns[3] = _mm512_shuffle_ps(high, last, 0xEE);
 }
 
-static inline vector vector_sums(const vector *v) {
-    vector first = vector_across(vector_four(v), vector_four(v + 4));
-    vector second = vector_across(vector_four(v + 8), vector_four(v + 12));
-    return vector_across(first, second);
+static inline void vector_transpose(const float *from, int stride, float *to) {
+    vector part[4][4];
+    for (int i = 0; i < 4; i++) transpose_quarters(from + 4 * i * stride, stride, part[i]);
+    for (int i = 0; i < 4; i++) {
+        vector a = _mm512_shuffle_f32x4(part[0][i], part[1][i], 0x44);
+        vector b = _mm512_shuffle_f32x4(part[0][i], part[1][i], 0xEE);
+        vector c = _mm512_shuffle_f32x4(part[2][i], part[3][i], 0x44);
+        vector d = _mm512_shuffle_f32x4(part[2][i], part[3][i], 0xEE);
+        vector_store(to + 16 * i, _mm512_shuffle_f32x4(a, c, 0x88));
+        vector_store(to + 16 * (i + 4), _mm512_shuffle_f32x4(a, c, 0xDD));
+        vector_store(to + 16 * (i + 8), _mm512_shuffle_f32x4(b, d, 0x88));
+        vector_store(to + 16 * (i + 12), _mm512_shuffle_f32x4(b, d, 0xDD));
+    }
 }
 
 static inline float vector_sum(vector v) {

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { VECTORS_AT_ONCE = 2 }; /* of each of two queries that the registers hold */
+enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2 };
 
 typedef struct {
     float lane[16];
@@ -122,11 +122,9 @@ static inline float vector_sum(vector v) {
     return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
-/* The sums of sixteen vectors, each as vector_sum gives it. */
-static inline vector vector_sums(const vector *v) {
-    vector sums;
-    EACH_LANE sums.lane[i] = vector_sum(v[i]);
-    return sums;
+/* to[16 i + row] = from[stride row + i], 16 numbers of 16 rows. */
+static inline void vector_transpose(const float *from, int stride, float *to) {
+    for (int row = 0; row < 16; row++) EACH_LANE to[16 * i + row] = from[stride * row + i];
 }
 
 static inline float vector_largest(vector v) {

@@ -1,0 +1,68 @@
+/* Tiles of AMX: C, 16 rows of 16 sums, += A, 64 bytes of each row, times B, weights as they are
+ * packed. A processor has eight. */
+#ifndef MEDUSA_AMX_H
+#define MEDUSA_AMX_H
+
+#include <immintrin.h>
+
+#include "tiles.h"
+
+enum { MC_AMX_ROWS = 16, MC_AMX_WIDTH = 64, MC_AMX_BYTES = MC_AMX_ROWS * MC_AMX_WIDTH };
+
+/* Tiles 0 to 3 are C, 4 and 5 are A, 6 and 7 are B. */
+enum { MC_AMX_TILES = 8, MC_AMX_FIRST_B = 6 };
+
+typedef struct {
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} amx_shapes;
+
+/* C and A get as many rows as a call has, up to 16. */
+static void amx_begin(int rows) {
+    amx_shapes shapes = {.palette = 1};
+    for (int tile = 0; tile < MC_AMX_TILES; tile++) {
+        int all = tile >= MC_AMX_FIRST_B || rows > MC_AMX_ROWS;
+        shapes.row_bytes[tile] = MC_AMX_WIDTH;
+        shapes.rows[tile] = all ? MC_AMX_ROWS : (uint8_t)rows;
+    }
+    _tile_loadconfig(&shapes);
+}
+
+/* The rows of a tile, from `row` on. Of more than 16 rows, the last tile reads 16 as well:
+ * mc_rows_bytes has room for those that are not there. */
+MC_INLINE mc_work amx_part(const mc_work *work, int row) {
+    mc_work part = *work;
+    int left = work->count - row;
+    part.count = left < MC_AMX_ROWS ? left : MC_AMX_ROWS;
+    part.rows += (size_t)row * work->row_bytes;
+    part.y += (size_t)row * work->y_stride;
+    part.carried += row * MC_TILE;
+    return part;
+}
+
+/* `lines` lines of `bytes` bytes, with zeros behind them up to a whole tile. */
+static void amx_pad(uint8_t *to, const uint8_t *from, int lines, size_t stride, size_t bytes) {
+    memset(to, 0, MC_AMX_BYTES);
+    for (int line = 0; line < lines; line++) {
+        memcpy(to + line * MC_AMX_WIDTH, from + (size_t)line * stride, bytes);
+    }
+}
+
+/* gcc does not know that tiles read memory: what was stored before is there. */
+MC_INLINE void amx_settle(void) { __asm__ volatile("" ::: "memory"); }
+
+/* Defines `amx_matmul` of a tile function for up to 64 rows. */
+#define MC_DEFINE_AMX_MATMUL(tile_of, whole)                                                    \
+    static void amx_matmul(const mc_matrix *matrix, const uint8_t *prepared, int rows,          \
+                           int first, int last, int following, float *y, size_t y_stride) {     \
+        mc_call call = {matrix, prepared, row_bytes(matrix->inputs), rows, first, last,         \
+                        following, y, y_stride, tile_of, MC_CARRIED_ROWS, whole};                 \
+        amx_begin(rows);                                                                        \
+        run_tiles(&call);                                                                       \
+        _tile_release();                                                                        \
+    }
+
+#endif
