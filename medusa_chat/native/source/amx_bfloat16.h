@@ -4,7 +4,7 @@
 
 #include "amx.h"
 
-enum { STEP_INPUTS = 32 };
+enum { STEP_INPUTS = 32, SUMS_STRIDE = MC_TILE * sizeof(float) };
 
 /* 64 bytes each of 16 rows, or of two times 16, and the weights of two groups that they meet. */
 typedef struct {
@@ -14,9 +14,12 @@ typedef struct {
 } amx_step;
 
 MC_INLINE amx_step step_of(const mc_work *work, const mc_work *second) {
-    return (amx_step){{work->rows, second->rows},
+    size_t first = (size_t)(work->start / STEP_INPUTS);
+    const uint8_t *weights = work->weights + first * MC_AMX_BYTES;
+    size_t skipped = first * MC_AMX_WIDTH;
+    return (amx_step){{work->rows + skipped, second->rows + skipped},
                       work->row_bytes,
-                      {work->weights, work->weights + work->group_bytes}};
+                      {weights, weights + work->group_bytes}};
 }
 
 MC_INLINE void advance(amx_step *step) {
@@ -60,24 +63,25 @@ MC_INLINE void fetch(const mc_work *work, size_t step) {
     }
 }
 
-/* All inputs of the rows of `work`, and of `second` where there are two parts. */
+/* The inputs from `start` to `end` of the rows of `work`, and of `second` if there are two parts. */
 MC_INLINE void add_inputs(const mc_work *work, const mc_work *second, int fetches,
                           const int parts) {
     amx_step step = step_of(work, second);
-    int steps = work->inputs / STEP_INPUTS, rest = work->inputs % STEP_INPUTS;
+    int inputs = work->end - work->start, steps = inputs / STEP_INPUTS;
     for (int number = 0; number < steps; number++) {
         if (fetches) fetch(work, (size_t)number);
         load(&step, parts);
         add_step(parts);
         advance(&step);
     }
-    if (rest) {
-        load_rest(&step, work->count, mc_steps(rest, 2), parts);
+    if (inputs % STEP_INPUTS) {
+        load_rest(&step, work->count, mc_steps(inputs % STEP_INPUTS, 2), parts);
         add_step(parts);
     }
 }
 
 static void put(const mc_work *work) {
+    if (work->end < work->inputs) return;
     for (int group = 0; group < 2; group++) {
         floats bias = tile_bias(work, group);
         for (int row = 0; row < work->count; row++) {
@@ -87,29 +91,34 @@ static void put(const mc_work *work) {
     }
 }
 
+/* Goes on from the sums of the inputs before `start`; there is none for the first. */
+#define LOAD_SUMS(work, first, second)                                           \
+    if ((work)->start) {                                                         \
+        _tile_loadd(first, (work)->carried, SUMS_STRIDE);                        \
+        _tile_loadd(second, (work)->carried + MC_GROUP, SUMS_STRIDE);            \
+    } else {                                                                     \
+        _tile_zero(first);                                                       \
+        _tile_zero(second);                                                      \
+    }
+#define STORE_SUMS(work, first, second)                           \
+    _tile_stored(first, (work)->carried, SUMS_STRIDE);            \
+    _tile_stored(second, (work)->carried + MC_GROUP, SUMS_STRIDE);
+
 static void one_part(const mc_work *work, int row) {
-    const size_t stride = MC_TILE * sizeof(float);
     mc_work part = amx_part(work, row);
-    _tile_zero(0);
-    _tile_zero(1);
+    LOAD_SUMS(&part, 0, 1)
     add_inputs(&part, &part, row == 0, 1);
-    _tile_stored(0, part.carried, stride);
-    _tile_stored(1, part.carried + MC_GROUP, stride);
+    STORE_SUMS(&part, 0, 1)
     put(&part);
 }
 
 static void two_parts(const mc_work *work, int row) {
-    const size_t stride = MC_TILE * sizeof(float);
     mc_work first = amx_part(work, row), second = amx_part(work, row + MC_AMX_ROWS);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    LOAD_SUMS(&first, 0, 1)
+    LOAD_SUMS(&second, 2, 3)
     add_inputs(&first, &second, row == 0, 2);
-    _tile_stored(0, first.carried, stride);
-    _tile_stored(1, first.carried + MC_GROUP, stride);
-    _tile_stored(2, second.carried, stride);
-    _tile_stored(3, second.carried + MC_GROUP, stride);
+    STORE_SUMS(&first, 0, 1)
+    STORE_SUMS(&second, 2, 3)
     put(&first);
     put(&second);
 }
@@ -121,6 +130,7 @@ static void tile_of_rows(const mc_work *work) {
     }
 }
 
-MC_DEFINE_AMX_MATMUL(tile_of_rows, MC_CARRIED_ROWS)
+/* Up to 32 rows meet the weights once: there is nothing to be gained by parts. */
+MC_DEFINE_AMX_MATMUL(tile_of_rows, 2 * MC_AMX_ROWS)
 
 #endif

@@ -22,7 +22,7 @@ static mc_attention attention_of(mc_engine *engine, int index, int head) {
         .scale = model->attention_scale,
         .cap = model->attention_cap,
         .depth = engine->depth,
-        .path = engine->step->parents ? engine->path : NULL,
+        .path = engine->is_chain ? NULL : engine->path,
     };
     return attention;
 }

@@ -77,14 +77,21 @@ static int takes_choice(const mc_engine *engine, mc_step *step) {
     return 1;
 }
 
+static int is_chain(const mc_step *step) {
+    for (int row = 1; row < step->rows && step->parents; row++)
+        if (step->parents[row] != row - 1) return 0;
+    return 1;
+}
+
 /* Depths, and the rows from the root down to each row. */
 static void lay_paths(mc_engine *engine) {
     const mc_step *step = engine->step;
     int32_t *free = engine->paths;
+    engine->is_chain = is_chain(step);
     for (int row = 0; row < step->rows; row++) {
-        int parent = step->parents ? step->parents[row] : row - 1;
+        int parent = engine->is_chain ? row - 1 : step->parents[row];
         int depth = engine->depth[row] = row ? engine->depth[parent] + 1 : 0;
-        if (!step->parents) continue;
+        if (engine->is_chain) continue;
         if (row) memcpy(free, engine->path[parent], (size_t)depth * sizeof *free);
         free[depth] = row;
         engine->path[row] = free;

@@ -143,10 +143,14 @@ MC_INLINE mc_work tile_second_group(const mc_work *work) {
     static const mc_tile_function tiles[] = {tile_of_1, tile_of_2, tile_of_3, tile_of_4};
 #endif
 
-enum {
-    MC_CACHED_BYTES = 16 << 10, /* of weights that several passes read one after another */
-    MC_CARRIED_ROWS = 64        /* rows whose sums are carried along at most */
-};
+/* Bytes of weights that several passes read one after another. */
+#if defined(__AMX_TILE__)
+enum { MC_CACHED_BYTES = 32 << 10 };
+#else
+enum { MC_CACHED_BYTES = 16 << 10 };
+#endif
+
+enum { MC_CARRIED_ROWS = 64 }; /* rows whose sums are carried along at most */
 
 /* A call: all rows from `first` to `last`. */
 typedef struct {

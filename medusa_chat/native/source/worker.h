@@ -29,6 +29,7 @@ struct mc_engine {
     /* Of the step that runs. */
     const mc_cache *cache;
     mc_step *step;
+    int is_chain; /* each row stands below the one before it */
     int32_t depth[MC_MOST_ROWS];
     const int32_t *path[MC_MOST_ROWS];
     int32_t *paths; /* [MC_MOST_ROWS * (MC_MOST_ROWS + 1) / 2] */
