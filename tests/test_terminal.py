@@ -491,7 +491,9 @@ def test_ctrl_c_while_a_message_waits_for_the_model(start: Callable[..., Termina
     terminal.replies(1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU]
+)
 def test_a_signal_that_ends_the_chat_leaves_the_terminal_as_it_was(
     start: Callable[..., Terminal], tmp_path: Path, number: signal.Signals
 ) -> None:
