@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OWN_FLAGS = ("-h", "--help", "--version", "--completion")  # before a sub-command
+HUB_NUMBERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
 NEEDS_LESS = "a smaller model, --quant nf4, --quant-heads nf4 or a shorter --max-context needs less"
 
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_command(words)
             words.insert(0, "chat")
         options = _parsed(words)
-        _check_home()
+        _check_environment()
         status = COMMANDS[options.command].run(options)
         sys.stdout.flush()
         return status
@@ -100,8 +101,14 @@ def _check_command(words: Sequence[str]) -> None:
         raise UserError(f"unknown command {words[0]}: did you mean {close[0]}? {asks}")
 
 
-def _check_home() -> None:
-    """Raise UserError if settings, downloads and history have no place."""
+def _check_environment() -> None:
+    """Raise UserError if files have no place, or huggingface_hub would stop at a variable."""
+    for name in HUB_NUMBERS:
+        value = os.environ.get(name, "0")
+        try:
+            int(value)
+        except ValueError:
+            raise UserError(f"{name} must be a whole number of seconds, not {value!r}") from None
     try:
         Path.home()
     except RuntimeError:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,6 +77,23 @@ def expanded(place: str) -> Path:
     return Path(os.path.expanduser(place))
 
 
+def resolved(path: Path) -> Path:
+    """Return a path from the root on, without symbolic links. Raises OSError if they go round."""
+    try:
+        return path.resolve()
+    except RuntimeError:  # before Python 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+
+
+def check_ends(file: Path) -> None:
+    """Raise OSError for a device or a pipe, whose end may never come; /dev/null is empty."""
+    found = file.stat()
+    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+        return
+    if not os.path.samestat(found, os.stat(os.devnull)):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(file))
+
+
 def read_text(file: Path, most: int = MOST_BYTES) -> str:
     """Read a text in UTF-8, with or without a byte order mark; lines end in a newline.
 
@@ -109,9 +127,10 @@ def read_json(file: Path) -> Any:
     """Read a JSON document.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is a device or a pipe.
         ValueError: it is not UTF-8, not JSON, or nested too deeply.
     """
+    check_ends(file)
     try:
         return json.loads(read_text(file))
     except RecursionError:

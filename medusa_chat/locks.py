@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from medusa_chat.config import UserError
+from medusa_chat.files import resolved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,10 +27,13 @@ def only_writer(place: Path, owner: str) -> Iterator[None]:
         owner: who may be writing it already, for the message.
 
     Raises:
-        UserError: another program writes it.
+        UserError: another program writes it, or it is a loop of symbolic links.
     """
-    resolved = place.resolve()
-    file = resolved.parent / f".{resolved.name}.lock"
+    try:
+        whole = resolved(place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}") from None
+    file = whole.parent / f".{whole.name}.lock"
     lock = FileLock(file, timeout=0)
     try:
         if file.parent.is_dir():  # the lock would make one

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 from platformdirs import user_config_path
 
 from medusa_chat.config import ChatOptions, LoadOptions, UserError
-from medusa_chat.files import expanded, read_text, write_text
+from medusa_chat.files import check_ends, expanded, read_text, resolved, write_text
 from medusa_chat.sampling import CHAT_DEFAULTS, Sampling
 from medusa_chat.settings import help_of, require
 from medusa_chat.text import encodable, reason_of
@@ -69,6 +69,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
+        check_ends(path)
         return tomllib.loads(read_text(path, MOST_BYTES))
     except FileNotFoundError:
         return {}
@@ -149,7 +150,7 @@ def write_settings(
             document.pop(name) if value is None else document.update({name: value})
         if changes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path.resolve(), tomlkit.dumps(document))
+            write_text(resolved(path), tomlkit.dumps(document))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return [*changes]

@@ -67,7 +67,7 @@ def test_what_does_not_fit_or_is_no_text_is_one_line(notes: Path) -> None:
     for name, complaint in {
         "big.log": "big.log (50.0 MB) is too large for the context of fake (1,024 tokens)",
         "long.txt": "long.txt (2,000 tokens) is too large for the context of fake (1,024 tokens)",
-        "/dev/zero": "/dev/zero is a device or a pipe, not a file of text",
+        "/dev/zero": "cannot read /dev/zero: it is a device or a pipe, not a file",
         "folder": "folder is a folder; name a file in it",
         "picture.png": "picture.png is no text: line 1: not UTF-8 (invalid start byte)",
         "zeros.bin": "zeros.bin is no text: it holds zero bytes",

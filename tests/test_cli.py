@@ -185,6 +185,16 @@ def test_a_user_without_a_home_is_told(
     assert "set HOME to a folder" in complaint(capsys, "models")
 
 
+@pytest.mark.parametrize("value", ["x", "", "1.5"])
+def test_a_limit_of_the_hub_that_is_no_number_is_told(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", value)
+    assert f"HF_HUB_ETAG_TIMEOUT must be a whole number of seconds, not {value!r}" in complaint(
+        capsys, "models"
+    )
+
+
 def test_stop_system_and_seed_reach_the_engine(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +286,17 @@ def test_a_closed_pipe_ends_without_an_error(folder: Path) -> None:
     chat.stdout.close()
     assert chat.stderr.read() == b""
     assert chat.wait(60) == 0
+
+
+def test_a_table_that_nobody_reads_ends_without_an_error() -> None:
+    read, written = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "medusa_chat.cli", "models"]
+    done = subprocess.run(
+        command, stdout=written, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120
+    )
+    os.close(written)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_help_and_the_model_list_need_no_torch() -> None:

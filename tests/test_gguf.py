@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -180,6 +182,35 @@ def test_a_tensor_of_an_unknown_type_is_one_line(tmp_path: Path) -> None:
     file.write_bytes(content)
     words = "tensor blk.1.ffn_up.weight has the unknown type 231"
     assert words in refusal(load_model, resolve_model(str(file)), FLOAT32)
+
+
+VALUES = [
+    ("llama.block_count", gguf.GGUFValueType.STRING, "two"),
+    ("llama.embedding_length", gguf.GGUFValueType.FLOAT32, float("nan")),
+    ("llama.attention.head_count", gguf.GGUFValueType.UINT32, 0),
+    ("tokenizer.ggml.tokens", gguf.GGUFValueType.UINT32, 7),
+    ("tokenizer.ggml.eos_token_id", gguf.GGUFValueType.STRING, "</s>"),
+    ("tokenizer.ggml.merges", gguf.GGUFValueType.ARRAY, ["zz qq"]),
+    ("general.alignment", gguf.GGUFValueType.UINT32, 0),
+    ("general.alignment", gguf.GGUFValueType.STRING, "x"),
+]
+
+
+@pytest.mark.parametrize(("key", "kind", "value"), VALUES)
+def test_metadata_of_a_wrong_type_or_size_is_one_line(
+    key: str, kind: gguf.GGUFValueType, value: object, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", model_of(), changed={key: (value, kind)})
+    words = refusal(load_model, resolve_model(str(file)), FLOAT32)
+    assert words.startswith(f"cannot load the model {file}: its ")
+    assert "damaged" in words
+
+
+def test_lists_in_lists_without_an_end_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    lists = struct.pack("<IQ", 9, 1) * 100_000  # the type of a list, and one entry
+    file.write_bytes(b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 9) + lists)
+    assert "its header is cut off or damaged" in refusal(folder_of, file)
 
 
 def test_a_name_that_is_no_file() -> None:

@@ -336,6 +336,58 @@ def test_settings_of_another_version_do_not_matter(file: Path) -> None:
     assert kept.place == Place()
 
 
+@pytest.mark.parametrize(
+    "value", ["x'ff00'", "1e300", "-1e18", "'text'", "char(27) || ']0;title' || char(7)"]
+)
+@pytest.mark.parametrize(
+    "column", ["chats.name", "chats.model", "chats.changed", "chats.settings", "messages.role"]
+)
+def test_a_damaged_value_is_one_line_and_hides_no_other_chat(
+    column: str, value: str, file: Path
+) -> None:
+    for text in ("one", "two"):
+        talk(open_chat(file), text)
+    table, name = column.split(".")
+    key = "number" if table == "chats" else "chat"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(f"UPDATE {table} SET {name} = {value} WHERE {key} = 1")
+    chat = open_chat(file)
+    assert "two" in run(chat, "/chats")
+    assert chat.keeper.names() is not None
+    with suppress(UserError):
+        run(chat, "/resume 1")
+    assert "two" in run(chat, "/resume 2")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ('chats SET settings = \'{"place": "x"}\'', "its settings are damaged"),
+        ("chats SET settings = x'ff'", ""),
+        ("messages SET content = x'ff00'", "a message of it is damaged"),
+        ("messages SET role = 'tool'", "a message of it is damaged"),
+    ],
+)
+def test_a_damaged_conversation_is_named_with_its_file(
+    change: str, reason: str, file: Path
+) -> None:
+    talk(open_chat(file), "one")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(f"UPDATE {change}")
+    chat = open_chat(file)
+    run(chat, "/chats")
+    with pytest.raises(UserError, match=f"{file}: .*{reason}"):
+        run(chat, "/resume 1")
+
+
+@pytest.mark.parametrize("heads", ["'{'", "x'ff'", f"'{'[' * 100_000}'"])
+def test_damaged_colours_lose_no_message(heads: str, file: Path) -> None:
+    talk(open_chat(file), "one")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(f"UPDATE messages SET heads = {heads}")
+    assert contents(file) == ["one", REPLY]
+
+
 CODE = "Look:\n\n```python\nprint(1)\n```\n\n<script>alert(1)</script> & more\n"
 
 

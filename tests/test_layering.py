@@ -24,7 +24,7 @@ ALLOWED = {
     "text": set[str](),
     "files": set[str](),
     "shapes": set[str](),
-    "locks": {"config"},
+    "locks": {"config", "files"},
     "events": {"config", "text"},
     "settings_file": BASE,
     "stats": BASE,

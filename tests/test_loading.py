@@ -175,6 +175,27 @@ def test_values_of_other_types_are_errors_with_their_file(folder: Path) -> None:
     assert "cannot load the model" in load(folder) or "model_max_length" in load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("text_config", "x"),
+        ("num_hidden_layers", 0),
+        ("max_position_embeddings", -1),
+        ("max_position_embeddings", 1 << 63),
+        ("sliding_window", [1]),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+    ],
+)
+def test_values_that_no_step_computes_with_are_errors_with_their_file(
+    name: str, value: object, folder: Path
+) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    words = refusal(load_model, ModelSpec("tiny", str(folder)), LoadOptions(device="cpu"))
+    told = "rope_theta" if name == "rope_parameters" else name
+    assert f"cannot read {file}: {told}" in words
+
+
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "cannot load the model" in load(folder)

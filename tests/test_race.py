@@ -178,6 +178,21 @@ def test_a_file_that_cannot_be_recorded_to_is_refused_before_the_race(
         dispatch(chat, "/race --record")
 
 
+@pytest.mark.parametrize("suffix", ["svg", "cast"])
+def test_a_recording_replaces_nothing_else(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"race.{suffix}"
+    record(finished(), file)
+    record(finished(), file)
+    file.write_text("my own drawing")
+    with pytest.raises(UserError, match="is no recording of a race; choose another name"):
+        record(finished(), file)
+    assert file.read_text() == "my own drawing"
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(UserError, match="is no recording of a race"):
+        record(finished(), file)
+
+
 def test_the_conversation_stays_as_it_was(tmp_path: Path) -> None:
     engine = FakeEngine()
     session = Session(engine, Sampling())

@@ -365,7 +365,7 @@ def test_files_go_with_a_message(start: Callable[..., Terminal], tmp_path: Path)
     terminal.send("again" + ENTER)
     terminal.replies(3)
     terminal.say("and @/dev/zero")
-    terminal.see("/dev/zero is a device or a pipe, not a file of text")
+    terminal.see("cannot read /dev/zero: it is a device or a pipe, not a file")
     terminal.send(UP)
     terminal.see(lambda text: text.count("› and @/dev/zero") == 2)
     terminal.send(CTRL_C)
@@ -491,7 +491,9 @@ def test_ctrl_c_while_a_message_waits_for_the_model(start: Callable[..., Termina
     terminal.replies(1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU]
+)
 def test_a_signal_that_ends_the_chat_leaves_the_terminal_as_it_was(
     start: Callable[..., Terminal], tmp_path: Path, number: signal.Signals
 ) -> None:

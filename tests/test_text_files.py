@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,16 +15,24 @@ from medusa_chat.bench.replies import Turn, converse
 from medusa_chat.config import UserError
 from medusa_chat.decoding.trees.accuracy import read_accuracy
 from medusa_chat.decoding.trees.tree import named_tree
+from medusa_chat.export.folder import check_folder
 from medusa_chat.files import read_json
 from medusa_chat.hub.model_list import read_models
+from medusa_chat.locks import only_writer
+from medusa_chat.model.layouts.config import read_config
 from medusa_chat.prompts import Prompt, read_prompts
 from medusa_chat.sampling import Sampling
+from medusa_chat.settings_file import read_settings
 from medusa_chat.stats import Stats
+from medusa_chat.terminal.chat.command import Chat
+from medusa_chat.terminal.chat.commands import dispatch
 from medusa_chat.terminal.chat.conversation import read_conversation
+from medusa_chat.terminal.chat.session import Session
 from medusa_chat.training.data import Document, read_documents
 from medusa_chat.training.observations import answers
 from tests.helpers import nasty
 from tests.helpers.complaints import complaint, refusal
+from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.tiny import make_engine, random_backbone, tokenizer
 
 if TYPE_CHECKING:
@@ -197,6 +207,32 @@ def test_any_bytes_are_read_or_refused_in_one_line(
     except UserError as error:
         refused = str(error)
     assert "\n" not in refused
+
+
+def test_a_pipe_that_nobody_writes_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.md"
+    os.mkfifo(pipe)
+    chat = Chat(Session(FakeEngine(), Sampling()))
+    list(chat.session.ask("hello"))
+    with nasty.no_hang(pipe):
+        for call in (read_conversation, read_settings, read_config):
+            assert "it is a device or a pipe" in refusal(call, pipe)
+        for command in ("load", "save", "export"):
+            assert str(pipe) in refusal(dispatch, chat, f"/{command} {pipe}")
+    assert pipe.is_fifo()
+
+
+def test_symbolic_links_that_go_round_are_one_line(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    words = f"cannot write {loop}: Too many levels of symbolic links"
+    chat = Chat(Session(FakeEngine(), Sampling()))
+    list(chat.session.ask("hello"))
+    assert refusal(dispatch, chat, f"/save {loop}") == words
+    with pytest.raises(UserError, match=re.escape(words)), only_writer(loop, "another run"):
+        pass
+    with pytest.raises(OSError, match="Too many levels"):
+        check_folder(loop, set(), overwrite=True)
 
 
 def test_a_document_of_each_kind(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
+from medusa_chat.files import resolved
 from medusa_chat.model.layouts.config import read_config
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def check_folder(folder: Path, sources: set[Path], overwrite: bool) -> None:
     Raises:
         UserError: the folder is a file, holds a source or the user's own files.
     """
-    out = folder.resolve()
+    out = resolved(folder)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {folder} is a file; it has to be a folder")
     kept = {*sources, Path.cwd(), Path.home()}
@@ -47,7 +48,7 @@ def check_folder(folder: Path, sources: set[Path], overwrite: bool) -> None:
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` at the end, or is removed after an error."""
-    out = folder.resolve()
+    out = resolved(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -20,7 +20,7 @@ from medusa_chat.export.card import Card, card_of, licence_of
 from medusa_chat.export.fitting import without_vocabulary
 from medusa_chat.export.folder import RECORD_FILE, check_folder, replaced_folder
 from medusa_chat.export.targets import TARGETS, Facts, Target
-from medusa_chat.files import write_json, write_text
+from medusa_chat.files import resolved, write_json, write_text
 from medusa_chat.hub import fetch as hub
 from medusa_chat.hub.file_names import model_folder
 from medusa_chat.hub.model_list import split_revision
@@ -62,7 +62,7 @@ class Export:
     @property
     def name(self) -> str:
         """Name of the export for other programs."""
-        return self.push or self.out.resolve().name
+        return self.push or resolved(self.out).name
 
     @property
     def target(self) -> Target:

@@ -3,6 +3,7 @@
 loading.py    a ModelSpec becomes a backbone, heads and a tokenizer
 pretrained.py transformers' own model and tokenizer of a spec
 weight_files.py, finite.py      damaged files of weights, and NaN, are found and named
+config_values.py  values of a config that no step computes with
 native_weights.py  a model packed for the native step
 backbone.py   a transformers model that runs tree nodes after a cached text
 heads.py      Medusa heads, for training and for decoding

@@ -21,6 +21,7 @@ from medusa_chat.files import read_json
 from medusa_chat.hub import fetch as hub
 from medusa_chat.hub.gguf.folder import weights_of
 from medusa_chat.model.backbone import check_rewindable
+from medusa_chat.model.config_values import check_values
 from medusa_chat.model.finite import check_tables
 from medusa_chat.model.gguf_weights import state_dict_of
 from medusa_chat.model.layouts import is_heads_tensor
@@ -130,7 +131,9 @@ def load_config(folder: Path) -> Any:
         )
     file = folder / "config.json"
     _check_ends(file, read_config(file).get("eos_token_id"))
-    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    check_values(file, config)
+    return config
 
 
 def check_generation_config(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.segment import Segment
@@ -32,6 +32,10 @@ class SafeConsole(Console):
                 yield segment
             else:
                 yield Segment(sanitize(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Leave the end to the command: rich would exit with status 1 and say nothing."""
+        raise BrokenPipeError
 
 
 def open_streams() -> None:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_chat.config import ModelSpec, Recipe, UserError
-from medusa_chat.files import digest, write_json
+from medusa_chat.files import digest, resolved, write_json
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.locks import only_writer
 from medusa_chat.machine.devices import choose_dtype
@@ -159,7 +159,7 @@ def _checked_spec(run: Run) -> ModelSpec:
     spec = resolve_model(run.model, run.heads, models=run.models, template=run.template)
     if spec.template:
         named_template(spec.template)
-    if run.recipe.joint and run.out.resolve() == Path(spec.backbone).resolve():
+    if run.recipe.joint and resolved(run.out) == Path(spec.backbone).resolve():
         raise UserError(
             f"{run.recipe.name} would overwrite the backbone in {run.out}: choose another --out"
         )

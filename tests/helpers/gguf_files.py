@@ -11,6 +11,7 @@ from gguf.quants import quantize
 from tests.helpers.tiny import CHAT_TEMPLATE, END, SPECIAL, tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 FAMILIES = {"gemma3_text": "gemma3"}  # transformers' name: llama.cpp's
@@ -23,6 +24,7 @@ def write_gguf(
     template: str | None = CHAT_TEMPLATE,
     kind: str = "F32",
     shards: int = 0,
+    changed: Mapping[str, tuple[Any, gguf.GGUFValueType]] | None = None,
     **metadata: Any,
 ) -> Path:
     """Write a transformers model with the tests' tokenizer; matrices of whole blocks in `kind`.
@@ -33,6 +35,7 @@ def write_gguf(
         template: the chat template, or None.
         kind: ggml's name of a number format.
         shards: split into this many files, of which the first is returned.
+        changed: values of any key and type, which replace those of the model.
         metadata: further values of the family, dots written as `__`.
     """
     config = model.config.get_text_config()
@@ -42,6 +45,8 @@ def write_gguf(
     for name, value in metadata.items():
         writer.add_float32(f"{family}.{name.replace('__', '.')}", value)
     _write_tokenizer(writer, config.vocab_size, template)
+    for key, value in (changed or {}).items():
+        writer.kv_data[0][key] = gguf.GGUFValue(*value)
     for name, weight in _tensors(model, family):
         whole = weight.ndim > 1 and weight.shape[-1] % 32 == 0
         form = gguf.GGMLQuantizationType[kind if whole else "F32"]

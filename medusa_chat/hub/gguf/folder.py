@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
@@ -14,6 +15,10 @@ from medusa_chat.files import read_json, temporary_folder, write_json
 from medusa_chat.hub.gguf.config import config_of
 from medusa_chat.hub.gguf.header import Header, read_header, shards_of
 from medusa_chat.hub.gguf.tokenizer import settings_of, tokenizer_of
+from medusa_chat.text import is_panic, reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WEIGHTS_FILE = "gguf.json"  # names the GGUF file; a folder that has it holds no weights itself
 FORM = 1  # of the folders: older ones are not read
@@ -68,12 +73,14 @@ def _pointer(folder: Path) -> dict[str, Any] | None:
 
 def _make(folder: Path, header: Header) -> None:
     """Write a folder in one move, so that none is ever half there."""
-    config = config_of(header)
-    tokenizer = tokenizer_of(header)
+    with _metadata_errors(header.file):
+        config = config_of(header)
+        tokenizer = tokenizer_of(header)
+        settings = settings_of(header)
     documents: dict[str, Any] = {
         "config.json": config,
         "generation_config.json": {"eos_token_id": config["eos_token_id"]},
-        "tokenizer_config.json": settings_of(header),
+        "tokenizer_config.json": settings,
         WEIGHTS_FILE: {"file": str(header.file), "quantized": header.quantized},
     }
     try:
@@ -86,4 +93,20 @@ def _make(folder: Path, header: Header) -> None:
     except OSError as error:
         raise UserError(
             f"cannot write {folder}, which a GGUF file needs: {error.strerror or error}"
+        ) from None
+
+
+@contextmanager
+def _metadata_errors(file: Path) -> Iterator[None]:
+    """Turn what values of a wrong type or size raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise UserError(
+            f"cannot load the model {file}: its metadata is damaged ({reason_of(error)});"
+            " download it again"
         ) from None

@@ -106,7 +106,7 @@ def _read_part(file: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         raise UserError(f"cannot load the model {file}: there is no such file") from None
     except OSError as error:
         raise UserError(f"cannot load the model {file}: {error.strerror or error}") from None
-    except (struct.error, ValueError, OverflowError, MemoryError):
+    except (struct.error, ValueError, OverflowError, MemoryError, RecursionError):
         raise UserError(
             f"cannot load the model {file}: its header is cut off or damaged; download it again"
         ) from None
@@ -136,7 +136,9 @@ class _Reader:
             key = self._text()
             metadata[key] = self._value(self._numbers("I")[0])
         table = [self._tensor() for _ in range(tensors)]
-        alignment = int(metadata.get("general.alignment", ALIGNMENT))
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError("the alignment is no size")
         data = -(-self._place // alignment) * alignment
         return metadata, {name: self._info(name, data, *rest) for name, *rest in table}
 

@@ -23,6 +23,7 @@ from medusa_chat.terminal.chat.kept import (
     read_rows,
     settings_columns,
     summary,
+    text_of,
 )
 from medusa_chat.text import common_prefix, one_line
 
@@ -127,8 +128,11 @@ class Archive:
             query = "SELECT role, content, heads FROM messages WHERE chat = ? ORDER BY position"
             turns = connection.execute(query, (number,)).fetchall()
             name, version, model, settings = row
-            conversation, place = read_rows(model, json.loads(settings), turns)
-        return Kept(number, name, version, conversation, place)
+            try:
+                conversation, place = read_rows(model, json.loads(settings), turns)
+            except (TypeError, RecursionError):  # no text; lists in lists
+                raise ValueError("its settings are damaged") from None
+        return Kept(number, text_of(name), version, conversation, place)
 
     def add(self, conversation: Conversation, place: Place, name: str = "") -> Kept:
         """Keep a new conversation."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa_chat.config import UserError
-from medusa_chat.files import expanded, read_text
+from medusa_chat.files import check_ends, expanded, read_text
 from medusa_chat.text import size_text
 
 if TYPE_CHECKING:
@@ -75,13 +74,12 @@ def read_file(path: Path, engine: ChatEngine) -> str:
     most = engine.context * MOST_BYTES_PER_TOKEN
     too_large = f"is too large for the context of {engine.name} ({engine.context:,} tokens)"
     try:
-        found = path.stat()
-        if stat.S_ISDIR(found.st_mode):
+        if path.is_dir():
             raise UserError(f"{path} is a folder; name a file in it")
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is a device or a pipe, not a file of text")
-        if found.st_size > most:
-            raise UserError(f"{path} ({size_text(found.st_size)}) {too_large}")
+        check_ends(path)
+        size = path.stat().st_size
+        if size > most:
+            raise UserError(f"{path} ({size_text(size)}) {too_large}")
         content = read_text(path, most)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from medusa_chat.config import Message, UserError
-from medusa_chat.files import read_json, write_text
+from medusa_chat.files import read_json, resolved, write_text
 from medusa_chat.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
     text = json.dumps(asdict(conversation), ensure_ascii=False, indent=2) + "\n"
     encodable = text.encode(errors="replace").decode()  # a paste may hold half a surrogate pair
     try:
-        write_text(path.resolve(), encodable, private=True)
+        write_text(resolved(path), encodable, private=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -89,7 +89,7 @@ def _parse(document: Any) -> Conversation:
     model, system, messages = (document[key] for key in ("model", "system", "messages"))
     if not isinstance(model, str) or not isinstance(system, str):
         raise UserError("model and system must be text")
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
         raise UserError("a message holds a role (user or assistant) and content, both text")
     return Conversation(
         model, system, _sampling(document["sampling"]), messages, _heads(document, messages)
@@ -130,7 +130,8 @@ def extend(runs: list[tuple[int, int]], head: int, length: int) -> None:
         runs.append((head, length))
 
 
-def _is_message(message: Any) -> bool:
+def is_message(message: Any) -> bool:
+    """Tell if a value is a message of a conversation."""
     return (
         isinstance(message, dict)
         and set(message) == {"role", "content"}

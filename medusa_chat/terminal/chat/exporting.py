@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from medusa_chat.config import UserError
-from medusa_chat.files import write_text
+from medusa_chat.files import resolved, write_text
 from medusa_chat.terminal.chat.conversation import write_conversation
 from medusa_chat.terminal.chat.showing import conversation_rows, settings_line
 from medusa_chat.terminal.output import SafeConsole
@@ -48,12 +48,14 @@ def export(chat: Chat, path: Path, title: str) -> None:
     try:
         if path.exists() and not _is_export(path):
             raise UserError(f"{path} is no export of medusa-chat; choose another name")
-        write_text(path.resolve(), encodable(document.rstrip("\n") + "\n" + MARK), private=True)
+        write_text(resolved(path), encodable(document.rstrip("\n") + "\n" + MARK), private=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _is_export(path: Path) -> bool:
+    if not path.is_file():  # a pipe may never bring a byte
+        return False
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - len(MARK), 0))
         return file.read(len(MARK)) == MARK.encode()

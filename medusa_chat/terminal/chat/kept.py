@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa_chat.terminal.chat.conversation import Conversation, readable_sampling, runs_of
+from medusa_chat.terminal.chat.conversation import (
+    Conversation,
+    Runs,
+    is_message,
+    readable_sampling,
+    runs_of,
+)
 from medusa_chat.text import encodable, one_line
 
+if TYPE_CHECKING:
+    from medusa_chat.config import Message
+
+YEAR_9000 = 221_845_392_000.0  # seconds since 1970; later ones are no dates everywhere
 TITLE = 60  # characters of the first message that serve as a title
 
 
@@ -84,20 +95,40 @@ def settings_columns(conversation: Conversation, place: Place) -> tuple[str, str
 
 def read_rows(model: str, settings: Any, turns: list[Any]) -> tuple[Conversation, Place]:
     """Read a conversation. Raises ValueError if another program has written it."""
-    if not isinstance(settings, dict):
+    place = settings.get("place") or {} if isinstance(settings, dict) else None
+    if not isinstance(place, dict):
         raise ValueError("its settings are damaged")
-    place = settings.get("place") or {}
+    messages: list[Message] = [{"role": role, "content": content} for role, content, _ in turns]
+    if not all(map(is_message, messages)):
+        raise ValueError("a message of it is damaged")
     conversation = Conversation(
-        model,
-        str(settings.get("system", "")),
+        text_of(model),
+        text_of(settings.get("system")),
         readable_sampling(settings.get("sampling")),
-        [{"role": role, "content": content} for role, content, _ in turns],
-        tuple(runs_of(json.loads(heads), content) for _, content, heads in turns),
+        messages,
+        tuple(_runs(heads, content) for _, content, heads in turns),
     )
-    return conversation, Place(place.get("model"), place.get("heads"))
+    return conversation, Place(
+        text_of(place.get("model")) or None, text_of(place.get("heads")) or None
+    )
 
 
 def summary(row: tuple[Any, ...]) -> Summary:
-    """Read a row of the list."""
+    """Read a row of the list; a damaged value hides neither its row nor the others."""
     number, name, model, changed, turns, first = row
-    return Summary(number, name, model, changed, turns, one_line(first or "", TITLE))
+    moment = changed if isinstance(changed, float) and 0 <= changed < YEAR_9000 else 0.0
+    return Summary(
+        number, text_of(name), text_of(model), moment, turns, one_line(text_of(first), TITLE)
+    )
+
+
+def _runs(heads: Any, content: str) -> Runs:
+    """Read the colours of a message; damaged ones are none."""
+    with suppress(ValueError, TypeError, RecursionError):
+        return runs_of(json.loads(heads), content)
+    return ()
+
+
+def text_of(value: Any) -> str:
+    """Return a text of the database, where a program may have put anything; "" for others."""
+    return value if isinstance(value, str) else ""

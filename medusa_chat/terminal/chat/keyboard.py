@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
 INPUT_FLAGS, LOCAL_FLAGS = 0, 3  # indices into the list of termios
-ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")  # those that the system has
+# Signals that end a program which does not handle them, as far as the system has them.
+ENDING = (
+    *("SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"),
+    *("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGXCPU"),  # limits of time, as of `ulimit -t`
+)
 SUSPEND = getattr(signal, "SIGTSTP", None)  # Windows has none
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from medusa_chat.config import UserError
-from medusa_chat.files import write_text
+from medusa_chat.files import read_text, resolved, write_text
 from medusa_chat.terminal.live import rendered
 from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.race.columns import standing, verdict
@@ -27,14 +29,26 @@ WIDTH = 100  # cells of a recording
 TEXT_ROWS = 14
 FRAMES_PER_SECOND = 20
 SUFFIXES = (".svg", ".cast")
+TITLE = "medusa-chat race"  # in every recording
+TITLED = re.compile(re.escape(TITLE).replace(r"\ ", "(?: |&#160;)"))  # as a picture writes it
 
 
 def check_recording(file: Path) -> None:
-    """Raise UserError for a file that no recording can be written to."""
+    """Raise UserError for a file that cannot be written to, or holds no recording."""
     if file.suffix not in SUFFIXES:
         raise UserError(f"a race is recorded to FILE.svg or FILE.cast, not to {file}")
     if not file.absolute().parent.is_dir():
         raise UserError(f"cannot write {file}: there is no folder {file.absolute().parent}")
+    if os.path.lexists(file) and not _is_recording(file):
+        raise UserError(f"{file} is no recording of a race; choose another name")
+
+
+def _is_recording(file: Path) -> bool:
+    """Tell if a file is a recording, which another one may replace."""
+    try:
+        return file.is_file() and bool(TITLED.search(read_text(file)))
+    except (OSError, ValueError):
+        return False
 
 
 def record(race: Race, file: Path, colours: str | None = None) -> None:
@@ -59,7 +73,7 @@ def record(race: Race, file: Path, colours: str | None = None) -> None:
     )
     text = _svg(race, console) if file.suffix == ".svg" else _cast(race, console)
     try:
-        write_text(file, text)
+        write_text(resolved(file), text)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
 
@@ -78,12 +92,12 @@ def _rows(race: Race, clock: float) -> list[Text]:
 def _svg(race: Race, console: Console) -> str:
     for row in _rows(race, _end(race)):
         console.print(row, soft_wrap=True)
-    return console.export_svg(title="medusa-chat race")
+    return console.export_svg(title=TITLE)
 
 
 def _cast(race: Race, console: Console) -> str:
     height = len(_rows(race, _end(race))) + 1
-    header = {"version": 2, "width": WIDTH, "height": height, "title": "medusa-chat race"}
+    header = {"version": 2, "width": WIDTH, "height": height, "title": TITLE}
     lines = [header, *([round(at, 3), "o", frame] for at, frame in _frames(race, console))]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
