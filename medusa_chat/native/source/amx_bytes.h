@@ -59,11 +59,9 @@ static void add_inputs(const mc_work *work, const amx_weights *weights) {
         size_t place = (size_t)(block - first);
         floats weight = floats_splat(1);
         if (weights->scales) weight = floats_load(weights->scales + place * MC_GROUP);
-        for (size_t line = 0; line < MC_AMX_ROWS && work->ahead_step; line++) {
-            tile_prefetch(work, 1, place * MC_AMX_ROWS + line);
-        }
         sum_block(work, block, weights->bytes + place * MC_AMX_BYTES, sums);
         MC_SIXTEEN_ROWS({
+            tile_prefetch(work, 1, place * MC_AMX_ROWS + row);
             ints sum = ints_add(ints_load(sums + row * MC_GROUP),
                                 ints_splat(own[row][block].start));
             floats scale = floats_multiply(weight, floats_splat(own[row][block].scale));
