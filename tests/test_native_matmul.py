@@ -103,6 +103,29 @@ def test_a_row_is_the_same_bit_for_bit_whatever_runs_beside_it(data: st.DataObje
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("rows", [9, 17, 33, 70])
+def test_many_inputs_in_parts_give_what_a_row_alone_gives(kind: int, rows: int) -> None:
+    """More inputs than stay in the first cache while all rows pass over them."""
+    for inputs in (1216, 2240) if kind == NF4 else (1216, 2235):
+        weights, x = numbers(4, 40, inputs), numbers(5, rows, inputs)
+        packed = native.pack(kind, weights)
+        together = native.multiply(packed, x)
+        alone = np.concatenate([native.multiply(packed, x[row : row + 1]) for row in range(rows)])
+        np.testing.assert_array_equal(together.view(np.uint32), alone.view(np.uint32))
+
+
+@pytest.mark.skipif("amx" not in native.variants(), reason="the processor has no AMX")
+@pytest.mark.parametrize("kind", [INT8, NF4])
+def test_tiles_of_amx_sum_bytes_as_vectors_do(kind: int) -> None:
+    packed, x = native.pack(kind, numbers(4, 40, 1216)), numbers(5, 70, 1216)
+    products = []
+    for name in ("avx512", "amx"):
+        native.use(name)
+        products.append(native.multiply(packed, x).view(np.uint32))
+    np.testing.assert_array_equal(*products)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_packing_in_parts_and_from_bfloat16_gives_the_same(kind: int) -> None:
     weights = native.from_bfloat16(native.to_bfloat16(numbers(6, 75, 192)))
     whole = native.pack(kind, weights)
