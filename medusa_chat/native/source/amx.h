@@ -54,12 +54,22 @@ static void amx_pad(uint8_t *to, const uint8_t *from, int lines, size_t stride, 
 /* gcc does not know that tiles read memory: what was stored before is there. */
 MC_INLINE void amx_settle(void) { __asm__ volatile("" ::: "memory"); }
 
+/* Once all inputs are summed: y = total * scale + bias, of a group's outputs. */
+MC_INLINE void amx_put(const mc_work *work, int group, floats scale) {
+    if (work->end < work->inputs) return;
+    floats bias = tile_bias(work, group);
+    for (int row = 0; row < work->count; row++) {
+        floats value = floats_multiply(floats_load(tile_total(work, row, group)), scale);
+        tile_store(work, row, group, floats_add(value, bias));
+    }
+}
+
 /* Defines `amx_matmul` of a tile function for up to 64 rows. */
 #define MC_DEFINE_AMX_MATMUL(tile_of, whole)                                                    \
     static void amx_matmul(const mc_matrix *matrix, const uint8_t *prepared, int rows,          \
                            int first, int last, int following, float *y, size_t y_stride) {     \
         mc_call call = {matrix, prepared, row_bytes(matrix->inputs), rows, first, last,         \
-                        following, y, y_stride, tile_of, MC_CARRIED_ROWS, whole};                 \
+                        following, y, y_stride, tile_of, MC_CARRIED_ROWS, whole};               \
         amx_begin(rows);                                                                        \
         run_tiles(&call);                                                                       \
         _tile_release();                                                                        \

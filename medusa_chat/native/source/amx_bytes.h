@@ -1,5 +1,5 @@
-/* Products of byte_rows.h's rows in tiles of AMX. The sums of a block are the same integers as those
- * of vectors, and are scaled and added in the same order: so are the results, bit for bit. */
+/* Products of byte_rows.h's rows in tiles of AMX. The sums of a block are the integers that vectors
+ * sum, and are scaled and added in the same order: so the results are the same, bit for bit. */
 #ifndef MEDUSA_AMX_BYTES_H
 #define MEDUSA_AMX_BYTES_H
 

@@ -1,5 +1,5 @@
-/* bfloat16 weights and activations, summed in float32: in vectors the even input of a pair, then the
- * odd; in tiles of AMX the even inputs of 32, and then the odd ones. */
+/* bfloat16 weights and activations, summed in float32: in vectors the even input of a pair, then
+ * the odd; in tiles of AMX the even inputs of 32, and then the odd ones. */
 #include "tiles.h"
 
 static size_t row_bytes(int inputs) {

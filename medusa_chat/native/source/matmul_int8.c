@@ -63,12 +63,7 @@ static void many_rows(const mc_work *work) {
     const uint8_t *part = work->weights + (size_t)(work->start / MC_BLOCK) * MC_AMX_BYTES;
     for (int group = 0; group < 2; group++) {
         add_rows(work, group, &(amx_weights){part + (size_t)group * work->group_bytes, NULL});
-        floats bias = tile_bias(work, group);
-        floats scales = floats_load(work->scales + group * MC_GROUP);
-        for (int row = 0; row < work->count && work->end == work->inputs; row++) {
-            floats value = floats_multiply(floats_load(tile_total(work, row, group)), scales);
-            tile_store(work, row, group, floats_add(value, bias));
-        }
+        amx_put(work, group, floats_load(work->scales + group * MC_GROUP));
     }
 }
 
