@@ -90,7 +90,7 @@ def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medusa_chat.bench.bandwidth.BUFFER", 2**20)
 
 
-def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) -> None:
+def test_bench_measures_every_way(engine: Engine) -> None:
     drawn: list[Step] = []
 
     def view(steps: Iterable[Step]) -> None:
@@ -116,9 +116,6 @@ def test_bench_measures_every_way_and_its_figures_hold_together(engine: Engine) 
         assert all(set(figures) == MODE_KEYS for figures in mode["categories"].values())
         assert [turn["conversations"] for turn in mode["turns"]] == [2, 1]
         assert 1 <= mode["acceptance_length"] <= 5
-        # How these times go together, two short rounds cannot tell: a held-up one changes all.
-        timed = ("step_ms", "vanilla_step_ms", "overhead", "speedup", "throughput_ratio")
-        assert all(mode[name] > 0 for name in (*timed, "tokens_per_second"))
     assert set(result["peers"]) == {"transformers", "transformers-lookup"}
     assert all(peer["tokens_per_second"] > 0 for peer in result["peers"].values())
     assert sum(len(step.tokens) for step in drawn) > 0
@@ -139,6 +136,19 @@ def step(depth: int, seconds: float, kind: str = "tree") -> Step:
 
 def conversation(category: str, steps: list[Step], first: float) -> Transcript:
     return Transcript(category, [Turn(Stats.of(steps), first, 2.0, 5, "text")])
+
+
+def test_figures_of_a_round_hold_together(engine: Engine) -> None:
+    """However long its steps took; medians over rounds are of a round each, and need not."""
+    job = BenchJob(PROMPTS, ["greedy", "typical"], Sampling(max_new_tokens=12), rounds=1)
+    for mode in bench(engine, job, silent)["modes"].values():
+        assert mode["overhead"] == pytest.approx(
+            mode["step_ms"] / mode["vanilla_step_ms"], rel=0.01
+        )
+        length_over_cost = mode["acceptance_length"] / mode["overhead"]
+        assert mode["speedup"] == pytest.approx(length_over_cost, rel=0.01)
+        rates = mode["tokens_per_second"] / mode["vanilla_tokens_per_second"]
+        assert mode["throughput_ratio"] == pytest.approx(rates, rel=0.01)
 
 
 def test_figures_are_those_of_the_steps() -> None:
