@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medusa_chat.config import Message, UserError
+from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.trees import pause
 from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.policy import Policy
 from medusa_chat.decoding.trees.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
 from medusa_chat.sampling import Sampling
@@ -32,6 +35,10 @@ from tests.helpers.tiny import (
     random_tree,
     reply,
 )
+
+if TYPE_CHECKING:
+    from medusa_chat.decoding.report import StepReport
+    from medusa_chat.events import Step
 
 
 def oracle(
@@ -344,6 +351,37 @@ def test_probes_are_counted_over_replies(backbone: Any) -> None:
     second = decode(engine, PROMPT, max_new_tokens=3)
     kinds = [step.kind for step in first + second if step.nodes]
     assert kinds.index("vanilla") == pause.PROBE_GAPS[0]
+
+
+def test_learning_counts_with_tree_steps_alone(
+    backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vanilla decoding would not learn, so a probe must not look slower than its steps are."""
+    clock = 0.0
+
+    def now() -> float:
+        nonlocal clock
+        clock += 1e-6
+        return clock
+
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=now))
+    learn = Policy.learn
+
+    def slowly(policy: Policy, report: StepReport, step: Step) -> None:
+        nonlocal clock
+        learn(policy, report, step)
+        clock += 1.0
+
+    monkeypatch.setattr(Policy, "learn", slowly)
+    engine = make_engine(backbone, random_heads(backbone), "chain-3", probing=True)
+    steps = decode(engine, PROMPT, max_new_tokens=40)
+    seconds = {
+        kind: [round(step.seconds) for step in steps if step.kind == kind]
+        for kind in ("vanilla", "tree")
+    }
+    assert set(seconds["vanilla"]) == {0}
+    assert set(seconds["tree"]) == {1, 2}
+    assert sum(seconds["tree"]) == round(clock) - (steps[-1].kind == "vanilla")
 
 
 def test_a_new_reply_ends_the_one_before(backbone: Any, greedy_text: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import closing
+from functools import partial
 from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -111,23 +112,44 @@ def test_counts_stay_finite_over_a_long_conversation(monkeypatch: pytest.MonkeyP
 def test_guesses_are_compared_with_the_tokens_that_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tracker, "COMPARED", 1)
     used = GuessTracker(OnlineAccuracy(PUBLISHED.pruned(3, 5)))
     counted: list[Sequence[int]] = []
     monkeypatch.setattr(used.accuracy, "add", counted.append)
     used.begin()
     # Two tokens stay: the second is head 1's first guess.
-    used.observe([10, 11], Guesses([[11, 1], [12, 2], [3, 13]]))
+    used.observe([10, 11], told([[11, 1], [12, 2], [3, 13]]))
     assert counted == []
-    used.observe([12], Guesses([]))  # a vanilla step
+    used.observe([12], told([]))  # a vanilla step
     assert counted == []
-    used.observe([13, 14, 15, 16], Guesses([[14], [15], [16]]))
+    used.observe([13, 14, 15, 16], told([[14], [15], [16]]))
     assert counted == [[0, 0, 1], [0, 0, 0]]
-    used.observe([17], Guesses([[18], [19], [20]]))
-    used.observe([18, 9], Guesses([[0], [0], [0]]))
+    used.observe([17], told([[18], [19], [20]]))
+    used.observe([18, 9], told([[0], [0], [0]]))
     used.begin()  # the reply ended before all was known
-    used.observe([18], Guesses([[20], [1], [19]]))
-    used.observe([19, 20, 21], Guesses([]))
+    used.observe([18], told([[20], [1], [19]]))
+    used.observe([19, 20, 21], told([]))
     assert counted[2:] == [[MISSED, MISSED, MISSED]]
+
+
+def test_one_step_in_four_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guesses of the others are not even read."""
+    used = GuessTracker(OnlineAccuracy(PUBLISHED.pruned(1, 5)))
+    counted: list[Sequence[int]] = []
+    monkeypatch.setattr(used.accuracy, "add", counted.append)
+    read: list[int] = []
+
+    def guesses(number: int) -> Guesses:
+        read.append(number)
+        return Guesses([[number]])
+
+    used.begin()
+    for number in range(9):
+        # Each step keeps two tokens; the second is a guess of the steps 0, 3, 6 alone.
+        used.observe([0, number // 3 * 3], partial(guesses, number))
+    assert tracker.COMPARED == 4
+    assert read == [0, 4, 8]
+    assert counted == [[0], [MISSED], [MISSED]]
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[list[int]]]]:
@@ -151,6 +173,7 @@ def test_a_conversation_is_counted_as_its_text_says(monkeypatch: pytest.MonkeyPa
     text = PROMPT + reply(
         make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=120
     )
+    monkeypatch.setattr(tracker, "COMPARED", 1)
     heads = OracleHeads(3, 64, text, (0, 1, 4, -1))
     engine = make_engine(backbone, heads, "mc_sim_7b_63", probing=True)
     counted: list[Sequence[int]] = []
@@ -193,11 +216,16 @@ def step(settled: int, seconds: float, tree: Tree | None = None) -> Step:
     return Step(tokens, len(tree), seconds, "tree", tree.depth)
 
 
+def told(guesses: list[list[int]]) -> Callable[[], Guesses]:
+    """What a step tells of its heads."""
+    return partial(Guesses, guesses)
+
+
 def report(tokens: Sequence[int], guesses: list[list[int]], following: int = 1) -> StepReport:
     """The report of a step that accepted these tokens."""
     paths = tuple((0,) * depth for depth in range(len(tokens)))
     rows = tuple(range(len(tokens)))
-    return StepReport(paths, list(tokens), rows, following, Guesses(guesses))
+    return StepReport(paths, list(tokens), rows, following, told(guesses))
 
 
 def drive(
@@ -241,6 +269,7 @@ def test_the_tree_follows_the_conversation_at_the_same_node_count() -> None:
         patch.setattr(costs, "measure", lambda *_, **__: cost)
         patch.setattr(policy, "RESHAPE", 16)
         patch.setattr(tracker, "ACCURACY_PRIOR", 20)
+        patch.setattr(tracker, "COMPARED", 1)
         expected = reply(
             make_engine(backbone), PROMPT, mode="vanilla", temperature=0, max_new_tokens=300
         )
@@ -268,7 +297,7 @@ def test_a_named_tree_stays_but_the_policy_learns() -> None:
     taken = drive(used, 200, lambda _: 0)
     assert used.tree == chain(3)
     assert not any(each.paused for each in taken)
-    assert used.accuracy.seen > 90
+    assert used.accuracy.seen > 90 // tracker.COMPARED
     assert used.describe() == (
         "chain of 3: 4 nodes, depth 3; got 1.0 tokens per step (slower, 0.77x, last 64 steps)"
     )
@@ -302,7 +331,7 @@ def test_copies_that_are_right_call_for_nodes_to_hold_them(copying: bool) -> Non
     used = adapting(steep, copying=copying)
     assert len(used.tree) <= CHAIN
     text: list[int] = []
-    for _ in range(200):
+    for _ in range(200 * tracker.COMPARED):
         root = len(text) % 12
         choice = used.next(text, root)
         if choice.tree is VANILLA:

@@ -6,12 +6,13 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from medusa_chat.config import MAX_CONTEXT, MAX_NODES, LoadOptions, Message, UserError
+from medusa_chat.config import MAX_NODES, LoadOptions, Message, UserError
 from medusa_chat.decoding.reply import Reply, eos_ids, generation_settings
 from medusa_chat.decoding.runner import Launched, Runner
 from medusa_chat.decoding.trees.control import TreeControl
 from medusa_chat.decoding.trees.policy import VANILLA, Choice
 from medusa_chat.events import Candidates, Step, Token
+from medusa_chat.model.positions import usable_context
 from medusa_chat.model.templates import ChatTemplate
 from medusa_chat.sampling import Sampling, defaults_of
 from medusa_chat.text import common_prefix
@@ -86,7 +87,7 @@ class Engine:
         self.backbone = backbone
         self.template = template or ChatTemplate(tokenizer, name)
         self.system = system or self.template.system
-        self.context = self._context(options.context)
+        self.context = usable_context(options.context, backbone.context, name)
         self.text: list[int] = []
         self.prefilled = 0
         self.prefill_seconds = 0.0
@@ -94,20 +95,12 @@ class Engine:
         self._eos = own_eos if eos is None else eos
         self._reply: Generator[Step] | None = None
         self._last: StepReport | None = None  # of a tree step
+        self._learning = 0.0  # seconds that count with the next tree step
         self.defaults, complaints = defaults_of(generation_settings(backbone.model))
         self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy, options.eager)
         self.notices = self.runner.notices
         self.notices += complaints
         self.trees = TreeControl(self.runner, name, accuracy, options, costs, self.notices)
-
-    def _context(self, wanted: int | None) -> int:
-        most = self.backbone.context
-        context = min(most, MAX_CONTEXT) if wanted is None else wanted
-        if not 1 < context <= most:
-            raise UserError(
-                f"the context of {self.name} can hold 2 to {most} tokens, not {context}"
-            )
-        return context
 
     @property
     def heads(self) -> int:
@@ -246,9 +239,18 @@ class Engine:
         tokens = self._keep(report, reply)
         spent = before + time.perf_counter() - started
         step = self._event(launched.choice, report, tokens, reply, spent)
+        # The policy compares steps without the time that it takes to learn from them.
+        started = time.perf_counter()
         policy.learn(report, step)
-        # The policy compares steps without what it learns from them; the event counts that too.
-        return replace(step, seconds=before + time.perf_counter() - started), report.next
+        return self._with_learning(step, time.perf_counter() - started), report.next
+
+    def _with_learning(self, step: Step, seconds: float) -> Step:
+        """Count the time that the policy learned, with tree steps: vanilla decoding has none."""
+        self._learning += seconds
+        if step.kind != "tree":
+            return step
+        seconds, self._learning = step.seconds + self._learning, 0.0
+        return replace(step, seconds=seconds)
 
     def _keep(self, report: StepReport, reply: Reply) -> list[Token]:
         """Add the accepted tokens to the reply, and drop those after its end from the cache."""

@@ -89,7 +89,7 @@ class NativeProgram:
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         row, following = self._verdict(settled, draft.tree.parents, given, rule)
         tree = draft.tree
-        guesses = Guesses(self._shown(draft, settled))
+        guesses = partial(self._guesses_as_told, draft, settled)
         return StepReport(tree.paths, settled.tokens, tree.branches[row], following, guesses)
 
     def _chosen(self, draft: Draft, given: StepInput, rule: Rule) -> StepReport:
@@ -102,7 +102,7 @@ class NativeProgram:
         self._parts = {"heads": settled.heads_seconds, "forward": settled.rows_seconds}
         parents = rows.parents
         row, following = self._verdict(settled, parents, given, rule)
-        guesses = self._guesses(draft, settled, rows, given)
+        guesses = partial(self._guesses, draft, settled, rows, given)
         return StepReport(choices.paths, settled.tokens, _branch(row, parents), following, guesses)
 
     def _guesses(
@@ -111,7 +111,7 @@ class NativeProgram:
         """Report the guesses that rows were chosen from, with what orders them."""
         ranker = draft.ranker
         if not draft.needs_log_p or not ranker.reorders:
-            return Guesses(self._shown(draft, settled))
+            return self._guesses_as_told(draft, settled)
         scores = self._step.log_p(draft.ranked).copy()
         if ranker.coupling != "none":
             values = torch.frombuffer(rows.noise, dtype=torch.float32)[: scores.size]
@@ -121,11 +121,11 @@ class NativeProgram:
         tokens = np.array(settled.guesses, dtype=np.int32).reshape(-1, draft.ranked)
         return ScoredGuesses(tokens, scores, given.root, bias)
 
-    def _shown(self, draft: Draft, settled: Settled) -> list[list[int]]:
-        """List the guesses of each head that a report shows."""
+    def _guesses_as_told(self, draft: Draft, settled: Settled) -> Guesses:
+        """Report the guesses in the heads' own order."""
         ranked = draft.ranked
-        heads = self._state.head_count if ranked else 0
-        return [settled.guesses[head * ranked :][: min(ranked, RANKED)] for head in range(heads)]
+        heads, shown = self._state.head_count if ranked else 0, min(ranked, RANKED)
+        return Guesses([settled.guesses[head * ranked :][:shown] for head in range(heads)])
 
     def _verdict(
         self,

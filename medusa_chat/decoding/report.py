@@ -6,7 +6,8 @@ number lies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,14 +93,19 @@ class StepReport:
         candidates: the token of every node.
         rows: rows of the accepted path, root first; their keys and values are committed.
         next: the token after the path, root of the next step.
-        guesses: of the heads behind the root; those of no head if none ran.
+        read_guesses: returns `guesses`; only before the next step. Few steps are asked for them.
     """
 
     paths: tuple[NodePath, ...]
     candidates: list[int]
     rows: tuple[int, ...]
     next: int
-    guesses: Guesses
+    read_guesses: Callable[[], Guesses] = field(compare=False)
+
+    @property
+    def guesses(self) -> Guesses:
+        """Guesses of the heads behind the root; those of no head if none ran."""
+        return self.read_guesses()
 
     @property
     def tokens(self) -> list[int]:
@@ -176,5 +182,5 @@ class ReportLayout:
             rest[: len(paths)],
             tuple(paths.index(accepted[:depth]) for depth in range(len(accepted) + 1)),
             following,
-            self.guesses(guesses, rest[0]),
+            partial(self.guesses, guesses, rest[0]),
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from medusa_chat.config import MAX_CONTEXT, UserError
+
 UNKNOWN_CONTEXT = 4096  # positions of a model whose config has no number of them
 
 
@@ -17,6 +19,18 @@ def context_of(config: Any) -> int:
     if scaling.get("rope_type") == "longrope":
         return min(positions, int(scaling["original_max_position_embeddings"]))
     return positions
+
+
+def usable_context(wanted: int | None, most: int, model: str) -> int:
+    """Return the positions to use of the `most` that a model has.
+
+    Raises:
+        UserError: the model cannot hold as many as are wanted.
+    """
+    context = min(most, MAX_CONTEXT) if wanted is None else wanted
+    if not 1 < context <= most:
+        raise UserError(f"the context of {model} can hold 2 to {most} tokens, not {context}")
+    return context
 
 
 def fix_positions(model: Any) -> None:

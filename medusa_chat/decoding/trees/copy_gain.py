@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath
 
-GAIN_PRIOR = 30  # steps without a gain that count before the first step
-GAIN_MEMORY = 300  # steps after which a step counts 1/e of a new one
+GAIN_PRIOR = 10  # compared steps without a gain that count before the first one
+GAIN_MEMORY = 100  # compared steps after which one counts 1/e of a new one
 ROUNDING = 1e-9  # sums of logarithms that differ by less are equal
 
 

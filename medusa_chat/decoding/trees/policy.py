@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VANILLA = Tree()
 COPIES_ALONE = DynamicTree(VANILLA, 1 + CHAIN)  # for a model without heads
 LEAST_PROMISE = 1.5  # tokens that a step of copies alone must promise; else it is a vanilla step
-RESHAPE = 32  # tree steps between two choices of the tree
+RESHAPE = 64  # tree steps between two choices of the tree
 BETTER_SHAPE = 1.005  # least gain in acceptance length for another tree of as many nodes
 MUCH_FASTER = 1.05  # least gain in speed for another kind or size, so that they do not alternate
 
@@ -161,7 +161,7 @@ class Policy:
         if self._copied:
             self.copies.learn(self._copied, [*report.tokens[1:], report.next])
         kept = [token.id for token in step.tokens[: step.settled]]
-        self._tracker.observe(kept, report.guesses, self._copied)
+        self._tracker.observe(kept, report.read_guesses, self._copied)
         if not self._vanilla:
             self._since_reshape += step.kind == "tree"
             self._pauses.add(step, may_pause=self.adapts)

@@ -15,13 +15,15 @@ from medusa_chat.decoding.trees.fading import FadingCounter
 from medusa_chat.decoding.trees.growth import grow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath, Tree
 
-ACCURACY_PRIOR = 200  # steps that the accuracies from before count for
-ACCURACY_MEMORY = 1000  # steps after which a step counts 1/e of a new one
+# Steps to each one that is compared: to compare takes as long as to run a small model's step.
+COMPARED = 4
+ACCURACY_PRIOR = 100  # compared steps that the accuracies from before count for
+ACCURACY_MEMORY = 400  # compared steps after which one counts 1/e of a new one
 
 
 class OnlineAccuracy(Frequencies):
@@ -31,7 +33,7 @@ class OnlineAccuracy(Frequencies):
     "before" is the product of the heads' chances, which the ranks of each head update likewise.
 
     Attributes:
-        seen: steps of this conversation.
+        seen: compared steps of this conversation.
     """
 
     def __init__(self, before: Accuracy) -> None:
@@ -107,7 +109,7 @@ class _Pending:
 
 
 class GuessTracker:
-    """Compares the guesses of each step with the tokens that follow, once these are known.
+    """Compares the guesses of some steps with the tokens that follow, once these are known.
 
     A step counts only if all the guessed tokens belong to the same reply: the heads do not guess
     the user's next message.
@@ -121,6 +123,7 @@ class GuessTracker:
         self.accuracy = accuracy
         self.gain = CopyGain()
         self._heads = len(accuracy.widths)
+        self._since_compared = COMPARED
         self._for_heads: deque[_Pending] = deque()
         self._for_copies: deque[_Pending] = deque()
 
@@ -130,24 +133,33 @@ class GuessTracker:
         self._for_copies.clear()
 
     def observe(
-        self, tokens: Sequence[int], guesses: Guesses, copied: Copied | None = None
+        self, tokens: Sequence[int], read: Callable[[], Guesses], copied: Copied | None = None
     ) -> None:
         """Take in a step.
 
         Args:
             tokens: the tokens that stay in the text, its root first.
-            guesses: of the heads after the root; those of no head for a vanilla step.
+            read: returns the heads' guesses after the root; those of no head for a vanilla step.
             copied: the copies that were proposed after the root.
         """
         for pending in (*self._for_heads, *self._for_copies):
             pending.followed += tokens
-        if tokens and self._heads and guesses.heads == self._heads:
-            self._for_heads.append(_Pending(guesses, copied, list(tokens[1:])))
-            self._for_copies.append(_Pending(guesses, copied, list(tokens[1:])))
+        self._since_compared += 1
+        if tokens and self._heads and self._since_compared >= COMPARED:
+            self._compare_later(read(), copied, tokens[1:])
         for done in _complete(self._for_heads, self._heads):
             self.accuracy.add(done.guesses.ranks(done.followed))
         for done in _complete(self._for_copies, CHAIN):
             self.gain.add(done.guesses, done.copied, done.followed)
+
+    def _compare_later(
+        self, guesses: Guesses, copied: Copied | None, followed: Sequence[int]
+    ) -> None:
+        if guesses.heads != self._heads:
+            return
+        self._since_compared = 0
+        self._for_heads.append(_Pending(guesses, copied, list(followed)))
+        self._for_copies.append(_Pending(guesses, copied, list(followed)))
 
 
 def _complete(queue: deque[_Pending], needed: int) -> Iterator[_Pending]:
