@@ -41,6 +41,8 @@ def duration_text(seconds: float) -> str:
 
 def sanitize(text: str, *, tab: str = TAB) -> str:
     """Remove escape sequences and control characters; keep newlines, replace tabs by `tab`."""
+    if text.isprintable():  # as nearly all tokens are
+        return text
     text = LINE_END.sub("\n", ESCAPE_SEQUENCE.sub("", text))
     safe = tab.join(UNSAFE.sub("", part) for part in text.split("\t"))
     return SURROGATE.sub("\N{REPLACEMENT CHARACTER}", safe)

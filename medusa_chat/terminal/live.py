@@ -22,9 +22,12 @@ Rows = Callable[[int, int], list[Text]]  # width, height of the screen -> rows
 
 def rendered(console: Console, rows: Iterable[Text]) -> str:
     """Render rows, each with a newline, as the console would print them."""
-    with console.capture() as capture:
-        for row in rows:
-            console.print(row, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    shown = [*rows]
+    if not shown:
+        return ""
+    with console.capture() as capture:  # of all rows at once: a call costs more than a row
+        text = Text("\n").join(shown)
+        console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
     return capture.get()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from rich.style import Style
 from rich.text import Text
 
@@ -20,6 +22,7 @@ NOTICE = Style(color="yellow", dim=True)
 ERROR = Style(color="red")
 
 
+@cache
 def head_style(head: int) -> Style:
     """Return the style of a head's tokens; heads beyond the palette repeat it underlined."""
     if head == COPIED:

@@ -32,6 +32,8 @@ def escape_controls(text: str) -> str:
 
 def cells(text: str) -> int:
     """Count the columns of `text`: an upper bound, as terminals differ on joined emoji."""
+    if text.isascii() and text.isprintable():
+        return len(text)
     return sum(1 if char == EMOJI_SELECTOR else get_character_cell_size(char) for char in text)
 
 
@@ -95,7 +97,7 @@ class Flow:
         if self._begun:
             self._tail.append(self._held + safe[:start])
         self._begun = True
-        self._tail.append(visible, style).append(mark, style)
+        self._tail.append(visible + mark, style)
         self._held = safe[start + len(visible) :]
 
     def take(self, width: int, room: int = 1) -> list[Text]:
