@@ -148,9 +148,17 @@ def test_a_window_holds_the_last_steps_alone() -> None:
         stats.add(step([0, 1], 0.03))
     assert stats.tree_steps == 4
     assert stats.acceptance_length == (4 + 2 + 2 + 2) / 4
-    assert stats.overhead == pytest.approx(3.0)  # of the last two vanilla steps
-    assert stats.speedup == pytest.approx(2.5 / 3)
+    assert stats.overhead == pytest.approx(4.0)  # of the faster of the last two vanilla steps
+    assert stats.speedup == pytest.approx(2.5 / 4)
     assert stats.new_tokens == 26
+
+
+def test_two_thirds_of_the_comparisons_are_at_most_the_overhead() -> None:
+    stats = Stats()
+    for ratio in (7, 2, 5, 3, 1, 6, 4):
+        stats.add(step([0, 1], 0.01 * ratio))
+        stats.add(step([0], 0.01, nodes=1))
+    assert stats.overhead == pytest.approx(5.0)
 
 
 def test_nothing_is_known_before_it_was_measured() -> None:

@@ -158,13 +158,14 @@ class Policy:
             report: the tokens of the nodes, the accepted path and the heads' guesses.
             step: the tokens that the reply kept, and the time that the step took.
         """
+        if self._vanilla:
+            return
         if self._copied:
             self.copies.learn(self._copied, [*report.tokens[1:], report.next])
         kept = [token.id for token in step.tokens[: step.settled]]
         self._tracker.observe(kept, report.read_guesses, self._copied)
-        if not self._vanilla:
-            self._since_reshape += step.kind == "tree"
-            self._pauses.add(step, may_pause=self.adapts)
+        self._since_reshape += step.kind == "tree"
+        self._pauses.add(step, may_pause=self.adapts)
 
     def _next_tree(self) -> AnyTree:
         if self._vanilla or self._pauses.pause or self._pauses.probe_due():
