@@ -3,9 +3,9 @@
     python benchmarks/panel.py [--model MODEL] [--replies N] [--busy] FILE ...
 
 Each prompt is answered with heads and by vanilla decoding, as the chat does it, by --tokens tokens;
-a clock outside of the engine times both from the first step to the last. --busy keeps one core busy meanwhile. The
-result is a line of JSON: the conversation's figure, that of the clock, and the largest share by
-which a shown speedup exceeded its acceptance length.
+a clock outside of the engine times both from the first step to the last. --busy keeps one core busy
+meanwhile. The result is a line of JSON: the conversation's figure, that of the clock, and the
+largest share by which a shown speedup exceeded its acceptance length.
 """
 
 from __future__ import annotations
