@@ -63,6 +63,14 @@ class Tree:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: each step looks for what was made for its tree."""
+        return hash((self.paths, self.origin))
+
     @cached_property
     def depths(self) -> tuple[int, ...]:
         """Depth of each node; the root's is 0."""
