@@ -228,6 +228,8 @@ BAD = {
     "context": (["--prompt", "hi", "--max-context", "x"], "--max-context must be a whole number"),
     "quant": (["--prompt", "hi", "--quant", "int3"], "quant must be one of auto, none, nf4"),
     "empty prompt": (["--prompt", ""], "the prompt is empty"),
+    "a chat's file": (["--transcript", "x", "--prompt", "hi"], "leave --prompt and pipes out"),
+    "a kept chat": (["--continue", "hi"], "leave --prompt and pipes out"),
     "no prompts": (
         ["bench", "--prompts", "/nonesuch/file"],
         "cannot read the prompts /nonesuch/file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 from medusa_chat.config import UserError, make_recipe
 from medusa_chat.hub.model_list import resolve_model
 from medusa_chat.model import native_weights
+from medusa_chat.model.loading import load_model
 from medusa_chat.native import library
+from medusa_chat.training import native_states
 from medusa_chat.training.data import Example, PackedRows
 from medusa_chat.training.native_states import NativeReader
 from tests.helpers.tiny import random_model, save_model
@@ -19,6 +22,9 @@ from tests.helpers.tiny_runs import do, products, tiny_run
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from medusa_chat.config import LoadOptions, ModelSpec
+    from medusa_chat.model.loading import Loaded
 
 LENGTH = 300  # more than the rows of a step
 DOCUMENTS = (1, 7, 290, 40, 300, 5, 100)
@@ -61,6 +67,21 @@ def test_heads_learn_from_them_nearly_the_same(tmp_path: Path) -> None:
     heads, others = (weights(tmp_path / name) for name in ("torch", "native"))
     for name, trained in heads.items():
         assert torch.allclose(trained, others[name], atol=0.003), name  # 0.02 for another seed
+
+
+def test_memory_that_is_to_be_ignored_is_ignored_here_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def load(spec: ModelSpec, options: LoadOptions) -> Loaded:
+        seen.append(options.ignore_memory)
+        return load_model(spec, options)
+
+    monkeypatch.setattr(native_states, "load_model", load)
+    run = tiny_run(tmp_path, "out", keep_hidden=True, hidden_engine="native", max_steps=1)
+    do(replace(run, ignore_memory=True))
+    assert seen == [True]
 
 
 def test_a_missing_native_step_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
     flags = given_fields(options, Sampling) | _given_system(options)
+    opens_chat = options.latest or options.resume or options.transcript
     _fill(options)
     given = CHAT_DEFAULTS | given_fields(options, Sampling)
     sampling = make(Sampling, given)
@@ -75,8 +76,9 @@ def run(options: argparse.Namespace) -> int:
         from medusa_chat.commands.open_chat import open_chat
 
         return open_chat(options, chosen, load_options, given, flags)
-    if options.latest or options.resume:
-        raise UserError("--continue and --resume open the chat: leave --prompt and pipes out")
+    if opens_chat:
+        wanted = "--continue, --resume and --transcript"
+        raise UserError(f"{wanted} open the chat: leave --prompt and pipes out")
     engine = load_engine(options.model, options.heads, load_options)
     sampling = sampling_for(engine, given)
     messages = messages_of(prompt, chosen.system, engine.system)

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 class NativeReader:
     """Runs packed rows through the native step, a document behind another in one cache."""
 
-    def __init__(self, spec: ModelSpec, quant: str, length: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        quant: str,
+        length: int,
+        dtype: torch.dtype,
+        ignore_memory: bool = False,
+    ) -> None:
         """Load a model as the chat does on a CPU.
 
         Args:
@@ -28,12 +35,15 @@ class NativeReader:
             quant: of its layers, as in a Recipe.
             length: tokens in a row.
             dtype: of the states.
+            ignore_memory: load even if less memory is free than the model needs.
 
         Raises:
             UserError: the native step does not run the model, or the memory does not suffice.
         """
         wanted = replace(spec, heads=None, quant=quant.replace("none", spec.quant))
-        options = LoadOptions(device="cpu", engine="native", context=length)
+        options = LoadOptions(
+            device="cpu", engine="native", context=length, ignore_memory=ignore_memory
+        )
         backbone = load_model(wanted, options).backbone
         packed = backbone.native
         assert packed is not None

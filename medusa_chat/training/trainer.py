@@ -144,7 +144,9 @@ def _train(
         if recipe.keep_hidden and not (checkpoint and is_last(checkpoint)):
             native = None
             if recipe.hidden_engine == "native":
-                native = partial(NativeReader, spec, recipe.quant, recipe.length, dtype)
+                native = partial(
+                    NativeReader, spec, recipe.quant, recipe.length, dtype, run.ignore_memory
+                )
             kept = kept_rows(trainee.backbone, rows, recipe, arguments, dtype, say, native)
         fit(spec, recipe, arguments, kept, log, checkpoint, say)
     del trainee, log  # frees the memory for the backbones to compare
