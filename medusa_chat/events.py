@@ -8,6 +8,7 @@ from typing import Any, Literal
 COPIED = -1  # in Token.head and in a path of head ranks: copied from earlier text
 
 Finish = Literal["eos", "length", "stop", "context", "loop"]
+StepKind = Literal["tree", "vanilla"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Step:
     tokens: tuple[Token, ...]
     nodes: int
     seconds: float
-    kind: Literal["tree", "vanilla"]
+    kind: StepKind
     depth: int = 0
     finish: Finish | None = None
     tested: tuple[int, ...] = ()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from medusa_chat.decoding.trees import costs
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.trees.bookkeeping import MEMORY, USUAL, Bookkeeping
 from medusa_chat.decoding.trees.choice import Option, StepCost, fastest, options
 from medusa_chat.decoding.trees.growth import grow
 from tests.helpers.accuracies import accuracies
@@ -57,6 +58,26 @@ def test_a_steep_cost_makes_the_tree_small_and_a_flat_one_large() -> None:
     flat = StepCost(1.0, {2: 1.0, 4: 1.0, 64: 1.0})
     assert fastest(static_options(PUBLISHED, steep)).nodes == 2
     assert fastest(static_options(PUBLISHED, flat)).nodes == 64
+
+
+def test_time_beside_the_forward_makes_the_tree_larger() -> None:
+    steep = {"static": StepCost(1.0, {n: 1.0 + n / 4 for n in range(2, 65)})}
+    small, large = (fastest(options(PUBLISHED, steep, beside=each)) for each in (0.0, 5.0))
+    assert small.nodes < large.nodes
+    assert large.seconds == steep["static"].seconds(large.nodes) + 5.0
+
+
+def test_bookkeeping_follows_the_steps_and_ignores_a_pause() -> None:
+    kept = Bookkeeping()
+    for _ in range(10 * MEMORY):
+        kept.add("tree", 0.002)
+    assert kept.of("tree") == pytest.approx(0.002, rel=1e-3)
+    kept.add("tree", 60.0)  # the machine slept
+    assert kept.of("tree") < 0.0021
+    assert kept.of("vanilla") == USUAL["vanilla"]
+    hidden = Bookkeeping(hidden=True)
+    hidden.add("tree", 0.002)
+    assert hidden.of("tree") == 0.0
 
 
 def test_the_fastest_of_several_kinds() -> None:

@@ -17,6 +17,7 @@ from medusa_chat.decoding import engine as engine_module
 from medusa_chat.decoding.acceptance import make_rule
 from medusa_chat.decoding.trees import pause
 from medusa_chat.decoding.trees.accuracy import Accuracy
+from medusa_chat.decoding.trees.bookkeeping import USUAL
 from medusa_chat.decoding.trees.policy import Policy
 from medusa_chat.decoding.trees.tree import Tree, chain, paper_trees
 from medusa_chat.model.backbone import Backbone
@@ -382,6 +383,9 @@ def test_learning_counts_with_tree_steps_alone(
     assert set(seconds["vanilla"]) == {0}
     assert set(seconds["tree"]) == {1, 2}
     assert sum(seconds["tree"]) == round(clock) - (steps[-1].kind == "vanilla")
+    bookkeeping = engine.trees.policy.bookkeeping
+    assert bookkeeping.of("tree") > USUAL["tree"]
+    assert bookkeeping.of("vanilla") < USUAL["vanilla"]
 
 
 def test_a_new_reply_ends_the_one_before(backbone: Any, greedy_text: Any) -> None:

@@ -233,16 +233,18 @@ class Engine:
         started = time.perf_counter()
         policy = self.trees.policy
         report = launched.finish()
+        waited = time.perf_counter() - started
         # While nobody waits, a GPU computes all the same.
-        unseen = self.runner.device_seconds - (time.perf_counter() - started) - launched.seconds
-        before = launched.seconds + max(unseen, 0.0)
+        unseen = max(self.runner.device_seconds - waited - launched.seconds, 0.0)
         tokens = self._keep(report, reply)
-        spent = before + time.perf_counter() - started
+        spent = launched.seconds + unseen + time.perf_counter() - started
         step = self._event(launched.choice, report, tokens, reply, spent)
         # The policy compares steps without the time that it takes to learn from them.
         started = time.perf_counter()
         policy.learn(report, step)
-        return self._with_learning(step, time.perf_counter() - started), report.next
+        step = self._with_learning(step, time.perf_counter() - started)
+        policy.bookkeeping.add(step.kind, step.seconds - waited - unseen)
+        return step, report.next
 
     def _with_learning(self, step: Step, seconds: float) -> Step:
         """Count the time that the policy learned, with tree steps: vanilla decoding has none."""

@@ -49,7 +49,7 @@ class Option:
     Attributes:
         kind: dynamic, if its nodes are chosen at each step; or static.
         length: forecast acceptance length.
-        seconds: measured cost of a step.
+        seconds: what a step takes.
     """
 
     kind: str
@@ -72,6 +72,7 @@ def options(
     accuracy: Frequencies,
     costs: Mapping[str, StepCost],
     gain: Callable[[int], float] = lambda _: 0.0,
+    beside: float = 0.0,
 ) -> list[Option]:
     """List the best tree of every kind and node count whose steps were timed.
 
@@ -79,10 +80,11 @@ def options(
         accuracy: how often the heads are right.
         costs: step costs by the kind of tree.
         gain: tokens per step that copies add to a tree of n nodes.
+        beside: seconds that a step takes beside its measured cost.
     """
     lengths_of = {"static": static_lengths, "dynamic": dynamic_lengths}
     return [
-        Option(kind, nodes, length + gain(nodes), cost.seconds(nodes))
+        Option(kind, nodes, length + gain(nodes), cost.seconds(nodes) + beside)
         for kind, cost in costs.items()
         for nodes, length in lengths_of[kind](accuracy, cost.most).items()
     ]

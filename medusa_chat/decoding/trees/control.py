@@ -9,6 +9,7 @@ from medusa_chat.config import MAX_NODES, LoadOptions, UserError
 from medusa_chat.decoding.draft.base import RANKED
 from medusa_chat.decoding.draft.copies import CHAIN, Copies
 from medusa_chat.decoding.trees.accuracy import PUBLISHED, Accuracy
+from medusa_chat.decoding.trees.bookkeeping import Bookkeeping
 from medusa_chat.decoding.trees.costs import step_costs
 from medusa_chat.decoding.trees.growth import shaped_tree
 from medusa_chat.decoding.trees.policy import COPIES_ALONE, VANILLA, Policy
@@ -60,6 +61,7 @@ class TreeControl:
         self._notices = notices
         self._costs: dict[bool, dict[str, StepCost]] = {}  # with copies or without, by kind of tree
         copies = Copies()
+        bookkeeping = Bookkeeping(hidden=runner.overlaps)
         # A rank means another thing where guesses are coupled to noise, and another mode accepts
         # more or fewer of them.
         self._policies = {
@@ -69,6 +71,7 @@ class TreeControl:
                 probing=options.probing,
                 copying=options.copies,
                 copies=copies,
+                bookkeeping=bookkeeping,
             )
             for mode in SPECULATIVE
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa_chat.decoding.draft.copies import CHAIN, Copied, Copies
+from medusa_chat.decoding.trees.bookkeeping import Bookkeeping
 from medusa_chat.decoding.trees.choice import Option, StepCost, fastest, options
 from medusa_chat.decoding.trees.growth import grow, likeliest, tree_of
 from medusa_chat.decoding.trees.pause import PauseRule
@@ -53,6 +54,7 @@ class Policy:
         tree: the tree in use.
         copying: propose copied text too.
         copies: the text that is copied from, and how often copies were right.
+        bookkeeping: time that steps take beside their forward.
         accuracy: the heads' accuracies, updated by this conversation.
     """
 
@@ -64,6 +66,7 @@ class Policy:
         probing: bool = True,
         copying: bool = True,
         copies: Copies | None = None,
+        bookkeeping: Bookkeeping | None = None,
     ) -> None:
         """Start with vanilla steps.
 
@@ -73,10 +76,12 @@ class Policy:
             probing: take vanilla steps now and then, to measure the speedup.
             copying: propose copied text too.
             copies: an index to share with other policies of the text.
+            bookkeeping: figures to share with them.
         """
         self.tree: AnyTree = VANILLA
         self.copying = copying
         self.copies = copies or Copies()
+        self.bookkeeping = bookkeeping or Bookkeeping()
         self._copied: Copied | None = None  # of the last choice
         self._pauses = PauseRule(probing=probing)
         self._costs: Mapping[str, StepCost] = {}  # by kind of tree
@@ -191,7 +196,8 @@ class Policy:
                 self.tree = tree
 
     def _options(self) -> list[Option]:
-        return options(self.accuracy, self._costs, self._tracker.gain.of)
+        beside = self.bookkeeping.of("tree")
+        return options(self.accuracy, self._costs, self._tracker.gain.of, beside)
 
     def _in_use(self, option: Option) -> bool:
         used = self._option
@@ -216,7 +222,8 @@ class Policy:
         else:
             parts = [f"auto: {self._option.kind}, {size}", self._source()]
             expected = self._option.length
-            pace = f" ({_pace(self._option.rate * self._costs[self._option.kind].vanilla)})"
+            vanilla = self._costs[self._option.kind].vanilla + self.bookkeeping.of("vanilla")
+            pace = f" ({_pace(self._option.rate * vanilla)})"
         if expected is not None:
             parts.append(f"expected {expected:.1f} tokens per step{pace}")
         got = self._pauses.stats
