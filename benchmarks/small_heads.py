@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--decoder-layer", action="store_true", help="one before all heads")
     parser.add_argument("--next-token", action="store_true", help="it reads the root's embedding")
     parser.add_argument("--greedy-targets", action="store_true", help="the likeliest next tokens")
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--share", type=float, default=1.0, help="of the rows to train on")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -103,6 +103,7 @@ class Before(nn.Module):
         if layer:
             one = copy.deepcopy(config)
             one.num_hidden_layers, one.layer_types = 1, None
+            one._attn_implementation = "sdpa"
             self.body = LlamaModel(one)
             self.body.embed_tokens, self.body.norm = None, nn.Identity()
             nn.init.zeros_(self.body.layers[0].self_attn.o_proj.weight)
@@ -187,6 +188,7 @@ def fit(
 
 
 @torch.no_grad()
+@torch.autocast("cpu", torch.bfloat16)
 def measure(
     heads: MedusaHeads, before: Before, lm_head: nn.Linear, rows: tuple[Tensor, ...]
 ) -> dict[str, Any]:
@@ -196,8 +198,7 @@ def measure(
     accepted = 0.0
     for start in range(0, len(rows[0]), 4):
         ids, positions, labels, hidden = (part[start : start + 4] for part in rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = heads.features(before(ids, positions, hidden).flatten(0, 1))
+        features = heads.features(before(ids, positions, hidden).flatten(0, 1))
         right = torch.ones(ids.numel(), dtype=torch.bool)
         for k in range(heads.heads):
             targets = head_targets(labels, positions, k + 1).flatten()
