@@ -22,6 +22,7 @@ from medusa_chat.model.loading import load_model
 from tests.helpers.tiny import (
     ARCHITECTURES,
     SMALL,
+    TORCH_ONLY,
     WINDOW,
     OracleHeads,
     decode,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 NEW = 40  # with a prompt of 20 the text is five windows long
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *TORCH_ONLY])
 def test_greedy_text_is_that_of_transformers_generate(kind: Any, tmp_path: Path) -> None:
     folder = str(save_model(tmp_path, random_model(kind)))
     options = LoadOptions(device="cpu", dtype="float32", engine="torch")

@@ -12,7 +12,6 @@ from transformers import (
     BloomConfig,
     CohereConfig,
     GptOssConfig,
-    GraniteConfig,
 )
 
 from medusa_chat.config import UserError
@@ -151,7 +150,6 @@ def test_hidden_of_text_is_a_forward_of_its_own() -> None:
 WRONG_MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt_oss": (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
     "cohere": (CohereConfig, {}),
-    "granite": (GraniteConfig, {"logits_scaling": 4.0}),
 }
 
 

@@ -8,6 +8,7 @@ native_weights.py  a model packed for the native step
 backbone.py   a transformers model that runs tree nodes after a cached text
 heads.py      Medusa heads, for training and for decoding
 head_vocabulary.py, parent_bias.py  the tokens that heads rank; a bias by the token before
+logits.py     what some families do to the logits of their LM head
 positions.py  how many positions a model takes, and their encoding
 cache.py      keys and values of one text, whose rows can be dropped again
 templates.py  messages become a prompt

@@ -16,6 +16,7 @@ from medusa_chat.model.attention.rule import Choice, Shape, choose_attention
 from medusa_chat.model.cache import KVCache
 from medusa_chat.model.fused.layers import fuse_layers, restore
 from medusa_chat.model.fused.rule import choose_operations
+from medusa_chat.model.logits import LogitRule
 from medusa_chat.model.positions import context_of, fix_positions
 from medusa_chat.model.weight_files import damage
 
@@ -26,9 +27,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers tha
 
 
 def check_rewindable(model_class: Any, config: Any) -> None:
-    """Raise UserError for a backbone whose state cannot drop rejected tokens."""
-    others = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
-    if getattr(model_class, "_is_stateful", False) or others:
+    """Raise UserError for a backbone whose state cannot drop rejected tokens.
+
+    A class for recurrent layers may hold a model without any, as dense Granite 4.0.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    others = kinds - {FULL, SLIDING}
+    if others or (getattr(model_class, "_is_stateful", False) and not kinds):
         names = ", ".join(sorted(others)) or "recurrent state"
         raise UserError(
             f"{config.model_type} models have layers ({names}) that cannot take back rejected"
@@ -68,10 +73,10 @@ class Backbone:
         self.config = config
         fix_positions(model)
         kinds = set(getattr(config, "layer_types", None) or ())
-        self._mixed = len(kinds) > 1
+        self._by_name = len(kinds) > 1 or getattr(type(model), "_is_stateful", False)
         sliding = not kinds or SLIDING in kinds
         self._window = getattr(config, "sliding_window", None) if sliding else None
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._logit_rule = LogitRule.of(config)
         self.attention: Choice = choose_attention(self.device, self.attention_shape)
         parameters = inspect.signature(model.base_model.forward).parameters
         # transformers 5.24 renamed it.
@@ -202,10 +207,7 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the LM head as the model's own forward does: [n, hidden] -> [n, V]."""
-        logits: Tensor = self.lm_head(hidden)
-        if self._softcap:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return self._logit_rule(self.lm_head(hidden))
 
     def _forward(self, tokens: Tensor, positions: Tensor, masks: Any, cache: KVCache) -> Tensor:
         output = self.model.base_model(
@@ -229,8 +231,8 @@ class Backbone:
         return self._by_kind(mask, near)
 
     def _by_kind(self, mask: Tensor, near: Tensor) -> Any:
-        """One mask, or one for each kind of layer if the model has both."""
-        return {FULL: mask, SLIDING: near} if self._mixed else near
+        """One mask, or one for each kind of layer if the model takes them by name."""
+        return {FULL: mask, SLIDING: near} if self._by_name else near
 
     @torch.inference_mode()
     def _own_logits(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Train Medusa heads, calibrate them, and make the text that they learn from.
 
 data.py            documents, their tokens and targets, packed rows
+packed_states.py   hidden states of packed rows
 kept_states.py     hidden states of a frozen backbone, kept on the disk
 reference.py       the backbone's own distribution, by its likeliest tokens
 losses.py          the loss of all heads

@@ -11,6 +11,7 @@ from medusa_chat.training.data import IGNORED, PackedRows
 from medusa_chat.training.entropy import cross_entropy
 from medusa_chat.training.lm_heads import output_layer
 from medusa_chat.training.losses import head_targets
+from medusa_chat.training.packed_states import hidden_states
 
 
 @torch.inference_mode()
@@ -27,10 +28,9 @@ def perplexity(backbone: Any, rows: PackedRows, batch: int = 8) -> float:
             torch.stack([item[key] for item in items]).to(backbone.device)
             for key in ("input_ids", "position_ids", "labels")
         )
-        output = backbone.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         targets = head_targets(labels, positions, 0)
         answered = targets != IGNORED
-        hidden = output.last_hidden_state[answered]
+        hidden = hidden_states(backbone, ids, positions)[answered]
         total += float(cross_entropy(hidden, targets[answered], lm_head))
         count += int(answered.sum())
     backbone.train(training)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from medusa_chat.training.data import IGNORED, PackedRows
 from medusa_chat.training.lm_heads import output_layer
 from medusa_chat.training.losses import head_targets
 from medusa_chat.training.memory import check_disk, kept_bytes
+from medusa_chat.training.packed_states import hidden_states
 from medusa_chat.training.reference import likeliest
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def keep_states(
     check_disk(run, kept_bytes(len(rows) * rows.length, hidden, width, likely))
     folder.mkdir()
     try:
-        read = native() if native else _reader(backbone)
+        read = native() if native else partial(hidden_states, backbone)
         _make(backbone, read, rows, recipe, folder, dtype, key, say)
     except BaseException:
         drop_states(run)
@@ -212,17 +214,6 @@ def _described(batch: Tensor, rows: int) -> dict[str, Any]:
         "dtype": str(batch.dtype).removeprefix("torch."),
         "bytes": torch.Size(shape).numel() * batch.element_size(),
     }
-
-
-def _reader(backbone: Any) -> Reader:
-    """Let the backbone itself compute the states."""
-
-    def read(ids: Tensor, positions: Tensor) -> Tensor:
-        output = backbone.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        states: Tensor = output.last_hidden_state
-        return states
-
-    return read
 
 
 @torch.no_grad()

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from medusa_chat.model.logits import LogitRule
 
-class _Capped(nn.Module):
-    """An LM head with Gemma's softcap on its logits."""
 
-    def __init__(self, lm_head: Any, softcap: float) -> None:
+class _Ruled(nn.Module):
+    """An LM head with what its family does to the logits."""
+
+    def __init__(self, lm_head: Any, rule: LogitRule) -> None:
         super().__init__()
         self.lm_head = lm_head
-        self.softcap = softcap
+        self.rule = rule
         self.out_features = lm_head.out_features
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
-        return torch.tanh(logits / self.softcap) * self.softcap
+        return self.rule(self.lm_head(hidden))
 
 
 class Frozen(nn.Module):
@@ -45,5 +45,5 @@ class Frozen(nn.Module):
 def output_layer(backbone: Any) -> nn.Module:
     """The layer from last hidden states to the logits of a transformers causal LM."""
     lm_head: nn.Module = backbone.get_output_embeddings()
-    softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
-    return _Capped(lm_head, softcap) if softcap else lm_head
+    rule = LogitRule.of(backbone.config.get_text_config())
+    return lm_head if rule == LogitRule() else _Ruled(lm_head, rule)

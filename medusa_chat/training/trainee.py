@@ -15,6 +15,7 @@ from medusa_chat.training.data import IGNORED
 from medusa_chat.training.entropy import cross_entropy, distillation
 from medusa_chat.training.lm_heads import Frozen, output_layer
 from medusa_chat.training.losses import head_targets, heads_loss
+from medusa_chat.training.packed_states import hidden_states
 from medusa_chat.training.reference import Likeliest, likeliest
 from medusa_chat.training.schedules import heads_weight, joint_from
 
@@ -129,11 +130,7 @@ class Trainee(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """The backbone's last hidden states, [rows, length, hidden]."""
-        output = self.backbone.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return hidden_states(self.backbone, input_ids, position_ids)
 
     def _likeliest(self, hidden: Tensor, position_ids: Tensor, labels: Tensor) -> Likeliest:
         """The backbone's own distribution where the next token is a target."""

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -56,6 +58,12 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": None,
     "tie_word_embeddings": False,
+}
+GRANITE = {
+    "logits_scaling": 4.0,
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
 }
 # Windows are shorter than the texts, and softcaps small enough to matter.
 MIXED = {
@@ -111,11 +119,26 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
 }
+# Families that the native step does not run.
+TORCH_ONLY: dict[str, tuple[type, dict[str, Any]]] = {
+    "granite": (GraniteConfig, GRANITE),
+    "granite4": (
+        GraniteMoeHybridConfig,
+        GRANITE
+        | {
+            "layer_types": ["full_attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+        },
+    ),
+}
 
 
 def random_model(kind: str = "llama", vocabulary: int = 64, seed: int = 2, **changes: Any) -> Any:
     """A transformers model with random weights, in float32."""
-    config_class, own = ARCHITECTURES[kind]
+    config_class, own = (ARCHITECTURES | TORCH_ONLY)[kind]
     torch.manual_seed(seed)
     config = config_class(**(SMALL | own | {"vocab_size": vocabulary} | changes))
     model = AutoModelForCausalLM.from_config(config, **attention_settings(config))
