@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 import medusa_chat
-from medusa_chat.config import MODES, SHIPPED_PROMPTS, UserError
+from medusa_chat.config import SHIPPED_PROMPTS, UserError
 from medusa_chat.prompts import read_prompts
-from medusa_chat.sampling import Sampling
+from medusa_chat.sampling import MODES, Sampling
 from medusa_chat.terminal.chat.session import Session
 
 if TYPE_CHECKING:
