@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from medusa_chat.decoding.draft.guesses import Guesses
     from medusa_chat.decoding.trees.tree import NodePath, Tree
 
-# Steps to each one that is compared: to compare takes as long as to run a small model's step.
+# One step in so many is compared: a comparison takes as long as a small model's forward.
 COMPARED = 4
 ACCURACY_PRIOR = 100  # compared steps that the accuracies from before count for
 ACCURACY_MEMORY = 400  # compared steps after which one counts 1/e of a new one
