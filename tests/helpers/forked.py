@@ -15,6 +15,9 @@ from pathlib import Path
 from medusa_chat.cli import main
 
 PATIENCE = 60
+# Torch's pool of threads does not always survive a fork. The program itself never forks.
+LOST_POOL = "Invalid thread pool!"
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def run(
     memory: int | None = None,
     stdout: str = "",
 ) -> Ended:
-    """Run a command in a child.
+    """Run a command in a child; again if torch's threads did not survive the fork.
 
     Args:
         words: its arguments.
@@ -49,6 +52,16 @@ def run(
         memory: bytes of address space that the child may add.
         stdout: a file for its output; a temporary one by default.
     """
+    for _ in range(TRIES):
+        ended = _run(words, number, after, memory, stdout)
+        if LOST_POOL not in ended.stderr:
+            break
+    return ended
+
+
+def _run(
+    words: list[str], number: int | None, after: float, memory: int | None, stdout: str
+) -> Ended:
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(stdout or f"{place}/out"), Path(place, "err")
         started = time.monotonic()
