@@ -38,12 +38,12 @@ def only_writer(place: Path, owner: str) -> Iterator[None]:
     try:
         if file.parent.is_dir():  # the lock would make one
             lock.acquire()
-    except Timeout:  # an OSError too
-        raise UserError(
-            f"{owner} is writing to {place}; wait until it ends, or choose another place"
-        ) from None
-    except OSError:
-        pass  # what writes there will say what is wrong
+    except OSError as error:
+        if isinstance(error, Timeout) and file.exists():
+            raise UserError(
+                f"{owner} is writing to {place}; wait until it ends, or choose another place"
+            ) from None
+        # Without a file, as in /proc, what writes there will say what is wrong.
     try:
         yield
     finally:

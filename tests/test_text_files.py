@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -34,9 +35,6 @@ from tests.helpers import nasty
 from tests.helpers.complaints import complaint, refusal
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.tiny import make_engine, random_backbone, tokenizer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -233,6 +231,12 @@ def test_symbolic_links_that_go_round_are_one_line(tmp_path: Path) -> None:
         pass
     with pytest.raises(OSError, match="Too many levels"):
         check_folder(loop, set(), overwrite=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a Linux file system")
+def test_a_place_that_takes_no_lock_is_not_said_to_be_in_use() -> None:
+    with only_writer(Path("/proc/x"), "another run"):
+        pass
 
 
 def test_a_document_of_each_kind(tmp_path: Path) -> None:
