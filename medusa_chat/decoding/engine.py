@@ -95,7 +95,6 @@ class Engine:
         self._eos = own_eos if eos is None else eos
         self._reply: Generator[Step] | None = None
         self._last: StepReport | None = None  # of a tree step
-        self._learning = 0.0  # seconds that count with the next tree step
         self.defaults, complaints = defaults_of(generation_settings(backbone.model))
         self.runner = Runner(backbone, heads, self.context + MAX_NODES, accuracy, options.eager)
         self.notices = self.runner.notices
@@ -242,17 +241,8 @@ class Engine:
         # The policy compares steps without the time that it takes to learn from them.
         started = time.perf_counter()
         policy.learn(report, step)
-        step = self._with_learning(step, time.perf_counter() - started)
-        policy.bookkeeping.add(step.kind, step.seconds - waited - unseen)
-        return step, report.next
-
-    def _with_learning(self, step: Step, seconds: float) -> Step:
-        """Count the time that the policy learned, with tree steps: vanilla decoding has none."""
-        self._learning += seconds
-        if step.kind != "tree":
-            return step
-        seconds, self._learning = step.seconds + self._learning, 0.0
-        return replace(step, seconds=seconds)
+        learned = time.perf_counter() - started
+        return policy.bookkeeping.settle(step, waited + unseen, learned), report.next
 
     def _keep(self, report: StepReport, reply: Reply) -> list[Token]:
         """Add the accepted tokens to the reply, and drop those after its end from the cache."""
