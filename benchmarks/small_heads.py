@@ -26,6 +26,7 @@ from transformers import LlamaModel
 
 from medusa_chat.config import LoadOptions
 from medusa_chat.hub.model_list import resolve_model
+from medusa_chat.model.attention.tree_attention import additive
 from medusa_chat.model.head_vocabulary import HeadVocabulary
 from medusa_chat.model.heads import MedusaHeads
 from medusa_chat.model.loading import load_model
@@ -33,6 +34,7 @@ from medusa_chat.training.data import IGNORED, PackedRows, encode, read_document
 from medusa_chat.training.guesses import head_parents
 from medusa_chat.training.losses import head_targets, heads_loss
 from medusa_chat.training.native_states import NativeReader
+from medusa_chat.training.packed_states import within_documents
 
 LENGTH = 512  # tokens of a row
 HELD_OUT = 25  # one conversation in so many
@@ -116,9 +118,7 @@ class Before(nn.Module):
             hidden = hidden + self.root(roots.to(hidden.dtype))
         if self.body is None:
             return hidden
-        starts = torch.arange(ids.shape[1]) - positions
-        seen = (starts[:, :, None] == starts[:, None]) & torch.ones(2 * ids.shape[1:]).tril().bool()
-        mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None].to(hidden.dtype)
+        mask = additive(within_documents(positions), hidden.dtype)[:, None]
         output = self.body(
             inputs_embeds=hidden, position_ids=positions, attention_mask=mask, use_cache=False
         )

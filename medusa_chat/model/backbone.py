@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of layers that can be rewound
 
 
+def may_be_recurrent(model_class: Any) -> bool:
+    """Tell if a transformers class has recurrent layers in some of its models.
+
+    Such a class takes masks by the kind of layer, and its own masks do not look at positions.
+    """
+    return bool(getattr(model_class, "_is_stateful", False))
+
+
 def check_rewindable(model_class: Any, config: Any) -> None:
     """Raise UserError for a backbone whose state cannot drop rejected tokens.
 
@@ -33,7 +41,7 @@ def check_rewindable(model_class: Any, config: Any) -> None:
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     others = kinds - {FULL, SLIDING}
-    if others or (getattr(model_class, "_is_stateful", False) and not kinds):
+    if others or (may_be_recurrent(model_class) and not kinds):
         names = ", ".join(sorted(others)) or "recurrent state"
         raise UserError(
             f"{config.model_type} models have layers ({names}) that cannot take back rejected"
@@ -73,7 +81,7 @@ class Backbone:
         self.config = config
         fix_positions(model)
         kinds = set(getattr(config, "layer_types", None) or ())
-        self._by_name = len(kinds) > 1 or getattr(type(model), "_is_stateful", False)
+        self._by_name = len(kinds) > 1 or may_be_recurrent(type(model))
         sliding = not kinds or SLIDING in kinds
         self._window = getattr(config, "sliding_window", None) if sliding else None
         self._logit_rule = LogitRule.of(config)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medusa_chat.model.attention.tree_attention import additive
-from medusa_chat.model.backbone import FULL
+from medusa_chat.model.backbone import FULL, may_be_recurrent
 
 
 def hidden_states(backbone: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -23,17 +23,16 @@ def hidden_states(backbone: Any, ids: Tensor, positions: Tensor) -> Tensor:
         [rows, length, hidden]
     """
     masks: dict[str, Any] = {}
-    if getattr(type(backbone), "_is_stateful", False):
-        # Where the layers could be recurrent, transformers' own masks do not look at positions.
+    if may_be_recurrent(type(backbone)):
         dtype = backbone.get_input_embeddings().weight.dtype
-        masks["attention_mask"] = {FULL: additive(_within_documents(positions), dtype)[:, None]}
+        masks["attention_mask"] = {FULL: additive(within_documents(positions), dtype)[:, None]}
     output = backbone.base_model(input_ids=ids, position_ids=positions, use_cache=False, **masks)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
-def _within_documents(positions: Tensor) -> Tensor:
-    """Which token sees which: bool [rows, length, length]."""
+def within_documents(positions: Tensor) -> Tensor:
+    """Tell which token of packed rows sees which: [rows, length] -> bool [rows, length, length]."""
     places = torch.arange(positions.shape[1], device=positions.device)
     starts = places - positions
     return (starts[:, :, None] == starts[:, None]) & (places[:, None] >= places)
