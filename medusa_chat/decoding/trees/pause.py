@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf, sqrt
-from statistics import median
+from statistics import fmean, median, pvariance
 from typing import TYPE_CHECKING
 
 from medusa_chat.events import Pause
@@ -30,9 +30,7 @@ def speedup_bound(stats: Stats) -> float:
     if steps < LEAST_STEPS or probes < LEAST_PROBES:
         return inf
     # Steps that were all alike might have held one more accepted guess.
-    mean = sum(stats.lengths) / steps
-    variance = sum(length * length for length in stats.lengths) / steps - mean * mean
-    length_error = sqrt((variance + 1 / steps) / steps)
+    length_error = sqrt((pvariance(stats.lengths) + 1 / steps) / steps)
     overhead = median(stats.overheads)
     # The median absolute deviation ignores a step that another program held up.
     deviation = 1.4826 * median(abs(ratio - overhead) for ratio in stats.overheads)
@@ -40,7 +38,7 @@ def speedup_bound(stats: Stats) -> float:
     least_overhead = overhead - ERRORS * overhead_error
     if least_overhead <= 0:
         return inf
-    return (mean + ERRORS * length_error) / least_overhead
+    return (fmean(stats.lengths) + ERRORS * length_error) / least_overhead
 
 
 class PauseRule:
