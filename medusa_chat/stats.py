@@ -140,7 +140,10 @@ class Stats:
 
     @property
     def vanilla_step_seconds(self) -> float | None:
-        """Median time of a vanilla step; among tree steps, at the pace of these."""
+        """Time of a vanilla step: among tree steps, of the faster ones at the pace of these.
+
+        Without tree steps, it is the median.
+        """
         if self.overheads and self.tree_step_seconds:
             ratio = sorted(self.overheads)[round(OVERHEAD_SHARE * (len(self.overheads) - 1))]
             return self.tree_step_seconds / max(ratio, CHEAPEST_STEP)

@@ -60,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer the prompt if there is one, else open the chat."""
     flags = given_fields(options, Sampling) | _given_system(options)
+    # Asked before the settings file is read, which may name a transcript for chats.
     opens_chat = options.latest or options.resume or options.transcript
     _fill(options)
     given = CHAT_DEFAULTS | given_fields(options, Sampling)
