@@ -84,7 +84,12 @@ class Terminal:
         self.child.send(keys)
 
     def say(self, line: str) -> None:
-        """Type a line, see it on the screen, press Enter."""
+        """Type a line, see it on the screen, press Enter.
+
+        The first one waits for the prompt: until then the terminal itself may echo what is typed.
+        """
+        if not self.raw:
+            self.see(lambda _: self.at_prompt)
         self.send(line)
         self.see(f"› {line.splitlines()[0]}"[: self.screen.columns // 2])  # a long one wraps
         self.send(ENTER)
