@@ -43,6 +43,27 @@ MC_INLINE mc_work amx_part(const mc_work *work, int row) {
     return part;
 }
 
+/* 64 bytes of 16 rows, or of two times 16, and the weights of two groups that they meet. */
+typedef struct {
+    const uint8_t *rows[2];
+    size_t row_bytes;
+    const uint8_t *weights[2];
+} amx_step;
+
+MC_INLINE void amx_advance(amx_step *step) {
+    for (int i = 0; i < 2; i++) {
+        step->rows[i] += MC_AMX_WIDTH;
+        step->weights[i] += MC_AMX_BYTES;
+    }
+}
+
+MC_INLINE void amx_load(const amx_step *step, const int parts) {
+    _tile_loadd(6, step->weights[0], MC_AMX_WIDTH);
+    _tile_loadd(7, step->weights[1], MC_AMX_WIDTH);
+    _tile_loadd(4, step->rows[0], step->row_bytes);
+    if (parts > 1) _tile_loadd(5, step->rows[1], step->row_bytes);
+}
+
 /* `lines` lines of `bytes` bytes, with zeros behind them up to a whole tile. */
 static void amx_pad(uint8_t *to, const uint8_t *from, int lines, size_t stride, size_t bytes) {
     memset(to, 0, MC_AMX_BYTES);
@@ -51,8 +72,20 @@ static void amx_pad(uint8_t *to, const uint8_t *from, int lines, size_t stride, 
     }
 }
 
-/* gcc does not know that tiles read memory: what was stored before is there. */
+/* gcc does not know that tiles read and write memory: what was stored before is there. */
 MC_INLINE void amx_settle(void) { __asm__ volatile("" ::: "memory"); }
+
+/* Of the last inputs, fewer than 64 bytes, that fill only some lines of the weights. */
+static void amx_load_rest(const amx_step *step, int rows, int lines, const int parts) {
+    uint8_t padded[4][MC_AMX_BYTES];
+    amx_step rest = {{padded[0], padded[1]}, MC_AMX_WIDTH, {padded[2], padded[3]}};
+    for (int i = 0; i < 2; i++) {
+        if (i < parts) amx_pad(padded[i], step->rows[i], rows, step->row_bytes, (size_t)lines * 4);
+        amx_pad(padded[2 + i], step->weights[i], lines, MC_AMX_WIDTH, MC_AMX_WIDTH);
+    }
+    amx_settle();
+    amx_load(&rest, parts);
+}
 
 /* Once all inputs are summed: y = total * scale + bias, of a group's outputs. */
 MC_INLINE void amx_put(const mc_work *work, int group, floats scale) {

@@ -6,13 +6,6 @@
 
 enum { STEP_INPUTS = 32, SUMS_STRIDE = MC_TILE * sizeof(float) };
 
-/* 64 bytes each of 16 rows, or of two times 16, and the weights of two groups that they meet. */
-typedef struct {
-    const uint8_t *rows[2];
-    size_t row_bytes;
-    const uint8_t *weights[2];
-} amx_step;
-
 MC_INLINE amx_step step_of(const mc_work *work, const mc_work *second) {
     size_t first = (size_t)(work->start / STEP_INPUTS);
     const uint8_t *weights = work->weights + first * MC_AMX_BYTES;
@@ -20,32 +13,6 @@ MC_INLINE amx_step step_of(const mc_work *work, const mc_work *second) {
     return (amx_step){{work->rows + skipped, second->rows + skipped},
                       work->row_bytes,
                       {weights, weights + work->group_bytes}};
-}
-
-MC_INLINE void advance(amx_step *step) {
-    for (int i = 0; i < 2; i++) {
-        step->rows[i] += MC_AMX_WIDTH;
-        step->weights[i] += MC_AMX_BYTES;
-    }
-}
-
-MC_INLINE void load(const amx_step *step, const int parts) {
-    _tile_loadd(6, step->weights[0], MC_AMX_WIDTH);
-    _tile_loadd(7, step->weights[1], MC_AMX_WIDTH);
-    _tile_loadd(4, step->rows[0], step->row_bytes);
-    if (parts > 1) _tile_loadd(5, step->rows[1], step->row_bytes);
-}
-
-/* The last inputs, fewer than a step: they fill only some lines of the weights. */
-static void load_rest(const amx_step *step, int rows, int lines, const int parts) {
-    uint8_t padded[4][MC_AMX_BYTES];
-    amx_step rest = {{padded[0], padded[1]}, MC_AMX_WIDTH, {padded[2], padded[3]}};
-    for (int i = 0; i < 2; i++) {
-        amx_pad(padded[i], step->rows[i], rows, step->row_bytes, (size_t)lines * 4);
-        amx_pad(padded[2 + i], step->weights[i], lines, MC_AMX_WIDTH, MC_AMX_WIDTH);
-    }
-    amx_settle();
-    load(&rest, parts);
 }
 
 MC_INLINE void add_step(const int parts) {
@@ -70,12 +37,12 @@ MC_INLINE void add_inputs(const mc_work *work, const mc_work *second, int fetche
     int inputs = work->end - work->start, steps = inputs / STEP_INPUTS;
     for (int number = 0; number < steps; number++) {
         if (fetches) fetch(work, (size_t)number);
-        load(&step, parts);
+        amx_load(&step, parts);
         add_step(parts);
-        advance(&step);
+        amx_advance(&step);
     }
     if (inputs % STEP_INPUTS) {
-        load_rest(&step, work->count, mc_steps(inputs % STEP_INPUTS, 2), parts);
+        amx_load_rest(&step, work->count, mc_steps(inputs % STEP_INPUTS, 2), parts);
         add_step(parts);
     }
 }

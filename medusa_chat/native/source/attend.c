@@ -27,22 +27,16 @@ static mc_attention attention_of(mc_engine *engine, int index, int head) {
     return attention;
 }
 
-/* Blocks of the queries of a head: few, since each reads the keys, but as many as give every thread
+/* Queries that a unit takes: many, since each unit reads the keys, but such that every thread gets
  * the same number of units. */
-static int blocks_of_head(const mc_engine *engine) {
-    int heads = engine->model->kv_heads, blocks = 1;
-    while (heads * blocks % engine->threads) blocks++;
-    return blocks;
-}
-
 static int queries_of_unit(const mc_engine *engine) {
     const mc_model *model = engine->model;
     int queries = engine->step->rows * (model->heads / model->kv_heads);
     int room = MC_SHARED_SCORES / (engine->step->start + engine->step->rows);
-    int most = room < MC_QUERIES ? room : MC_QUERIES;
-    int blocks = blocks_of_head(engine), fair = (queries + blocks - 1) / blocks;
-    most = fair < most ? fair : most;
-    return most > 1 ? most : 1;
+    int most = room < 1 ? 1 : room < MC_QUERIES ? room : MC_QUERIES;
+    int blocks = (queries + most - 1) / most;
+    while (model->kv_heads * blocks % engine->threads) blocks++;
+    return (queries + blocks - 1) / blocks;
 }
 
 /* The attention of one row to the text that it belongs to. */

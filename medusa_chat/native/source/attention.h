@@ -5,7 +5,10 @@
  * values are added position by position. Weights outside of what a row sees are zero, and to add
  * zero times a number changes nothing: so queries can share each tile of keys and values.
  */
+#include "compiler.h"
 #include "elementwise.h"
+
+enum { MOST_AT_ONCE = 4 }; /* queries, in any variant */
 
 typedef struct {
     const mc_attention *a;
@@ -16,8 +19,8 @@ typedef struct {
     int stride;     /* of scores */
     float *queries; /* [count, padded] */
     float *sums;    /* [count, padded] */
-    float *tile;    /* [16, padded] */
-    float *columns; /* [padded, 16], of keys */
+    float *tile;    /* [TILES_AT_ONCE * 16, padded] */
+    float *columns; /* [TILES_AT_ONCE, padded, 16], of keys */
     float *scores;  /* [count, stride] */
 } block;
 
@@ -47,51 +50,82 @@ static void load_row(const block *b, const void *from, int slot, float *to) {
 }
 
 /* The tile's rows as columns, so that a vector holds one number of 16 keys. */
-static void turn_tile(block *b) {
+static void turn_tile(block *b, int tile) {
+    float *columns = b->columns + tile * b->padded * SIZE;
     for (int i = 0; i < b->padded; i += SIZE)
-        vector_transpose(b->tile + i, b->padded, b->columns + i * SIZE);
+        vector_transpose(b->tile + i, b->padded, columns + i * SIZE);
 }
 
-/* Sixteen scores of each of a few queries: the sum of the first half and of the second one. */
-static inline void score_some(const float *queries, const float *columns, int padded,
-                              vector *scores, const int count) {
-    vector second[QUERIES_AT_ONCE];
-    int half = padded / 2;
-    for (int query = 0; query < count; query++) scores[query] = second[query] = vector_all(0.0f);
+static int at_once(int left) { return left < QUERIES_AT_ONCE ? left : QUERIES_AT_ONCE; }
+
+/* Runs a function for the next of `left` queries: a constant number of them lets the compiler keep
+ * their sums in registers. */
+#define FOR_NEXT(left, function, ...)        \
+    switch (at_once(left)) {                 \
+    case 1: function(__VA_ARGS__, 1); break; \
+    case 2: function(__VA_ARGS__, 2); break; \
+    case 3: function(__VA_ARGS__, 3); break; \
+    default: function(__VA_ARGS__, 4);       \
+    }
+
+/* Sixteen scores of each of a few queries with each tile: the sum of the first half of a key and
+ * of the second one. */
+MC_INLINE void score_few(const block *b, int query, float *to, int keys, const int tiles,
+                         const int count) {
+    vector sums[MOST_AT_ONCE][TILES_AT_ONCE][2], column[TILES_AT_ONCE][2];
+    int half = b->padded / 2, size = b->padded * SIZE;
+    const float *x = b->queries + query * b->padded;
+    for (int q = 0; q < count; q++)
+        for (int t = 0; t < tiles; t++) sums[q][t][0] = sums[q][t][1] = vector_all(0.0f);
     for (int i = 0; i < half; i++) {
-        vector low = vector_load(columns + i * SIZE);
-        vector high = vector_load(columns + (half + i) * SIZE);
-        for (int query = 0; query < count; query++) {
-            const float *x = queries + query * padded + i;
-            scores[query] = vector_multiply_add(vector_all(x[0]), low, scores[query]);
-            second[query] = vector_multiply_add(vector_all(x[half]), high, second[query]);
+        for (int t = 0; t < tiles; t++) {
+            column[t][0] = vector_load(b->columns + t * size + i * SIZE);
+            column[t][1] = vector_load(b->columns + t * size + (half + i) * SIZE);
+        }
+        for (int q = 0; q < count; q++) {
+            vector low = vector_all(x[q * b->padded + i]);
+            vector high = vector_all(x[q * b->padded + half + i]);
+            for (int t = 0; t < tiles; t++) {
+                sums[q][t][0] = vector_multiply_add(low, column[t][0], sums[q][t][0]);
+                sums[q][t][1] = vector_multiply_add(high, column[t][1], sums[q][t][1]);
+            }
         }
     }
-    for (int query = 0; query < count; query++)
-        scores[query] = vector_add(scores[query], second[query]);
+    for (int q = 0; q < count; q++)
+        for (int t = 0; t < tiles; t++)
+            store_up_to(to + q * b->stride + t * SIZE, vector_add(sums[q][t][0], sums[q][t][1]),
+                        keys - t * SIZE);
 }
 
-/* Scores of queries first to last - 1 with `keys` rows of the tile, from `place` on. */
-static void score_queries(block *b, int first, int last, int place, int keys) {
-    turn_tile(b);
-    for (int query = first, count; query < last; query += count) {
-        vector scores[QUERIES_AT_ONCE];
-        const float *queries = b->queries + query * b->padded;
-        count = last - query < QUERIES_AT_ONCE ? 1 : QUERIES_AT_ONCE;
-        /* A constant count lets the compiler keep the scores in registers. */
-        if (count == 1) score_some(queries, b->columns, b->padded, scores, 1);
-        else score_some(queries, b->columns, b->padded, scores, QUERIES_AT_ONCE);
+/* Scores of queries first to last - 1 with `keys` columns, from `place` on. */
+static void score_queries(const block *b, int first, int last, int place, int keys) {
+    for (int query = first; query < last; query += QUERIES_AT_ONCE) {
         float *to = b->scores + (size_t)query * (size_t)b->stride + place;
-        for (int i = 0; i < count; i++)
-            store_up_to(to + (size_t)i * (size_t)b->stride, scores[i], keys);
+        if (keys > SIZE) {
+            FOR_NEXT(last - query, score_few, b, query, to, keys, TILES_AT_ONCE)
+        } else {
+            FOR_NEXT(last - query, score_few, b, query, to, keys, 1)
+        }
     }
+}
+
+/* The first query of a chain that sees a position; each one sees the text before the chain. */
+static int first_that_sees(const block *b, int position) {
+    int before = (position - b->a->start) * b->a->group - b->first;
+    return before > 0 ? before : 0;
 }
 
 static void score_common(block *b) {
-    for (int position = b->base; position < b->common; position += SIZE) {
-        for (int i = 0; i < SIZE && position + i < b->common; i++)
-            load_row(b, b->a->keys, position + i, b->tile + i * b->padded);
-        score_queries(b, 0, b->count, position - b->base, SIZE);
+    for (int position = b->base, tiles; position < b->common; position += tiles * SIZE) {
+        tiles = b->common - position > SIZE ? TILES_AT_ONCE : 1;
+        for (int tile = 0; tile < tiles; tile++) {
+            int from = position + tile * SIZE;
+            for (int i = 0; i < SIZE && from + i < b->common; i++)
+                load_row(b, b->a->keys, from + i, b->tile + i * b->padded);
+            turn_tile(b, tile);
+        }
+        int first = first_that_sees(b, position);
+        score_queries(b, first, b->count, position - b->base, tiles * SIZE);
     }
 }
 
@@ -116,6 +150,7 @@ static void score_paths(block *b) {
         end = end_of_row(b, query);
         for (int depth = 0; depth <= b->a->depth[row]; depth += SIZE) {
             int count = load_path(b, row, depth, b->a->keys);
+            turn_tile(b, 0);
             score_queries(b, query, end, b->a->start + depth - b->base, count);
         }
     }
@@ -150,52 +185,51 @@ static float weigh(block *b, int query) {
     return vector_sum(sum);
 }
 
-/* Adds weights times the first `count` rows of the tile, a few vectors of two queries at a time. */
-static inline void mix_part(const float *one, const float *two, const float *tile, int count,
-                            int padded, float *to, float *other, const int vectors) {
-    vector a[VECTORS_AT_ONCE], c[VECTORS_AT_ONCE];
-    for (int j = 0; j < vectors; j++) a[j] = vector_load(to + j * SIZE);
-    for (int j = 0; j < vectors; j++) c[j] = vector_load(other + j * SIZE);
-    for (int row = 0; row < count; row++) {
-        vector x = vector_all(one[row]), y = vector_all(two[row]);
-        for (int j = 0; j < vectors; j++) {
-            vector value = vector_load(tile + row * padded + j * SIZE);
-            a[j] = vector_multiply_add(x, value, a[j]);
-            c[j] = vector_multiply_add(y, value, c[j]);
+/* Adds weights times rows of the tile to a few queries, some vectors of them at a time. */
+MC_INLINE void mix_part(const block *b, int query, const float *weights, int rows, int first,
+                        const int vectors, const int count) {
+    vector sums[MOST_AT_ONCE][VECTORS_AT_ONCE], value[VECTORS_AT_ONCE];
+    float *to = b->sums + query * b->padded + first;
+    for (int q = 0; q < count; q++)
+        for (int j = 0; j < vectors; j++)
+            sums[q][j] = vector_load(to + q * b->padded + j * SIZE);
+    for (int row = 0; row < rows; row++) {
+        for (int j = 0; j < vectors; j++)
+            value[j] = vector_load(b->tile + row * b->padded + first + j * SIZE);
+        for (int q = 0; q < count; q++) {
+            vector weight = vector_all(weights[q * b->stride + row]);
+            for (int j = 0; j < vectors; j++)
+                sums[q][j] = vector_multiply_add(weight, value[j], sums[q][j]);
         }
     }
-    for (int j = 0; j < vectors; j++) vector_store(to + j * SIZE, a[j]);
-    for (int j = 0; j < vectors; j++) vector_store(other + j * SIZE, c[j]);
+    for (int q = 0; q < count; q++)
+        for (int j = 0; j < vectors; j++)
+            vector_store(to + q * b->padded + j * SIZE, sums[q][j]);
 }
 
-static void mix_pair(const float *one, const float *two, const float *tile, int count, int padded,
-                     float *to, float *other) {
+MC_INLINE void mix_few(const block *b, int query, const float *weights, int rows,
+                       const int count) {
     int i = 0, step = VECTORS_AT_ONCE * SIZE;
-    for (; i + step <= padded; i += step)
-        mix_part(one, two, tile + i, count, padded, to + i, other + i, VECTORS_AT_ONCE);
-    for (; i < padded; i += SIZE)
-        mix_part(one, two, tile + i, count, padded, to + i, other + i, 1);
+    for (; i + step <= b->padded; i += step)
+        mix_part(b, query, weights, rows, i, VECTORS_AT_ONCE, count);
+    for (; i < b->padded; i += SIZE) mix_part(b, query, weights, rows, i, 1, count);
 }
 
 /* Adds the tile's values to queries first to last - 1, by their weights from `place` on. */
-static void mix_tile(block *b, int first, int last, int place, int count) {
-    float spare[256];
-    for (int query = first; query < last; query += 2) {
-        int other = query + 1 < last ? query + 1 : query;
-        float *to = b->sums + query * b->padded, *next = b->sums + other * b->padded;
-        if (other == query) next = memcpy(spare, to, (size_t)b->padded * sizeof *to);
-        const float *one = b->scores + (size_t)query * (size_t)b->stride + place;
-        const float *two = b->scores + (size_t)other * (size_t)b->stride + place;
-        mix_pair(one, two, b->tile, count, b->padded, to, next);
+static void mix_tile(const block *b, int first, int last, int place, int rows) {
+    for (int query = first; query < last; query += QUERIES_AT_ONCE) {
+        const float *weights = b->scores + (size_t)query * (size_t)b->stride + place;
+        FOR_NEXT(last - query, mix_few, b, query, weights, rows)
     }
 }
 
 static void mix_common(block *b) {
-    for (int position = b->base; position < b->common; position += SIZE) {
-        int count = b->common - position < SIZE ? b->common - position : SIZE;
+    const int most = TILES_AT_ONCE * SIZE;
+    for (int position = b->base; position < b->common; position += most) {
+        int count = b->common - position < most ? b->common - position : most;
         for (int i = 0; i < count; i++)
             load_row(b, b->a->values, position + i, b->tile + i * b->padded);
-        mix_tile(b, 0, b->count, position - b->base, count);
+        mix_tile(b, first_that_sees(b, position), b->count, position - b->base, count);
     }
 }
 
@@ -212,7 +246,8 @@ static void mix_paths(block *b) {
 
 static size_t attend_scratch(int queries, int positions, int head_dim) {
     size_t padded = (size_t)whole(head_dim);
-    return (size_t)queries * (2 * padded + (size_t)positions + 4 * SIZE) + 2 * SIZE * padded;
+    return (size_t)queries * (2 * padded + (size_t)positions + 4 * SIZE) +
+           2 * TILES_AT_ONCE * SIZE * padded;
 }
 
 static void lay_out(block *b, float *scratch) {
@@ -228,8 +263,8 @@ static void lay_out(block *b, float *scratch) {
     b->common = a->path ? a->start : highest + 1;
     b->stride = whole(highest + 1 - b->base) + SIZE;
     b->tile = scratch;
-    b->columns = b->tile + SIZE * b->padded;
-    b->queries = b->columns + SIZE * b->padded;
+    b->columns = b->tile + TILES_AT_ONCE * SIZE * b->padded;
+    b->queries = b->columns + TILES_AT_ONCE * SIZE * b->padded;
     b->sums = b->queries + b->count * b->padded;
     b->scores = b->sums + b->count * b->padded;
     for (int query = 0; query < b->count; query++) {
@@ -238,7 +273,7 @@ static void lay_out(block *b, float *scratch) {
             vector_store(b->queries + query * b->padded + i, load_up_to(from + i, a->head_dim - i));
     }
     memset(b->sums, 0, (size_t)b->count * (size_t)b->padded * sizeof(float));
-    memset(b->tile, 0, SIZE * (size_t)b->padded * sizeof(float));
+    memset(b->tile, 0, TILES_AT_ONCE * SIZE * (size_t)b->padded * sizeof(float));
 }
 
 static void attend(const mc_attention *attention, int first, int last, float *scratch) {

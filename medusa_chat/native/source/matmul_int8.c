@@ -61,10 +61,9 @@ MC_INLINE void compute_tile(const mc_work *work, const int rows, const int group
 
 static void many_rows(const mc_work *work) {
     const uint8_t *part = work->weights + (size_t)(work->start / MC_BLOCK) * MC_AMX_BYTES;
-    for (int group = 0; group < 2; group++) {
-        add_rows(work, group, &(amx_weights){part + (size_t)group * work->group_bytes, NULL});
-        amx_put(work, group, floats_load(work->scales + group * MC_GROUP));
-    }
+    add_rows(work, (amx_weights[2]){{part, NULL}, {part + work->group_bytes, NULL}}, 0);
+    amx_put(work, 0, floats_load(work->scales));
+    amx_put(work, 1, floats_load(work->scales + MC_GROUP));
 }
 
 MC_DEFINE_AMX_KERNEL(MC_VARIANT(mc_int8), MC_CARRIED_ROWS)

@@ -105,13 +105,12 @@ static void unpack(const mc_work *work, int group, uint8_t *bytes, float *scales
 }
 
 static void many_rows(const mc_work *work) {
-    uint8_t bytes[PART_BLOCKS * MC_AMX_BYTES] __attribute__((aligned(64)));
-    float scales[PART_BLOCKS * MC_GROUP];
-    for (int group = 0; group < 2; group++) {
-        unpack(work, group, bytes, scales);
-        add_rows(work, group, &(amx_weights){bytes, scales});
-        amx_put(work, group, floats_splat(1));
-    }
+    uint8_t bytes[2][PART_BLOCKS * MC_AMX_BYTES] __attribute__((aligned(64)));
+    float scales[2][PART_BLOCKS * MC_GROUP];
+    for (int group = 0; group < 2; group++) unpack(work, group, bytes[group], scales[group]);
+    add_rows(work, (amx_weights[2]){{bytes[0], scales[0]}, {bytes[1], scales[1]}}, 1);
+    amx_put(work, 0, floats_splat(1));
+    amx_put(work, 1, floats_splat(1));
 }
 
 MC_DEFINE_AMX_KERNEL(MC_VARIANT(mc_nf4), MC_ROWS)

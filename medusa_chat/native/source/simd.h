@@ -12,9 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MC_INLINE static inline __attribute__((always_inline))
-#define MC_UNROLL _Pragma("GCC unroll 8")
-#define MC_UNROLL_STEPS _Pragma("GCC unroll 4")
+#include "compiler.h"
 
 /* A body for each row (or group) with a constant index. gcc keeps an array of vectors in registers
  * if all indices are constants from the start; it unrolls loops too late for that. */

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
-enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2 };
+enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2, TILES_AT_ONCE = 1 };
 
 typedef struct {
     float32x4_t part[4];

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { VECTORS_AT_ONCE = 4, QUERIES_AT_ONCE = 4 };
+enum { VECTORS_AT_ONCE = 4, QUERIES_AT_ONCE = 4, TILES_AT_ONCE = 2 };
 
 typedef __m512 vector;
 

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2 };
+enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2, TILES_AT_ONCE = 1 };
 
 typedef struct {
     float lane[16];
