@@ -57,9 +57,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         text = prompt.opening()[-1]["content"]
         heads.time(session.ask(text))
         shown = session.last.shown_speedup(session.conversation)
-        source = session.last if shown and shown.of_reply else session.conversation
-        if shown and source.acceptance_length:
-            excess.append(shown.value / source.acceptance_length - 1)
+        if shown and session.last.acceptance_length:
+            excess.append(shown.value / session.last.acceptance_length - 1)
         session.undo()
         plain.time(baseline.ask(text))
         baseline.undo()

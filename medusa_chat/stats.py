@@ -20,18 +20,18 @@ CHEAPEST_STEP = 1.0  # of vanilla steps: a tree step computes all that one does,
 OVERHEAD_SHARE = 2 / 3
 # Two standard errors of a median of n ratios are 2 * 1.2533 * deviation / sqrt(n). Ratios of single
 # steps deviate by a tenth on a quiet machine: 8 give a speedup within 9%, 4 within 13%.
-REPLY_COMPARISONS = 8  # before a reply's own speedup is shown in place of the conversation's
+REPLY_COMPARISONS = 8  # before a reply's own overhead counts in place of the conversation's
 LEAST_COMPARISONS = 4  # before any speedup is shown
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """A speedup that enough comparisons support.
+    """A reply's speedup that enough comparisons support.
 
     Attributes:
         value: tokens per second over those of vanilla decoding.
         comparisons: vanilla steps that were compared with the tree step before them.
-        of_reply: measured over one reply alone, not over the conversation.
+        of_reply: all of them in this reply, not in the conversation.
     """
 
     value: float
@@ -186,13 +186,14 @@ class Stats:
     def shown_speedup(self, conversation: Stats) -> Speedup | None:
         """Return the speedup to show for this reply, or None before it can be told from noise.
 
-        It is the reply's own from REPLY_COMPARISONS on, before that the conversation's.
+        It is the reply's acceptance length over its overhead, which is the conversation's until the
+        reply has REPLY_COMPARISONS of its own.
         """
         of_reply = self.comparisons >= REPLY_COMPARISONS
         source = self if of_reply else conversation
-        if source.speedup is None or not source.comparable:
+        if self.acceptance_length is None or source.overhead is None or not source.comparable:
             return None
-        return Speedup(source.speedup, source.comparisons, of_reply)
+        return Speedup(self.acceptance_length / source.overhead, source.comparisons, of_reply)
 
     def head_acceptance(self) -> dict[int, float]:
         """Share of each head's tested guesses that were accepted; COPIED is the last key."""

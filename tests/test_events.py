@@ -92,6 +92,8 @@ def test_a_speedup_is_shown_from_enough_comparisons_on() -> None:
     assert few.shown_speedup(many) == Speedup(2.0, 8, of_reply=False)
     assert some.shown_speedup(some) == Speedup(2.0, 4, of_reply=False)
     assert many.shown_speedup(noisy(3.0, 40)) == Speedup(2.0, 8, of_reply=True)
+    short = Stats.of([step([0, 1], 0.02)])
+    assert short.shown_speedup(many) == Speedup(1.0, 8, of_reply=False)  # two tokens, at their cost
     for name in ("speedup", "overhead", "vanilla_tokens_per_second"):
         assert few.as_json()[name] is None
         assert some.as_json()[name]

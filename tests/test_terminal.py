@@ -65,7 +65,7 @@ def test_a_session_from_the_first_message_to_exit(start: Callable[..., Terminal]
     terminal.replies(1)
     row = next(row for row in range(30) if terminal.screen.display[row].startswith("Once upon"))
     assert_colours(terminal, row, script(REPLY))
-    speedup = f"{STATS.speedup:.1f}x faster so far ({STATS.comparisons} comparisons)"
+    speedup = f"{STATS.speedup:.1f}x faster ({STATS.comparisons} comparisons)"
     footer = f"{STATS.acceptance_length:.1f} tokens per step · {speedup} · "
     assert f"{footer}{STATS.tokens_per_second:.1f} tokens/s" in terminal.text
 

@@ -336,7 +336,7 @@ def test_the_panel_shows_the_figures_of_stats() -> None:
         f"{stats.new_tokens} tokens",
         f"{stats.tokens_per_second:.1f} tokens/s",
         f"{stats.acceptance_length:.1f} tokens per step",
-        f"{stats.speedup:.1f}x faster than without heads (this conversation, 5 comparisons)",
+        f"{stats.speedup:.1f}x faster than without heads (5 comparisons in this conversation)",
         *(f"{rate:.0%}" for rate in stats.head_acceptance().values()),
     ):
         assert figure in shown
@@ -346,14 +346,15 @@ def test_the_panel_shows_the_figures_of_stats() -> None:
 
 
 @pytest.mark.parametrize(("replies", "scope"), [(1, "conversation"), (2, "reply")])
-def test_a_reply_has_a_speedup_of_its_own_once_it_was_compared_often(
+def test_a_reply_has_an_overhead_of_its_own_once_it_was_compared_often(
     replies: int, scope: str
 ) -> None:
     last = Stats.of(list(script(REPLY, finish=None)) * replies)
     conversation = Stats.of(list(script(LONG)))
     source = last if scope == "reply" else conversation
-    words = f"{source.speedup:.1f}x faster than without heads"
-    scope = f"(this {scope}, {source.comparisons} comparisons)"
+    assert last.acceptance_length and source.overhead
+    words = f"{last.acceptance_length / source.overhead:.1f}x faster than without heads"
+    scope = f"({source.comparisons} comparisons in this {scope})"
     for row in (panel(last, conversation, Sampling(), 130)[1], footer_row(last, conversation)):
         assert f"{words} {scope}" in row.plain
     assert last.comparisons == 5 * replies
@@ -419,7 +420,7 @@ def test_the_footer() -> None:
     limited = Stats.of(script(REPLY, finish="length"))
     assert "length limit" in footer(limited, stats, Sampling(), 80).plain
     short = Stats.of(list(script(REPLY))[:1])
-    assert "(this conversation, 5 comparisons)" in footer(short, stats, Sampling(), 130).plain
+    assert "(5 comparisons in this conversation)" in footer(short, stats, Sampling(), 130).plain
     too_short = footer(short, short, Sampling(), 100).plain
     assert "too short to measure the speedup" in too_short
 

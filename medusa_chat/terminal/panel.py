@@ -77,9 +77,8 @@ def speedup_words(speedup: Speedup | None) -> tuple[str, str, str]:
     joint = "than" if short.endswith("faster") else "as"
     count = f"{speedup.comparisons} comparisons"
     scope = "this reply" if speedup.of_reply else "this conversation"
-    so_far = "" if speedup.of_reply else " so far"
-    long = f"{short} {joint} without heads ({scope}, {count})"
-    return (long, f"{short}{so_far} ({count})", f"{short}{so_far}")
+    long = f"{short} {joint} without heads ({count} in {scope})"
+    return (long, f"{short} ({count})", short)
 
 
 def gauge(rate: float, length: int, head: int) -> Text:
