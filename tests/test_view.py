@@ -352,7 +352,8 @@ def test_a_reply_has_an_overhead_of_its_own_once_it_was_compared_often(
     last = Stats.of(list(script(REPLY, finish=None)) * replies)
     conversation = Stats.of(list(script(LONG)))
     source = last if scope == "reply" else conversation
-    assert last.acceptance_length and source.overhead
+    assert last.acceptance_length
+    assert source.overhead
     words = f"{last.acceptance_length / source.overhead:.1f}x faster than without heads"
     scope = f"({source.comparisons} comparisons in this {scope})"
     for row in (panel(last, conversation, Sampling(), 130)[1], footer_row(last, conversation)):

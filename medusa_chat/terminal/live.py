@@ -4,31 +4,55 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from rich.console import COLOR_SYSTEMS
+from rich.style import Style
 from rich.text import Text
 
+from medusa_chat.text import sanitize
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from rich.console import Console
 
 REFRESH_SECONDS = 0.05
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 ERASE_BELOW = "\r\x1b[J"
+NO_STYLE = Style.null()
 
 Rows = Callable[[int, int], list[Text]]  # width, height of the screen -> rows
 
 
 def rendered(console: Console, rows: Iterable[Text]) -> str:
-    """Render rows, each with a newline, as the console would print them."""
-    shown = [*rows]
-    if not shown:
-        return ""
-    with console.capture() as capture:  # of all rows at once: a call costs more than a row
-        text = Text("\n").join(shown)
-        console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
-    return capture.get()
+    """Render rows, each with a newline, as the console would print them without wrapping.
+
+    The console's own way takes three times as long, which is felt where a model is fast.
+    """
+    colours = COLOR_SYSTEMS.get(console.color_system or "")
+    pieces: list[str] = []
+    for row in rows:
+        for text, style in _runs(console, row):
+            shown = style.without_color if console.no_color else style
+            pieces.append(shown.render(sanitize(text), color_system=colours))
+        pieces.append("\n")
+    return "".join(pieces)
+
+
+def _runs(console: Console, row: Text) -> Iterator[tuple[str, Style]]:
+    """Cut a row where its style changes."""
+    if any(one.end > other.start for one, other in pairwise(row.spans)):
+        yield from ((text, style or NO_STYLE) for text, style, _ in row.render(console))
+        return
+    plain, base, end = row.plain, console.get_style(row.style), 0
+    for span in row.spans:
+        yield plain[end : span.start], base
+        style = console.get_style(span.style)
+        yield plain[span.start : span.end], base + style if row.style else style
+        end = span.end
+    yield plain[end:], base
 
 
 def update(finished: str, live: str, count: int) -> str:

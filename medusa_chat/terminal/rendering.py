@@ -47,6 +47,7 @@ def _parser() -> MarkdownIt:
     return parser.disable(["reference", "text_join"])
 
 
+@lru_cache(maxsize=1)  # a text is first cut into blocks, then rendered
 def parse(text: str) -> list[Token]:
     """Parse Markdown into the tokens of markdown-it."""
     return _parser().parse(text)
@@ -157,10 +158,8 @@ class _Renderer:
 
     def _inline(self, node: SyntaxTreeNode, style: Style) -> Text:
         """Join the words inside a paragraph, a heading or a cell."""
-        text = Text()
-        for child in node.children:
-            text.append_text(self._word(child, style))
-        return text
+        words = [self._word(child, style) for child in node.children]
+        return words[0] if len(words) == 1 else Text().join(words)
 
     def _word(self, node: SyntaxTreeNode, style: Style) -> Text:
         if node.type in ("softbreak", "hardbreak"):

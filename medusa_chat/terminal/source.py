@@ -52,16 +52,11 @@ class Source:
 
         Colours are those of the heads where these are shown: a colour has one meaning in a view.
         """
-        text = Text()
-        pairs = zip(self.text[start:end], self.inks[start:end], strict=True)
-        for ink, run in groupby(pairs, key=lambda pair: pair[1]):
-            content = "".join(char for char, _ in run).replace(GUARD, "")
-            style = _mixed(ink[0], extra, view)
-            text.append(content, style).append(ink[1], style)
-        return text
-
-
-def _mixed(ink: Style, extra: Style, view: View) -> Style:
-    if view == "markdown":
-        return extra
-    return ink + extra.without_color
+        shape = extra.without_color
+        pieces: list[tuple[str, Style]] = []
+        for (ink, mark), run in groupby(self.inks[start:end]):
+            stop = start + len([*run])
+            style = extra if view == "markdown" else ink + shape if shape else ink
+            pieces.append((self.text[start:stop].replace(GUARD, "") + mark, style))
+            start = stop
+        return Text().append_tokens(pieces)

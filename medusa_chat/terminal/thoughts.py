@@ -11,7 +11,7 @@ from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from medusa_chat.config import Message
     from medusa_chat.events import Token
@@ -69,10 +69,15 @@ class Thoughts:
         """True once all thoughts were read, if there are any."""
         return bool(self.count) and not self.inside
 
+    @property
+    def over(self) -> bool:
+        """True once nothing but the answer can follow."""
+        return not (self.inside or self._open)
+
     def feed(self, token: Token) -> Iterator[tuple[Token, bool]]:
         """Yield tokens that can be shown, each with whether it is a thought; tags vanish."""
         self.count += self.inside
-        if not (self.inside or self._open):
+        if self.over:
             yield token, False
             return
         self._held.append(token)
@@ -148,12 +153,13 @@ class ThoughtRows:
         """True if the reply has thoughts."""
         return self._thoughts is not None and bool(self._thoughts.count)
 
-    def answer(self, tokens: Iterable[Token]) -> Iterator[Token]:
-        """Take tokens; yield those of the answer."""
+    def answer(self, tokens: Sequence[Token]) -> Sequence[Token]:
+        """Take tokens; return those of the answer."""
         if self._thoughts is None:
             self._thoughts = self._make()
-        for token in tokens:
-            yield from self._sorted(self._thoughts.feed(token))
+        if self._thoughts.over:  # for most of a reply
+            return tokens
+        return [each for token in tokens for each in self._sorted(self._thoughts.feed(token))]
 
     def rest(self) -> Iterator[Token]:
         """Yield what is left of the answer at the end of the reply."""

@@ -30,9 +30,14 @@ def escape_controls(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def _is_single(text: str) -> bool:
+    """Tell, of most text, that each character takes one column."""
+    return text.isascii() and text.isprintable()
+
+
 def cells(text: str) -> int:
     """Count the columns of `text`: an upper bound, as terminals differ on joined emoji."""
-    if text.isascii() and text.isprintable():
+    if _is_single(text):
         return len(text)
     return sum(1 if char == EMOJI_SELECTOR else get_character_cell_size(char) for char in text)
 
@@ -45,18 +50,20 @@ def breaks(line: str, width: int) -> list[int]:
     """
     cuts: list[int] = []
     column = 0
+    single = _is_single(line)
     for atom in ATOM.finditer(line):
-        size = cells(atom.group())
-        if atom["space"]:
+        start, end = atom.span()
+        size = end - start if single else cells(line[start:end])
+        if atom.lastgroup == "space":
             column += size
             continue
         if column and column + size > width:
-            cuts.append(atom.start())
+            cuts.append(start)
             column = 0
         if size <= width:
             column += size
         else:
-            column = _fold(line, atom.start(), atom.end(), width, cuts)
+            column = _fold(line, start, end, width, cuts)
     return cuts
 
 
@@ -80,6 +87,7 @@ class Flow:
 
     def __init__(self) -> None:
         self._tail = Text()  # from the start of the growing row on
+        self._fed: list[tuple[str, Style | None]] = []  # what `take` adds to it
         self._held = ""  # trailing white space, printed only when something follows it
         self._begun = False
         self._fences = Fences()
@@ -95,9 +103,9 @@ class Flow:
             return
         start = safe.index(visible)
         if self._begun:
-            self._tail.append(self._held + safe[:start])
+            self._fed.append((self._held + safe[:start], None))
         self._begun = True
-        self._tail.append(visible + mark, style)
+        self._fed.append((visible + mark, style))
         self._held = safe[start + len(visible) :]
 
     def take(self, width: int, room: int = 1) -> list[Text]:
@@ -107,6 +115,8 @@ class Flow:
             width: of the screen.
             room: rows that a growing line of code may take.
         """
+        self._tail.append_tokens(self._fed)
+        self._fed.clear()
         *finished, growing = self._tail.split("\n", allow_blank=True)
         rows: list[Text] = []
         for line in finished:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medusa_chat.config import ChatOptions
 from medusa_chat.stats import Stats
 from medusa_chat.terminal.output import SafeConsole
 from medusa_chat.terminal.panel import panel
@@ -28,7 +29,12 @@ def timed_view(sampling: Sampling) -> Callable[[Iterable[Step]], None]:
 
     def draw(steps: Iterable[Step]) -> None:
         stats = Stats()
-        with ReplyView(console, lambda width: panel(stats, stats, sampling, width)) as view:
+        view = ReplyView(
+            console,
+            lambda width: panel(stats, stats, sampling, width),
+            view=ChatOptions().view,
+        )
+        with view:
             for step in steps:
                 stats.add(step)
                 view.add(step)
