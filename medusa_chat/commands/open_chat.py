@@ -58,7 +58,7 @@ def open_chat(
         resumed=kept,
         models=OtherModels(load_options),
     )
-    return chat(partial(load_engine, place.model, place.heads, load_options), start)
+    return chat(partial(_load, place, load_options), start)
 
 
 def _resumed(
@@ -80,6 +80,15 @@ def _resumed(
     return kept._replace(conversation=conversation)
 
 
+def _load(place: Place, options: LoadOptions, progress: DownloadProgress) -> Engine:
+    """Load a model, and take its first steps while nobody waits for them."""
+    from medusa_chat.decoding.warming import warm_up
+
+    engine = load_engine(place.model, place.heads, options, progress)
+    warm_up(engine)
+    return engine
+
+
 class OtherModels:
     """The models that a chat can change to; they are loaded with the chat's own options."""
 
@@ -96,7 +105,7 @@ class OtherModels:
 
         gc.collect()  # of a model that was freed
         options = replace(self._options, template="")  # that of another model
-        return load_engine(place.model, place.heads, options, progress)
+        return _load(place, options, progress)
 
     def size(self, place: Place) -> int:
         """Return the bytes that a loaded model occupies; 0 if they are unknown."""
