@@ -1,5 +1,10 @@
 /* Shares the attention of a step's rows among the threads. */
+#include <limits.h>
+
 #include "worker.h"
+
+/* Reading the keys and values of a text takes as long as so many queries that meet them. */
+enum { READING = 4 };
 
 static mc_attention attention_of(mc_engine *engine, int index, int head) {
     const mc_model *model = engine->model;
@@ -27,16 +32,23 @@ static mc_attention attention_of(mc_engine *engine, int index, int head) {
     return attention;
 }
 
-/* Queries that a unit takes: many, since each unit reads the keys, but such that every thread gets
- * the same number of units. */
+static int divided(int number, int by) { return (number + by - 1) / by; }
+
+/* Queries that a unit takes. A unit reads all keys and values, so they should be many; but then
+ * some threads may get more units than others. */
 static int queries_of_unit(const mc_engine *engine) {
-    const mc_model *model = engine->model;
-    int queries = engine->step->rows * (model->heads / model->kv_heads);
+    int heads = engine->model->kv_heads, threads = engine->threads;
+    int queries = engine->step->rows * (engine->model->heads / heads);
     int room = MC_SHARED_SCORES / (engine->step->start + engine->step->rows);
     int most = room < 1 ? 1 : room < MC_QUERIES ? room : MC_QUERIES;
-    int blocks = (queries + most - 1) / most;
-    while (model->kv_heads * blocks % engine->threads) blocks++;
-    return (queries + blocks - 1) / blocks;
+    int fewest = divided(queries, most), best = 1, least = INT_MAX;
+    for (int blocks = fewest; blocks < fewest + threads; blocks++) {
+        int size = divided(queries, blocks);
+        int time = divided(heads * blocks, threads) * (READING + size);
+        if (time < least) best = size;
+        if (time < least) least = time;
+    }
+    return best;
 }
 
 /* The attention of one row to the text that it belongs to. */

@@ -1,60 +1,16 @@
 /* Attention over the logical positions of each row, in order: text, then the row's path.
  *
- * Included once for each family of processors, behind elementwise.h. A query's scores stand at
- * their position modulo 16, so that each is added to the same lane wherever the text ends; its
- * values are added position by position. Weights outside of what a row sees are zero, and to add
- * zero times a number changes nothing: so queries can share each tile of keys and values.
+ * Included once for each family of processors. A query's scores stand at their position modulo 16,
+ * so that each is added to the same lane wherever the text ends; its values are added position by
+ * position. Weights outside of what a row sees are zero, and to add zero times a number changes
+ * nothing: so queries can share each tile of keys and values.
  */
-#include "compiler.h"
-#include "elementwise.h"
+#include "attention_block.h"
 
-enum { MOST_AT_ONCE = 4 }; /* queries, in any variant */
-
-typedef struct {
-    const mc_attention *a;
-    int padded;     /* head_dim, up to whole vectors */
-    int first, count; /* queries */
-    int base;       /* position of the first score, a multiple of 16 */
-    int common;     /* positions before it are in slots of the same number for all queries */
-    int stride;     /* of scores */
-    float *queries; /* [count, padded] */
-    float *sums;    /* [count, padded] */
-    float *tile;    /* [TILES_AT_ONCE * 16, padded] */
-    float *columns; /* [TILES_AT_ONCE, padded, 16], of keys */
-    float *scores;  /* [count, stride] */
-} block;
-
-static int whole(int size) { return (size + SIZE - 1) / SIZE * SIZE; }
-static int row_of(const block *b, int query) { return (b->first + query) / b->a->group; }
-static int position_of(const block *b, int query) {
-    return b->a->start + b->a->depth[row_of(b, query)];
-}
-
-static int lowest_of(const block *b, int query) {
-    int lowest = position_of(b, query) - b->a->window + 1;
-    return b->a->window && lowest > 0 ? lowest : 0;
-}
-
-/* Where this query's numbers start in a row of queries or of what is mixed. */
-static size_t offset_of(const block *b, int query, size_t stride) {
-    int head = (b->first + query) % b->a->group;
-    return (size_t)row_of(b, query) * stride + (size_t)head * (size_t)b->a->head_dim;
-}
-
-static void load_row(const block *b, const void *from, int slot, float *to) {
-    const mc_attention *a = b->a;
-    size_t bytes = a->format == MC_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
-    const char *row = (const char *)from + (size_t)slot * (size_t)a->head_dim * bytes;
-    for (int i = 0; i < b->padded; i += SIZE)
-        vector_store(to + i, load_as(row, a->format, i, a->head_dim - i));
-}
-
-/* The tile's rows as columns, so that a vector holds one number of 16 keys. */
-static void turn_tile(block *b, int tile) {
-    float *columns = b->columns + tile * b->padded * SIZE;
-    for (int i = 0; i < b->padded; i += SIZE)
-        vector_transpose(b->tile + i, b->padded, columns + i * SIZE);
-}
+enum {
+    MOST_AT_ONCE = 4, /* queries, in any variant */
+    AHEAD = 64,       /* positions by which keys are fetched before they are met */
+};
 
 static int at_once(int left) { return left < QUERIES_AT_ONCE ? left : QUERIES_AT_ONCE; }
 
@@ -119,23 +75,14 @@ static void score_common(block *b) {
     for (int position = b->base, tiles; position < b->common; position += tiles * SIZE) {
         tiles = b->common - position > SIZE ? TILES_AT_ONCE : 1;
         for (int tile = 0; tile < tiles; tile++) {
-            int from = position + tile * SIZE;
-            for (int i = 0; i < SIZE && from + i < b->common; i++)
-                load_row(b, b->a->keys, from + i, b->tile + i * b->padded);
-            turn_tile(b, tile);
+            int slot = position + tile * SIZE;
+            fetch_rows(b, b->a->keys, slot + AHEAD);
+            fetch_rows(b, b->a->values, slot);
+            turn_text(b, slot, b->columns + tile * b->padded * SIZE);
         }
         int first = first_that_sees(b, position);
         score_queries(b, first, b->count, position - b->base, tiles * SIZE);
     }
-}
-
-/* Loads up to 16 rows of a path from depth `depth` on; returns how many. */
-static int load_path(block *b, int row, int depth, const void *from) {
-    int count = b->a->depth[row] + 1 - depth;
-    count = count < SIZE ? count : SIZE;
-    for (int i = 0; i < count; i++)
-        load_row(b, from, b->a->start + b->a->path[row][depth + i], b->tile + i * b->padded);
-    return count;
 }
 
 /* The query behind the last one of the same row. */
@@ -150,7 +97,7 @@ static void score_paths(block *b) {
         end = end_of_row(b, query);
         for (int depth = 0; depth <= b->a->depth[row]; depth += SIZE) {
             int count = load_path(b, row, depth, b->a->keys);
-            turn_tile(b, 0);
+            turn_tile(b, b->columns);
             score_queries(b, query, end, b->a->start + depth - b->base, count);
         }
     }
@@ -227,8 +174,7 @@ static void mix_common(block *b) {
     const int most = TILES_AT_ONCE * SIZE;
     for (int position = b->base; position < b->common; position += most) {
         int count = b->common - position < most ? b->common - position : most;
-        for (int i = 0; i < count; i++)
-            load_row(b, b->a->values, position + i, b->tile + i * b->padded);
+        load_rows(b, b->a->values, position, count);
         mix_tile(b, first_that_sees(b, position), b->count, position - b->base, count);
     }
 }

@@ -35,6 +35,23 @@ static inline vector vector_load_bfloat16(const uint16_t *from) {
     return v;
 }
 
+/* Of two bfloat16 in each lane, the one in the low half, or the one in the high half. */
+static inline vector vector_low_bfloat16(vector v) {
+    EACH_PART {
+        uint32x4_t bits = vreinterpretq_u32_f32(v.part[i]);
+        v.part[i] = vreinterpretq_f32_u32(vshlq_n_u32(bits, 16));
+    }
+    return v;
+}
+
+static inline vector vector_high_bfloat16(vector v) {
+    EACH_PART {
+        uint32x4_t bits = vreinterpretq_u32_f32(v.part[i]);
+        v.part[i] = vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xFFFF0000)));
+    }
+    return v;
+}
+
 /* Rounds to the nearest, ties to even; a NaN stays one. */
 static inline uint16x4_t narrowed(float32x4_t v) {
     uint32x4_t bits = vreinterpretq_u32_f32(v);

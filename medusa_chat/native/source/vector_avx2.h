@@ -33,6 +33,24 @@ static inline vector vector_load_bfloat16(const uint16_t *from) {
     return (vector){widened(from), widened(from + 8)};
 }
 
+static inline __m256 low_half(__m256 v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16));
+}
+
+static inline __m256 high_half(__m256 v) {
+    __m256i upper = _mm256_set1_epi32((int)0xFFFF0000);
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), upper));
+}
+
+/* Of two bfloat16 in each lane, the one in the low half, or the one in the high half. */
+static inline vector vector_low_bfloat16(vector v) {
+    return (vector){low_half(v.low), low_half(v.high)};
+}
+
+static inline vector vector_high_bfloat16(vector v) {
+    return (vector){high_half(v.low), high_half(v.high)};
+}
+
 /* Rounds to the nearest, ties to even; a NaN stays one. In the low half of each lane. */
 static inline __m256i narrowed(__m256 v) {
     __m256i bits = _mm256_castps_si256(v);

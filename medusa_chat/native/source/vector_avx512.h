@@ -18,6 +18,16 @@ static inline vector vector_load_bfloat16(const uint16_t *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+/* Of two bfloat16 in each lane, the one in the low half, or the one in the high half. */
+static inline vector vector_low_bfloat16(vector v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16));
+}
+
+static inline vector vector_high_bfloat16(vector v) {
+    __m512i upper = _mm512_set1_epi32((int)0xFFFF0000);
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), upper));
+}
+
 /* Rounds to the nearest, ties to even; a NaN stays one. */
 static inline void vector_store_bfloat16(uint16_t *to, vector v) {
     __m512i bits = _mm512_castps_si512(v);

@@ -37,6 +37,27 @@ static inline vector vector_load_bfloat16(const uint16_t *from) {
     return v;
 }
 
+/* Of two bfloat16 in each lane, the one in the low half, or the one in the high half. */
+static inline vector vector_low_bfloat16(vector v) {
+    EACH_LANE {
+        uint32_t bits;
+        memcpy(&bits, &v.lane[i], sizeof bits);
+        bits <<= 16;
+        memcpy(&v.lane[i], &bits, sizeof bits);
+    }
+    return v;
+}
+
+static inline vector vector_high_bfloat16(vector v) {
+    EACH_LANE {
+        uint32_t bits;
+        memcpy(&bits, &v.lane[i], sizeof bits);
+        bits &= 0xFFFF0000;
+        memcpy(&v.lane[i], &bits, sizeof bits);
+    }
+    return v;
+}
+
 static inline uint16_t bfloat16_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
