@@ -15,6 +15,7 @@ penalties   penalties on tokens that the text holds, for each node along its pat
 noise       keyed Gumbel noise
 reply       ids to text, stop strings, limits
 loop        notices a reply that repeats itself
+warming     steps before the first reply, which count for nothing
 draft/      the candidate nodes of a step
 graphs/     steps that are recorded and replayed
 trees/      trees, how they are chosen, and the policy
