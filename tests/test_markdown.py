@@ -8,12 +8,14 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.style import Style
 
 from medusa_chat.config import VIEWS, View
 from medusa_chat.terminal.code import highlight
 from medusa_chat.terminal.live import ERASE_BELOW
-from medusa_chat.terminal.markdown import MarkdownFlow
+from medusa_chat.terminal.markdown import MarkdownFlow, blocks
 from medusa_chat.terminal.rendering import code_blocks, render
 from medusa_chat.terminal.source import Source
 from medusa_chat.terminal.theme import head_style
@@ -244,3 +246,21 @@ def test_marks_follow_their_tokens_in_markdown_too() -> None:
     for text, mark in (("A ", ""), ("**bo", "¹"), ("ld**", "²"), (" end", "³")):
         flow.feed(text, Style(), mark)
     assert plain(flow.rest(80)) == "A bo¹ld end³"
+
+
+@given(
+    st.text(st.sampled_from("ab é你1. -#>=+!:)(\"'*_`[]<&\\~|\n"), max_size=30),
+    st.sampled_from(("markdown", "both")),
+    st.integers(8, 20),
+)
+def test_a_line_that_is_not_parsed_is_rendered_as_if_it_were(
+    text: str, view: View, width: int
+) -> None:
+    source = Source()
+    for number, char in enumerate(text):
+        source.add(char, head_style(number % 3))
+    shown = render(source, width, view), blocks(text)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("markdown", "rendering"):
+            patch.setattr(f"medusa_chat.terminal.{module}.is_plain_line", lambda _: False)
+        assert (render(source, width, view), blocks(text)) == shown

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.text import Text
 
-from medusa_chat.terminal.rendering import fence_closed, parse, render
+from medusa_chat.terminal.rendering import fence_closed, is_plain_line, parse, render
 from medusa_chat.terminal.source import GUARD, PLAIN_INK, Source
 from medusa_chat.terminal.theme import LABEL
 from medusa_chat.terminal.wrapping import breaks, wrapped
@@ -33,6 +33,8 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """Split Markdown into its outermost blocks; each item of an outermost list is one."""
+    if is_plain_line(text):
+        return [Block("paragraph", 0, 1, closed=False)]
     found: list[Block] = []
     complete = text.count("\n")
     for token in parse(text):

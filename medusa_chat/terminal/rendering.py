@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ INLINE = {
     "link": Style(underline=True),
     "image": Style(underline=True),
 }
+# A line that begins with a letter and holds none of these is a paragraph of plain words: that need
+# not be parsed, which is felt where a model is fast.
+PLAIN_LINE = re.compile(r"[^\W\d_][^*_`\[\]<&\\~|\n]*")
 INLINE_CODE = Style(color="#87651a", bold=True)
 HEADINGS = {"h1": Style(bold=True, underline=True)}
 HEADING = Style(bold=True)
@@ -53,6 +57,11 @@ def parse(text: str) -> list[Token]:
     return _parser().parse(text)
 
 
+def is_plain_line(text: str) -> bool:
+    """Tell that a text is one line without any Markdown; not all such lines are recognized."""
+    return PLAIN_LINE.fullmatch(text) is not None
+
+
 def render(source: Source, width: int, view: View, code_before: str = "") -> list[Text]:
     """Render Markdown as rows of at most `width` cells; rows of code are as long as they are.
 
@@ -62,6 +71,9 @@ def render(source: Source, width: int, view: View, code_before: str = "") -> lis
         view: of heads and Markdown.
         code_before: what was already shown of the code that `source` begins with.
     """
+    if is_plain_line(source.text):
+        words = source.styled(0, len(source.text.rstrip()), PLAIN, view)
+        return wrapped(words, max(width, LEAST_WIDTH))
     return _Renderer(source, view, code_before).rows(SyntaxTreeNode(parse(source.text)), width)
 
 

@@ -61,6 +61,7 @@ class ReplyView:
         self._marks = marks
         self._clock = clock
         self._flow = Flow() if view == "heads" else MarkdownFlow(view)
+        self._waiting: list[Token] = []  # for the next refresh
         self._stopped = False
         self._drawn_at = 0.0
         self.empty = True
@@ -78,10 +79,19 @@ class ReplyView:
             self._write(SHOW_CURSOR)
 
     def add(self, step: Step) -> None:
-        """Add the tokens of a step; redraw if the last refresh is long enough ago."""
-        self._feed(self._thoughts.answer(step.tokens))
+        """Add the tokens of a step; redraw if the last refresh is long enough ago.
+
+        Between two refreshes tokens wait: after a step little of this code is in the processor's
+        caches, so each of its runs costs several times what it costs in a loop.
+        """
+        self._waiting += step.tokens
         if self._clock() - self._drawn_at >= REFRESH_SECONDS:
             self._draw()
+
+    def _take_waiting(self) -> None:
+        if self._waiting:
+            self._feed(self._thoughts.answer(self._waiting))
+            self._waiting = []
 
     def _feed(self, tokens: Iterable[Token]) -> None:
         for token in tokens:
@@ -101,6 +111,7 @@ class ReplyView:
         self._draw()
 
     def _draw(self) -> None:
+        self._take_waiting()
         width, height = self._console.size
         panel = self._panel(width)
         # A terminal that is made much narrower still holds all rows that are redrawn.
@@ -115,6 +126,7 @@ class ReplyView:
         self._drawn_at = self._clock()
 
     def _finish(self) -> None:
+        self._take_waiting()
         self._feed(self._thoughts.rest())
         note = STOPPED if self._stopped and not self.empty else ""
         width = self._console.width
