@@ -56,7 +56,9 @@ class Source:
         pieces: list[tuple[str, Style]] = []
         for (ink, mark), run in groupby(self.inks[start:end]):
             stop = start + len([*run])
-            style = extra if view == "markdown" else ink + shape if shape else ink
+            style = ink + shape if shape else ink
+            if view == "markdown":
+                style = extra
             pieces.append((self.text[start:stop].replace(GUARD, "") + mark, style))
             start = stop
         return Text().append_tokens(pieces)

@@ -75,7 +75,7 @@ static void amx_pad(uint8_t *to, const uint8_t *from, int lines, size_t stride, 
 /* gcc does not know that tiles read and write memory: what was stored before is there. */
 MC_INLINE void amx_settle(void) { __asm__ volatile("" ::: "memory"); }
 
-/* Of the last inputs, fewer than 64 bytes, that fill only some lines of the weights. */
+/* Loads the last inputs, fewer than 64 bytes: they fill only some lines of the weights. */
 static void amx_load_rest(const amx_step *step, int rows, int lines, const int parts) {
     uint8_t padded[4][MC_AMX_BYTES];
     amx_step rest = {{padded[0], padded[1]}, MC_AMX_WIDTH, {padded[2], padded[3]}};

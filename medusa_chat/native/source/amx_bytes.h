@@ -95,10 +95,8 @@ MC_INLINE void add_rows(const mc_work *work, const amx_weights weights[2], const
     size_t fetched = (size_t)(mc_steps(work->end - work->start, MC_BLOCK) * lines);
     if (!work->start) memset(work->carried, 0, (size_t)(work->count * MC_TILE) * sizeof(float));
     for (int pass = 0; pass < passes; pass++) {
-        mc_work some = *work;
-        some.count -= pass * most;
-        some.rows += (size_t)(pass * most) * work->row_bytes;
-        some.carried += pass * most * MC_TILE;
+        mc_work some = amx_part(work, pass * most);
+        some.count = work->count - pass * most;
         some.ahead += (size_t)pass * fetched * work->ahead_step;
         if (some.count > MC_AMX_ROWS) add_inputs(&some, weights, lines, scaled, 2);
         else add_inputs(&some, weights, lines, scaled, 1);

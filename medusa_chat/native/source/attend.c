@@ -1,6 +1,7 @@
 /* Shares the attention of a step's rows among the threads. */
 #include <limits.h>
 
+#include "kernels.h"
 #include "worker.h"
 
 /* Reading the keys and values of a text takes as long as so many queries that meet them. */
@@ -32,8 +33,6 @@ static mc_attention attention_of(mc_engine *engine, int index, int head) {
     return attention;
 }
 
-static int divided(int number, int by) { return (number + by - 1) / by; }
-
 /* Queries that a unit takes. A unit reads all keys and values, so they should be many; but then
  * some threads may get more units than others. */
 static int queries_of_unit(const mc_engine *engine) {
@@ -41,10 +40,10 @@ static int queries_of_unit(const mc_engine *engine) {
     int queries = engine->step->rows * (engine->model->heads / heads);
     int room = MC_SHARED_SCORES / (engine->step->start + engine->step->rows);
     int most = room < 1 ? 1 : room < MC_QUERIES ? room : MC_QUERIES;
-    int fewest = divided(queries, most), best = 1, least = INT_MAX;
+    int fewest = mc_steps(queries, most), best = 1, least = INT_MAX;
     for (int blocks = fewest; blocks < fewest + threads; blocks++) {
-        int size = divided(queries, blocks);
-        int time = divided(heads * blocks, threads) * (READING + size);
+        int size = mc_steps(queries, blocks);
+        int time = mc_steps(heads * blocks, threads) * (READING + size);
         if (time < least) best = size;
         if (time < least) least = time;
     }

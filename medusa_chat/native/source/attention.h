@@ -219,7 +219,7 @@ static void lay_out(block *b, float *scratch) {
             vector_store(b->queries + query * b->padded + i, load_up_to(from + i, a->head_dim - i));
     }
     memset(b->sums, 0, (size_t)b->count * (size_t)b->padded * sizeof(float));
-    memset(b->tile, 0, TILES_AT_ONCE * SIZE * (size_t)b->padded * sizeof(float));
+    memset(b->tile, 0, SIZE * (size_t)b->padded * sizeof(float));
 }
 
 static void attend(const mc_attention *attention, int first, int last, float *scratch) {

@@ -2,19 +2,18 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels.h"
 #include "worker.h"
 
 int mc_piece(int outputs, int threads) {
-    int tiles = (outputs + MC_TILE - 1) / MC_TILE, each = tiles / (threads * 4);
-    while (each > 1 && (tiles + each - 1) / each % threads) each--; /* the same for every thread */
+    int tiles = mc_steps(outputs, MC_TILE), each = tiles / (threads * 4);
+    while (each > 1 && mc_steps(tiles, each) % threads) each--; /* the same for every thread */
     return (each > 1 ? each : 1) * MC_TILE;
 }
 
-static int count_units(int outputs, int piece) { return (outputs + piece - 1) / piece; }
-
 static int claim(const mc_units *units) {
     const mc_worker *worker = units->worker;
-    int count = count_units(units->outputs, units->piece);
+    int count = mc_steps(units->outputs, units->piece);
     int unit = mc_team_next(worker->engine->team, worker->index, count);
     return unit < 0 ? -1 : unit * units->piece;
 }
@@ -34,7 +33,7 @@ mc_units mc_units_of(mc_worker *worker, int outputs, int piece) {
 }
 
 void mc_fetch_first(const mc_worker *worker, const mc_matrix *matrix, int piece) {
-    int count = count_units(matrix->outputs, piece);
+    int count = mc_steps(matrix->outputs, piece);
     int unit = mc_team_first(worker->engine->team, worker->index, count);
     if (unit < count) mc_fetch(matrix, unit * piece);
 }

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels.h"
+
 enum { VECTORS_AT_ONCE = 2, QUERIES_AT_ONCE = 2, TILES_AT_ONCE = 1 };
 
 typedef struct {
@@ -30,43 +32,29 @@ static inline void vector_store(float *to, vector v) { memcpy(to, &v, sizeof v);
 
 static inline vector vector_load_bfloat16(const uint16_t *from) {
     vector v;
-    EACH_LANE {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(&v.lane[i], &bits, sizeof bits);
-    }
+    EACH_LANE v.lane[i] = mc_from_bfloat16(from[i]);
     return v;
+}
+
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
 }
 
 /* Of two bfloat16 in each lane, the one in the low half, or the one in the high half. */
 static inline vector vector_low_bfloat16(vector v) {
-    EACH_LANE {
-        uint32_t bits;
-        memcpy(&bits, &v.lane[i], sizeof bits);
-        bits <<= 16;
-        memcpy(&v.lane[i], &bits, sizeof bits);
-    }
+    EACH_LANE v.lane[i] = mc_from_bfloat16((uint16_t)bits_of(v.lane[i]));
     return v;
 }
 
 static inline vector vector_high_bfloat16(vector v) {
-    EACH_LANE {
-        uint32_t bits;
-        memcpy(&bits, &v.lane[i], sizeof bits);
-        bits &= 0xFFFF0000;
-        memcpy(&v.lane[i], &bits, sizeof bits);
-    }
+    EACH_LANE v.lane[i] = mc_from_bfloat16((uint16_t)(bits_of(v.lane[i]) >> 16));
     return v;
 }
 
-static inline uint16_t bfloat16_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40); /* stays a NaN */
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 static inline void vector_store_bfloat16(uint16_t *to, vector v) {
-    EACH_LANE to[i] = bfloat16_of(v.lane[i]);
+    EACH_LANE to[i] = mc_to_bfloat16(v.lane[i]);
 }
 
 static inline vector vector_add(vector a, vector b) {
